@@ -1,0 +1,241 @@
+"""The schema of a run: every key, its type, its default and what it means.
+
+One class per section of the YAML file. Rules inside one key are here; rules between keys live with
+the dimension of parallelism that they concern (`moesys.parallel`). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class AttentionConfig(Section):
+    kind: Literal["gqa", "mla"] = "gqa"
+    """gqa: grouped-query attention; mla: multi-head latent attention (DeepSeek-V2)."""
+    heads: Positive = 4
+    """Query heads."""
+    kv_heads: Positive | None = None
+    """Key and value heads of gqa; default: as many as query heads."""
+    head_dim: Positive | None = None
+    """Size of one head of gqa; default: hidden / heads."""
+    bias: bool = False
+    """A bias on the query, key, value and output projections of gqa."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys: none, per head (Qwen3) or over all heads together (OLMoE)."""
+    q_lora_rank: Positive | None = None
+    """mla: rank of the query's compression; default: queries are not compressed."""
+    kv_lora_rank: Positive = 512
+    """mla: rank of the joint compression of keys and values."""
+    qk_nope_head_dim: Positive = 128
+    """mla: size of a head's part without rotary position."""
+    qk_rope_head_dim: Positive = 64
+    """mla: size of a head's part with rotary position, shared by all heads of the key."""
+    v_head_dim: Positive = 128
+    """mla: size of a head's value."""
+
+
+class MoEConfig(Section):
+    experts: Positive
+    """Routed experts per MoE layer."""
+    top_k: Positive = 2
+    """Experts that each token is sent to."""
+    ffn_hidden: Positive
+    """Inner size of one expert."""
+    every: Positive = 1
+    """Of the layers after `first_dense`, every n-th is MoE (the n-th, 2n-th, …)."""
+    first_dense: NonNegative = 0
+    """The first layers that are dense."""
+    normalize: bool = True
+    """Divide the chosen experts' probabilities by their sum (Mixtral, Qwen3) or leave them (OLMoE)."""
+    scale: PositiveFloat = 1.0
+    """Factor on the routing weights (DeepSeek's routed_scaling_factor)."""
+    capacity_factor: PositiveFloat | None = None
+    """C = ceil(capacity_factor · T · k / E) tokens per expert and micro-batch; null: dropless."""
+    drop: Literal["weight", "position"] = "weight"
+    """Over capacity, drop the assignments of lowest weight, or the latest in the micro-batch."""
+    balance_loss: NonNegativeFloat = 0.01
+    """Coefficient α of the load-balancing loss α · E · Σ f_e · P_e."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient β of the router z-loss β · mean(logsumexp²)."""
+    shared_experts: NonNegative = 0
+    """Experts that every token passes through, beside the routed ones."""
+    shared_ffn_hidden: Positive | None = None
+    """Inner size of one shared expert; default: ffn_hidden."""
+
+
+class ModelConfig(Section):
+    vocab_size: Positive | None = None
+    """Entries of the embedding; default: the tokenizer's."""
+    hidden: Positive
+    """Size of the residual stream."""
+    layers: Positive
+    """Decoder blocks."""
+    ffn_hidden: Positive | None = None
+    """Inner size of the feed-forward of dense layers."""
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig | None = None
+    """The MoE layers; null: every layer is dense."""
+    tie_embeddings: bool = False
+    """Use the embedding's weight as the output head."""
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the normal initialisation of all matrices."""
+
+
+class ParallelConfig(Section):
+    dp: Positive | Literal["auto"] = "auto"
+    """Data parallelism: ranks that see different sequences. auto: world size / (tp · pp · cp)."""
+    dp_shard: Positive | Literal["full"] = 1
+    """Shard parameters over this many of the dp ranks (FSDP2). 1: replicate; full: over all of them;
+    between: hybrid, shards replicated dp / dp_shard times."""
+    tp: Positive = 1
+    """Tensor parallelism: attention, feed-forward, embedding and head split inside layers."""
+    sp: bool = True
+    """Sequence parallelism: with tp, keep the stream between layers split along the sequence."""
+    pp: Positive = 1
+    """Pipeline parallelism: stages of consecutive layers."""
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"] = "1f1b"
+    pp_virtual: Positive = 1
+    """Stages per rank (interleaved-1f1b and zero-bubble)."""
+    pp_split: list[Positive] | Literal["auto"] = "auto"
+    """Layers of each stage, first to last; auto: balance the estimated cost of the stages."""
+    cp: Positive = 1
+    """Context parallelism: every sequence split over ranks."""
+    ep: Positive = 1
+    """Expert parallelism: the experts of a layer split over ranks, folded over dp, cp and tp."""
+    etp: Positive = 1
+    """Tensor parallelism of each expert, independent of tp."""
+
+
+class OptimizerConfig(Section):
+    kind: Literal["adamw", "apex"] = "adamw"
+    """adamw: torch's, fused where the device has it; apex: NVIDIA apex's FusedAdam."""
+    lr: PositiveFloat = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Decay of matrices; norms and biases have none."""
+    clip: PositiveFloat | None = 1.0
+    """Clip gradients to this global norm; null: never."""
+
+
+class ScheduleConfig(Section):
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Decay of the learning rate after warm-up; wsd: warm-up, stable, (linear) decay."""
+    warmup: NonNegative = 0
+    """Steps of linear warm-up."""
+    decay: Positive | None = None
+    """wsd: steps of the final decay; default: a fifth of all steps."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Final learning rate as a share of lr."""
+
+
+class TrainConfig(Section):
+    steps: Positive = 100
+    seq_len: Positive = 256
+    """Tokens per sequence."""
+    global_batch: Positive = 8
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: Positive = 1
+    """Sequences that one data-parallel rank passes through the model at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of computation; weights of the optimizer are float32 in either case."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Recompute in backward: nothing, all but matrix products and communication, or whole blocks."""
+    compile: bool = False
+    """torch.compile of each block."""
+    deterministic: bool = False
+    """Deterministic algorithms of torch only."""
+    eval_every: NonNegative = 0
+    """Steps between evaluations on held-out data; 0: at the end only."""
+    eval_sequences: Positive = 64
+    """Held-out sequences per evaluation, rounded up to whole global batches."""
+
+
+class DataConfig(Section):
+    kind: Literal["python-stdlib", "text", "huggingface", "megatron"] = "python-stdlib"
+    """python-stdlib: sources of Python's standard library; text: a file or folder of .txt, .md, .py
+    or .jsonl files; huggingface: a dataset of Hugging Face `datasets`; megatron: .bin/.idx files."""
+    path: str | None = None
+    """File, folder, dataset name or .bin/.idx prefix; relative to the working directory."""
+    text_key: str = "text"
+    """The field that holds the text, in .jsonl files and Hugging Face datasets."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    tokenizer: str = "bytes"
+    """bytes: one token per byte plus one between documents; else a Hugging Face tokenizer.json file."""
+    heldout: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents (by a hash of their name or number) held out from training."""
+    cache: str | None = None
+    """Folder for tokenized text; default: `$XDG_CACHE_HOME/moesys` or `~/.cache/moesys`."""
+
+
+class ClusterConfig(Section):
+    nodes: Positive = 1
+    ranks_per_node: Positive = 1
+    """Worker processes per node: one per GPU; on CPU, any number."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory_gib: PositiveFloat | None = None
+    """Memory of one device (or of one node, on CPU), for the dry run's verdict."""
+
+
+class LaunchConfig(Section):
+    launcher: Literal["ray", "local", "slurm"] = "ray"
+    ray_address: str | None = None
+    """Address of a running Ray cluster; default: start Ray on this machine."""
+    timeout_s: PositiveFloat = 300.0
+    """Timeout of every process group, and of the wait for all workers to start."""
+    max_failures: NonNegative = 0
+    """Restarts of the workers from the latest checkpoint before the run fails (ray)."""
+    threads: Positive | None = None
+    """CPU threads per worker; default: the node's cores divided by ranks_per_node, at least 1."""
+    env: dict[str, str] = {}
+    """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller."""
+    slurm: dict[str, str] = {}
+    """slurm: sbatch options without the dashes, for example {partition: gpu, time: "04:00:00"}."""
+
+
+class OutputConfig(Section):
+    runs: str = "runs"
+    """Folder of all runs; a run's own folder is runs/NAME."""
+    checkpoint_every: NonNegative = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Positive = 2
+    """Checkpoints to keep, the newest."""
+    tensorboard: bool = True
+    wandb: bool = False
+    """Log to Weights & Biases, where it is installed."""
+    log_every: Positive = 1
+    """Steps between records in metrics.jsonl."""
+
+
+class Config(Section):
+    """A run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run and of its folder; default: the configuration file's name."""
+    seed: NonNegative = 0
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    launch: LaunchConfig = LaunchConfig()
+    output: OutputConfig = OutputConfig()

@@ -1,0 +1,64 @@
+"""The errors a user can meet, in the user's words.
+
+A command that ends in one of these prints its text and exits with `exit_code`; nothing else is ever
+printed for bad input. Anything that is not a `MoesysError` is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class MoesysError(Exception):
+    """Base of all errors with a message meant for the user."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration.
+
+    `key` is dotted ("parallel.tp"); `rule` says what is legal, with the arithmetic; `remedy` what to
+    do about it. `given` and `where` ("file.yaml:12") are filled in by the loader where the rule
+    itself does not know them.
+    """
+
+    key: str
+    rule: str
+    remedy: str = ""
+    given: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        head = ": ".join(part for part in (self.where, self.key) if part)
+        given = f" is {self.given}" if self.given else ""
+        remedy = f"\n    remedy: {self.remedy}" if self.remedy else ""
+        return f"{head}{given}: {self.rule}{remedy}"
+
+
+class ConfigError(MoesysError):
+    """Everything that is wrong with a configuration, all at once."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        super().__init__(f"{count} in the configuration\n{lines}")
+
+
+class DataError(MoesysError):
+    """Data that is missing, unreadable or too small."""
+
+    exit_code = 2
+
+
+class CheckpointError(MoesysError):
+    """A checkpoint that cannot be read or does not fit the model."""
+
+
+class LaunchError(MoesysError):
+    """Workers that could not be started or did not finish."""

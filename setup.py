@@ -1,0 +1,29 @@
+"""Packaging of moesys: the folders parallel, kernels and launchers are inside the package through links."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moesys",
+    version="0.1.0",
+    description="Train Mixture-of-Experts language models on many machines: launch, choose, measure",
+    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["moesys", "moesys.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "pydantic>=2.9",
+        "pyyaml>=6",
+        "rich>=13",
+        "numpy>=1.26",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        "ray": ["ray[train]>=2.60"],
+        "hf": ["datasets>=3", "tokenizers>=0.20"],
+        "megatron": ["megatron-core==0.16.1"],
+    },
+    entry_points={"console_scripts": ["moesys = moesys.cli:main"]},
+)
