@@ -76,6 +76,11 @@ class MoEConfig(Section):
     shared_ffn_hidden: Positive | None = None
     """Inner size of one shared expert; default: ffn_hidden."""
 
+    @property
+    def shared_width(self) -> int:
+        """Inner size of all shared experts together; they are computed as one feed-forward."""
+        return self.shared_experts * (self.shared_ffn_hidden or self.ffn_hidden)
+
 
 class ModelConfig(Section):
     vocab_size: Positive | None = None
@@ -95,6 +100,21 @@ class ModelConfig(Section):
     rope_theta: PositiveFloat = 10000.0
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of all matrices."""
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) is an MoE block."""
+        m = self.moe
+        return m is not None and layer >= m.first_dense and (layer - m.first_dense + 1) % m.every == 0
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head of gqa."""
+        return self.attention.head_dim or self.hidden // self.attention.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Size of the part of a head that carries rotary positions."""
+        return self.attention.qk_rope_head_dim if self.attention.kind == "mla" else self.head_dim
 
 
 class ParallelConfig(Section):

@@ -1,0 +1,55 @@
+"""Matrix products of consecutive groups of rows, each with its own matrix.
+
+`reference` is the definition; `grouped_matmul` chooses what is fast on the device: torch's grouped_mm
+on GPU in bfloat16, elsewhere one product per group that writes into the shared result, which spares
+the copies of a split and a concatenation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
+    """[N, M]: rows of group g (consecutive, `rows_per_group[g]` of them, any may be 0) times w[g]."""
+    parts = x_NK.split(rows_per_group.tolist())
+    return torch.cat([part @ w for part, w in zip(parts, w_GKM, strict=True)])
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NK: Tensor, w_GKM: Tensor, rows: list[int]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x_NK, w_GKM)
+        ctx.rows = rows
+        out = x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2])
+        for x, w, y in zip(x_NK.split(rows), w_GKM, out.split(rows), strict=True):
+            if len(x):
+                torch.mm(x, w, out=y)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_NM: Tensor):  # type: ignore[override]
+        x_NK, w_GKM = ctx.saved_tensors
+        grad_NM = grad_NM.contiguous()
+        grad_x = torch.empty_like(x_NK) if ctx.needs_input_grad[0] else None
+        grad_w = torch.zeros_like(w_GKM) if ctx.needs_input_grad[1] else None
+        start = 0
+        for group, count in enumerate(ctx.rows):
+            if not count:
+                continue
+            rows = slice(start, start + count)
+            start += count
+            if grad_x is not None:
+                torch.mm(grad_NM[rows], w_GKM[group].t(), out=grad_x[rows])
+            if grad_w is not None:
+                torch.mm(x_NK[rows].t(), grad_NM[rows], out=grad_w[group])
+        return grad_x, grad_w, None
+
+
+def grouped_matmul(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
+    """`reference`, by the fastest way on the device. x, w of one type; `rows_per_group` int64 [G]."""
+    if x_NK.is_cuda and x_NK.dtype == torch.bfloat16:
+        ends = rows_per_group.cumsum(0).to(torch.int32)
+        return torch._grouped_mm(x_NK, w_GKM, offs=ends)
+    return _GroupedMatmul.apply(x_NK, w_GKM, rows_per_group.tolist())

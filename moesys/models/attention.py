@@ -1,0 +1,128 @@
+"""Causal self-attention: grouped-query and multi-head latent.
+
+B sequences, S tokens held by this device, H hidden, h heads, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moesys.config.schema import ModelConfig
+from moesys.models.layers import Linear, RMSNorm, rotate
+
+
+class CausalCore(nn.Module):
+    """softmax(q·kᵀ / √d + causal mask)·v through torch's scaled-dot-product attention.
+
+    The one place where tokens of a sequence meet; context parallelism replaces it.
+    """
+
+    def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
+        """q [B, S, h, d], k [B, S, g, d], v [B, S, g, dv] with g dividing h: [B, S, h, dv]."""
+        return attend(q_BShd, k_BSgd, v_BSgd)
+
+
+def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
+    """Causal attention of the last queries of a sequence to its keys: q [B, Sq, …], k and v [B, Sk, …].
+
+    Query i sees keys 0 … Sk − Sq + i.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BShd, k_BSgd, v_BSgd))
+    repeat = q.shape[1] // k.shape[1]
+    if repeat > 1 and not q.is_cuda:
+        # The fused CPU kernel takes no grouped heads: enable_gqa would fall back to the slow path.
+        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+    mask = None
+    if q.shape[2] != k.shape[2]:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        mask = mask.tril(k.shape[2] - q.shape[2])
+    out = nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != q.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention whose key and value heads are shared by groups of query heads (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        a = config.attention
+        self.head_dim = a.head_dim or config.hidden // a.heads
+        kv_heads = a.kv_heads or a.heads
+        self.q_proj = Linear(config.hidden, a.heads * self.head_dim, bias=a.bias)
+        self.k_proj = Linear(config.hidden, kv_heads * self.head_dim, bias=a.bias)
+        self.v_proj = Linear(config.hidden, kv_heads * self.head_dim, bias=a.bias)
+        self.o_proj = Linear(a.heads * self.head_dim, config.hidden, bias=a.bias)
+        self.per_head = a.qk_norm == "head"
+        sizes = {
+            "none": (0, 0),
+            "head": (self.head_dim,) * 2,
+            "full": (a.heads * self.head_dim, kv_heads * self.head_dim),
+        }[a.qk_norm]
+        self.q_norm = RMSNorm(sizes[0], config.norm_eps) if sizes[0] else None
+        self.k_norm = RMSNorm(sizes[1], config.norm_eps) if sizes[1] else None
+        self.core = CausalCore()
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        if norm is not None and not self.per_head:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return norm(x) if norm is not None and self.per_head else x
+
+    def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, S, H] → [B, S, H]; cos, sin [S, head_dim / 2] of the tokens' positions."""
+        q = rotate(self._heads(self.q_proj(x_BSH), self.q_norm), cos, sin)
+        k = rotate(self._heads(self.k_proj(x_BSH), self.k_norm), cos, sin)
+        v = self._heads(self.v_proj(x_BSH), None)
+        return self.o_proj(self.core(q, k, v).flatten(2))
+
+
+class SharedKey(nn.Module):
+    """The rotary part of the key that all heads share, rotated: [B, S, d] → [B, S, 1, d]."""
+
+    def forward(self, k_BSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(k_BSd.unsqueeze(2), cos, sin)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one small latent.
+
+    Each head's query and key have a part without position and one with rotary position; the key's
+    rotary part is shared by all heads.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        a, hidden = config.attention, config.hidden
+        self.nope, self.rope, self.value = a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim
+        self.latent = a.kv_lora_rank
+        query = a.heads * (self.nope + self.rope)
+        if a.q_lora_rank is None:
+            self.q_proj = Linear(hidden, query, bias=False)
+        else:
+            self.q_a_proj = Linear(hidden, a.q_lora_rank, bias=False)
+            self.q_a_norm = RMSNorm(a.q_lora_rank, config.norm_eps)
+            self.q_b_proj = Linear(a.q_lora_rank, query, bias=False)
+        self.compress_query = a.q_lora_rank is not None
+        self.kv_a_proj = Linear(hidden, self.latent + self.rope, bias=False)
+        self.kv_a_norm = RMSNorm(self.latent, config.norm_eps)
+        self.kv_b_proj = Linear(self.latent, a.heads * (self.nope + self.value), bias=False)
+        self.shared_key = SharedKey()
+        self.o_proj = Linear(a.heads * self.value, hidden, bias=False)
+        self.core = CausalCore()
+
+    def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, S, H] → [B, S, H]; cos, sin [S, qk_rope_head_dim / 2] of the tokens' positions."""
+        if self.compress_query:
+            q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSH)))
+        else:
+            q = self.q_proj(x_BSH)
+        q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split((self.nope, self.rope), -1)
+        latent, k_rope = self.kv_a_proj(x_BSH).split((self.latent, self.rope), -1)
+        kv = self.kv_b_proj(self.kv_a_norm(latent)).unflatten(-1, (-1, self.nope + self.value))
+        k_nope, v = kv.split((self.nope, self.value), -1)
+        k_rope = self.shared_key(k_rope, cos, sin).expand(-1, -1, k_nope.shape[2], -1)
+        q = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1)
+        return self.o_proj(self.core(q, torch.cat((k_nope, k_rope), -1), v).flatten(2))

@@ -1,0 +1,62 @@
+"""A plain decoder of blocks, or any consecutive part of one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moesys.config.schema import ModelConfig
+from moesys.models.block import Block
+from moesys.models.layers import Linear, RMSNorm, rotary_angles
+
+
+class Embedding(nn.Embedding):
+    """Token embedding [B, S] int64 → [B, S, H]."""
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head.
+
+    A pipeline stage is the same class with parts removed (`keep`): blocks keep their global numbers,
+    so that a parameter's name does not depend on the layout.
+
+    Attributes:
+        dtype: type of the stream between blocks.
+        positions: sequence positions of the tokens that this device holds, int64 [S]; None: 0 … S−1.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.positions: Tensor | None = None
+        self.embed: Embedding | None = Embedding(vocab_size, config.hidden)
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.layers)})
+        self.norm: RMSNorm | None = RMSNorm(config.hidden, config.norm_eps)
+        self.head: Linear | None = Linear(config.hidden, vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def keep(self, layers: range, first: bool, last: bool) -> Decoder:
+        """Remove all but these layers, the embedding unless `first`, norm and head unless `last`."""
+        for name in list(self.layers):
+            if int(name) not in layers:
+                del self.layers[name]
+        if not first:
+            self.embed = None
+        if not last:
+            self.norm = self.head = None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, S, V] of tokens int64 [B, S]; a stage takes and gives its part, stream [B, S, H]."""
+        if self.embed is not None:
+            x = self.embed(x).to(self.dtype)
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        cos, sin = rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta)
+        for block in self.layers.values():
+            x = block(x, cos, sin)
+        if self.head is not None and self.norm is not None:
+            x = self.head(self.norm(x))
+        return x

@@ -1,0 +1,60 @@
+"""The small layers that blocks are built of.
+
+Weights may be wider than the stream that passes through (float32 weights, bfloat16 stream): each
+layer computes in the type of its input. B sequences, S tokens, H hidden, F inner size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear map computed in the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dim (arXiv 1910.07467), computed in float32 or wider."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = x.to(wide).square().mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return (x.to(wide) * scale * self.weight.to(wide)).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward `down(silu(gate(x)) · up(x))` (SwiGLU, arXiv 2002.05202): [B, S, H] → same."""
+
+    def __init__(self, hidden: int, ffn_hidden: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden, ffn_hidden, bias=False)
+        self.up_proj = Linear(hidden, ffn_hidden, bias=False)
+        self.down_proj = Linear(ffn_hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, size / 2], float32, of rotary positions (RoFormer, arXiv 2104.09864)."""
+    exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+    angles = positions.float()[:, None] * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BShd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on heads [B, S, h, d], pairing element i with i + d / 2 (as Llama's weights do)."""
+    wide = torch.promote_types(x_BShd.dtype, torch.float32)
+    first, second = x_BShd.to(wide).chunk(2, dim=-1)
+    cos, sin = cos[None, :, None].to(wide), sin[None, :, None].to(wide)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BShd.dtype)

@@ -1,0 +1,128 @@
+"""Parameters and FLOPs of a model without building it; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from moesys.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: its name in the built model, its shape, and the block it belongs to (None: none)."""
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds it, without the path: "q_proj", "experts", "embed"."""
+        return self.name.split(".")[-2]
+
+    @property
+    def routed(self) -> bool:
+        """Whether it belongs to routed experts."""
+        return self.module == "experts"
+
+
+def weights(model: ModelConfig, vocab_size: int) -> Iterator[Weight]:
+    """Every parameter, in the order and by the names of `moesys.models.Decoder`; tied ones once."""
+    yield Weight("embed.weight", (vocab_size, model.hidden))
+    for layer in range(model.layers):
+        prefix = f"layers.{layer}."
+        for name, shape in _block(model, layer):
+            yield Weight(prefix + name, shape, layer)
+    yield Weight("norm.weight", (model.hidden,))
+    if not model.tie_embeddings:
+        yield Weight("head.weight", (vocab_size, model.hidden))
+
+
+def _block(model: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "attention_norm.weight", (model.hidden,)
+    for name, shape in _attention(model):
+        yield f"attention.{name}", shape
+    yield "ffn_norm.weight", (model.hidden,)
+    if model.moe is None or not model.is_moe(layer):
+        yield from _feed_forward("ffn", model.hidden, model.ffn_hidden or 0)
+        return
+    m, h = model.moe, model.hidden
+    yield "ffn.gate.projection.weight", (m.experts, h)
+    yield "ffn.experts.gate", (m.experts, h, m.ffn_hidden)
+    yield "ffn.experts.up", (m.experts, h, m.ffn_hidden)
+    yield "ffn.experts.down", (m.experts, m.ffn_hidden, h)
+    if m.shared_experts:
+        yield from _feed_forward("ffn.shared", h, m.shared_width)
+
+
+def _feed_forward(name: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.gate_proj.weight", (inner, hidden)
+    yield f"{name}.up_proj.weight", (inner, hidden)
+    yield f"{name}.down_proj.weight", (hidden, inner)
+
+
+def _attention(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    a, h = model.attention, model.hidden
+    if a.kind == "mla":
+        query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+        if a.q_lora_rank is None:
+            yield "q_proj.weight", (query, h)
+        else:
+            yield "q_a_proj.weight", (a.q_lora_rank, h)
+            yield "q_a_norm.weight", (a.q_lora_rank,)
+            yield "q_b_proj.weight", (query, a.q_lora_rank)
+        yield "kv_a_proj.weight", (a.kv_lora_rank + a.qk_rope_head_dim, h)
+        yield "kv_a_norm.weight", (a.kv_lora_rank,)
+        yield "kv_b_proj.weight", (a.heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank)
+        yield "o_proj.weight", (h, a.heads * a.v_head_dim)
+        return
+    query, key = a.heads * model.head_dim, (a.kv_heads or a.heads) * model.head_dim
+    for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        yield f"{name}.weight", (out, h)
+        if a.bias:
+            yield f"{name}.bias", (out,)
+    yield "o_proj.weight", (h, query)
+    if a.bias:
+        yield "o_proj.bias", (h,)
+    if a.qk_norm != "none":
+        full = a.qk_norm == "full"
+        yield "q_norm.weight", (query if full else model.head_dim,)
+        yield "k_norm.weight", (key if full else model.head_dim,)
+
+
+def active_share(model: ModelConfig, weight: Weight) -> float:
+    """Share of a weight that one token uses: k / E of the routed experts, all of the others."""
+    return model.moe.top_k / model.moe.experts if weight.routed and model.moe is not None else 1.0
+
+
+def parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
+    """(total, active): all parameters, and those that one token uses, embeddings included in both."""
+    every = list(weights(model, vocab_size))
+    total = sum(w.numel for w in every)
+    return total, round(sum(w.numel * active_share(model, w) for w in every))
+
+
+def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, float]:
+    """FLOPs of one token's forward pass, by part: "embed", "layers.0", …, "head".
+
+    Two per multiply-add of every active matrix; causal attention at half of seq_len on average.
+    Backward costs twice as much again.
+    """
+    flops = {"embed": 0.0}
+    for weight in weights(model, vocab_size):
+        part = f"layers.{weight.layer}" if weight.layer is not None else "head"
+        if len(weight.shape) > 1 and weight.name != "embed.weight":
+            flops[part] = flops.get(part, 0.0) + 2 * weight.numel * active_share(model, weight)
+    a = model.attention
+    size = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim if a.kind == "mla" else 2 * model.head_dim
+    for layer in range(model.layers):
+        flops[f"layers.{layer}"] += a.heads * size * seq_len
+    if model.tie_embeddings:
+        flops["head"] = flops.get("head", 0.0) + 2.0 * model.hidden * vocab_size
+    return flops

@@ -1,0 +1,78 @@
+"""The MoE layer: gate → dispatch → experts → combine, beside shared experts.
+
+It knows nothing of parallelism. Three of its parts are replaced from outside to distribute it: the
+`dispatcher`, the `scope` of batch-wise statistics, and the experts' weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moesys.moe.dispatch import Dispatcher
+from moesys.moe.experts import Experts
+from moesys.moe.gates import TopKGate
+from moesys.moe.routing import MicroBatch, Routing, attach_loss
+
+
+class LayerStatistics:
+    """Sums over the forward passes since the last reset, of this device's tokens, kept on the device."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, routing: Routing) -> None:
+        parts: dict[str, Tensor] = {name: loss.detach() for name, loss in routing.losses.items()}
+        if routing.load_E is not None:
+            parts["load"] = routing.load_E
+        parts["dropped"] = torch.as_tensor(routing.dropped)
+        for name, value in parts.items():
+            self.totals[name] = self.totals[name] + value if name in self.totals else value.clone()
+
+    def take(self) -> dict[str, Tensor]:
+        """The sums, which start again from nothing."""
+        totals, self.totals = self.totals, {}
+        return totals
+
+
+class MoELayer(nn.Module):
+    """A feed-forward of routed experts, plus an optional shared one.
+
+    Args:
+        gate: maps tokens to a `Routing`.
+        experts: the routed experts.
+        shared: a module [B, S, H] → [B, S, H] that takes every token, or None.
+
+    Attributes:
+        dispatcher: moves tokens to experts and back; one device only permutes.
+        scope: the tokens over which statistics are defined; one device holds all of a micro-batch.
+        loss_scale: factor on the auxiliary losses in backward, such that the objective is their mean
+            over the micro-batches of the global batch; reported values are unscaled.
+        statistics: what was routed where, for metrics.
+    """
+
+    def __init__(self, gate: TopKGate, experts: Experts, shared: nn.Module | None = None):
+        super().__init__()
+        self.gate, self.experts, self.shared = gate, experts, shared
+        self.dispatcher = Dispatcher(gate.experts)
+        self.scope = MicroBatch()
+        self.loss_scale = 1.0
+        self.statistics = LayerStatistics()
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        """Output [B, S, H] in the type of x [B, S, H]; tokens that no expert takes give zeros."""
+        batch, sequence, hidden = x_BSH.shape
+        x_TH = x_BSH.reshape(-1, hidden)
+        order_T = self.scope.order(batch, sequence, x_BSH.device)
+        routing = self.gate(x_TH, order_T, self.scope)
+        self.statistics.add(routing)
+        if routing.losses:
+            loss = torch.stack(list(routing.losses.values())).sum() * self.loss_scale
+            routing.weight_A = attach_loss(routing.weight_A, loss)
+        out = self.dispatcher(x_TH, routing, self.experts).view_as(x_BSH)
+        return out if self.shared is None else out + self.shared(x_BSH)
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """All MoE layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}

@@ -1,0 +1,158 @@
+"""The one place where parallelism is applied to a model, in one order.
+
+1. pipeline: the layers of this rank's stages; everything after concerns only those;
+2. context: positions, and attention across the context axis;
+3. tensor: weights split inside layers, on plain parameters;
+4. expert: experts split over their own mesh, tokens travel;
+5. recompute, then compile, each block: inside sharding, so that gathering weights stays outside;
+6. data: FSDP2 last, since it must see parameters as the others leave them.
+
+Removing a dimension removes one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moesys.config.schema import Config
+from moesys.models import Decoder
+from moesys.moe.layer import MoELayer, moe_layers
+from moesys.parallel import context, data, expert, pipeline, tensor
+from moesys.parallel.gradients import Gradients
+from moesys.parallel.initialise import canonical, initialise
+from moesys.parallel.loss import TokenLoss
+from moesys.parallel.mesh import ParallelMesh
+from moesys.parallel.pipeline import Stage
+from moesys.parallel.recompute import wrap
+from moesys.parallel.schedules import Pipelined, Whole
+
+
+@dataclass
+class Composed:
+    """A model under parallelism, as one rank has it.
+
+    Attributes:
+        parts: the stages of this rank, in order.
+        engine: runs global-batch shares forward and backward.
+        gradients: what to do between backward and the optimizer.
+    """
+
+    config: Config
+    mesh: ParallelMesh
+    parts: list[Decoder]
+    stages: list[Stage]
+    engine: Whole | Pipelined
+    gradients: Gradients
+    loss: TokenLoss
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of this rank by their layout-independent names."""
+        tied = self.config.model.tie_embeddings
+        return {canonical(n, tied): p for part in self.parts for n, p in part.named_parameters()}
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """All MoE layers of this rank by their layout-independent names."""
+        return {canonical(n + ".", False)[:-1]: m for part in self.parts for n, m in moe_layers(part).items()}
+
+    def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Forward and backward; gradients are complete after `gradients.reduce()`.
+
+        tokens, labels: int64 [global_batch / dp, S], the whole sequences of this data rank; the
+        context axis' share is taken here. Returns this rank's share of the loss.
+        """
+        with self.loss.context():
+            return self.engine.train(*self._mine(tokens, labels))
+
+    def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Forward only, shapes as in `train`."""
+        with self.loss.context():
+            return self.engine.evaluate(*self._mine(tokens, labels))
+
+    def _mine(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        positions = self.parts[0].positions
+        if self.mesh.degrees.cp == 1 or positions is None:
+            return tokens, labels
+        return tokens[:, positions], labels[:, positions]
+
+
+def compose(config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None) -> Composed:
+    """Build this rank's part of the model, on the meta device first, and initialise it.
+
+    Collective over the world. `dtype` is the type of the weights, default float32.
+    """
+    every = pipeline.stages(config, vocab_size)
+    mine = every[mesh.place["pp"] :: config.parallel.pp]
+    parts = [_part(config, mesh, vocab_size, stage, dtype or torch.float32) for stage in mine]
+    t = config.train
+    micro_batches = t.global_batch // (mesh.degrees.dp * t.micro_batch)
+    for part in parts:
+        for layer in moe_layers(part).values():
+            layer.loss_scale = 1.0 / (micro_batches * mesh.degrees.dp)
+    loss = TokenLoss(t.global_batch * t.seq_len, mesh.mesh("tp"))
+    engine = _engine(config, mesh, parts, mine, micro_batches, loss, vocab_size)
+    return Composed(config, mesh, parts, mine, engine, _gradients(config, mesh, parts, mine), loss)
+
+
+def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dtype: torch.dtype) -> Decoder:
+    stream = torch.bfloat16 if config.train.dtype == "bfloat16" else dtype
+    with torch.device("meta"):
+        model = Decoder(config.model, vocab_size, stream).to(dtype)
+    if config.model.tie_embeddings:
+        model.head.weight = model.embed.weight
+    model.keep(stage.layers, stage.first, stage.last)
+    model = context.apply(model, mesh, config)
+    model = tensor.apply(model, mesh, config)
+    model = expert.apply(model, mesh, config)
+    for name, block in model.layers.items():
+        if config.train.recompute != "none":
+            model.layers[name] = wrap(block, config.train.recompute)
+        if config.train.compile:
+            model.layers[name].compile()
+    model = data.apply(model, mesh, config)
+    model.to_empty(device=mesh.device)
+    if config.model.tie_embeddings and model.head is not None and model.embed is not None:
+        assert model.head.weight is model.embed.weight
+    initialise(model, config.seed, config.model.init_std, config.model.tie_embeddings)
+    return model
+
+
+def _engine(
+    config: Config,
+    mesh: ParallelMesh,
+    parts: list[Decoder],
+    stages: list[Stage],
+    micro_batches: int,
+    loss: TokenLoss,
+    vocab_size: int,
+) -> Whole | Pipelined:
+    if config.parallel.pp == 1:
+        return Whole(parts[0], micro_batches, loss)
+    t, d = config.train, mesh.degrees
+    held = t.seq_len // d.cp
+    width = held // d.tp if config.parallel.sp else held
+    tokens = torch.empty(t.micro_batch, held, dtype=torch.int64, device="meta")
+    stream = torch.empty(t.micro_batch, width, config.model.hidden, dtype=parts[0].dtype, device="meta")
+    logits = torch.empty(t.micro_batch, held, vocab_size // d.tp, dtype=parts[0].dtype, device="meta")
+    shapes = [(tokens if s.first else stream, logits if s.last else stream) for s in stages]
+    return Pipelined(list(parts), stages, config.parallel.pp_schedule, micro_batches, loss, mesh, shapes)
+
+
+def _gradients(config: Config, mesh: ParallelMesh, parts: list[Decoder], stages: list[Stage]) -> Gradients:
+    if not config.model.tie_embeddings or mesh.degrees.pp == 1:
+        return Gradients(list(parts), mesh)
+    # The embedding's copies on the first and the last stage get the sum of both gradients. All ranks
+    # take part in making the groups.
+    d, group = mesh.degrees, None
+    for ranks in d.groups(("pp",)):
+        ends = dist.new_group([ranks[0], ranks[-1]])
+        if mesh.rank in (ranks[0], ranks[-1]):
+            group = ends
+    weights = [
+        p for part, s in zip(parts, stages, strict=True) if s.first or s.last
+        for n, p in part.named_parameters() if canonical(n, True) == "embed.weight"
+    ]
+    return Gradients(list(parts), mesh, (weights[0], group) if weights and group is not None else None)

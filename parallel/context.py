@@ -1,0 +1,50 @@
+"""Context parallelism: every sequence split over cp ranks, for causal attention, with balanced work.
+
+The sequence is cut into 2·cp chunks and rank r holds chunks r and 2·cp−1−r, so that every rank
+attends to equally many keys. Keys and values are gathered, each rank attends with its own queries
+(as in Llama 3, arXiv 2407.21783, section 3.3.2); in backward their gradients are reduce-scattered.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moesys.config.schema import Config
+from moesys.errors import Problem
+from moesys.parallel.degrees import Degrees
+
+if TYPE_CHECKING:
+    from moesys.models import Decoder
+    from moesys.parallel.mesh import ParallelMesh
+
+
+def chunks(seq_len: int, cp: int, rank: int) -> list[range]:
+    """The two ranges of positions that context rank `rank` holds, in order; all of them for cp 1."""
+    if cp == 1:
+        return [range(seq_len)]
+    size = seq_len // (2 * cp)
+    return [range(c * size, (c + 1) * size) for c in (rank, 2 * cp - 1 - rank)]
+
+
+def check(config: Config, degrees: Degrees) -> list[Problem]:
+    cp, seq = degrees.cp, config.train.seq_len
+    if cp > 1 and seq % (2 * cp):
+        rule = f"2 · cp({cp}) = {2 * cp} must divide train.seq_len({seq}): each rank holds two chunks"
+        return [Problem("parallel.cp", rule, f"make train.seq_len a multiple of {2 * cp}")]
+    return []
+
+
+def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
+    """Give the model its positions, and attention that reaches over the context ranks."""
+    import torch
+
+    from moesys.parallel.gathered_attention import GatheredCore
+
+    cp, rank = mesh.degrees.cp, mesh.place["cp"]
+    held = chunks(config.train.seq_len, cp, rank)
+    model.positions = torch.cat([torch.arange(r.start, r.stop) for r in held]).to(mesh.device)
+    group = mesh.group("cp")
+    if group is not None:
+        for block in model.layers.values():
+            block.attention.core = GatheredCore(group)
+    return model

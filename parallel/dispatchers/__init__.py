@@ -1,0 +1,1 @@
+"""Dispatchers of expert parallelism: how tokens travel to experts and results back."""

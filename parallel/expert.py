@@ -1,0 +1,70 @@
+"""Expert parallelism: the experts of a layer over ep ranks, each expert's inner size over etp ranks.
+
+The ranks are those of data, context and tensor parallelism, folded: see `moesys.parallel.degrees`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moesys.config.schema import Config
+from moesys.errors import Problem
+from moesys.parallel.degrees import Degrees, divisors
+
+if TYPE_CHECKING:
+    from moesys.models import Decoder
+    from moesys.parallel.mesh import ParallelMesh
+
+WEIGHT_DIMS = {"gate": (0, 2), "up": (0, 2), "down": (0, 1)}
+"""Of each weight of the experts, the dims that ep and etp split."""
+
+
+def check(config: Config, degrees: Degrees) -> list[Problem]:
+    moe, problems = config.model.moe, []
+    if moe is None:
+        return [
+            Problem(f"parallel.{key}", "needs MoE layers, and model.moe is absent", f"set {key}: 1 or add model.moe")
+            for key in ("ep", "etp")
+            if getattr(degrees, key) > 1
+        ]
+    if moe.top_k > moe.experts:
+        rule = f"must be at most model.moe.experts({moe.experts})"
+        problems.append(Problem("model.moe.top_k", rule, f"choose 1 to {moe.experts}"))
+    if moe.experts % degrees.ep:
+        rule = f"ep({degrees.ep}) must divide model.moe.experts({moe.experts})"
+        problems.append(Problem("parallel.ep", rule, f"one of {divisors(moe.experts)}"))
+    if moe.ffn_hidden % degrees.etp:
+        rule = f"etp({degrees.etp}) must divide model.moe.ffn_hidden({moe.ffn_hidden})"
+        problems.append(Problem("parallel.etp", rule, "choose a divisor"))
+    if moe.first_dense >= config.model.layers:
+        rule = f"must be less than model.layers({config.model.layers}), or no layer is MoE"
+        problems.append(Problem("model.moe.first_dense", rule))
+    return problems
+
+
+def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
+    """Shard the experts of every MoE layer and let their tokens travel."""
+    import torch
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from moesys.moe.layer import moe_layers
+    from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
+    from moesys.parallel.scope import SplitMicroBatch
+
+    spread, travel = mesh.group("cp", "tp"), mesh.group("ep", "etp")
+    experts_mesh, active = mesh.mesh("ep", "etp"), mesh.active("ep", "etp")
+    for layer in moe_layers(model).values():
+        if spread is not None:
+            assert model.positions is not None
+            positions = model.positions.chunk(mesh.degrees.tp)[mesh.place["tp"]]
+            layer.scope = SplitMicroBatch(spread, positions)
+        if travel is None or experts_mesh is None:
+            continue
+        layer.dispatcher = AllToAllDispatcher(
+            layer.gate.experts, travel, mesh.degrees.ep, mesh.degrees.etp
+        )
+        for name, dims in WEIGHT_DIMS.items():
+            placements = [Shard(dim) for axis, dim in zip(("ep", "etp"), dims, strict=True) if axis in active]
+            weight = distribute_tensor(getattr(layer.experts, name).data, experts_mesh, placements)
+            setattr(layer.experts, name, torch.nn.Parameter(weight))
+    return model

@@ -1,0 +1,56 @@
+"""Initial parameters that do not depend on the layout.
+
+Each parameter is drawn from a generator seeded by (seed, full name), experts' by their number too,
+over the full shape; a rank then takes its slice. So any combination starts from the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def canonical(name: str, tied: bool) -> str:
+    """The name under which a parameter is initialised and saved; wrappers and tying leave no trace."""
+    name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    return "embed.weight" if tied and name == "head.weight" else name
+
+
+def initialise(part: nn.Module, seed: int, std: float, tied: bool) -> None:
+    """Fill every parameter of `part`: norms with ones, biases with zeros, the rest from N(0, std²)."""
+    with torch.no_grad():
+        for name, param in part.named_parameters():
+            _fill(param, canonical(name, tied), seed, std)
+
+
+def _fill(param: nn.Parameter, name: str, seed: int, std: float) -> None:
+    if "norm" in name.split(".")[-2]:
+        param.fill_(1.0)
+    elif name.endswith(".bias"):
+        param.zero_()
+    else:
+        target, slices = param, tuple(slice(0, size) for size in param.shape)
+        if isinstance(param, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(
+                param.shape, param.device_mesh, param.placements
+            )
+            target, slices = param.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        if target.numel():
+            target.copy_(_draw(tuple(param.shape), slices, name, seed, std))
+
+
+def _draw(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: int, std: float) -> Tensor:
+    if len(shape) < 3:
+        return _normal(shape, f"{seed}/{name}", std)[slices]
+    numbers = range(*slices[0].indices(shape[0]))
+    return torch.stack([_normal(shape[1:], f"{seed}/{name}/{e}", std)[slices[1:]] for e in numbers])
+
+
+def _normal(shape: tuple[int, ...], key: str, std: float) -> Tensor:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,124 @@
+"""Pipeline parallelism: stages of consecutive layers, and the order in which they work.
+
+The schedules are those of `torch.distributed.pipelining`: GPipe, 1F1B, interleaved 1F1B, and the
+zero-bubble schedule (arXiv 2401.10241), which splits backward into its parts for inputs and weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+from moesys.config.schema import Config, ModelConfig
+from moesys.errors import Problem
+from moesys.models.size import flops_per_token
+from moesys.parallel.degrees import Degrees
+
+MULTI = ("interleaved-1f1b", "zero-bubble")
+"""Schedules that run several stages per rank."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Stage `index` of `count`: these layers, with the embedding if first, norm and head if last."""
+
+    index: int
+    count: int
+    layers: range
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.count - 1
+
+
+def stages(config: Config, vocab_size: int) -> list[Stage]:
+    """All stages of the model, first to last; stage s runs on pipeline rank s mod pp."""
+    count = config.parallel.pp * config.parallel.pp_virtual
+    split = config.parallel.pp_split
+    sizes = balanced(config.model, vocab_size, config.train.seq_len, count) if split == "auto" else tuple(split)
+    ends = list(accumulate(sizes))
+    return [Stage(i, count, range(end - size, end)) for i, (size, end) in enumerate(zip(sizes, ends, strict=True))]
+
+
+@cache
+def balanced(model: ModelConfig, vocab_size: int, seq_len: int, count: int) -> tuple[int, ...]:
+    """Layers per stage such that the largest estimated cost of a stage is least; at least one each.
+
+    Cost is FLOPs: the head's weigh on the last stage, so that it gets fewer layers.
+    """
+    flops = flops_per_token(model, vocab_size, seq_len)
+    layers = [flops[f"layers.{i}"] for i in range(model.layers)]
+    prefix = [0.0, *accumulate(layers)]
+    # best[n]: least (largest stage cost, layers per stage) of the first n layers in the stages so far
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for stage in range(count):
+        extra = flops["head"] if stage == count - 1 else 0.0
+        ends = [model.layers] if stage == count - 1 else range(stage + 1, model.layers - (count - stage - 1) + 1)
+        following = {}
+        for end in ends:
+            options = [
+                (max(cost, prefix[end] - prefix[start] + extra), (*sizes, end - start))
+                for start, (cost, sizes) in best.items()
+                if start < end
+            ]
+            following[end] = min(options)
+        best = following
+    return best[model.layers][1]
+
+
+def check(config: Config, degrees: Degrees) -> list[Problem]:
+    p, layers, problems = config.parallel, config.model.layers, []
+    count = p.pp * p.pp_virtual
+    if p.pp_virtual > 1 and p.pp == 1:
+        problems.append(Problem("parallel.pp_virtual", "needs pipeline stages, and pp is 1", "set pp_virtual: 1"))
+    if p.pp == 1:
+        return problems
+    if count > layers:
+        rule = f"pp({p.pp}) · pp_virtual({p.pp_virtual}) = {count} stages need as many of model.layers({layers})"
+        problems.append(Problem("parallel.pp", rule, "use fewer stages or more layers"))
+    if p.pp_split != "auto" and (len(p.pp_split) != count or sum(p.pp_split) != layers):
+        rule = (
+            f"needs {count} numbers (pp · pp_virtual) with the sum of model.layers({layers}); "
+            f"these are {len(p.pp_split)} with the sum {sum(p.pp_split)}"
+        )
+        problems.append(Problem("parallel.pp_split", rule, "or set it to auto"))
+    if p.pp_virtual > 1 and p.pp_schedule not in MULTI:
+        rule = f"{p.pp_schedule} runs one stage per rank, and pp_virtual is {p.pp_virtual}"
+        problems.append(Problem("parallel.pp_schedule", rule, "use interleaved-1f1b or zero-bubble, or pp_virtual: 1"))
+    problems += _zero_bubble(config, degrees) if p.pp_schedule == "zero-bubble" else []
+    return problems + _micro_batches(config, degrees)
+
+
+def _zero_bubble(config: Config, degrees: Degrees) -> list[Problem]:
+    problems = []
+    if degrees.dp_shard > 1:
+        rule = (
+            f"does not go with sharded data (dp_shard is {degrees.dp_shard}): the split backward looks "
+            "parameters up by their place in the graph, which FSDP2 replaces"
+        )
+        problems.append(Problem("parallel.pp_schedule", rule, "set dp_shard: 1, or pp_schedule: interleaved-1f1b"))
+    if config.train.recompute != "none":
+        rule = "does not go with recomputation: both halves of the split backward would recompute"
+        problems.append(Problem("parallel.pp_schedule", rule, "set train.recompute: none, or pp_schedule: 1f1b"))
+    if config.train.compile:
+        rule = "does not go with train.compile: a compiled block's backward cannot be split"
+        problems.append(Problem("parallel.pp_schedule", rule, "set train.compile: false, or pp_schedule: 1f1b"))
+    return problems
+
+
+def _micro_batches(config: Config, degrees: Degrees) -> list[Problem]:
+    p, t = config.parallel, config.train
+    count = t.global_batch // max(1, degrees.dp * t.micro_batch)
+    given = f"global_batch({t.global_batch}) / (dp({degrees.dp}) · micro_batch({t.micro_batch})) = {count} micro-batches"
+    if count and p.pp_schedule in MULTI and count % p.pp:
+        rule = f"{given}: {p.pp_schedule} needs a multiple of pp({p.pp})"
+        return [Problem("train.global_batch", rule, f"use a multiple of {degrees.dp * t.micro_batch * p.pp}")]
+    if count and p.pp_schedule == "1f1b" and count < p.pp:
+        rule = f"{given}: 1f1b needs at least pp({p.pp})"
+        return [Problem("train.global_batch", rule, f"use at least {degrees.dp * t.micro_batch * p.pp}, or gpipe")]
+    return []

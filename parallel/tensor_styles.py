@@ -1,0 +1,119 @@
+"""How each module of a decoder is split along the tensor axis, as torch parallel styles."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleInputOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from moesys.models import Decoder
+from moesys.models.attention import LatentAttention
+from moesys.moe import MoELayer
+
+
+class Replicated(ParallelStyle):
+    """Weights replicated over the axis; inputs and outputs stay the DTensors they are."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh)
+
+
+class UsedByLocalHeads(ParallelStyle):
+    """First input: whole on every rank but used by the rank's own heads, so its gradients are summed."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def localise(_: nn.Module, inputs: tuple) -> tuple:
+            x: Tensor = inputs[0]
+            if isinstance(x, DTensor):
+                x = x.to_local(grad_placements=[Partial()])
+            return (x, *inputs[1:])
+
+        module.register_forward_pre_hook(localise)
+        return module
+
+
+def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
+    """Apply the table of `moesys.parallel.tensor`; `sp`: the stream is split along the sequence."""
+    stream: Placement = Shard(1) if sp else Replicate()
+    plan: dict[str, ParallelStyle] = {}
+    if model.embed is not None:
+        plan["embed"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
+    if model.head is not None:
+        plan["head"] = ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1))
+        if sp:
+            plan["norm"] = SequenceParallel()
+    for name, block in model.layers.items():
+        plan |= {f"layers.{name}.{key}": style for key, style in _block(block, stream, sp).items()}
+    tied = model.embed is not None and model.head is not None and model.head.weight is model.embed.weight
+    parallelize_module(model, axis, plan)
+    if tied:
+        assert model.embed is not None and model.head is not None
+        model.head.weight = model.embed.weight
+    return model
+
+
+def _block(block: nn.Module, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
+    whole = (Replicate(), None, None)
+    plan: dict[str, ParallelStyle] = {
+        "attention": PrepareModuleInput(input_layouts=(stream, None, None), desired_input_layouts=whole),
+        "attention.o_proj": RowwiseParallel(output_layouts=stream),
+    }
+    if sp:
+        plan |= {"attention_norm": SequenceParallel(), "ffn_norm": SequenceParallel()}
+    plan |= {f"attention.{key}": style for key, style in _projections(block.attention).items()}
+    ffn = block.ffn
+    if isinstance(ffn, MoELayer):
+        plan |= {
+            "ffn": PrepareModuleInputOutput(
+                input_layouts=stream,
+                desired_input_layouts=Shard(1),
+                use_local_input=True,
+                output_layouts=Shard(1),
+                desired_output_layouts=stream,
+            ),
+            # Tokens [T, H] are a slice over the axis: the weight's gradient is a sum over it.
+            "ffn.gate.projection": SequenceParallel(sequence_dim=0, use_local_output=True),
+        }
+        if ffn.shared is not None:
+            plan |= _feed_forward("ffn.shared", Shard(1))
+    else:
+        plan |= _feed_forward("ffn", stream)
+    return plan
+
+
+def _projections(attention: nn.Module) -> dict[str, ParallelStyle]:
+    if isinstance(attention, LatentAttention):
+        latent = ["kv_a_proj", "kv_a_norm"]
+        whole = ["kv_b_proj"]
+        if attention.compress_query:
+            latent, whole = [*latent, "q_a_proj", "q_a_norm"], [*whole, "q_b_proj"]
+        else:
+            whole.append("q_proj")
+        return {
+            **{key: Replicated() for key in latent},
+            **{key: ColwiseParallel() for key in whole},
+            "shared_key": UsedByLocalHeads(),
+        }
+    plan: dict[str, ParallelStyle] = {key: ColwiseParallel() for key in ("q_proj", "k_proj", "v_proj")}
+    if attention.q_norm is not None:
+        # Heads [B, S, h, d] are split over the axis.
+        plan |= {key: SequenceParallel(sequence_dim=2, use_local_output=True) for key in ("q_norm", "k_norm")}
+    return plan
+
+
+def _feed_forward(name: str, stream: Placement) -> dict[str, ParallelStyle]:
+    return {
+        name: PrepareModuleInput(input_layouts=stream, desired_input_layouts=Replicate()),
+        f"{name}.gate_proj": ColwiseParallel(),
+        f"{name}.up_proj": ColwiseParallel(),
+        f"{name}.down_proj": RowwiseParallel(output_layouts=stream),
+    }
