@@ -135,8 +135,9 @@ def _engine(
     held = t.seq_len // d.cp
     width = held // d.tp if config.parallel.sp else held
     tokens = torch.empty(t.micro_batch, held, dtype=torch.int64, device="meta")
-    stream = torch.empty(t.micro_batch, width, config.model.hidden, dtype=parts[0].dtype, device="meta")
-    logits = torch.empty(t.micro_batch, held, vocab_size // d.tp, dtype=parts[0].dtype, device="meta")
+    like = {"dtype": parts[0].dtype, "device": "meta", "requires_grad": True}
+    stream = torch.empty(t.micro_batch, width, config.model.hidden, **like)
+    logits = torch.empty(t.micro_batch, held, vocab_size // d.tp, **like)
     shapes = [(tokens if s.first else stream, logits if s.last else stream) for s in stages]
     return Pipelined(list(parts), stages, config.parallel.pp_schedule, micro_batches, loss, mesh, shapes)
 
