@@ -115,7 +115,8 @@ def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dty
     model = data.apply(model, mesh, config)
     model.to_empty(device=mesh.device)
     if config.model.tie_embeddings and model.head is not None and model.embed is not None:
-        assert model.head.weight is model.embed.weight
+        # to_empty replaces plain parameters, one module at a time; DTensors keep their identity.
+        model.head.weight = model.embed.weight
     initialise(model, config.seed, config.model.init_std, config.model.tie_embeddings)
     return model
 
