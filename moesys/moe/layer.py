@@ -16,7 +16,11 @@ from moesys.moe.routing import MicroBatch, Routing, attach_loss
 
 
 class LayerStatistics:
-    """Sums over the forward passes since the last reset, of this device's tokens, kept on the device."""
+    """Sums over the forward passes since the last reset, of this device's tokens, kept on the device.
+
+    `load` [E] and `dropped` count assignments, `calls` forward passes; each loss is the sum of this
+    device's shares, coefficient included. Recomputation in backward counts again: use ratios.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
@@ -25,7 +29,9 @@ class LayerStatistics:
         parts: dict[str, Tensor] = {name: loss.detach() for name, loss in routing.losses.items()}
         if routing.load_E is not None:
             parts["load"] = routing.load_E
-        parts["dropped"] = torch.as_tensor(routing.dropped)
+        device = routing.weight_A.device
+        parts["dropped"] = torch.as_tensor(routing.dropped, device=device)
+        parts["calls"] = torch.ones((), device=device)
         for name, value in parts.items():
             self.totals[name] = self.totals[name] + value if name in self.totals else value.clone()
 

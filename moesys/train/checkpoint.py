@@ -1,0 +1,125 @@
+"""Checkpoints: complete or absent, and independent of the layout they were written under.
+
+A checkpoint holds every parameter and its optimizer state by the parameter's name, through
+`torch.distributed.checkpoint`; DTensors carry their own placement. It is written beside its final
+name and renamed when all ranks are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from moesys.config.schema import Config
+from moesys.errors import CheckpointError
+
+META = "moesys.json"
+
+
+def newest(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step in `folder`, if any."""
+    complete = sorted(path for path in folder.glob("step-*") if (path / META).exists())
+    return complete[-1] if complete else None
+
+
+def _state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    slots = {
+        f"{name}/{slot}": value
+        for name, p in parameters.items()
+        for slot, value in optimizer.state[p].items()
+        if isinstance(value, Tensor)
+    }
+    return {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": slots}
+
+
+def save(
+    folder: Path, config: Config, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+    step: int, samples: int, keep: int,
+) -> Path:
+    """Write `folder`/step-N and remove all but the newest `keep`. Collective over the world."""
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{step:08d}"
+    first = dist.get_rank() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".partial-*"):
+            shutil.rmtree(left)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save(_state(parameters, optimizer), checkpoint_id=partial)
+    dist.barrier()
+    if first:
+        meta = {"step": step, "samples": samples, "model": config.model.model_dump(), "seed": config.seed}
+        (partial / META).write_text(json.dumps(meta, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        complete = sorted(path for path in folder.glob("step-*") if (path / META).exists())
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def check(path: Path, config: Config) -> dict[str, Any]:
+    """The metadata of a checkpoint, if it fits the model.
+
+    Raises:
+        CheckpointError: unreadable, or of another model; names the keys that differ.
+    """
+    try:
+        meta = json.loads((path / META).read_text())
+        saved, asked = _flat(meta["model"]), _flat(config.model.model_dump())
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove it, or choose another run name") from None
+    different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
+    if different:
+        rows = "".join(f"\n  model.{key}: saved {saved.get(key)}, now {asked.get(key)}" for key in different)
+        raise CheckpointError(f"{path} is of another model:{rows}\n    remedy: restore these keys, or choose another run name")
+    return meta
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def load(
+    path: Path, config: Config, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, int]:
+    """Fill parameters and optimizer from a checkpoint: (step, samples seen). Collective over the world.
+
+    Raises:
+        CheckpointError: as `check`.
+    """
+    meta = check(path, config)
+    _allocate(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(_state(parameters, optimizer), checkpoint_id=path)
+    return meta["step"], meta["samples"]
+
+
+def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer create its state: a step of zeros that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,129 @@
+"""The trainer: steps, evaluation, resumption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.config.schema import Config
+from moesys.data.corpus import Corpus
+from moesys.data.samples import Samples
+from moesys.parallel import comm
+from moesys.parallel.compose import Composed, compose
+from moesys.parallel.mesh import ParallelMesh
+from moesys.train import checkpoint, optimizer
+from moesys.train.metrics import collect
+
+IGNORED = -100
+"""Label of a token that no loss counts."""
+
+
+class Trainer:
+    """A model under parallelism with its optimizer and its place in the data.
+
+    Args:
+        config: the run; `config.model.vocab_size` may be None, then the tokenizer decides.
+        mesh: the run's meshes.
+        corpus: tokens for training and held-out tokens.
+        dtype: type of the weights, default float32.
+    """
+
+    def __init__(self, config: Config, mesh: ParallelMesh, corpus: Corpus, dtype: torch.dtype | None = None):
+        self.config, self.mesh = config, mesh
+        self.model: Composed = compose(config, mesh, corpus.vocab_size, dtype)
+        self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
+        self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
+        self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=None)
+        self.step, self.seen = 0, 0
+        self.before_update: Callable[[], None] | None = None
+        """Called in every step when gradients are complete, before clipping."""
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step over the next global batch: its metrics. Collective."""
+        t = self.config.train
+        begin = perf_counter()
+        self.step += 1
+        numbers = range(self.seen, self.seen + t.global_batch)
+        self.seen += t.global_batch
+        windows = torch.from_numpy(np.stack([self.samples[n] for n in self._mine(numbers)]))
+        with comm.record() as events:
+            loss = self.model.train(*self._split(windows))
+            self.model.gradients.reduce()
+        if self.before_update is not None:
+            self.before_update()
+        norm = self.model.gradients.clip(t.optimizer.clip)
+        rate = optimizer.learning_rate(t, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._synchronise()
+        travel = sum(event.seconds for event in events if event.kind == "all_to_all")
+        values = collect(self.model, loss, travel)
+        seconds = perf_counter() - begin
+        return {
+            "step": self.step,
+            **{k: v for k, v in values.items() if k != "all_to_all_seconds"},
+            "lr": rate,
+            "grad_norm": norm,
+            "all_to_all_share": values["all_to_all_seconds"] / seconds,
+            "tokens_per_second": t.global_batch * t.seq_len / seconds,
+            "step_seconds": seconds,
+        }
+
+    def evaluate(self) -> float:
+        """Mean cross-entropy in nats per token of the first held-out sequences. Collective."""
+        t = self.config.train
+        count = self.heldout_windows()
+        total, size = torch.zeros((), dtype=torch.float64, device=self.mesh.device), t.global_batch
+        for start in range(0, count, size):
+            numbers = self._mine(range(start, start + size))
+            windows = torch.from_numpy(np.stack([self.heldout[min(n, count - 1)] for n in numbers]))
+            tokens, labels = self._split(windows)
+            labels[torch.tensor([n >= count for n in numbers], device=labels.device)] = IGNORED
+            total += self.model.evaluate(tokens, labels).double()
+        for layer in self.model.moe_layers().values():
+            layer.statistics.take()
+        dist.all_reduce(total)
+        return total.item() * size / (self.mesh.degrees.tp * count)
+
+    def heldout_windows(self) -> int:
+        """Held-out sequences that `evaluate` uses."""
+        return min(self.config.train.eval_sequences, len(self.heldout))
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint of this step under `folder`. Collective."""
+        c = self.config
+        return checkpoint.save(
+            folder, c, self.model.named_parameters(), self.optimizer, self.step, self.seen, c.output.keep
+        )
+
+    def resume(self, folder: Path) -> Path | None:
+        """Continue from the newest checkpoint under `folder`, if there is one. Collective."""
+        path = checkpoint.newest(folder)
+        if path is not None:
+            parameters = self.model.named_parameters()
+            self.step, self.seen = checkpoint.load(path, self.config, parameters, self.optimizer)
+        return path
+
+    def _mine(self, numbers: range) -> range:
+        """This data rank's share of a global batch: consecutive micro-batches."""
+        place, degrees = self.mesh.place, self.mesh.degrees
+        rank = place["dp_replicate"] * degrees.dp_shard + place["dp_shard"]
+        size = len(numbers) // degrees.dp
+        return numbers[rank * size : (rank + 1) * size]
+
+    def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        windows = windows.to(self.mesh.device)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def _synchronise(self) -> None:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()

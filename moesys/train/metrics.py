@@ -1,0 +1,135 @@
+"""What a step measured, gathered from all ranks by one all-reduce, and where it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.config.schema import Config
+from moesys.parallel.compose import Composed
+
+LOSSES = ("balance", "z")
+
+
+def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict[str, Any]:
+    """Loss and routing of the step, over all ranks. Collective.
+
+    Returns loss (mean of the global batch), all_to_all_seconds (mean over ranks), and with MoE layers:
+    imbalance (largest expert's load / mean, mean over layers), rank_imbalance (the same of the ep
+    ranks' loads), dropped (share of assignments), balance and z (unscaled losses, mean over layers
+    and micro-batches).
+    """
+    config, degrees, device = composed.config, composed.mesh.degrees, composed.mesh.device
+    moe = config.model.moe
+    layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
+    width = (moe.experts if moe else 0) + 2 + len(LOSSES)
+    table = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
+    for name, layer in composed.moe_layers().items():
+        totals = layer.statistics.take()
+        row = table[layers.index(int(name.split(".")[1]))]
+        parts = [totals.get(key, torch.zeros((), device=device)) for key in ("calls", "dropped", *LOSSES)]
+        row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
+    head = torch.tensor([0.0, all_to_all_seconds], dtype=torch.float64, device=device)
+    head[0] = loss.double() / degrees.tp
+    packed = torch.cat([head, table.flatten()])
+    dist.all_reduce(packed)
+    values = {"loss": packed[0].item(), "all_to_all_seconds": packed[1].item() / degrees.world}
+    if moe is not None and layers:
+        values |= _routing(packed[2:].view_as(table), moe, degrees)
+    return values
+
+
+def _routing(table: Tensor, moe, degrees) -> dict[str, float]:
+    calls, dropped, balance, z = table[:, :4].T
+    load = table[:, 4:]
+    per_rank = load.view(len(load), degrees.ep, -1).sum(-1)
+    micro_batches = calls / (degrees.cp * degrees.tp)
+    values = {
+        "imbalance": (load.amax(1) / load.mean(1)).mean().item(),
+        "rank_imbalance": (per_rank.amax(1) / per_rank.mean(1)).mean().item(),
+        "dropped": (dropped.sum() / load.sum()).item(),
+    }
+    for name, total, factor in (("balance", balance, moe.balance_loss), ("z", z, moe.z_loss)):
+        if factor:
+            values[name] = (total / micro_batches).mean().item() / factor
+    return values
+
+
+class MetricsLog:
+    """metrics.jsonl, TensorBoard and Weights & Biases of a run; does nothing except on rank 0.
+
+    Records of steps after `resumed` (left by a run that ended after its last checkpoint) are removed:
+    they will be written again.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, resumed: int):
+        self.active = dist.get_rank() == 0
+        if not self.active:
+            return
+        path = run_dir / "metrics.jsonl"
+        _truncate(path, resumed)
+        self._file = path.open("a", buffering=1)
+        self._board = self._wandb = None
+        if config.output.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed + 1)
+        if config.output.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project="moesys", name=config.name, id=config.name, resume="allow", config=config.model_dump()
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line; numbers among its values become scalars of the step `record["step"]`."""
+        if not self.active:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+        if self._board is not None:
+            for key, value in scalars.items():
+                self._board.add_scalar(key, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=record["step"])
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.active:
+            return
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1 if error else 0)
+
+
+def _truncate(path: Path, last: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # a line cut short by the end of its writer
+    write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: readers see the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,192 @@
+"""The proof of equality: a parallel run computes what one process computes.
+
+Both train the same steps in float32 (or float64) from the same seed on the same data; every loss,
+every gradient of every step and every final parameter is compared.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moesys.config.schema import Config, ParallelConfig
+
+FLOOR = 1e-3
+"""A tensor whose gradient's root-mean-square is under this share of the model's is rounding noise
+around zero (the bias of a key, say): its difference is taken relative to that share instead, and its
+parameter, which Adam moves by the sign of noise, is not compared."""
+
+
+@dataclass
+class Trace:
+    """What a run computed: losses and norms per step, gradients per step and final parameters by name."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Difference:
+    """The largest relative difference of one kind, and where it is."""
+
+    value: float = 0.0
+    where: str = ""
+
+    def update(self, value: float, where: str) -> None:
+        if not value <= self.value:  # also a NaN
+            self.value, self.where = value, where
+
+
+@dataclass
+class Report:
+    """Largest relative differences between a parallel run and one process."""
+
+    world: int
+    steps: int
+    tolerance: float
+    loss: Difference = field(default_factory=Difference)
+    norm: Difference = field(default_factory=Difference)
+    gradient: Difference = field(default_factory=Difference)
+    parameter: Difference = field(default_factory=Difference)
+
+    @property
+    def passed(self) -> bool:
+        kinds = (self.loss, self.norm, self.gradient, self.parameter)
+        return all(kind.value <= self.tolerance for kind in kinds)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def reference(config: Config) -> Config:
+    """The same run for one process: no parallelism, nothing recomputed or compiled."""
+    return config.model_copy(
+        update={
+            "parallel": ParallelConfig(),
+            "cluster": config.cluster.model_copy(update={"nodes": 1, "ranks_per_node": 1}),
+            "train": config.train.model_copy(update={"recompute": "none", "compile": False}),
+        }
+    )
+
+
+def trace(
+    config: Config, world: int, steps: int, dtype: str = "float32", prepare: Callable[[], None] | None = None
+) -> Trace:
+    """Train `steps` steps in `world` processes on this machine and collect what they computed.
+
+    `prepare`, importable by name, is called in every process first.
+    """
+    config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": "float32"})})
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
+    with tempfile.TemporaryDirectory(prefix="moesys-verify-") as folder:
+        arguments = (world, config, steps, dtype, folder, prepare)
+        mp.start_processes(_work, arguments, nprocs=world, start_method="forkserver")
+        merged = Trace()
+        for path in sorted(Path(folder).glob("trace-*.pt")):
+            _merge(merged, torch.load(path, weights_only=False))
+    return merged
+
+
+def _work(
+    rank: int, world: int, config: Config, steps: int, dtype: str, folder: str, prepare: Callable[[], None] | None
+) -> None:
+    from moesys.data.corpus import open_corpus
+    from moesys.train.loop import Trainer
+    from moesys.train.worker import connect
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if prepare is not None:
+        prepare()
+    backend = "nccl" if config.cluster.device == "cuda" else "gloo"
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        backend, f"file://{folder}/rendezvous", rank=rank, world_size=world,
+        timeout=timedelta(seconds=config.launch.timeout_s),
+    )
+    mesh = connect(config)
+    trainer = Trainer(config, mesh, open_corpus(config), getattr(torch, dtype))
+    found = Trace()
+    trainer.before_update = lambda: found.gradients.append(_whole(trainer, "grad"))
+    for _ in range(steps):
+        record = trainer.train_step()
+        found.losses.append(record["loss"])
+        found.norms.append(record["grad_norm"])
+    found.parameters = _whole(trainer, "data")
+    if not any(place for axis, place in mesh.place.items() if axis != "pp"):
+        torch.save(found, f"{folder}/trace-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _whole(trainer: Any, attribute: str) -> dict[str, Tensor]:
+    """Every parameter of this rank's stages, or its gradient, in full. Collective over the stage."""
+    whole = {}
+    for name, parameter in trainer.model.named_parameters().items():
+        value = getattr(parameter, attribute)
+        whole[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
+    return whole
+
+
+def _merge(into: Trace, part: Trace) -> None:
+    """Add the tensors of another pipeline stage."""
+    into.losses, into.norms = part.losses, part.norms
+    into.parameters |= part.parameters
+    if not into.gradients:
+        into.gradients = [{} for _ in part.gradients]
+    for whole, stage in zip(into.gradients, part.gradients, strict=True):
+        whole |= stage
+
+
+def compare(found: Trace, expected: Trace, world: int, tolerance: float) -> Report:
+    """Differences ‖a − b‖ / ‖b‖ per tensor, |a − b| / |b| of losses and norms; the largest of each kind."""
+    report = Report(world, len(expected.losses), tolerance)
+    for kind, pairs in (("loss", (found.losses, expected.losses)), ("norm", (found.norms, expected.norms))):
+        for step, (a, b) in enumerate(zip(*pairs, strict=True), 1):
+            getattr(report, kind).update(abs(a - b) / abs(b), f"step {step}")
+    moved: set[str] = set()
+    for step, (a, b) in enumerate(zip(found.gradients, expected.gradients, strict=True), 1):
+        moved |= _compare_gradients(report.gradient, a, b, step)
+    for name in sorted(moved):
+        a, b = found.parameters[name].double(), expected.parameters[name].double()
+        report.parameter.update(((a - b).norm() / b.norm()).item(), name)
+    return report
+
+
+def _compare_gradients(
+    worst: Difference, found: dict[str, Tensor], expected: dict[str, Tensor], step: int
+) -> set[str]:
+    """Names of the tensors whose gradient is more than noise."""
+    if missing := found.keys() ^ expected.keys():
+        worst.update(float("inf"), f"step {step}, only one run has {sorted(missing)[0]}")
+        return set()
+    squares = sum(float(g.double().square().sum()) for g in expected.values())
+    typical = sqrt(squares / sum(g.numel() for g in expected.values()))
+    moved = set()
+    for name, b in expected.items():
+        size, floor = float(b.double().norm()), FLOOR * typical * sqrt(b.numel())
+        difference = float((found[name].double() - b.double()).norm())
+        worst.update(difference / max(size, floor), f"step {step}, {name}")
+        if size > floor:
+            moved.add(name)
+    return moved
+
+
+def verify(config: Config, world: int, steps: int, tolerance: float, dtype: str = "float32") -> Report:
+    """Prove that `config` on `world` processes equals one process over `steps` steps."""
+    expected = trace(reference(config), 1, steps, dtype)
+    return compare(trace(config, world, steps, dtype), expected, world, tolerance)

@@ -1,0 +1,172 @@
+"""One worker process of a run: what every launcher starts on every rank.
+
+    RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 \\
+        python -m moesys.train.worker runs/NAME
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from time import perf_counter, time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moesys.config.load import load
+from moesys.config.schema import Config
+from moesys.data.corpus import open_corpus
+from moesys.data.ngram import cross_entropies
+from moesys.errors import MoesysError
+from moesys.models.size import parameters
+from moesys.parallel.degrees import resolve
+from moesys.parallel.mesh import ParallelMesh
+from moesys.train.loop import Trainer
+from moesys.train.metrics import MetricsLog, write_whole
+
+
+def connect(config: Config) -> ParallelMesh:
+    """Join the process group that the environment describes, unless already in it, and build the meshes."""
+    wanted = config.cluster.device
+    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=config.launch.timeout_s)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    degrees, problems = resolve(config, dist.get_world_size())
+    if degrees is None:
+        raise MoesysError("; ".join(map(str, problems)))
+    return ParallelMesh(degrees, device, config.launch.timeout_s)
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Train `config` to its end in `run_dir`, from the newest checkpoint there if there is one.
+
+    Writes errors/rank-N.txt and raises if anything fails.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    errors = run_dir / "errors"
+    errors.mkdir(parents=True, exist_ok=True)
+    try:
+        _train(config, run_dir)
+    except BaseException as error:
+        text = str(error) if isinstance(error, MoesysError) else traceback.format_exc()
+        write_whole(errors / f"rank-{rank}.txt", text)
+        raise
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def _train(config: Config, run_dir: Path) -> None:
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    mesh = connect(config)
+    _write_ranks(mesh, run_dir)
+    corpus = open_corpus(config)
+    trainer = Trainer(config, mesh, corpus)
+    folder = run_dir / "checkpoints"
+    trainer.resume(folder)
+    with MetricsLog(config, run_dir, trainer.step) as log:
+        summary = _steps(trainer, log, folder)
+    if dist.get_rank() == 0:
+        _write_summary(summary, trainer, run_dir, corpus)
+
+
+def _steps(trainer: Trainer, log: MetricsLog, folder: Path) -> dict[str, Any]:
+    t, o = trainer.config.train, trainer.config.output
+    begin, first = perf_counter(), trainer.step
+    steady: list[dict[str, Any]] = []
+    saved = None
+    while trainer.step < t.steps:
+        record = trainer.train_step()
+        step, spent = trainer.step, perf_counter() - begin
+        if step > first + 1:
+            steady.append(record)
+        if step % o.log_every == 0 or step == t.steps:
+            eta = spent / (step - first) * (t.steps - step)
+            log.write({**record, "steps": t.steps, "eta_s": eta, "time": time()})
+        if t.eval_every and step % t.eval_every == 0 and step < t.steps:
+            log.write({"step": step, "heldout_loss": trainer.evaluate()})
+        if o.checkpoint_every and step % o.checkpoint_every == 0 and step < t.steps:
+            saved = trainer.save(folder)
+    heldout = trainer.evaluate()
+    log.write({"step": trainer.step, "heldout_loss": heldout})
+    if trainer.step > first:
+        saved = trainer.save(folder)
+    seconds = sum(r["step_seconds"] for r in steady)
+    tokens = t.global_batch * t.seq_len * len(steady)
+    shares = [r["all_to_all_share"] * r["step_seconds"] for r in steady]
+    return {
+        "heldout_loss": heldout,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "all_to_all_share": sum(shares) / seconds if seconds else None,
+        "checkpoint": str(saved) if saved else None,
+    }
+
+
+def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, corpus) -> None:
+    import numpy as np
+
+    windows = np.stack([trainer.heldout[n] for n in range(trainer.heldout_windows())])
+    unigram, bigram = cross_entropies(corpus.train, windows, corpus.vocab_size)
+    total, active = parameters(trainer.config.model, corpus.vocab_size)
+    old = run_dir / "summary.json"
+    if summary["tokens_per_second"] is None and old.exists():
+        # Nothing was left to train: the figures of the run that did the work stay.
+        kept = json.loads(old.read_text())
+        summary |= {k: kept.get(k) for k in ("tokens_per_second", "all_to_all_share", "checkpoint")}
+    summary |= {
+        "unigram_loss": unigram,
+        "bigram_loss": bigram,
+        "steps": trainer.step,
+        "world_size": dist.get_world_size(),
+        "parameters": total,
+        "active_parameters": active,
+        "metrics": str(run_dir / "metrics.jsonl"),
+    }
+    write_whole(old, json.dumps(summary, indent=1) + "\n")
+
+
+def _write_ranks(mesh: ParallelMesh, run_dir: Path) -> None:
+    host = socket.gethostname()
+    here = {
+        "rank": mesh.rank,
+        "host": host,
+        "node_ip": os.environ.get("MOESYS_NODE_IP", host),
+        "pid": os.getpid(),
+        "local_rank": int(os.environ.get("LOCAL_RANK", 0)),
+        "device": torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu",
+        **{axis: place for axis, place in (mesh.place | mesh.expert_place).items()},
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, here)
+    if mesh.rank == 0:
+        write_whole(run_dir / "ranks.json", json.dumps(everyone, indent=1) + "\n")
+
+
+def main() -> int:
+    """Run the folder named on the command line; 0, or the error's exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    run_dir = Path(sys.argv[1])
+    try:
+        run(load(run_dir / "config.yaml").config, run_dir)
+    except MoesysError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
