@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moesys.config.schema import Config
-from moesys.models import Decoder
+from moesys.models.decoder import Decoder
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.parallel import context, data, expert, pipeline, tensor
 from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
 from moesys.parallel.loss import TokenLoss
 from moesys.parallel.mesh import ParallelMesh
-from moesys.parallel.pipeline import Stage
+from moesys.parallel.cost import Stage
 from moesys.parallel.recompute import wrap
 from moesys.parallel.schedules import Pipelined, Whole
 

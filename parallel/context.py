@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
+from moesys.models.size import Weight
+from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees
 
 if TYPE_CHECKING:
-    from moesys.models import Decoder
+    from moesys.models.decoder import Decoder
     from moesys.parallel.mesh import ParallelMesh
 
 
@@ -32,6 +34,23 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
         rule = f"2 · cp({cp}) = {2 * cp} must divide train.seq_len({seq}): each rank holds two chunks"
         return [Problem("parallel.cp", rule, f"make train.seq_len a multiple of {2 * cp}")]
     return []
+
+
+def shards(weight: Weight, degrees: Degrees) -> int:
+    """Context ranks hold whole weights (they share data's sharding)."""
+    return 1
+
+
+def cost(shape: StepShape) -> list[Collective]:
+    """Keys and values gathered in every layer, their gradients scattered."""
+    a, d = shape.config.model.attention, shape.degrees
+    if a.kind == "mla":
+        elements = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+    else:
+        elements = 2 * (a.kv_heads or a.heads) * shape.config.model.head_dim
+    size = shape.sequence_tokens * elements / d.tp * shape.width
+    calls = shape.layers * shape.micro_batches
+    return [Collective("all_gather", ("cp",), size, calls), Collective("reduce_scatter", ("cp",), size, calls)]
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
+from moesys.models.size import Weight
+from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Shard
     from torch.nn import Module, Parameter
 
-    from moesys.models import Decoder
+    from moesys.models.decoder import Decoder
     from moesys.parallel.mesh import ParallelMesh
 
 
@@ -38,6 +40,30 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
             remedy = f"choose ep({degrees.ep}) or dp_shard so that edp_shard divides it (ffn_hidden is {inner})"
             problems.append(Problem("parallel.dp_shard", rule, remedy))
     return problems
+
+
+def shards(weight: Weight, degrees: Degrees) -> int:
+    """Ways that FSDP splits a weight."""
+    return degrees.edp_shard if weight.routed else degrees.dp_shard * degrees.cp if degrees.dp_shard > 1 else 1
+
+
+def cost(shape: StepShape) -> list[Collective]:
+    """Gradients summed over replicas; parameters gathered and gradients scattered over shards."""
+    d, moves = shape.degrees, []
+    spans = (
+        (False, d.dp_shard > 1, ("dp_replicate", "dp_shard", "cp"), ("dp_shard", "cp"), ("dp_replicate",)),
+        (True, d.edp_shard > 1, ("edp_replicate", "edp_shard"), ("edp_shard",), ("edp_replicate",)),
+    )
+    for routed, sharded, every, inner, outer in spans:
+        size = shape.held(lambda w, routed=routed: w.routed == routed, unsharded=True)
+        if not sharded:
+            moves.append(Collective("all_reduce", every, 4 * size, 1))
+            continue
+        passes = 2 * shape.micro_batches if shape.config.parallel.pp == 1 else 2
+        moves.append(Collective("all_gather", inner, shape.width * size, passes))
+        moves.append(Collective("reduce_scatter", inner, 4 * size, 1))
+        moves.append(Collective("all_reduce", outer, 4 * size / shape.size(inner), 1))
+    return moves
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
+from moesys.models.size import Weight
+from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees, divisors
 
 if TYPE_CHECKING:
-    from moesys.models import Decoder
+    from moesys.models.decoder import Decoder
     from moesys.parallel.mesh import ParallelMesh
 
 WEIGHT_DIMS = {"gate": (0, 2), "up": (0, 2), "down": (0, 1)}
@@ -40,6 +42,22 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
         rule = f"must be less than model.layers({config.model.layers}), or no layer is MoE"
         problems.append(Problem("model.moe.first_dense", rule))
     return problems
+
+
+def shards(weight: Weight, degrees: Degrees) -> int:
+    """Ways that ep and etp split a weight."""
+    return degrees.ep * degrees.etp if weight.routed else 1
+
+
+def cost(shape: StepShape) -> list[Collective]:
+    """Dispatch and combine, forward and backward, of every MoE layer: k·etp rows per token."""
+    m = shape.config.model
+    if m.moe is None:
+        return []
+    d, layers = shape.degrees, sum(m.is_moe(i) for i in shape.stage.layers)
+    tokens = shape.sequence_tokens / (d.cp * d.tp)
+    size = tokens * m.moe.top_k * d.etp * m.hidden * shape.width
+    return [Collective("all_to_all", ("ep", "etp"), size, 4 * layers * shape.micro_batches)]
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

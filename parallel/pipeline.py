@@ -6,34 +6,17 @@ zero-bubble schedule (arXiv 2401.10241), which splits backward into its parts fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
 from moesys.config.schema import Config, ModelConfig
 from moesys.errors import Problem
-from moesys.models.size import flops_per_token
+from moesys.models.size import Weight, flops_per_token
+from moesys.parallel.cost import Collective, Stage, StepShape
 from moesys.parallel.degrees import Degrees
 
 MULTI = ("interleaved-1f1b", "zero-bubble")
 """Schedules that run several stages per rank."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Stage `index` of `count`: these layers, with the embedding if first, norm and head if last."""
-
-    index: int
-    count: int
-    layers: range
-
-    @property
-    def first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def last(self) -> bool:
-        return self.index == self.count - 1
 
 
 def stages(config: Config, vocab_size: int) -> list[Stage]:
@@ -122,3 +105,17 @@ def _micro_batches(config: Config, degrees: Degrees) -> list[Problem]:
         rule = f"{given}: 1f1b needs at least pp({p.pp})"
         return [Problem("train.global_batch", rule, f"use at least {degrees.dp * t.micro_batch * p.pp}, or gpipe")]
     return []
+
+
+def shards(weight: Weight, degrees: Degrees) -> int:
+    """A stage holds its layers' weights whole; which layers, `stages` says."""
+    return 1
+
+
+def cost(shape: StepShape) -> list[Collective]:
+    """The stream sent on, and its gradient sent back, by every stage for every micro-batch."""
+    if shape.degrees.pp == 1:
+        return []
+    d, p = shape.degrees, shape.config.parallel
+    size = shape.sequence_tokens / (d.cp * (d.tp if p.sp else 1)) * shape.config.model.hidden * shape.width
+    return [Collective("send", ("pp",), size, ((not shape.stage.first) + (not shape.stage.last)) * shape.micro_batches)]

@@ -17,7 +17,8 @@ from torch.distributed.pipelining import (
 )
 
 from moesys.parallel.mesh import ParallelMesh
-from moesys.parallel.pipeline import MULTI, Stage
+from moesys.parallel.cost import Stage
+from moesys.parallel.pipeline import MULTI
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits of one micro-batch, labels) → this rank's share of the loss, a scalar."""

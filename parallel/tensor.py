@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
+from moesys.models.size import Weight
+from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees
 
 if TYPE_CHECKING:
-    from moesys.models import Decoder
+    from moesys.models.decoder import Decoder
     from moesys.parallel.mesh import ParallelMesh
 
 SHARDED = {
@@ -61,6 +63,25 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
         rule = f"a norm over all heads together (qk_norm: full) cannot be split over tp({tp})"
         problems.append(Problem("parallel.tp", rule, "set tp: 1, or qk_norm: head"))
     return problems
+
+
+def shards(weight: Weight, degrees: Degrees) -> int:
+    """Ways that tp splits a weight; a bias lies as its weight's output does."""
+    dim = SHARDED.get(weight.module)
+    whole = dim is None or (weight.name.endswith(".bias") and dim == 1)
+    return 1 if whole else degrees.tp
+
+
+def cost(shape: StepShape) -> list[Collective]:
+    """The stream made whole before, and summed after, each attention and dense feed-forward."""
+    m, calls = shape.config.model, shape.micro_batches
+    size = shape.sequence_tokens / shape.degrees.cp * m.hidden * shape.width
+    dense = sum(not m.is_moe(i) or (m.moe is not None and m.moe.shared_experts > 0) for i in shape.stage.layers)
+    blocks = shape.layers + dense
+    if not shape.config.parallel.sp:
+        return [Collective("all_reduce", ("tp",), size, 2 * blocks * calls)]
+    # forward: gather before, scatter after; backward: the other way round
+    return [Collective(kind, ("tp",), size, 2 * blocks * calls) for kind in ("all_gather", "reduce_scatter")]
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from moesys.models import Decoder
+from moesys.models.decoder import Decoder
 from moesys.models.attention import LatentAttention
 from moesys.moe import MoELayer
 

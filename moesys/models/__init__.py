@@ -1,3 +1,1 @@
-"""Plain single-device models, and their sizes without building them."""
-
-from moesys.models.decoder import Decoder as Decoder
+"""Plain single-device models, and their sizes without building them (`size` needs no torch)."""

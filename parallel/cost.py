@@ -1,0 +1,106 @@
+"""What one rank holds and moves in one training step, in the terms that every dimension answers in.
+
+Needs no torch: 4,096 ranks are planned on a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from moesys.config.schema import Config
+from moesys.models.size import Weight, weights
+from moesys.parallel.degrees import Degrees
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Stage `index` of `count`: these layers, with the embedding if first, norm and head if last."""
+
+    index: int
+    count: int
+    layers: range
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.count - 1
+
+    def holds(self, weight: Weight, tied: bool) -> bool:
+        """Whether a weight of the model lies on this stage; a tied embedding lies on both ends."""
+        if weight.layer is not None:
+            return weight.layer in self.layers
+        if weight.name == "embed.weight":
+            return self.first or (tied and self.last)
+        return self.last
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`calls` collectives per step over the group along `axes`.
+
+    `bytes` is what one rank contributes to one call, its own part included (nccl-tests' S): the
+    buffer of an all-reduce or all-to-all, the gathered size of an all-gather or reduce-scatter.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One training step as a rank of one pipeline stage sees it."""
+
+    config: Config
+    degrees: Degrees
+    vocab_size: int
+    stage: Stage
+    model_shards: Callable[[Weight, Degrees], int]
+    """Ways that all dimensions but data split a weight."""
+    data_shards: Callable[[Weight, Degrees], int]
+    """Ways that data parallelism splits what is left."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Passes through the model per step."""
+        t = self.config.train
+        return t.global_batch // (self.degrees.dp * t.micro_batch)
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of one micro-batch, over the ranks that share it."""
+        return self.config.train.micro_batch * self.config.train.seq_len
+
+    @property
+    def layers(self) -> int:
+        return len(self.stage.layers)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one element of activations and communicated weights."""
+        return 2 if self.config.train.dtype == "bfloat16" else 4
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        """Ranks of the group along `axes`."""
+        return prod(self.degrees.sizes(axes))
+
+    def weights(self) -> list[Weight]:
+        """Weights of the stage, in full."""
+        tied = self.config.model.tie_embeddings
+        every = weights(self.config.model, self.vocab_size)
+        return [w for w in every if self.stage.holds(w, tied)]
+
+    def held(self, chosen: Callable[[Weight], bool] = lambda w: True, unsharded: bool = False) -> float:
+        """Elements of the chosen weights on one rank; `unsharded`: before data sharding."""
+        total = 0.0
+        for weight in self.weights():
+            if chosen(weight):
+                ways = self.model_shards(weight, self.degrees)
+                total += weight.numel / ways / (1 if unsharded else self.data_shards(weight, self.degrees))
+        return total

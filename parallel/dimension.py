@@ -1,0 +1,86 @@
+"""The registry of dimensions: everything that starts from a configuration iterates over it.
+
+A dimension is a module with `check(config, degrees)`: what is illegal and why; `apply(model, mesh,
+config)`: the model transformed; `cost(shape)`: the collectives of one step; `shards(weight, degrees)`:
+ways it splits a weight. None of these but `apply` needs torch.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Protocol, cast
+
+from moesys.config.schema import Config
+from moesys.errors import Problem
+from moesys.models.size import Weight
+from moesys.parallel import context, data, expert, pipeline, tensor
+from moesys.parallel.cost import Collective, StepShape
+from moesys.parallel.degrees import Degrees, divisors, resolve
+
+
+class Dimension(Protocol):
+    """What each module of a dimension offers."""
+
+    def check(self, config: Config, degrees: Degrees) -> list[Problem]: ...
+    def cost(self, shape: StepShape) -> list[Collective]: ...
+    def shards(self, weight: Weight, degrees: Degrees) -> int: ...
+
+
+DIMENSIONS: dict[str, Dimension] = {
+    name: cast(Dimension, module)
+    for name, module in (
+        ("pipeline", pipeline),
+        ("context", context),
+        ("tensor", tensor),
+        ("expert", expert),
+        ("data", data),
+    )
+}
+
+
+def check(config: Config, world: int | None = None) -> list[Problem]:
+    """Every rule between keys that `config` breaks on `world` ranks (default: the cluster's)."""
+    problems = _model(config)
+    degrees, unresolved = resolve(config, world)
+    if degrees is None:
+        return problems + unresolved
+    for dimension in DIMENSIONS.values():
+        problems += dimension.check(config, degrees)
+    return problems
+
+
+def _model(config: Config) -> list[Problem]:
+    m, problems = config.model, []
+    a = m.attention
+    if a.kind == "gqa":
+        if a.head_dim is None and m.hidden % a.heads:
+            rule = f"must divide model.hidden({m.hidden}) unless model.attention.head_dim is given"
+            problems.append(Problem("model.attention.heads", rule, f"one of {divisors(m.hidden)}"))
+        if a.kv_heads is not None and a.heads % a.kv_heads:
+            rule = f"must divide model.attention.heads({a.heads})"
+            problems.append(Problem("model.attention.kv_heads", rule, f"one of {divisors(a.heads)}"))
+    if m.rotary_dim % 2:
+        key = "qk_rope_head_dim" if a.kind == "mla" else "head_dim"
+        rule = f"rotary positions turn pairs: the size {m.rotary_dim} must be even"
+        problems.append(Problem(f"model.attention.{key}", rule, "use an even size"))
+    if m.ffn_hidden is None and not all(m.is_moe(i) for i in range(m.layers)):
+        rule = "is needed: some layers are dense"
+        problems.append(Problem("model.ffn_hidden", rule, "set it, or make every layer MoE"))
+    return problems
+
+
+def model_shards(weight: Weight, degrees: Degrees) -> int:
+    """Ways that all dimensions but data split a weight."""
+    return prod(d.shards(weight, degrees) for name, d in DIMENSIONS.items() if name != "data")
+
+
+def step_shape(config: Config, degrees: Degrees, vocab_size: int, rank: int) -> list[StepShape]:
+    """One training step as pipeline rank `rank` sees it: one entry per stage that it holds."""
+    stages = pipeline.stages(config, vocab_size)[rank :: degrees.pp]
+    return [StepShape(config, degrees, vocab_size, stage, model_shards, data.shards) for stage in stages]
+
+
+def traffic(shape: StepShape) -> list[Collective]:
+    """The collectives of one step on a stage, of all dimensions; none over groups of one rank."""
+    moves = [move for dimension in DIMENSIONS.values() for move in dimension.cost(shape)]
+    return [m for m in moves if shape.size(m.axes) > 1 and m.calls and m.bytes]

@@ -1,0 +1,101 @@
+"""An estimate of the memory that one rank needs, by kind; needs no torch.
+
+It counts what must be there: weights, gradients, optimizer state, activations kept for backward and
+the buffers that FSDP gathers. It leaves out fragmentation, workspaces and communication libraries'
+own buffers, and takes routing as balanced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from moesys.config.schema import Config
+from moesys.parallel.cost import StepShape
+from moesys.parallel.pipeline import MULTI
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    gathered: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+def estimate(shapes: list[StepShape]) -> Memory:
+    """Memory of a rank that holds these stages of the model."""
+    held = sum(s.held() for s in shapes)
+    sharded = shapes[0].degrees.dp_shard > 1
+    unsharded = sum(s.held(unsharded=True) for s in shapes) - held if sharded else 0.0
+    # While micro-batches accumulate, FSDP keeps gradients whole in the type of computation.
+    accumulating = unsharded * shapes[0].width if shapes[0].micro_batches > 1 else 0.0
+    blocks = [s.held(lambda w, s=s: w.layer == s.stage.layers[0], unsharded=True) for s in shapes]
+    gathered = max(blocks) * shapes[0].width if sharded else 0.0
+    return Memory(4 * held, 4 * held + accumulating, 8 * held, activations(shapes), gathered)
+
+
+def activations(shapes: list[StepShape]) -> float:
+    """Bytes kept for backward at the fullest moment."""
+    pairs = in_flight(shapes[0])
+    mean = sum(_stage(s) for s in shapes) / len(shapes)
+    return pairs * mean + sum(_head(s) for s in shapes if s.stage.last)
+
+
+def in_flight(shape: StepShape) -> int:
+    """Most (stage, micro-batch) pairs that a rank has run forward but not yet backward."""
+    p, n = shape.config.parallel, shape.micro_batches
+    if p.pp == 1:
+        return 1
+    if p.pp_schedule == "gpipe":
+        return n
+    rank = shape.stage.index % p.pp
+    if p.pp_schedule in MULTI:
+        return min(n * p.pp_virtual, 2 * (p.pp - rank - 1) + (p.pp_virtual - 1) * p.pp + 1)
+    return min(n, p.pp - rank)
+
+
+def _stage(shape: StepShape) -> float:
+    config, d = shape.config, shape.degrees
+    tokens = shape.sequence_tokens / d.cp
+    if config.train.recompute == "full":
+        return tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * shape.layers
+    return sum(layer_bytes(config, layer, tokens, shape) for layer in shape.stage.layers)
+
+
+def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> float:
+    """Bytes that a block keeps for backward of `tokens` tokens of this context rank."""
+    m, a, tp = config.model, config.model.attention, shape.degrees.tp
+    stream = m.hidden / (tp if config.parallel.sp else 1)
+    selective = config.train.recompute == "selective"
+    if a.kind == "mla":
+        query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+        core = 2 * query + 2 * a.heads * a.v_head_dim
+    else:
+        # On CPU keys and values are repeated for every query head.
+        keys = a.heads if config.cluster.device == "cpu" else a.kv_heads or a.heads
+        core = (2 * a.heads + 2 * keys) * m.head_dim
+    attention = 3 * stream + (core + (a.heads * m.head_dim if not selective else 0)) / tp
+    elements = attention + (stream if selective else 3 * stream) + _ffn(config, layer, tp, selective)
+    return tokens * elements * shape.width
+
+
+def _ffn(config: Config, layer: int, tp: int, selective: bool) -> float:
+    m = config.model
+    inner = 2 if selective else 4
+    if m.moe is None or not m.is_moe(layer):
+        return inner * (m.ffn_hidden or 0) / tp
+    moe = m.moe
+    routed = moe.top_k * ((1 if selective else 3) * m.hidden + inner * moe.ffn_hidden)
+    return (routed + 4 * moe.experts + inner * moe.shared_width) / tp
+
+
+def _head(shape: StepShape) -> float:
+    """Logits and their log-probabilities, float32, of one micro-batch."""
+    return 2 * 4 * shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp
