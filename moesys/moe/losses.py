@@ -18,7 +18,7 @@ def load_balancing(
     """
     tokens = probabilities_TE.shape[0] * scope.size
     experts = probabilities_TE.shape[1]
-    f_E = scope.sum(load_E.float()) / (tokens * top_k)
+    f_E = scope.sum(load_E.to(probabilities_TE.dtype)) / (tokens * top_k)
     return experts * (f_E * (probabilities_TE.sum(0) / tokens)).sum()
 
 

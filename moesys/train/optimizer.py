@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from math import cos, pi
 
@@ -10,22 +9,7 @@ import torch
 from torch import nn
 
 from moesys.config.schema import OptimizerConfig, TrainConfig
-from moesys.errors import Problem
-
-
-def check(config: TrainConfig) -> list[Problem]:
-    """Rules of the training section, and packages that it asks for."""
-    o, s, problems = config.optimizer, config.schedule, []
-    if o.kind == "apex" and importlib.util.find_spec("apex.optimizers") is None:
-        rule = "needs NVIDIA apex with its FusedAdam, which is not installed"
-        problems.append(Problem("train.optimizer.kind", rule, "install NVIDIA/apex from source, or use adamw"))
-    if s.warmup > config.steps:
-        rule = f"must be at most train.steps({config.steps})"
-        problems.append(Problem("train.schedule.warmup", rule, "shorten the warm-up or train longer"))
-    if s.kind == "wsd" and s.warmup + _decay(config) > config.steps:
-        rule = f"warmup({s.warmup}) + decay({_decay(config)}) must be at most train.steps({config.steps})"
-        problems.append(Problem("train.schedule.decay", rule, "shorten one of them or train longer"))
-    return problems
+from moesys.train.checked import decay_steps
 
 
 def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -45,10 +29,6 @@ def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> to
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _decay(config: TrainConfig) -> int:
-    return config.schedule.decay or max(1, config.steps // 5)
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Learning rate of step `step`, the first being 1.
 
@@ -61,7 +41,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if s.kind == "constant":
         return peak
     if s.kind == "wsd":
-        progress = max(0.0, (step - (config.steps - _decay(config))) / _decay(config))
+        progress = max(0.0, (step - (config.steps - decay_steps(config))) / decay_steps(config))
         return peak * (1 - (1 - s.min_ratio) * min(1.0, progress))
     progress = min(1.0, (step - s.warmup) / max(1, config.steps - s.warmup))
     return peak * (s.min_ratio + (1 - s.min_ratio) * (1 + cos(pi * progress)) / 2)

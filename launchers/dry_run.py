@@ -1,0 +1,179 @@
+"""What a run would be, without starting anything: ranks, meshes, groups, parameters, memory, traffic."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from moesys.config.schema import Config
+from moesys.data.corpus import vocab_size
+from moesys.launchers import placement
+from moesys.models.size import active_share, parameters
+from moesys.parallel.cost import Stage, StepShape
+from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
+from moesys.parallel.dimension import step_shape, traffic
+from moesys.parallel.memory import estimate
+
+SHOWN = 4
+"""Groups and nodes listed of each kind before the rest is only counted."""
+
+GROUPS = {
+    "pipeline": (("pp",), DENSE_AXES),
+    "data (dense)": (("dp_replicate", "dp_shard", "cp"), DENSE_AXES),
+    "data shards": (("dp_shard", "cp"), DENSE_AXES),
+    "context": (("cp",), DENSE_AXES),
+    "tensor": (("tp",), DENSE_AXES),
+    "experts (ep · etp)": (("ep", "etp"), EXPERT_AXES),
+    "data of experts": (("edp_replicate", "edp_shard"), EXPERT_AXES),
+}
+"""Every kind of process group: its axes, and the mesh they belong to."""
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """The same facts as `show`, for JSON. `config` must be legal."""
+    degrees, problems = resolve(config)
+    assert degrees is not None, problems
+    vocabulary = vocab_size(config)
+    total, active = parameters(config.model, vocabulary)
+    return {
+        "world_size": degrees.world,
+        "nodes": placement.place(degrees, config.cluster),
+        "dense_mesh": dict(zip(DENSE_AXES, degrees.sizes(DENSE_AXES), strict=True)),
+        "expert_mesh": dict(zip(EXPERT_AXES, degrees.sizes(EXPERT_AXES), strict=True)),
+        "groups": groups(degrees),
+        "crossings": [str(crossing) for crossing in placement.check(degrees, config.cluster)],
+        "parameters": total,
+        "active_parameters": active,
+        "pipeline_ranks": [
+            _rank(step_shape(config, degrees, vocabulary, rank)) for rank in range(degrees.pp)
+        ],
+    }
+
+
+def groups(degrees: Degrees) -> dict[str, list[list[int]]]:
+    """All process groups with more than one rank, by kind."""
+    found = {}
+    for kind, (along, axes) in GROUPS.items():
+        if prod(degrees.sizes(along)) > 1:
+            found[kind] = degrees.groups(along, axes)
+    return found
+
+
+def _rank(shapes: list[StepShape]) -> dict[str, Any]:
+    """What every rank of one pipeline rank holds and moves; ranks of a stage are alike."""
+    memory = estimate(shapes)
+    moved: dict[str, dict[str, float]] = {}
+    for shape in shapes:
+        for move in traffic(shape):
+            entry = moved.setdefault(f"{move.kind} over {'·'.join(move.axes)}", {"bytes": 0.0, "calls": 0})
+            entry["bytes"] += move.bytes * move.calls
+            entry["calls"] += move.calls
+    return {
+        "stages": [_stage(shape.stage) for shape in shapes],
+        "parameters": round(sum(s.held() for s in shapes)),
+        "active_parameters": round(sum(_active(s) for s in shapes)),
+        "memory_bytes": {**{k: round(v) for k, v in vars(memory).items()}, "total": round(memory.total)},
+        "traffic_per_step": moved,
+    }
+
+
+def _active(shape: StepShape) -> float:
+    model, d = shape.config.model, shape.degrees
+    ways = {w.name: shape.model_shards(w, d) * shape.data_shards(w, d) for w in shape.weights()}
+    return sum(w.numel / ways[w.name] * active_share(model, w) for w in shape.weights())
+
+
+def _stage(stage: Stage) -> str:
+    parts = [f"layers {stage.layers.start}–{stage.layers.stop - 1}" if len(stage.layers) > 1 else f"layer {stage.layers.start}"]
+    return " + ".join((["embedding"] if stage.first else []) + parts + (["head"] if stage.last else []))
+
+
+def show(config: Config, console: Console) -> None:
+    """Print the plan of `config`."""
+    facts = plan(config)
+    console.print(Group(*_heading(config, facts), _nodes(facts), _groups(facts), _ranks(config, facts), _traffic(facts)))
+    for crossing in facts["crossings"]:
+        console.print(crossing)
+    console.print("nothing was started (dry run)")
+
+
+def _heading(config: Config, facts: dict[str, Any]) -> list[Text]:
+    def mesh(axes: dict[str, int]) -> str:
+        return " × ".join(f"{axis} {size}" for axis, size in axes.items())
+
+    total, active = facts["parameters"], facts["active_parameters"]
+    return [
+        Text(f"{config.name}: {facts['world_size']} ranks on {len(facts['nodes'])} nodes, launcher {config.launch.launcher}"),
+        Text(f"model        {total:,} parameters, {active:,} active per token ({active / total:.1%})"),
+        Text(f"dense mesh   {mesh(facts['dense_mesh'])}"),
+        Text(f"expert mesh  {mesh(facts['expert_mesh'])}\n"),
+    ]
+
+
+def _few(items: list[str]) -> str:
+    rest = f"  … {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return "  ".join(items[:SHOWN]) + rest
+
+
+def _span(ranks: list[int]) -> str:
+    """[0-3] for a run of ranks, [0,4,8,12] or [0,8…56] otherwise."""
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    regular = ranks == list(range(ranks[0], ranks[-1] + 1, step))
+    if regular and step == 1 and len(ranks) > 2:
+        return f"[{ranks[0]}-{ranks[-1]}]"
+    if regular and len(ranks) > 6:
+        return f"[{ranks[0]},{ranks[1]}…{ranks[-1]}]"
+    return "[" + ",".join(map(str, ranks[:12])) + ("…]" if len(ranks) > 12 else "]")
+
+
+def _nodes(facts: dict[str, Any]) -> Table:
+    table = Table("node", "ranks", title="ranks on their nodes", title_justify="left")
+    for number, ranks in enumerate(facts["nodes"][:SHOWN]):
+        table.add_row(str(number), _span(ranks))
+    if len(facts["nodes"]) > SHOWN:
+        table.add_row("…", f"{len(facts['nodes']) - SHOWN} more nodes")
+    return table
+
+
+def _groups(facts: dict[str, Any]) -> Table:
+    table = Table("group", "number", "ranks each", "members", title="process groups", title_justify="left")
+    for kind, members in facts["groups"].items():
+        table.add_row(kind, str(len(members)), str(len(members[0])), _few([_span(ranks) for ranks in members]))
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}" if size >= 2**27 else f"{size / 2**30:.4f}"
+
+
+def _ranks(config: Config, facts: dict[str, Any]) -> Table:
+    kinds = ("weights", "gradients", "optimizer", "activations", "gathered", "total")
+    table = Table(
+        "pipeline rank", "stages", "parameters", "active", *kinds,
+        title="per rank: parameters, and estimated memory in GiB", title_justify="left",
+    )  # fmt: skip
+    limit = config.cluster.memory_gib
+    for number, rank in enumerate(facts["pipeline_ranks"]):
+        memory = rank["memory_bytes"]
+        cells = [_gib(memory[kind]) for kind in kinds]
+        if limit is not None:
+            share = memory["total"] / 2**30 / limit
+            cells[-1] += f" ({share:.0%} of {limit:g}{'' if share <= 1 else ': DOES NOT FIT'})"
+        row = (str(number), "; ".join(rank["stages"]), f"{rank['parameters']:,}", f"{rank['active_parameters']:,}", *cells)
+        table.add_row(*row)
+    return table
+
+
+def _traffic(facts: dict[str, Any]) -> Table:
+    table = Table("pipeline rank", "collective", "calls", "GiB", title="sent by each rank in one step", title_justify="left")
+    for number, rank in enumerate(facts["pipeline_ranks"]):
+        if number >= SHOWN:
+            table.add_row("…", f"{len(facts['pipeline_ranks']) - SHOWN} more", "", "")
+            break
+        for kind, entry in rank["traffic_per_step"].items():
+            table.add_row(str(number), kind, f"{entry['calls']:,}", _gib(entry["bytes"]))
+    return table

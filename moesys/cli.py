@@ -1,0 +1,142 @@
+"""The `moesys` command: one thin function per subcommand.
+
+    moesys launch configs/quickstart.yaml
+    moesys launch configs/mixtral-8x7b-16x8gpu.yaml --dry-run
+    moesys verify configs/quickstart.yaml parallel.tp=2
+    moesys config configs/quickstart.yaml train.steps=10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moesys import __version__
+from moesys.errors import MoesysError
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Train a configuration, or show what would be started."""
+    from rich.console import Console
+
+    from moesys.train.checked import load_checked
+
+    overrides = list(arguments.overrides)
+    if arguments.launcher:
+        overrides.append(f"launch.launcher={arguments.launcher}")
+    if arguments.ray_address:
+        overrides.append(f"launch.ray_address={arguments.ray_address}")
+    config = load_checked(arguments.config, overrides, with_data=not arguments.dry_run)
+    if config.launch.launcher == "slurm":
+        from moesys.launchers.slurm import script
+
+        print(script(config, arguments.config, overrides), end="")
+        return 0
+    if arguments.dry_run:
+        from moesys.launchers import dry_run
+
+        dry_run.show(config, Console())
+        _write_json(arguments.json, lambda: dry_run.plan(config))
+        return 0
+    from moesys.config.load import dump
+    from moesys.launchers.launch import launch as start
+    from moesys.launchers.spec import RunSpec
+
+    spec = RunSpec.of(config)
+    spec.run_dir.mkdir(parents=True, exist_ok=True)
+    (spec.run_dir / "config.yaml").write_text(dump(spec.config))
+    return start(spec, config.launch.launcher)
+
+
+def show_config(arguments: argparse.Namespace) -> int:
+    """Print the resolved configuration, or the schema for editors."""
+    from moesys.config.load import dump, json_schema
+
+    if arguments.schema:
+        print(json.dumps(json_schema(), indent=1))
+        return 0
+    if arguments.config is None:
+        raise SystemExit("moesys config: give a configuration file, or --schema")
+    from moesys.train.checked import load_checked
+
+    print(dump(load_checked(arguments.config, arguments.overrides, with_data=False)), end="")
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Prove that a configuration computes what one process computes."""
+    from moesys.train.checked import load_checked
+
+    config = load_checked(arguments.config, arguments.overrides)
+    world = config.cluster.nodes * config.cluster.ranks_per_node
+    # One thread pool per process is enough: the processes share this machine's cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    from moesys.train.verify import verify as prove
+
+    print(f"{config.name}: {arguments.steps} steps in 1 process and in {world}, {arguments.dtype}", flush=True)
+    report = prove(config, world, arguments.steps, arguments.tolerance, arguments.dtype)
+    for kind in ("loss", "norm", "gradient", "parameter"):
+        difference = getattr(report, kind)
+        verdict = "" if difference.value <= arguments.tolerance else f"  over {arguments.tolerance:g}"
+        where = f"  at {difference.where}" if difference.where else ""
+        print(f"  {kind:<9} largest relative difference {difference.value:.2e}{where}{verdict}")
+    print("equal" if report.passed else "NOT EQUAL")
+    _write_json(arguments.json, report.as_json)
+    return 0 if report.passed else 1
+
+
+def _write_json(path: Path | None, facts: Callable[[], object]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(facts(), indent=1) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
+    top = argparse.ArgumentParser(prog="moesys", description="Launch, choose and measure the training of MoE models.")
+    top.add_argument("--version", action="version", version=f"moesys {__version__}")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, optional: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("config", type=Path, nargs="?" if optional else None, help="a YAML file")
+        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the file")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("launch", launch, "train a configuration")
+    sub.add_argument("--launcher", choices=("ray", "local", "slurm"), help="instead of launch.launcher")
+    sub.add_argument("--ray-address", help="a running Ray cluster, instead of launch.ray_address")
+    sub.add_argument("--dry-run", action="store_true", help="show ranks, meshes, memory; start nothing")
+    sub.add_argument("--json", type=Path, help="with --dry-run: write the same facts here")
+    sub = command("config", show_config, "print the resolved configuration", optional=True)
+    sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
+    sub = command("verify", verify, "prove that a configuration equals one process")
+    sub.add_argument("--steps", type=int, default=3, help="training steps (default 3)")
+    sub.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")
+    sub.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    sub.add_argument("--json", type=Path, help="write the differences here")
+    return top
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; errors meant for the user become one message and an exit code."""
+    # argparse takes no positional arguments after an option once it has seen some: collect overrides.
+    arguments, rest = parser().parse_known_args(words)
+    if strange := [word for word in rest if word.startswith("-") or "=" not in word]:
+        parser().error(f"unrecognized arguments: {' '.join(strange)}")
+    arguments.overrides = [*arguments.overrides, *rest]
+    try:
+        return arguments.run(arguments)
+    except MoesysError as error:
+        print(f"moesys {arguments.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""A configuration that may be started: read, and every rule of every floor asked. Needs no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesys.config.load import load, locate
+from moesys.config.schema import Config, TrainConfig
+from moesys.data import check as data
+from moesys.errors import ConfigError, Problem
+from moesys.parallel import dimension
+
+
+def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = None, with_data: bool = True) -> Config:
+    """The configuration in `path`, legal on `world` ranks (default: its cluster's).
+
+    `with_data`: also that the data are there and readable (not so for a dry run).
+
+    Raises:
+        ConfigError: everything that is wrong, at once.
+    """
+    loaded = load(path, overrides)
+    problems = dimension.check(loaded.config, world) + training(loaded.config.train) + output(loaded.config)
+    if with_data:
+        problems += data.check(loaded.config)
+    if problems:
+        raise ConfigError(locate(problems, loaded.sources, loaded.config))
+    return loaded.config
+
+
+def output(config: Config) -> list[Problem]:
+    """Packages that the output asks for, and whether runs can be written."""
+    problems = []
+    if config.output.wandb and importlib.util.find_spec("wandb") is None:
+        rule = "needs the package wandb, which is not installed"
+        problems.append(Problem("output.wandb", rule, "pip install wandb, or set it to false"))
+    runs = Path(config.output.runs)
+    if runs.exists() and not runs.is_dir():
+        problems.append(Problem("output.runs", "must be a folder, and a file is there", "choose another folder"))
+    return problems
+
+
+def decay_steps(config: TrainConfig) -> int:
+    """Steps of the final decay of schedule wsd."""
+    return config.schedule.decay or max(1, config.steps // 5)
+
+
+def training(config: TrainConfig) -> list[Problem]:
+    """Rules of the training section, and packages that it asks for."""
+    o, s, problems = config.optimizer, config.schedule, []
+    if o.kind == "apex" and importlib.util.find_spec("apex.optimizers") is None:
+        rule = "needs NVIDIA apex with its FusedAdam, which is not installed"
+        problems.append(Problem("train.optimizer.kind", rule, "install NVIDIA/apex from source, or use adamw"))
+    if s.warmup > config.steps:
+        rule = f"must be at most train.steps({config.steps})"
+        problems.append(Problem("train.schedule.warmup", rule, "shorten the warm-up or train longer"))
+    if s.kind == "wsd" and s.warmup + decay_steps(config) > config.steps:
+        rule = f"warmup({s.warmup}) + decay({decay_steps(config)}) must be at most train.steps({config.steps})"
+        problems.append(Problem("train.schedule.decay", rule, "shorten one of them or train longer"))
+    return problems

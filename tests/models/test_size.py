@@ -1,0 +1,43 @@
+"""Sizes told without building, against the built model."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moesys.config import Config
+from moesys.models.decoder import Decoder
+from moesys.models.size import flops_per_token, parameters, weights
+
+MODELS = {
+    "dense": {"ffn_hidden": 96},
+    "tied": {"ffn_hidden": 96, "tie_embeddings": True, "attention": {"heads": 4, "bias": True, "qk_norm": "full"}},
+    "moe": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 32}, "attention": {"heads": 4, "kv_heads": 2, "qk_norm": "head"}},
+    "mixed": {"ffn_hidden": 96, "moe": {"experts": 8, "ffn_hidden": 32, "every": 2, "first_dense": 1, "shared_experts": 2}},
+    "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_weights_are_those_of_the_built_model(model):
+    config = Config.model_validate({"model": {"hidden": 64, "layers": 4, **model}}).model
+    with torch.device("meta"):
+        built = Decoder(config, 320)
+    told = {w.name: w.shape for w in weights(config, 320)}
+    assert told == {name: tuple(p.shape) for name, p in built.named_parameters()}
+    assert parameters(config, 320)[0] == sum(p.numel() for p in built.parameters())
+
+
+def test_flops_are_what_torch_counts():
+    # k = E, so that every expert sees every token and the count does not depend on the routing
+    raw = {"hidden": 64, "layers": 2, "attention": {"heads": 4}, "moe": {"experts": 2, "top_k": 2, "ffn_hidden": 32}}
+    config = Config.model_validate({"model": raw}).model
+    model = Decoder(config, 320)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    sequence = 64
+    # The fused attention is not counted by torch: use the plain one, which computes both triangles.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, sequence, dtype=torch.int64))
+    without, told = (sum(flops_per_token(config, 320, s).values()) * sequence for s in (0, sequence))
+    assert without + 2 * (told - without) == counter.get_total_flops()

@@ -1,0 +1,119 @@
+"""The native model against transformers' models of the same weights: logits and every gradient."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from moesys.config import Config
+from moesys.models.decoder import Decoder
+
+V, S = 64, 12
+COMMON = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=V, max_position_embeddings=64,
+    num_experts_per_tok=2, pad_token_id=None, bos_token_id=None, eos_token_id=None, rms_norm_eps=1e-6,
+)  # fmt: skip
+MOE = {"experts": 4, "top_k": 2, "balance_loss": 0.0}
+
+
+def mixtral():
+    theirs = transformers.MixtralConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=48, num_local_experts=4, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+    )
+    ours = {"attention": {"heads": 4, "kv_heads": 2}, "rope_theta": 1e6, "moe": {**MOE, "ffn_hidden": 48}}
+    return transformers.MixtralForCausalLM(theirs), ours
+
+
+def qwen3_moe():
+    theirs = transformers.Qwen3MoeConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=48, num_experts=4, moe_intermediate_size=16, head_dim=16,
+        norm_topk_prob=True, decoder_sparse_step=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    ours = {
+        "attention": {"heads": 4, "kv_heads": 2, "head_dim": 16, "qk_norm": "head"},
+        "ffn_hidden": 48,
+        "tie_embeddings": True,
+        "moe": {**MOE, "ffn_hidden": 16, "every": 2},
+    }
+    return transformers.Qwen3MoeForCausalLM(theirs), ours
+
+
+def olmoe():
+    theirs = transformers.OlmoeConfig(**COMMON, num_key_value_heads=4, intermediate_size=48, num_experts=4)
+    ours = {"attention": {"heads": 4, "qk_norm": "full"}, "moe": {**MOE, "ffn_hidden": 48, "normalize": False}}
+    return transformers.OlmoeForCausalLM(theirs), ours
+
+
+def deepseek_v2():
+    theirs = transformers.DeepseekV2Config(
+        **COMMON, num_key_value_heads=4, intermediate_size=48, n_routed_experts=4, moe_intermediate_size=16,
+        first_k_dense_replace=1, n_shared_experts=2, q_lora_rank=16, kv_lora_rank=24, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=12, topk_method="greedy", norm_topk_prob=False, routed_scaling_factor=1.0,
+        head_dim=8,
+    )  # fmt: skip
+    attention = {
+        "kind": "mla", "heads": 4, "q_lora_rank": 16, "kv_lora_rank": 24, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 12,
+    }  # fmt: skip
+    ours = {
+        "attention": attention,
+        "ffn_hidden": 48,
+        "moe": {**MOE, "ffn_hidden": 16, "first_dense": 1, "shared_experts": 2, "normalize": False},
+    }
+    return transformers.DeepseekV2ForCausalLM(theirs), ours
+
+
+RENAMED = {
+    "embed.": "model.embed_tokens.", "head.": "lm_head.", "norm.weight": "model.norm.weight",
+    "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention.": "self_attn.",
+    "ffn.gate.projection": "mlp.gate", "ffn.shared": "mlp.shared_experts", "ffn.": "mlp.", "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+}  # fmt: skip
+
+
+def theirs_of(name: str, source: Callable[[str], Tensor]) -> Tensor:
+    """The tensor of transformers' model (or its gradient) that corresponds to our parameter `name`."""
+    path = f"model.{name}" if name.startswith("layers") else name
+    for ours, renamed in RENAMED.items():
+        path = renamed + path[len(ours) :] if path.startswith(ours) else path.replace(f".{ours}", f".{renamed}")
+    path = path.replace("_a_norm", "_a_layernorm")
+    if path.endswith(("experts.gate", "experts.up")):
+        gate, up = source(path.rsplit(".", 1)[0] + ".gate_up_proj").transpose(1, 2).chunk(2, dim=-1)
+        return gate if path.endswith("gate") else up
+    if path.endswith("experts.down"):
+        return source(path + "_proj").transpose(1, 2)
+    return rotary_halves(source(path), path)
+
+
+def rotary_halves(weight: Tensor, path: str) -> Tensor:
+    """DeepSeek rotates neighbouring elements, we rotate halves: reorder the rows of rotary parts."""
+    if path.endswith("q_b_proj.weight"):
+        heads = weight.unflatten(0, (4, 16))
+        return torch.cat([heads[:, :8], heads[:, 8::2], heads[:, 9::2]], 1).flatten(0, 1)
+    if path.endswith("kv_a_proj_with_mqa.weight"):
+        return torch.cat([weight[:24], weight[24::2], weight[25::2]])
+    return weight
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, olmoe, deepseek_v2], ids=lambda f: f.__name__)
+def test_logits_and_gradients_equal_transformers(make):
+    torch.manual_seed(0)
+    theirs, ours = make()
+    config = Config.model_validate({"model": {"hidden": 32, "layers": 2, "norm_eps": 1e-6, **ours}})
+    model = Decoder(config.model, V)
+    state = theirs.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(theirs_of(name, state.__getitem__))
+    tokens = torch.randint(0, V, (2, S))
+    labels = torch.randint(0, V, (2 * S,))
+    logits, expected = model(tokens), theirs(input_ids=tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-6)
+    for output in (logits, expected):
+        torch.nn.functional.cross_entropy(output.flatten(0, 1), labels).backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in model.named_parameters():
+        other = theirs_of(name, gradients.__getitem__)
+        relative = (parameter.grad - other).norm() / other.norm()
+        assert relative < 2e-5, name
