@@ -89,6 +89,26 @@ def verify(arguments: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def bench_train(arguments: argparse.Namespace) -> int:
+    """Compare training speed with transformers, and time the launchers."""
+    from moesys.train.checked import load_checked
+
+    config = load_checked(arguments.config, arguments.overrides)
+    from moesys.train.bench import run
+
+    result = run(
+        config, arguments.rounds, arguments.steps, ("local", "ray"), arguments.config, arguments.overrides
+    )
+    print(f"{result.machine}, {result.date}; medians of {result.rounds} interleaved rounds of {result.steps_per_round} steps")
+    print(f"  moesys        {result.ours:>10,.0f} tokens/s, one process")
+    print(f"  transformers  {result.transformers:>10,.0f} tokens/s, the same shape and batches")
+    print(f"  ratio         {result.ratio:>10.2f}")
+    for launcher, seconds in result.first_step_seconds.items():
+        print(f"  {launcher:<6} from command to first step {seconds:>6.1f} s")
+    _write_json(arguments.json, result.as_json)
+    return 0
+
+
 def _write_json(path: Path | None, facts: Callable[[], object]) -> None:
     if path is not None:
         path.write_text(json.dumps(facts(), indent=1) + "\n")
@@ -119,6 +139,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")
     sub.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     sub.add_argument("--json", type=Path, help="write the differences here")
+    bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
+    sub = bench.add_parser("train", help="training speed beside transformers, and time to the first step")
+    sub.add_argument("config", type=Path, help="a YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--steps", type=int, default=5, help="training steps per round")
+    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.set_defaults(run=bench_train)
     return top
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import OptimizerConfig, TrainConfig
 from moesys.train.checked import decay_steps
@@ -17,16 +19,18 @@ def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> to
 
     Parameters may be plain or DTensors of any mesh; states are laid out as they are.
     """
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    # One group per kind and mesh: the fused update takes tensors of one mesh at a time.
+    groups: dict[tuple[bool, Any], dict[str, Any]] = {}
+    for p in parameters.values():
+        decay = config.weight_decay if p.ndim > 1 else 0.0
+        key = (p.ndim > 1, p.device_mesh if isinstance(p, DTensor) else None)
+        groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(p)
     settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.kind == "apex":
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
+        return FusedAdam(list(groups.values()), adam_w_mode=True, **settings)
+    return torch.optim.AdamW(list(groups.values()), fused=True, **settings)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
