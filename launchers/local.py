@@ -1,0 +1,129 @@
+"""Plain processes on this machine: one per rank, without Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from moesys.errors import LaunchError
+from moesys.launchers import device
+from moesys.launchers.failure import (
+    PORT_TAKEN,
+    Outcome,
+    WorkerError,
+    clear_traces,
+    log_file,
+    log_tail,
+    name,
+    read_errors,
+)
+from moesys.launchers.port import ReservedPort
+from moesys.launchers.processes import Ended, Processes
+from moesys.launchers.spec import LOOPBACK, RunSpec
+
+HOST = "127.0.0.1"
+SETTLE_S = 2.0
+"""How long after a failure to wait at most for workers that wrote an error to end by themselves."""
+ATTEMPTS = 3
+"""How often to start when the rendezvous port turns out to be taken."""
+
+
+class LocalWorkers:
+    """The workers of a run as child processes.
+
+    `command` is run once per rank with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT set; default: `python -m moesys.train.worker RUN_DIR`.
+    """
+
+    def __init__(self, spec: RunSpec, command: Sequence[str] | None = None):
+        self.spec = spec
+        self.command = command or [sys.executable, "-m", "moesys.train.worker", str(spec.run_dir)]
+        self._attempts = 0
+        self._processes = Processes([], [], [])
+        self._port: ReservedPort | None = None
+
+    def start(self, phase: Callable[[str], None]) -> None:
+        """Start all workers; `phase` is told what is being waited for.
+
+        Raises `LaunchError` where the run does not fit on this machine.
+        """
+        if self.spec.config.cluster.nodes > 1:
+            raise LaunchError(
+                f"cluster.nodes is {self.spec.config.cluster.nodes}, but the local launcher runs on this machine "
+                "alone\n    remedy: set cluster.nodes=1 and ranks_per_node to all ranks, or use --launcher ray"
+            )
+        phase(f"starting {self.spec.world} workers")
+        clear_traces(self.spec.run_dir)
+        self._attempts += 1
+        self._port = ReservedPort()
+        environments = [self.environment(rank, self._port.number) for rank in range(self.spec.world)]
+        logs = [log_file(self.spec.run_dir, rank) for rank in range(self.spec.world)]
+        self._processes = Processes(self.command, environments, logs)
+
+    def environment(self, rank: int, port: int) -> dict[str, str]:
+        """The environment of the worker of `rank`; rank 0 will listen on `port`."""
+        world = self.spec.world
+        chosen = device.choose(self.spec.config.cluster, [device.visible_gpus()], world, "this machine")
+        own = {
+            "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
+            "MASTER_ADDR": HOST, "MASTER_PORT": port,
+        }  # fmt: skip
+        inherited = {**LOOPBACK, **os.environ, **self.spec.env, **device.hide_gpus(chosen)}
+        return {**inherited, **{key: str(value) for key, value in own.items()}}
+
+    def poll(self) -> Outcome | None:
+        """None while the run goes on; else how it ended, with no worker left running."""
+        ended = self._processes.ended()
+        if any(end.code for end in ended.values()):
+            return self._failed()
+        if len(ended) == self.spec.world:
+            self.stop()
+            return Outcome(0)
+        return None
+
+    def stop(self) -> None:
+        """End all workers; returns when none is left."""
+        self._processes.end()
+        if self._port is not None:
+            self._port.close()
+
+    def _failed(self) -> Outcome | None:
+        ended = self._settled()
+        self.stop()
+        errors = read_errors(self.spec.run_dir)
+        rank = culprit(ended, errors)
+        text = next((error.text for error in errors if error.rank == rank), None)
+        if text and PORT_TAKEN.search(text) and self._attempts < ATTEMPTS:
+            self.start(lambda phase: None)
+            return None
+        who = name(rank, self.spec.run_dir, self._processes.pids[rank], os.uname().nodename)
+        code = ended[rank].code if rank in ended else 1
+        if text is not None:
+            return Outcome(code, f"{who} failed:\n{text}")
+        return Outcome(code, f"{who} {ended[rank]}\n{log_tail(self.spec.run_dir, rank)}".rstrip())
+
+    def _settled(self) -> dict[int, Ended]:
+        """The workers that failed, once those that wrote an error have ended too."""
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            ended = {rank: end for rank, end in self._processes.ended().items() if end.code}
+            if {error.rank for error in read_errors(self.spec.run_dir)} <= ended.keys():
+                break
+        return ended
+
+
+def culprit(ended: Mapping[int, Ended], errors: Sequence[WorkerError]) -> int:
+    """The rank whose failure came first, of workers that `ended` in failure and `errors` sorted by time.
+
+    A crash without a word comes before errors (which the loss of that worker may have caused), but an abort
+    after them (gloo aborts the process of a worker that lost its peer); the loss of a peer comes last.
+    """
+    wrote = {error.rank for error in errors}
+    silent = [rank for rank in ended if rank not in wrote]
+    crashed = [rank for rank in silent if ended[rank].signal not in (None, signal.SIGABRT)]
+    causes = [error.rank for error in errors if not error.is_consequence]
+    return [*crashed, *causes, *silent, *(error.rank for error in errors)][0]

@@ -1,0 +1,115 @@
+"""Worker processes of one machine: started together, ended together, none left behind.
+
+Every worker leads a process group of its own, so that what it started ends with it, and is tethered to
+this process (tether.py). An ended worker is not reaped before its group is gone: until then the kernel
+cannot give the group's number to a stranger.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+TETHER = str(Path(__file__).with_name("tether.py"))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, or the signal that killed it."""
+
+    code: int
+    signal: signal.Signals | None = None
+
+    def __str__(self) -> str:
+        if self.signal is None:
+            return f"exited with code {self.code}"
+        hint = " (by someone, or by the kernel for lack of memory)" if self.signal is signal.SIGKILL else ""
+        return f"was killed by {self.signal.name}{hint}"
+
+
+class Processes:
+    """The processes of all ranks; `command` is the same for each, `environments[rank]` is not.
+
+    Must be started in the main thread: the kernel counts the end of the starting *thread* as the
+    parent's death.
+    """
+
+    def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Sequence[Path]):
+        self._popen: list[subprocess.Popen[bytes]] = []
+        self._ended: dict[int, Ended] = {}
+        tethered = [sys.executable, "-I", "-S", TETHER, str(os.getpid()), *command]
+        try:
+            for environment, log in zip(environments, logs, strict=True):
+                self._popen.append(spawn(tethered, environment, log))
+        except BaseException:
+            self.end(grace_s=0)
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process numbers in rank order."""
+        return [process.pid for process in self._popen]
+
+    def ended(self) -> dict[int, Ended]:
+        """Rank → how it ended, for every process that has ended by now, in the order of noticing it."""
+        for rank in range(len(self._popen)):
+            if rank not in self._ended:
+                self._note(rank, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        return dict(self._ended)
+
+    def end(self, grace_s: float = 5.0) -> None:
+        """SIGTERM to all that still run, SIGKILL to what is left of every group after `grace_s` seconds."""
+        for rank in self._running():
+            self._signal(rank, signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for rank, process in enumerate(self._popen):
+            if process.returncode is None:
+                self._signal(rank, signal.SIGKILL)
+                self._note(rank, os.WEXITED | os.WNOWAIT)
+                process.wait()
+
+    def _running(self) -> list[int]:
+        ended = self.ended()
+        return [rank for rank in range(len(self._popen)) if rank not in ended]
+
+    def _note(self, rank: int, options: int) -> None:
+        state = os.waitid(os.P_PID, self._popen[rank].pid, options)
+        if state is not None and rank not in self._ended:
+            self._ended[rank] = from_status(state)
+
+    def _signal(self, rank: int, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # macOS refuses a group of zombies
+            os.killpg(self._popen[rank].pid, number)
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start one process as leader of its own group, its output appended to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    output: IO[bytes]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+
+
+def from_status(state: os.waitid_result) -> Ended:
+    """From what `waitid` reports to an exit code (128 + n for signal n, as shells do)."""
+    if state.si_code == os.CLD_EXITED:
+        return Ended(state.si_status)
+    number = signal.Signals(state.si_status)
+    return Ended(128 + number, number)

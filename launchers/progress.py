@@ -1,0 +1,153 @@
+"""The live display of a run: what is being waited for, then loss, speed and balance, and rank 0's own output.
+
+Everything is read from files in the run's folder that rank 0 writes (metrics.jsonl, logs/rank-0.log), so
+the display costs the workers nothing and is the same for every launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from moesys.launchers.failure import log_file
+from moesys.launchers.follow import Tail
+
+Metrics = dict[str, Any]
+"""One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
+"imbalance", "all_to_all_share" and "eta_s"; an evaluation "step" and "heldout_loss"; a phase "phase"."""
+
+FIELDS = (
+    ("loss", "loss", "{:.4f}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("grad_norm", "grad norm", "{:.3f}"),
+    ("imbalance", "imbalance", "{:.2f}"),
+    ("all_to_all_share", "all-to-all", "{:.1%}"),
+)
+"""Key, label and format of the figures shown."""
+
+
+class Progress:
+    """Shows a run while it goes on; call `refresh` several times a second.
+
+    On a terminal a bar that is redrawn in place; elsewhere a plain line for the first and the last step,
+    every tenth of the run or every `interval_s` seconds, whichever comes first.
+    """
+
+    def __init__(self, run_dir: Path, console: Console | None = None, interval_s: float = 10.0):
+        self.console = console or Console()
+        self.interval_s = interval_s
+        self._metrics = Tail(run_dir / "metrics.jsonl")
+        self._ranks = run_dir / "ranks.json"
+        self._output = Tail(log_file(run_dir, 0))
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._phase, self._since = "", time.monotonic()
+        self._latest: Metrics | None = None
+        self._printed_step, self._printed_at = 0, time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for line in self._output.last():
+            self._print(line)
+        self._follow()
+        if self.console.is_terminal:
+            self._live.stop()
+            if self._latest:
+                self._print(line_of(self._latest))
+
+    def phase(self, text: str) -> None:
+        """Name what is being waited for; shown until the next phase or the first step."""
+        if text == self._phase:
+            return
+        self._phase, self._since, self._latest = text, time.monotonic(), None
+        if self.console.is_terminal:
+            self._draw()
+        else:
+            self._print(f"{text} …")
+
+    def refresh(self) -> None:
+        """Show what has been written since the last call."""
+        for line in self._output.lines():
+            self._print(line)
+        self._follow()
+        if self._phase.startswith("starting") and self._latest is None and self._ranks.exists():
+            self.phase("loading data")
+        if self.console.is_terminal:
+            self._draw()
+
+    def _follow(self) -> None:
+        for line in self._metrics.lines():
+            try:
+                self._take(json.loads(line))
+            except ValueError:
+                self._print(line)
+
+    def _take(self, metrics: Metrics) -> None:
+        if "phase" in metrics:
+            self.phase(metrics["phase"])
+        elif "heldout_loss" in metrics:
+            self._print(f"step {metrics['step']}: held-out loss {metrics['heldout_loss']:.4f}")
+        elif "loss" in metrics:
+            self._latest = metrics
+            if not self.console.is_terminal and self._due(metrics):
+                self._printed_step, self._printed_at = metrics["step"], time.monotonic()
+                self._print(line_of(metrics))
+
+    def _due(self, metrics: Metrics) -> bool:
+        step, steps = metrics["step"], metrics["steps"]
+        tenth = step * 10 // steps > self._printed_step * 10 // steps
+        return not self._printed_step or tenth or time.monotonic() - self._printed_at >= self.interval_s
+
+    def _print(self, line: str) -> None:
+        self.console.print(Text.from_ansi(line), soft_wrap=True)
+
+    def _draw(self) -> None:
+        self._live.update(bar(self._latest) if self._latest else self._waiting(), refresh=True)
+
+    def _waiting(self) -> Spinner:
+        return Spinner("dots", f"{self._phase} … {time.monotonic() - self._since:.0f} s")
+
+
+def bar(metrics: Metrics) -> Group:
+    """Two lines: how far the run is, and its figures."""
+    step, steps = metrics["step"], metrics["steps"]
+    line = Table.grid(padding=(0, 1))
+    done = ProgressBar(total=steps, completed=step, width=40)
+    line.add_row(f"step {step}/{steps}", done, time_left(metrics))
+    return Group(line, Text("  ".join(figures(metrics))))
+
+
+def line_of(metrics: Metrics) -> str:
+    """One plain line: "step 10/100  loss 5.1234  tokens/s 1,234  …  left 1:05"."""
+    parts = [f"step {metrics['step']}/{metrics['steps']}", *figures(metrics), time_left(metrics)]
+    return "  ".join(parts).rstrip()
+
+
+def figures(metrics: Metrics) -> list[str]:
+    """The figures of a step, each with its label; those that a run does not have are left out."""
+    present = [(key, label, form) for key, label, form in FIELDS if metrics.get(key) is not None]
+    return [f"{label} {form.format(metrics[key])}" for key, label, form in present]
+
+
+def time_left(metrics: Metrics) -> str:
+    """ "left 0:12:05", or "" where there is no estimate."""
+    if metrics.get("eta_s") is None:
+        return ""
+    minutes, seconds = divmod(round(metrics["eta_s"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"left {hours}:{minutes:02}:{seconds:02}" if hours else f"left {minutes}:{seconds:02}"

@@ -1,0 +1,165 @@
+"""Workers on Ray: Ray Train's TorchTrainer starts them, gives them ranks and a rendezvous, and restarts them.
+
+What is ours is around that: where workers may be placed, what environment they get, which of their errors
+is shown, and how everything ends.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesys.errors import LaunchError
+from moesys.launchers import device
+from moesys.launchers.failure import PORT_TAKEN, Outcome, clear_traces
+from moesys.launchers.ray_worker import Task, train_loop
+from moesys.launchers.spec import LOOPBACK, RunSpec, default_threads
+
+if TYPE_CHECKING:
+    from moesys.launchers.ray_cluster import EmbeddedRay, ExistingRay
+
+ATTEMPTS = 3
+"""How often to start when the rendezvous port turns out to be taken: Ray picks it and lets it go again."""
+
+RAY_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # join our environment with that of `ray job submit`
+    "RAY_enable_worker_prestart": "0",  # no idle workers: none of them would have the environment we need
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_worker_niceness": "0",  # its default of 15 lets every other process of the machine go first
+}
+"""Settings of Ray for this process and for a Ray that it starts."""
+
+
+def job_environment(spec: RunSpec) -> dict[str, str]:
+    """Settings that every process of the job must see, Ray Train's controller among them."""
+    return {
+        "PYTHONPATH": spec.env["PYTHONPATH"],
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how soon a dead worker is noticed
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(spec.config.launch.timeout_s),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",  # a worker whose peer is gone cannot leave its group
+    }
+
+
+class RayWorkers:
+    """The workers of a run as actors of Ray Train.
+
+    `worker` ("module:function") is called in each as `function(config, run_dir)`, with torch.distributed
+    initialised and its environment variables set.
+    """
+
+    def __init__(self, spec: RunSpec, worker: str = "moesys.train.worker:run"):
+        self.spec = spec
+        self.worker = worker
+        self._ray: EmbeddedRay | ExistingRay
+        self._closing = ExitStack()
+        self._attempts = 0
+
+    def start(self, phase: Callable[[str], None]) -> None:
+        """Start or join Ray, check that it has the nodes, start the workers; `phase` is told what goes on.
+
+        Raises `LaunchError` where there is no Ray or it is too small.
+        """
+        clear_traces(self.spec.run_dir)
+        job_env = job_environment(self.spec)
+        phase("starting Ray")
+        from moesys.launchers import ray_cluster
+
+        self._closing.enter_context(ray_cluster.environment(RAY_ENV | job_env))
+        address = ray_cluster.find_address(self.spec.config.launch.ray_address)
+        self._check_nodes(address)
+        if address is None:
+            self._ray = ray_cluster.EmbeddedRay(self.spec.world)
+        else:
+            self._ray = ray_cluster.ExistingRay(address)
+        self._closing.callback(self._ray.stop)
+        self._ray.start(job_env)
+        self._trainer = self._make_trainer()
+        phase(f"starting {self.spec.world} workers")
+        self._start_fit()
+
+    def poll(self) -> Outcome | None:
+        """None while the run goes on; else how it ended."""
+        if self._fit.is_alive():
+            return None
+        if self._error is None:
+            return Outcome(0)
+        if PORT_TAKEN.search(str(self._error)) and self._attempts < ATTEMPTS:
+            self._start_fit()
+            return None
+        from moesys.launchers.ray_errors import outcome_of
+
+        timeout_s = self.spec.config.launch.timeout_s
+        outcome = outcome_of(self._error, self.spec.run_dir, self._ray.where, timeout_s)
+        if outcome.message.startswith("Ray failed"):
+            self._ray.keep_logs(self.spec.run_dir / "logs" / "ray")
+        return outcome
+
+    def stop(self) -> None:
+        """End the workers, and Ray if it was started for them."""
+        self._closing.close()
+        shutil.rmtree(self._storage, ignore_errors=True)
+
+    @property
+    def _storage(self) -> Path:
+        return self.spec.run_dir / "ray"
+
+    def _check_nodes(self, address: str | None) -> None:
+        nodes = self.spec.config.cluster.nodes
+        if address is None and nodes > 1:
+            raise LaunchError(
+                f"cluster.nodes is {nodes}, but Ray would be started on this machine alone\n    remedy: give "
+                "the address of a running cluster (--ray-address HOST:6379), use --launcher slurm, or set "
+                "cluster.nodes=1"
+            )
+
+    def _make_trainer(self) -> Any:
+        from moesys.launchers import ray_cluster, ray_placement, ray_trainer
+
+        spec, config = self.spec, self.spec.config
+        placement = ray_placement.choose(config, spec.world, ray_cluster.living_nodes(), self._ray.where)
+        task = Task(config=config, run_dir=str(spec.run_dir), cwd=str(Path.cwd()), worker=self.worker)
+        return ray_trainer.make(
+            train_loop,
+            task,
+            placement,
+            world=spec.world,
+            env=self._worker_env(placement.device, placement.cores),
+            timeout_s=math.ceil(config.launch.timeout_s),
+            max_failures=config.launch.max_failures,
+            storage=self._storage,
+        )
+
+    def _worker_env(self, kind: str, cores: int) -> dict[str, str]:
+        """`spec.env`, with what only the launcher knows: the devices, the network, the nodes' cores."""
+        env = device.hide_gpus(kind)
+        if self._ray.single_machine:
+            return LOOPBACK | dict(self.spec.env) | env
+        launch = self.spec.config.launch
+        if launch.threads is None and "OMP_NUM_THREADS" not in {**os.environ, **launch.env}:
+            env["OMP_NUM_THREADS"] = str(default_threads(cores, self.spec.config.cluster.ranks_per_node))
+        return dict(self.spec.env) | env
+
+    def _start_fit(self) -> None:
+        self._attempts += 1
+        self._error: BaseException | None = None
+        self._fit = threading.Thread(target=self._run_fit, name="ray-train", daemon=True)
+        self._fit.start()
+
+    def _run_fit(self) -> None:
+        """In a thread, so that the main thread can show progress and take signals."""
+        try:
+            self._trainer.fit()
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,73 @@
+"""Ray Train's TorchTrainer, set up for one run.
+
+At run time the names of `ray.train` are those of its version 2; type checkers see version 1, hence the ignores.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from moesys.launchers.ray_placement import Placement
+from moesys.launchers.ray_worker import Task
+
+NEEDLESS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+"""Parts of Ray Train that each start one more process. The cleaner fills its log on a Ray without dashboard
+(it asks that for the controller's state every second); placement groups end with the job anyway. The other
+splits data sets of Ray Data, which we do not use."""
+
+
+class Trainer(TorchTrainer):
+    """TorchTrainer without the parts that a run of ours does not need."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            part
+            for part in super()._create_default_callbacks()  # type: ignore[misc]
+            if type(part).__name__ not in NEEDLESS
+        ]
+
+
+def make(
+    loop: Callable[[Any], None],
+    task: Task,
+    placement: Placement,
+    *,
+    world: int,
+    env: dict[str, str],
+    timeout_s: int,
+    max_failures: int,
+    storage: Path,
+) -> TorchTrainer:
+    """A trainer of `world` workers that call `loop(task)` with environment `env`.
+
+    `max_failures` restarts of all workers; Ray's own failures to start them are counted apart, up to the
+    same number. Nothing is reported through Ray, so `storage` stays empty but for its bookkeeping.
+    """
+    backend = "nccl" if placement.device == "cuda" else "gloo"
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    return Trainer(
+        loop,
+        train_loop_config=dict(task),
+        torch_config=TorchConfig(backend=backend, timeout_s=timeout_s),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=world,
+            use_gpu=placement.device == "cuda",
+            resources_per_worker=placement.resources,
+            placement_strategy=placement.strategy,
+            label_selector=placement.labels,
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]
+            name="train",
+            storage_path=str(storage),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=max_failures, controller_failure_limit=max_failures
+            ),
+            worker_runtime_env={"env_vars": env},
+        ),
+    )

@@ -1,0 +1,74 @@
+"""What runs inside a worker of Ray Train: it makes the worker look like one of the other launchers.
+
+Same working folder, same log file, same error file. Nothing is reported through Ray Train: its report is
+a barrier over all workers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TypedDict
+
+from moesys.config.schema import Config
+from moesys.launchers.failure import LOST_PEER, error_file, exit_code_of, log_file, record
+
+HEAD_START_S = 2.0
+"""How long an error that only says that a peer is gone is held back: Ray shall see the peer's end first."""
+
+Worker = Callable[[Config, Path], None]
+
+
+class Task(TypedDict):
+    """What a worker is told: its configuration and run folder (absolute), the working folder of the
+    launching process, and what to call, as "module:function"."""
+
+    config: Config
+    run_dir: str
+    cwd: str
+    worker: str
+
+
+def train_loop(task: Task) -> None:
+    """Call the worker function; its error becomes a file and a `RuntimeError(text, exit code)`.
+
+    A plain error, because Ray must be able to send it: an exception whose constructor takes anything but
+    a text arrives as a failure to unpickle.
+    """
+    rank, run_dir = int(os.environ["RANK"]), Path(task["run_dir"])
+    if Path(task["cwd"]).is_dir():
+        os.chdir(task["cwd"])
+    redirect_output(log_file(run_dir, rank))
+    error_file(run_dir, rank).unlink(missing_ok=True)  # of the attempt before a restart
+    try:
+        resolve(task["worker"])(task["config"], run_dir)
+    except BaseException as error:
+        text, code = record(run_dir, rank, error), exit_code_of(error)
+        if LOST_PEER.search(text):
+            time.sleep(HEAD_START_S)
+        raise RuntimeError(text, code) from None
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def resolve(path: str) -> Worker:
+    """The function that "module:function" names."""
+    module, _, function = path.partition(":")
+    worker: Worker = getattr(import_module(module), function)
+    return worker
+
+
+def redirect_output(path: Path) -> None:
+    """Append everything that this process prints, from C++ as well, to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.close(file)

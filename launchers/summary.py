@@ -1,0 +1,51 @@
+"""The end of a run in one table: how good the model is beside simple ones, how fast, where things lie."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROWS = (
+    ("held-out loss", "heldout_loss", "{:.4f} nats per token"),
+    ("  unigram model", "unigram_loss", "{:.4f}"),
+    ("  bigram model", "bigram_loss", "{:.4f}"),
+    ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
+    ("time in all-to-all", "all_to_all_share", "{:.1%}"),
+    ("parameters", "parameters", "{:,}"),
+    ("  active per token", "active_parameters", "{:,}"),
+    ("steps", "steps", "{}"),
+    ("workers", "world_size", "{}"),
+    ("checkpoint", "checkpoint", "{}"),
+    ("metrics", "metrics", "{}"),
+    ("report", "report", "{}"),
+)
+"""Label, key of summary.json and format of each row; keys that a run does not have are left out."""
+
+
+def read(run_dir: Path) -> dict[str, Any] | None:
+    """The run's summary.json, or None if there is none."""
+    path = run_dir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(summary: dict[str, Any], run_dir: Path) -> Table:
+    """`summary` as a table for the terminal."""
+    result = Table(title=f"run {run_dir.name}", title_justify="left", show_header=False)
+    result.add_column(no_wrap=True)
+    result.add_column(overflow="fold")
+    for label, key, form in ROWS:
+        if summary.get(key) is not None:
+            result.add_row(label, form.format(summary[key]))
+    result.add_row("summary", str(run_dir / "summary.json"))
+    return result
+
+
+def show(run_dir: Path, console: Console) -> None:
+    """Print the summary of the run in `run_dir`, if it wrote one."""
+    summary = read(run_dir)
+    if summary is not None:
+        console.print(table(summary, run_dir))

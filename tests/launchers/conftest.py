@@ -1,0 +1,95 @@
+"""Runs of toy workers, each launched by a driver process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesys.config.schema import Config
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+class Launched:
+    """A driver process (drive.py), its run folder, and what it and its workers did."""
+
+    def __init__(self, launcher: str, run_dir: Path, ranks: int, settings: tuple[str, ...], env: dict[str, str]):
+        self.run_dir = run_dir
+        command = [sys.executable, str(HERE / "drive.py"), launcher, str(run_dir), str(ranks), *settings]
+        environment = {
+            **{k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "RAY_ADDRESS")},
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
+            **env,
+        }
+        self.began = time.time()
+        self.process = subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
+        )
+
+    def finish(self, timeout: float = 120.0) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of the driver, once it has ended."""
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+    def seen(self) -> list[dict[str, Any]]:
+        """What each worker saw, in rank order."""
+        files = sorted((self.run_dir / "seen").glob("*.json"), key=lambda path: int(path.stem))
+        return [json.loads(path.read_text()) for path in files]
+
+    def wait_until_training(self, timeout: float = 90.0) -> list[int]:
+        """The workers' process numbers, once they have taken a step."""
+        wait_for(lambda: (self.run_dir / "metrics.jsonl").exists() or self.process.poll() is not None, timeout)
+        assert self.process.poll() is None, self.process.communicate()
+        return [worker["pid"] for worker in self.seen()]
+
+
+def wait_for(condition: Callable[[], bool], timeout: float) -> float:
+    """Seconds until `condition` held; fails after `timeout`."""
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < timeout, "waited in vain"
+        time.sleep(0.02)
+    return time.monotonic() - begin
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """`launched(launcher, ranks, "section.key=value", ..., VARIABLE=value)` starts a driver process."""
+    started: list[Launched] = []
+
+    def start(launcher: str, ranks: int, *settings: str, **env: str) -> Launched:
+        started.append(Launched(launcher, tmp_path / "run", ranks, settings, env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.communicate()
+
+
+@pytest.fixture
+def config() -> Callable[..., Config]:
+    """`config(cluster={...}, launch={...}, ...)` makes a small configuration."""
+
+    def make(**sections: object) -> Config:
+        return Config.model_validate({"model": {"hidden": 8, "layers": 1}, **sections})
+
+    return make
