@@ -20,7 +20,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced, nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class AttentionConfig(Section):
@@ -146,7 +148,7 @@ class OptimizerConfig(Section):
     kind: Literal["adamw", "apex"] = "adamw"
     """adamw: torch's, fused where the device has it; apex: NVIDIA apex's FusedAdam."""
     lr: PositiveFloat = 3e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     """Decay of matrices; norms and biases have none."""

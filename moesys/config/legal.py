@@ -1,0 +1,120 @@
+"""What the schema allows, in plain words."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from moesys.config.schema import Config, Section
+
+_NOUNS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("text", "texts"),
+}
+_PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, dashes and underscores, the first a letter or digit"
+}
+
+
+def type_at(key: Sequence[str]) -> Any | None:
+    """The annotation of a key, constraints included; None where the schema has no such key."""
+    kind: Any = Config
+    for name in key:
+        section, names = section_of(kind), mapping_of(kind)
+        if section is not None and name in section.model_fields:
+            kind = annotation(section.model_fields[name])
+        elif names is not None:
+            kind = names
+        else:
+            return None
+    return kind
+
+
+def annotation(field: FieldInfo) -> Any:
+    """The type of a field with its constraints, as it was written."""
+    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+
+
+def alternatives(kind: Any) -> list[Any]:
+    """The members of a union; the type itself where it is none."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return [inner for member in get_args(kind) for inner in alternatives(member)]
+    return [kind]
+
+
+def section_of(kind: Any) -> type[Section] | None:
+    """The section class that `kind` is, or may be."""
+    return next((k for k in alternatives(kind) if isinstance(k, type) and issubclass(k, Section)), None)
+
+
+def mapping_of(kind: Any) -> Any | None:
+    """The type of the values, where `kind` is a mapping of free names."""
+    return next((get_args(k)[1] for k in alternatives(kind) if get_origin(k) is dict), None)
+
+
+def nullable(kind: Any) -> bool:
+    """Whether null is legal."""
+    return type(None) in alternatives(kind)
+
+
+def choices(kind: Any) -> list[str]:
+    """The words that are legal."""
+    return [str(word) for k in alternatives(kind) if get_origin(k) is Literal for word in get_args(k)]
+
+
+def accepts(kind: Any, scalar: type) -> bool:
+    """Whether `scalar` (int, float, str, bool) is legal, constraints aside."""
+    return any((get_args(k)[0] if get_origin(k) is Annotated else k) is scalar for k in alternatives(kind))
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if (inner := section_of(annotation(field))) is not None:
+            yield from keys(inner, f"{prefix}{name}.")
+
+
+def describe(kind: Any) -> str:
+    """What is legal, to stand after "must be": "a whole number of at least 1, or auto"."""
+    if words := choices(kind):
+        others = [k for k in alternatives(kind) if get_origin(k) is not Literal]
+        listed = " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
+        return ", or ".join([*(describe(k) for k in others), listed])
+    return ", or ".join(_describe(k) for k in alternatives(kind))
+
+
+def _describe(kind: Any, plural: bool = False) -> str:
+    rules: list[Any] = []
+    if get_origin(kind) is Annotated:
+        kind, *found = get_args(kind)
+        rules = [r for f in found for r in (f.metadata if isinstance(f, FieldInfo) else [f])]
+    if kind is type(None):
+        return "null"
+    if (section := section_of(kind)) is not None:
+        return f"a section with the keys {', '.join(section.model_fields)}"
+    if get_origin(kind) is list:
+        return f"a list of {_describe(get_args(kind)[0], plural=True)}"
+    if get_origin(kind) is tuple:
+        members = get_args(kind)
+        return f"a list of {len(members)} {_describe(members[0], plural=True)}"
+    if get_origin(kind) is dict:
+        return f"a mapping of names to {_describe(get_args(kind)[1])}"
+    return " ".join([_NOUNS[kind][plural], *_bounds(rules)])
+
+
+def _bounds(rules: list[Any]) -> Iterator[str]:
+    """Constraints in words: "of at least 0 and below 1"."""
+    bound = {n: getattr(r, n) for r in rules for n in ("ge", "gt", "le", "lt") if getattr(r, n, None) is not None}
+    if "ge" in bound and "le" in bound:
+        yield f"from {bound['ge']} to {bound['le']}"
+    else:
+        words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+        yield from [" and ".join(f"{words[n]} {value}" for n, value in bound.items())] if bound else []
+    for pattern in (p for r in rules if (p := getattr(r, "pattern", None))):
+        yield f"of {_PATTERNS.get(pattern, f'the form {pattern}')}"

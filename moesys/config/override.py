@@ -1,0 +1,29 @@
+"""`key.sub=value` of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moesys.config.read import parse
+from moesys.config.tree import Entry, put
+from moesys.errors import Problem
+
+
+def apply(tree: Entry, overrides: Sequence[str], problems: list[Problem]) -> Entry:
+    """`tree` with `overrides` in their order; values are YAML, a mapping is merged into a section."""
+    for text in overrides:
+        tree = _one(tree, text, problems)
+    return tree
+
+
+def _one(tree: Entry, text: str, problems: list[Problem]) -> Entry:
+    where = f"command line {text!r}"
+    key, equals, value = text.partition("=")
+    path = [name.strip() for name in key.split(".")]
+    if not equals or not all(path):
+        problems.append(Problem("", "is no override", "write key.sub=value, such as train.steps=10", where=where))
+    elif path[0] == "include":
+        problems.append(Problem("include", "cannot be set here", "include it in the file", where=where))
+    elif (entry := parse(value, lambda line: where, where, problems)) is not None:
+        return put(tree, path, entry)
+    return tree

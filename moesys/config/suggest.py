@@ -1,0 +1,95 @@
+"""Where a key that does not exist may have been meant to stand."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from moesys.config import legal
+
+ELSEWHERE: dict[str, str] = {
+    "hidden_size": "model.hidden",
+    "num_layers": "model.layers",
+    "num_hidden_layers": "model.layers",
+    "intermediate_size": "model.ffn_hidden",
+    "ffn_hidden_size": "model.ffn_hidden",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "rms_norm_eps": "model.norm_eps",
+    "initializer_range": "model.init_std",
+    "num_attention_heads": "model.attention.heads",
+    "num_key_value_heads": "model.attention.kv_heads",
+    "num_query_groups": "model.attention.kv_heads",
+    "num_experts": "model.moe.experts",
+    "num_local_experts": "model.moe.experts",
+    "n_routed_experts": "model.moe.experts",
+    "n_shared_experts": "model.moe.shared_experts",
+    "num_experts_per_tok": "model.moe.top_k",
+    "moe_router_topk": "model.moe.top_k",
+    "moe_intermediate_size": "model.moe.ffn_hidden",
+    "moe_ffn_hidden_size": "model.moe.ffn_hidden",
+    "moe_layer_freq": "model.moe.every",
+    "first_k_dense_replace": "model.moe.first_dense",
+    "norm_topk_prob": "model.moe.normalize",
+    "routed_scaling_factor": "model.moe.scale",
+    "router_aux_loss_coef": "model.moe.balance_loss",
+    "aux_loss": "model.moe.balance_loss",
+    "data_parallel": "parallel.dp",
+    "data_parallel_size": "parallel.dp",
+    "tensor_parallel": "parallel.tp",
+    "tensor_parallel_size": "parallel.tp",
+    "tensor_model_parallel_size": "parallel.tp",
+    "sequence_parallel": "parallel.sp",
+    "pipeline_parallel": "parallel.pp",
+    "pipeline_parallel_size": "parallel.pp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "context_parallel": "parallel.cp",
+    "context_parallel_size": "parallel.cp",
+    "expert_parallel": "parallel.ep",
+    "expert_parallel_size": "parallel.ep",
+    "expert_model_parallel_size": "parallel.ep",
+    "expert_tensor_parallel_size": "parallel.etp",
+    "fsdp": "parallel.dp_shard",
+    "batch_size": "train.global_batch",
+    "global_batch_size": "train.global_batch",
+    "micro_batch_size": "train.micro_batch",
+    "sequence_length": "train.seq_len",
+    "seq_length": "train.seq_len",
+    "max_steps": "train.steps",
+    "train_iters": "train.steps",
+    "precision": "train.dtype",
+    "activation_checkpointing": "train.recompute",
+    "learning_rate": "train.optimizer.lr",
+    "grad_clip": "train.optimizer.clip",
+    "clip_grad": "train.optimizer.clip",
+    "warmup_steps": "train.schedule.warmup",
+    "dataset": "data.path",
+    "gpus_per_node": "cluster.ranks_per_node",
+    "num_nodes": "cluster.nodes",
+}
+"""Names of Hugging Face configurations, Megatron-Core and DeepSpeed for our keys."""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def nearest(word: str, words: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The one of `words` that `word` most likely stands for; `likeness` is difflib's ratio, at least."""
+    plain, asked = {_plain(w): w for w in words}, _plain(word)
+    found = difflib.get_close_matches(asked, list(plain), 1, likeness)
+    found = found or [w for w in plain if len(asked) > 2 and asked in w]
+    return plain[found[0]] if found else None
+
+
+def keys_like(section: str, name: str) -> list[str]:
+    """Dotted keys that an unknown key `name` in `section` ("" for the top) may stand for, best first."""
+    known = list(legal.keys())
+    prefix = f"{section}." if section else ""
+    siblings = [k.removeprefix(prefix) for k in known if k.startswith(prefix) and "." not in k[len(prefix) :]]
+    beside = nearest(name, siblings if section else [*siblings, "include"])
+    same = [k for k in known if k.rpartition(".")[2] == _plain(name)]
+    if _plain(name) in ELSEWHERE:
+        same.append(ELSEWHERE[_plain(name)])
+    # A key of a section inside this one is likelier than a key of a far one.
+    same.sort(key=lambda k: not k.startswith(prefix))
+    return list(dict.fromkeys(([prefix + beside] if beside else []) + same))[:3]

@@ -1,0 +1,107 @@
+"""What pydantic finds wrong, in the user's words: one problem per key."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from moesys.config import legal, suggest
+from moesys.config.tree import Entry
+from moesys.errors import Problem
+
+
+def problems_of(error: ValidationError, tree: Entry, with_missing: bool = True) -> list[Problem]:
+    """The problems in `tree`, the configuration that pydantic refused; or all but its missing keys."""
+    found: dict[str, Problem] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "missing" and not with_missing:
+            continue
+        path = _path(detail["loc"], detail["type"])
+        key = ".".join(path)
+        if key not in found:
+            found[key] = _problem(detail, path, tree)
+    return list(found.values())
+
+
+def _path(loc: tuple[int | str, ...], kind: str) -> list[str]:
+    """The key of an error: its place without what pydantic appends to it for unions and lists."""
+    names = [str(part) for part in loc]
+    if kind in ("missing", "extra_forbidden"):
+        return names
+    while len(names) > 1 and legal.type_at(names) is None:
+        names.pop()
+    return names
+
+
+def _problem(detail: Any, path: list[str], tree: Entry) -> Problem:
+    key, (section, name) = ".".join(path), (".".join(path[:-1]), path[-1])
+    entry, where = find(tree, path)
+    if detail["type"] == "missing":
+        return _missing(key, section, name, where)
+    if detail["type"] == "extra_forbidden":
+        return _unknown(key, section, name, where)
+    kind = legal.type_at(path)
+    given = entry.given() if entry is not None else ""
+    if detail["type"] in ("value_error", "assertion_error"):
+        return Problem(key, str(detail["ctx"]["error"]), given=given, where=where)
+    words = legal.describe(kind)
+    if detail["type"] == "finite_number":
+        words = words.replace("number", "finite number", 1)
+    return Problem(key, f"must be {words}", _remedy(kind, entry) if entry is not None else "", given, where)
+
+
+def find(tree: Entry, path: list[str]) -> tuple[Entry | None, str]:
+    """The entry at `path`, if there is one, and the nearest place: its own or a parent's."""
+    entry: Entry | None = tree
+    where = tree.where
+    for name in path:
+        entry = entry.section.get(name) if entry is not None else None
+        where = entry.where if entry is not None else where
+    return entry, where
+
+
+def _missing(key: str, section: str, name: str, where: str) -> Problem:
+    kind = legal.describe(legal.type_at(key.split(".")))
+    if not section:
+        remedy = f"write it, or include a file that has it, such as include: {name}s/NAME.yaml"
+        return Problem(key, f"is missing: needed is {kind}", remedy, where=where)
+    return Problem(key, f"is missing: section {section} needs it, {kind}", f"add {name}: to {section}", where=where)
+
+
+def _unknown(key: str, section: str, name: str, where: str) -> Problem:
+    if "." in name and legal.type_at(name.split(".")) is not None:
+        nested = ": {".join(name.split(".")) + ": ..." + "}" * name.count(".")
+        return Problem(key, "dots separate keys on the command line only", f"write {nested}", where=where)
+    if name == "include":
+        return Problem(key, "stands at the top of a file only", "move it out of the section", where=where)
+    schema = legal.section_of(legal.type_at(section.split(".") if section else []))
+    fields = list(schema.model_fields) if schema is not None else []
+    title = f"section {section}" if section else "a configuration"
+    like = suggest.keys_like(section, name)
+    remedy = f"did you mean {' or '.join(like)}?" if like else "remove it"
+    return Problem(key, f"unknown key; {title} has {', '.join(fields)}", remedy, where=where)
+
+
+_YES = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+
+
+def _remedy(kind: Any, entry: Entry) -> str:
+    """What the user probably wanted to write."""
+    value = entry.value
+    numeric = legal.accepts(kind, int) or legal.accepts(kind, float)
+    if isinstance(value, str):
+        if legal.accepts(kind, bool) and (plain := _YES.get(value.lower(), value.lower())) in ("true", "false"):
+            return f"write {plain}"
+        if legal.nullable(kind) and value.lower() in ("none", "nil", "nan"):
+            return "write null"
+        if numeric and re.fullmatch(r"[-+]?[0-9][0-9_,]*(\.[0-9]+)?([eE][-+]?[0-9]+)?", value):
+            return f"write {re.sub('[_,]', '', value)}, without quotes"
+        near = suggest.nearest(value, legal.choices(kind), 0.5)
+        return f"did you mean {near}?" if near else ""
+    if legal.accepts(kind, str) and not isinstance(value, (list, dict)) and value is not None:
+        return f'put it in quotes: "{entry.text}"'
+    if isinstance(value, float) and value.is_integer() and legal.accepts(kind, int):
+        return f"write {int(value)}"
+    return ""

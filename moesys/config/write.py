@@ -1,0 +1,54 @@
+"""A configuration written out: as YAML, and its schema for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from moesys.config.read import CORE_SCHEMA
+from moesys.config.schema import Config
+
+
+class _Dumper(yaml.SafeDumper):
+    """Short lists in one line; text quoted that YAML 1.1 or 1.2 would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, (_pattern, _first) in CORE_SCHEMA.items():
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+_Dumper.add_representer(tuple, _Dumper.yaml_representers[list])
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration, every key with its value, as YAML that `load` reads back."""
+    text: str = yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a file, for editors' YAML language servers.
+
+    No key is required: a file may leave to an included one what it does not say itself.
+    """
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Generate(GenerateJsonSchema):
+        def field_is_required(self, field: Any, total: bool) -> bool:
+            return False
+
+        def field_title_should_be_set(self, schema: Any) -> bool:
+            return False
+
+    schema = Config.model_json_schema(schema_generator=Generate)
+    include = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Files to merge under this one, relative to it; later ones win over earlier ones.",
+    }
+    properties = {"include": include, **schema.pop("properties")}
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "properties": properties}
