@@ -1,0 +1,76 @@
+"""The tokens of a run: what the trainer reads, from whichever source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from moesys.config.schema import Config, DataConfig
+from moesys.data import cache, megatron_indexed, tokenized
+from moesys.data.sources import SOURCES
+from moesys.data.tokenizers import Tokenizer, build_tokenizer, token_dtype
+from moesys.data.tokens import Tokens
+from moesys.errors import DataError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens for training and held-out tokens, each [T]; ids are below `vocab_size`."""
+
+    train: Tokens
+    heldout: Tokens
+    tokenizer: Tokenizer
+    vocab_size: int
+
+
+def vocab_size(config: Config) -> int:
+    """Entries of the embedding: `model.vocab_size`, or else as many as the tokenizer has. Reads no data.
+
+    Raises:
+        DataError: the tokenizer is needed and missing or broken.
+    """
+    return config.model.vocab_size or build_tokenizer(config.data).vocab_size
+
+
+def open_corpus(config: Config) -> Corpus:
+    """The corpus of a run. Every process calls this; one per machine tokenizes, into `data.cache`.
+
+    Raises:
+        DataError: the data cannot be read, or are too small for one sequence on either side.
+    """
+    data, tokenizer = config.data, build_tokenizer(config.data)
+    vocabulary = config.model.vocab_size or tokenizer.vocab_size
+    train: Tokens
+    heldout: Tokens
+    if data.kind == "megatron":
+        train, heldout = megatron_indexed.open_tokens(data, vocabulary)
+    else:
+        if vocabulary < tokenizer.vocab_size:
+            raise DataError(f"model.vocab_size {vocabulary} is below the tokenizer's {tokenizer.vocab_size}")
+        train, heldout = _tokenized(data, tokenizer)
+    for side, tokens in (("training", train), ("held-out", heldout)):
+        if (rule := too_small(side, len(tokens), config)) is not None:
+            raise DataError(f"{data.path or data.kind}: {rule}; {TOO_SMALL_REMEDY}")
+    return Corpus(train, heldout, tokenizer, vocabulary)
+
+
+TOO_SMALL_REMEDY = "use more text, a shorter train.seq_len, or another data.heldout"
+
+
+def too_small(side: str, tokens: int, config: Config) -> str | None:
+    """What is wrong if `tokens` are fewer than one sequence."""
+    needed = config.train.seq_len + 1
+    if tokens >= needed:
+        return None
+    return f"{tokens} {side} tokens are fewer than one sequence: train.seq_len({needed - 1}) + 1 = {needed}"
+
+
+def _tokenized(data: DataConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    source = SOURCES[data.kind]
+    facts = [data.kind, source.identity(data), tokenizer.identity, data.heldout]
+    folder = Path(data.cache).expanduser() if data.cache else cache.default_folder()
+    write = partial(tokenized.write, partial(source.documents, data), tokenizer, data.heldout)
+    return cache.open_or_make(folder, cache.key(facts), token_dtype(tokenizer.vocab_size), write)

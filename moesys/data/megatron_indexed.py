@@ -1,0 +1,192 @@
+"""Megatron's indexed datasets: tokens in PREFIX.bin, their documents in PREFIX.idx.
+
+Read by megatron-core, memory-mapped, and never copied: training and held-out tokens are views that
+gather documents when asked. Held out by document number.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesys.config.schema import DataConfig
+from moesys.data.division import divide, hashed_numbers
+from moesys.data.documents import unreadable
+from moesys.errors import DataError, Problem
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, code of the type, sequences, documents + 1; then lengths (int32) and offsets (int64)."""
+ITEM_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+"""Bytes of a token by the code of its type; codes 6 and 7 are floating point."""
+NO_PACKAGE = "needs the package megatron-core, which is not installed"
+INSTALL = "pip install megatron-core, or use another data.kind"
+
+
+class IndexedTokens:
+    """A flat array of tokens, gathered from spans of an indexed dataset when a slice is asked for.
+
+    Args:
+        dataset: megatron.core.datasets.indexed_dataset.IndexedDataset.
+        sequences: int64 [spans], the sequence that each span lies in.
+        begins: int64 [spans], the span's first token in its sequence.
+        lengths: int64 [spans], tokens; none is 0.
+        vocab_size: ids at or above it are an error when they are read.
+    """
+
+    def __init__(
+        self, dataset: Any, sequences: np.ndarray, begins: np.ndarray, lengths: np.ndarray, vocab_size: int
+    ):
+        self._dataset, self._vocab_size = dataset, vocab_size
+        self._sequences, self._begins = sequences, begins
+        self._ends = np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """Tokens [stop - start] of a slice without a step.
+
+        Raises:
+            DataError: an id is not in the vocabulary.
+        """
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError("slices of tokens have no step")
+        parts = [np.empty(0, self._dataset.index.dtype)]
+        span = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[span])
+            first = int(self._ends[span - 1]) if span else 0
+            count = min(end, stop) - start
+            offset = int(self._begins[span]) + start - first
+            parts.append(self._dataset.get(int(self._sequences[span]), offset, count))
+            start, span = start + count, span + 1
+        tokens = np.concatenate(parts)
+        self._require_known(tokens)
+        return tokens
+
+    def _require_known(self, tokens: np.ndarray) -> None:
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)][0]
+            rule = f"token id {wrong} is not in the vocabulary of {self._vocab_size}"
+            remedy = "set model.vocab_size, or data.tokenizer to the one that wrote the dataset"
+            raise DataError(f"{self._dataset.path_prefix}.bin: {rule}; {remedy}")
+
+
+def open_tokens(data: DataConfig, vocab_size: int) -> tuple[IndexedTokens, IndexedTokens]:
+    """Tokens for training and held-out tokens.
+
+    Raises:
+        DataError: megatron-core is missing, the files are damaged or hold no tokens, or an id among
+            the first is not in the vocabulary; later ones are found when they are read.
+    """
+    count_tokens(data)
+    dataset = _open(_prefix(data))
+    lengths = dataset.sequence_lengths.astype(np.int64)
+    bounds = np.asarray(dataset.document_indices)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    sizes = np.diff(starts[bounds])
+    if not sizes.sum():
+        raise DataError(f"{_prefix(data)}.bin holds no tokens")
+    division = divide(sizes, hashed_numbers(len(sizes), data.heldout), data.heldout)
+    held = np.repeat(division.heldout, np.diff(bounds))  # of each sequence
+    # With a cut, tokens of the first held-out document before it are for training, even inside a sequence.
+    end = starts[bounds[division.first]] + division.cut
+    ours = np.where(held, np.clip(end - starts[:-1], 0, lengths), lengths)
+    train = _view(dataset, np.zeros_like(ours), ours, vocab_size)
+    heldout = _view(dataset, ours, lengths - ours, vocab_size)
+    for tokens in (train, heldout):
+        _ = tokens[: 1 << 20]
+    return train, heldout
+
+
+def check(data: DataConfig) -> list[Problem]:
+    """Whether both files are there and the index is one, as long as it says."""
+    problems = []
+    if not _installed():
+        problems.append(Problem("data.kind", NO_PACKAGE, INSTALL))
+    if data.path is None:
+        remedy = "name the common PREFIX of the .bin and .idx files"
+        return [*problems, Problem("data.path", "is needed with data.kind megatron", remedy)]
+    prefix = _prefix(data)
+    missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
+    if missing:
+        remedy = "give the common PREFIX of the .bin and .idx files, relative to the working directory"
+        return [*problems, Problem("data.path", f"no such file: {', '.join(missing)}", remedy)]
+    try:
+        count_tokens(data)
+    except DataError as error:
+        remedy = "write the dataset again, for example with Megatron's preprocess_data.py"
+        return [*problems, Problem("data.path", str(error), remedy)]
+    return problems
+
+
+def count_tokens(data: DataConfig) -> int:
+    """All tokens of the dataset, by its index.
+
+    Raises:
+        DataError: the index is no index, or the files are shorter than it says.
+    """
+    prefix = _prefix(data)
+    idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    try:
+        with idx.open("rb") as stream:
+            header = stream.read(HEADER.size)
+            if len(header) < HEADER.size or not header.startswith(MAGIC):
+                raise DataError(f"{idx} is no index of a Megatron dataset: it does not begin with MMIDIDX")
+            _, version, code, sequences, bounds = HEADER.unpack(header)
+            if version != 1 or code not in ITEM_SIZES:
+                raise DataError(f"{idx}: version {version} with tokens of type {code} cannot be read")
+            if idx.stat().st_size < HEADER.size + 12 * sequences + 8 * bounds:
+                raise DataError(f"{idx} ends early: it should list {sequences} sequences")
+            if not sequences:
+                raise DataError(f"{bin_} holds no tokens")
+            stream.seek(HEADER.size + 4 * (sequences - 1))
+            (length,) = struct.unpack("<i", stream.read(4))
+            stream.seek(HEADER.size + 12 * sequences - 8)
+            (offset,) = struct.unpack("<q", stream.read(8))
+        with bin_.open("rb") as stream:
+            stream.read(1)
+            size = bin_.stat().st_size
+    except OSError as error:
+        raise unreadable(idx, error) from None
+    needed = offset + length * ITEM_SIZES[code]
+    if size < needed:
+        raise DataError(f"{bin_} ends early: it has {size} bytes, and its index needs {needed}")
+    return needed // ITEM_SIZES[code]
+
+
+def _prefix(data: DataConfig) -> str:
+    """The files' common path; a name of one of the two files is understood too."""
+    return str(Path(data.path or "").expanduser()).removesuffix(".bin").removesuffix(".idx")
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("megatron.core") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _open(prefix: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other packages, and nothing a user could act on
+            from megatron.core.datasets.indexed_dataset import IndexedDataset
+    except ImportError as error:
+        raise DataError(f"data.kind megatron {NO_PACKAGE} ({error}); {INSTALL}") from None
+    try:
+        return IndexedDataset(prefix, multimodal=False, mmap=True)
+    except (AssertionError, OSError, ValueError) as error:
+        raise DataError(f"cannot open the Megatron dataset {prefix}: {error}") from None
+
+
+def _view(dataset: Any, begins: np.ndarray, lengths: np.ndarray, vocab_size: int) -> IndexedTokens:
+    sequences = np.flatnonzero(lengths)
+    return IndexedTokens(dataset, sequences, begins[sequences], lengths[sequences], vocab_size)

@@ -1,0 +1,56 @@
+"""The sources of Python's standard library: real text that every machine has.
+
+Left out: installed packages, test folders (distributions of Python differ in having them, and their
+tables of odd characters are no text), and files generated for one machine.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from moesys.config.schema import DataConfig
+from moesys.data import documents as files
+from moesys.data.documents import Document, File
+from moesys.errors import DataError, Problem
+
+SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
+
+
+def check(data: DataConfig) -> list[Problem]:
+    """A path is a mistake here; and some Pythons carry no sources."""
+    if data.path is not None:
+        rule = "must be absent with data.kind python-stdlib, which reads no path"
+        return [Problem("data.path", rule, "set data.kind too (text, huggingface, megatron), or leave it out")]
+    try:
+        found = listing(data)
+    except DataError as error:
+        return [Problem("data.kind", str(error), "use data.kind text with text of your own")]
+    if not found:
+        rule = f"this Python has no sources of its standard library in {_root()}"
+        return [Problem("data.kind", rule, "use data.kind text with text of your own")]
+    return []
+
+
+def listing(data: DataConfig) -> list[File]:
+    """The library's .py files, sorted by name."""
+    return files.listing(_root(), _wanted, lambda name: name in SKIPPED or name.startswith("config-"))
+
+
+def identity(data: DataConfig) -> object:
+    """What changes when the text does, as JSON."""
+    return files.identity(_root(), listing(data))
+
+
+def documents(data: DataConfig) -> Iterator[Document]:
+    """One document per file."""
+    return (Document(file.name, files.read(file.path)) for file in listing(data))
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _wanted(name: str) -> bool:
+    return name.endswith(".py") and not name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize"))

@@ -1,0 +1,183 @@
+"""Tokenizers: bytes, or a Hugging Face tokenizer.json file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from moesys.config.schema import DataConfig
+from moesys.data.documents import read
+from moesys.errors import DataError, Problem
+
+END_OF_DOCUMENT = (
+    "<|endoftext|>",  # GPT-2, GPT-NeoX, OLMo, Qwen, GPT-OSS
+    "<|end_of_text|>",  # Llama 3
+    "</s>",  # Llama 2, Mistral, Mixtral, T5
+    "<｜end▁of▁sentence｜>",  # DeepSeek-V2, -V3
+    "<eos>",  # Gemma
+    "[EOS]",
+    "<EOS>",
+    "[SEP]",  # BERT
+)
+"""Names of the token that ends a document, the first that a tokenizer has is taken."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    `vocab_size`: ids are below it. `end_of_document`: the id that follows each document; None: the
+    vocabulary has none, documents follow each other directly. `identity`: differs between tokenizers
+    that encode differently.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end_of_document(self) -> int | None: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids [T] of `text`, in the smallest unsigned type that holds `vocab_size` ids."""
+        ...
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """`encode` of each text; faster where the tokenizer has threads."""
+        ...
+
+    def decode(self, tokens: np.ndarray) -> bytes:
+        """The text of token ids [T]."""
+        ...
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds ids below `vocab_size`."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+class ByteTokenizer:
+    """One token per byte, and 256 between documents: any file, any language, nothing to train."""
+
+    vocab_size = 257
+    end_of_document = 256
+    identity = "bytes"
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """uint16 [bytes]."""
+        return np.frombuffer(text, np.uint8).astype(np.uint16)
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: np.ndarray) -> bytes:
+        """The bytes; ends of documents have none."""
+        tokens = np.asarray(tokens)
+        return tokens[tokens < 256].astype(np.uint8).tobytes()
+
+
+class HFTokenizer:
+    """A tokenizer.json file, by the package `tokenizers`.
+
+    No special tokens are added around a text. Bytes that are not UTF-8 become U+FFFD.
+
+    Raises:
+        DataError: the package is missing, or the file is not a tokenizer.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.vocab_size = max(_ids(path)) + 1
+
+    @property
+    def identity(self) -> str:
+        return blake2b(read(self.path), digest_size=16).hexdigest()
+
+    @property
+    def end_of_document(self) -> int | None:
+        ids = (self._tokenizer.token_to_id(name) for name in END_OF_DOCUMENT)
+        return next((number for number in ids if number is not None), None)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids [T]."""
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Token ids of each text; the package encodes them in threads."""
+        strings = [text.decode("utf-8", "replace") for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+        return [np.asarray(encoding.ids, token_dtype(self.vocab_size)) for encoding in encodings]
+
+    def decode(self, tokens: np.ndarray) -> bytes:
+        """The text as UTF-8, special tokens by their names."""
+        return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False).encode()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            from tokenizers import Tokenizer as Rust
+        except ImportError:
+            raise DataError(f"data.tokenizer {self.path} {NO_PACKAGE}; {INSTALL}") from None
+        try:
+            return Rust.from_file(str(self.path))
+        except Exception as error:  # the package raises bare Exception
+            raise DataError(f"{self.path} is no tokenizer of the package tokenizers: {error}") from None
+
+
+NO_PACKAGE = "needs the package tokenizers, which is not installed"
+INSTALL = "pip install tokenizers, or set data.tokenizer to bytes"
+
+
+def build_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    Raises:
+        DataError: it is missing or broken.
+    """
+    return ByteTokenizer() if data.tokenizer == "bytes" else HFTokenizer(Path(data.tokenizer).expanduser())
+
+
+def check(data: DataConfig) -> list[Problem]:
+    """Whether the tokenizer can be used; the file is read whole."""
+    if data.tokenizer == "bytes":
+        return []
+    key = "data.tokenizer"
+    path = Path(data.tokenizer).expanduser()
+    if path.is_dir():
+        inside = path / "tokenizer.json"
+        remedy = f"name {inside}" if inside.is_file() else "give bytes, or the path of a tokenizer.json file"
+        return [Problem(key, "must be a file, and is a folder", remedy)]
+    if not path.exists():
+        return [Problem(key, "no such file", "give bytes, or the path of a tokenizer.json file")]
+    if importlib.util.find_spec("tokenizers") is None:
+        return [Problem(key, NO_PACKAGE, INSTALL)]
+    try:
+        _ = HFTokenizer(path).end_of_document
+    except DataError as error:
+        remedy = "give bytes, or the tokenizer.json file of a fast Hugging Face tokenizer"
+        return [Problem(key, str(error), remedy)]
+    return []
+
+
+def _ids(path: Path) -> list[int]:
+    """All token ids of a tokenizer.json; they may have gaps, so their number alone does not bound them."""
+    try:
+        content = json.loads(read(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    model = content.get("model") if isinstance(content, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not vocabulary or not isinstance(vocabulary, (dict, list)):
+        raise DataError(f"{path} is no tokenizer.json: it has no model with a vocabulary")
+    own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # unigram: a list
+    added = (token["id"] for token in content.get("added_tokens") or ())
+    return [*own, *added]
