@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,11 @@ class Launched:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
             **env,
         }
-        self.began = time.time()
         self.process = subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
         )
 
-    def finish(self, timeout: float = 120.0) -> tuple[int, str, str]:
+    def finish(self, timeout: float = 240.0) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of the driver, once it has ended."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err
@@ -45,20 +45,38 @@ class Launched:
         files = sorted((self.run_dir / "seen").glob("*.json"), key=lambda path: int(path.stem))
         return [json.loads(path.read_text()) for path in files]
 
-    def wait_until_training(self, timeout: float = 90.0) -> list[int]:
+    def wait_until_training(self, timeout: float = 240.0) -> list[int]:
         """The workers' process numbers, once they have taken a step."""
-        wait_for(lambda: (self.run_dir / "metrics.jsonl").exists() or self.process.poll() is not None, timeout)
+        metrics = self.run_dir / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() or self.process.poll() is not None, timeout)
         assert self.process.poll() is None, self.process.communicate()
         return [worker["pid"] for worker in self.seen()]
 
+    def alive(self) -> list[int]:
+        """The workers that still run."""
+        return [worker["pid"] for worker in self.seen() if alive(worker["pid"])]
 
-def wait_for(condition: Callable[[], bool], timeout: float) -> float:
-    """Seconds until `condition` held; fails after `timeout`."""
+    def wait_until_gone(self, pids: Iterable[int], timeout: float) -> None:
+        """Return when none of these processes runs any more; fails after `timeout` seconds."""
+        wait_for(lambda: not any(map(alive, pids)), timeout)
+
+    def descendants(self) -> dict[int, str]:
+        """Everything that the driver started, and what that started: process number → command line."""
+        found: dict[int, str] = {}
+        parents = {self.process.pid}
+        while parents:
+            children = {pid for pid, parent in all_parents().items() if parent in parents}
+            found |= {pid: command_line(pid) for pid in children}
+            parents = children
+        return found
+
+
+def wait_for(condition: Callable[[], bool], timeout: float) -> None:
+    """Return when `condition` holds; fails after `timeout` seconds."""
     begin = time.monotonic()
     while not condition():
         assert time.monotonic() - begin < timeout, "waited in vain"
         time.sleep(0.02)
-    return time.monotonic() - begin
 
 
 def alive(pid: int) -> bool:
@@ -67,6 +85,22 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def all_parents() -> dict[int, int]:
+    """Process number → its parent's, of all processes."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    return parents
+
+
+def command_line(pid: int) -> str:
+    """A process's command line, "" if it is gone."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
 
 
 @pytest.fixture

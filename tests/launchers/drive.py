@@ -1,6 +1,6 @@
 """A driver process for the tests: launches toy workers the way `moesys launch` launches real ones.
 
-    python drive.py ray|local RUN_DIR RANKS_PER_NODE [launch.KEY=VALUE | cluster.KEY=VALUE | data.KEY=VALUE ...]
+python drive.py ray|local RUN_DIR RANKS_PER_NODE [launch.KEY=VALUE | cluster.KEY=VALUE | data.KEY=VALUE ...]
 """
 
 import sys

@@ -13,7 +13,6 @@ from moesys.launchers.failure import WorkerError
 from moesys.launchers.local import LocalWorkers, culprit
 from moesys.launchers.processes import Ended
 from moesys.launchers.spec import RunSpec
-from tests.launchers.conftest import alive, wait_for
 
 
 def test_a_run_ends_with_its_summary(launched):
@@ -39,7 +38,7 @@ def test_the_first_error_is_shown_once_and_its_code_returned(launched):
     assert code == 2
     assert err.startswith("moesys: rank 1 (pid ") and err.count("the corpus is empty") == 1
     assert "Traceback" not in out + err
-    assert not any(alive(worker["pid"]) for worker in run.seen())
+    assert not run.alive()
 
 
 def test_a_silent_exit_is_told_with_the_end_of_the_log(launched):
@@ -57,35 +56,35 @@ def test_sigkill_of_a_worker_ends_the_run(launched):
     assert time.monotonic() - begin < 5
     assert code == 128 + signal.SIGKILL
     assert err.startswith(f"moesys: rank 2 (pid {pids[2]}, node {os.uname().nodename}) was killed by SIGKILL")
-    assert not any(map(alive, pids))
+    assert not run.alive()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_request_stops_all_workers(launched, number):
     run = launched("local", 2, MOESYS_TOY="wait")
-    pids = run.wait_until_training()
+    run.wait_until_training()
     run.process.send_signal(number)
     code, _, err = run.finish()
     assert code == 130
     assert err == f"moesys: stopped by {number.name}\n"
-    assert not any(map(alive, pids))
+    assert not run.alive()
 
 
 def test_workers_deaf_to_sigterm_are_killed(launched):
     run = launched("local", 2, MOESYS_TOY="stubborn")
-    pids = run.wait_until_training()
+    run.wait_until_training()
     run.process.send_signal(signal.SIGINT)
     begin = time.monotonic()
     assert run.finish()[0] == 130
     assert 4 < time.monotonic() - begin < 9
-    assert not any(map(alive, pids))
+    assert not run.alive()
 
 
 def test_workers_die_with_a_killed_driver(launched):
     run = launched("local", 2, MOESYS_TOY="wait")
     pids = run.wait_until_training()
     run.process.kill()
-    wait_for(lambda: not any(map(alive, pids)), timeout=5)
+    run.wait_until_gone(pids, timeout=5)
 
 
 def test_several_nodes_are_refused(config, tmp_path):

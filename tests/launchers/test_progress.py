@@ -1,0 +1,128 @@
+"""The live display and the summary, from files as rank 0 writes them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moesys.launchers import summary
+from moesys.launchers.follow import Tail
+from moesys.launchers.progress import Progress, line_of
+
+STEP = {
+    "step": 1, "steps": 100, "loss": 5.1234, "lr": 1e-3, "grad_norm": 1.5, "tokens_per_second": 12345.6,
+    "imbalance": 1.25, "all_to_all_share": 0.125, "eta_s": 3725.0,
+}  # fmt: skip
+
+
+def record(run_dir: Path, **changes: object) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(STEP | changes) + "\n")
+
+
+def shown(run_dir: Path, write, terminal: bool = False, **options: float) -> str:
+    """What is printed while `write` is called between two refreshes."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    with Progress(run_dir, console, **options) as progress:
+        progress.phase("starting 4 workers")
+        write(progress)
+        progress.refresh()
+    return console.file.getvalue()
+
+
+def test_a_line_has_all_figures():
+    assert line_of(STEP) == (
+        "step 1/100  loss 5.1234  tokens/s 12,346  grad norm 1.500  imbalance 1.25  all-to-all 12.5%  left 1:02:05"
+    )
+    dense = {key: value for key, value in STEP.items() if key not in ("imbalance", "eta_s")} | {
+        "all_to_all_share": None
+    }
+    assert line_of(dense) == "step 1/100  loss 5.1234  tokens/s 12,346  grad norm 1.500"
+
+
+def test_plain_lines_come_every_tenth(tmp_path):
+    out = shown(tmp_path, lambda progress: [record(tmp_path, step=step) for step in range(1, 101)])
+    steps = [int(line.split()[1].split("/")[0]) for line in out.splitlines() if line.startswith("step")]
+    assert steps == [1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
+
+
+def test_plain_lines_come_after_the_interval(tmp_path):
+    out = shown(tmp_path, lambda progress: [record(tmp_path, step=step) for step in (1, 2, 3)], interval_s=0.0)
+    assert out.count("step ") == 3
+
+
+def test_phases_and_evaluations_are_told(tmp_path):
+    def write(progress: Progress) -> None:
+        (tmp_path / "ranks.json").write_text("[]")
+        progress.refresh()
+        record(tmp_path)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 7, "heldout_loss": 2.5}) + "\n")
+
+    lines = shown(tmp_path, write).splitlines()
+    assert lines[:2] == ["starting 4 workers …", "loading data …"]
+    assert lines[-1] == "step 7: held-out loss 2.5000"
+
+
+def test_rank_0_is_heard(tmp_path):
+    def write(progress: Progress) -> None:
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "rank-0.log").write_text("[brackets] stay\nno end of line")
+
+    assert shown(tmp_path, write).splitlines()[1:] == ["[brackets] stay", "no end of line"]
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    out = shown(tmp_path, lambda progress: record(tmp_path, step=40), terminal=True)
+    assert "starting 4 workers" in out and "40/100" in out and "━" in out and "12,346" in out
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_lines_from_before_the_launch_are_left_out(tmp_path, replace):
+    path = tmp_path / "log"
+    path.write_text("old 1\nold 2\n")
+    tail = Tail(path)
+    assert tail.lines() == []
+    if replace:
+        (tmp_path / "new").write_text("old 1\n")
+        (tmp_path / "new").replace(path)
+        assert tail.lines() == []
+    with path.open("a") as file:
+        file.write("new 1\nnew")
+    assert tail.lines() == ["new 1"]
+    assert tail.last() == ["new"]
+    assert tail.last() == []
+
+
+def test_a_file_that_comes_later_is_read_from_its_beginning(tmp_path):
+    tail = Tail(tmp_path / "log")
+    assert tail.lines() == []
+    (tmp_path / "log").write_bytes(b"\xff first\r\n")
+    assert tail.lines() == ["\ufffd first"]
+
+
+def test_the_summary_shows_the_loss_beside_the_simple_models(tmp_path):
+    values = {
+        "heldout_loss": 1.5,
+        "unigram_loss": 3.25,
+        "bigram_loss": 2.5,
+        "tokens_per_second": 9999.6,
+        "report": None,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(values | {"checkpoint": "/runs/x/checkpoints/step-00000010"}))
+    console = Console(file=io.StringIO(), width=120)
+    summary.show(tmp_path, console)
+    out = console.file.getvalue()
+    order = [out.index(text) for text in ("1.5000", "3.2500", "2.5000", "10,000 tokens/s", "step-00000010")]
+    assert order == sorted(order)
+    assert "report" not in out
+
+
+def test_no_summary_no_table(tmp_path):
+    console = Console(file=io.StringIO())
+    summary.show(tmp_path, console)
+    assert console.file.getvalue() == ""

@@ -1,0 +1,179 @@
+"""The Ray launcher with real Ray: few starts, because each takes many seconds.
+
+One run on a simulated cluster of two nodes; one that fails twice, one whose worker is killed and one that
+is interrupted on an embedded Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+from ray.train import ControllerError, WorkerGroupError
+
+from moesys.errors import LaunchError
+from moesys.launchers import failure, ray_cluster, ray_placement
+from moesys.launchers.ray import RayWorkers
+from moesys.launchers.ray_cluster import Node
+from moesys.launchers.ray_errors import outcome_of
+from moesys.launchers.spec import RunSpec
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a cluster of two nodes, each with room for all workers, and a head with room for none."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        nodes.add_node(num_cpus=8)
+    yield nodes.address
+    nodes.shutdown()
+
+
+def test_ranks_lie_on_their_nodes_with_their_environment(launched, cluster, tmp_path):
+    """Left to itself Ray would pack all four workers on one node."""
+    settings = [f"launch.ray_address={cluster}", "cluster.nodes=2", "launch.env={FROM_LAUNCH_ENV: yes please}"]
+    run = launched("ray", 2, *settings, "data.kind=text", "data.path=corpus", NCCL_DEBUG="WARN", UNRELATED="too")
+    code, out, err = run.finish()
+    assert (code, err) == (0, "")
+    assert "starting Ray …" in out and "starting 4 workers …" in out
+    assert "hello from rank 0" in out and "hello from rank 1" not in out
+    assert "step 5/5  loss 1.0000" in out and "held-out loss" in out
+    seen = run.seen()
+    assert [worker["RANK"] for worker in seen] == ["0", "1", "2", "3"]
+    assert {worker["WORLD_SIZE"] for worker in seen} == {"4"}
+    nodes = [worker["node"] for worker in seen]
+    assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
+    assert {worker["FROM_LAUNCH_ENV"] for worker in seen} == {"yes please"}
+    assert {worker["NCCL_DEBUG"] for worker in seen} == {"WARN"}
+    assert {worker["UNRELATED"] for worker in seen} == {None}
+    assert {worker["OMP_NUM_THREADS"] for worker in seen} == {"4"}
+    assert {worker["cwd"] for worker in seen} == {os.getcwd()}
+    assert {worker["path"] for worker in seen} == {f"{os.getcwd()}/corpus"}
+    assert (run.run_dir / "logs" / "rank-3.log").read_text().endswith("hello from rank 3\n")
+    assert not run.alive() and not (run.run_dir / "ray").exists()
+
+
+def test_a_failing_worker_is_restarted_then_its_error_shown_once(launched):
+    run = launched("ray", 2, "launch.max_failures=1", MOESYS_TOY="fail")
+    code, out, err = run.finish()
+    assert code == 2
+    assert err.startswith("moesys: rank 1 (pid ") and err.endswith(" failed:\nthe corpus is empty\n")
+    assert "Traceback" not in out + err and "ray" not in err
+    assert (run.run_dir / "logs" / "rank-1.log").read_text().count("hello from rank 1") == 2
+    assert not run.alive()
+
+
+def test_sigkill_of_a_worker_ends_the_run(launched):
+    run = launched("ray", 2, MOESYS_TOY="wait")
+    pids = run.wait_until_training()
+    assert {worker["GLOO_SOCKET_IFNAME"] for worker in run.seen()} == {"lo"}
+    os.kill(pids[1], signal.SIGKILL)
+    begin = time.monotonic()
+    code, out, err = run.finish()
+    assert time.monotonic() - begin < 15
+    assert code == 1
+    assert err.startswith(f"moesys: rank 1 (pid {pids[1]}, node {os.uname().nodename}) died: its process was killed")
+    assert "Traceback" not in out + err and "raylet" not in out + err
+    assert not run.alive()
+
+
+def test_ctrl_c_leaves_nothing(launched):
+    run = launched("ray", 2, MOESYS_TOY="wait")
+    run.wait_until_training()
+    processes = run.descendants()
+    (folder,) = set(re.findall(r"/tmp/moesys-\w+", " ".join(processes.values())))
+    assert len(processes) > 5 and Path(folder).is_dir()
+    run.process.send_signal(signal.SIGINT)
+    code, _, err = run.finish(timeout=30)
+    assert (code, err) == (130, "moesys: stopped by SIGINT\n")
+    run.wait_until_gone(processes, timeout=5)
+    assert not Path(folder).exists()
+
+
+def test_no_cluster_is_told_at_once(launched):
+    code, _, err = launched("ray", 2, "launch.ray_address=127.0.0.1:9").finish(timeout=30)
+    assert code == 1 and err.startswith("moesys: no Ray cluster answers at 127.0.0.1:9: ")
+
+
+def test_several_nodes_need_an_address(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    workers = RayWorkers(RunSpec.of(config(cluster={"nodes": 2}), tmp_path))
+    with pytest.raises(LaunchError, match=r"cluster\.nodes is 2, but Ray would be started on this machine alone"):
+        workers.start(print)
+    workers.stop()
+
+
+@pytest.mark.parametrize(
+    ("configured", "env", "address"),
+    [
+        ("head:6379", {"RAY_ADDRESS": "other:6379"}, "head:6379"),
+        (None, {"RAY_ADDRESS": "other:6379"}, "other:6379"),
+        (None, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, "auto"),
+        (None, {}, None),
+    ],
+)
+def test_the_cluster_is_the_one_asked_for(configured, env, address):
+    assert ray_cluster.find_address(configured, env) == address
+
+
+def test_ray_client_is_refused():
+    with pytest.raises(LaunchError, match="Ray Client"):
+        ray_cluster.check_reachable("ray://head:10001")
+
+
+def nodes(*sizes: tuple[float, int], busy: tuple[int, ...] = ()) -> list[Node]:
+    return [Node(f"n{i}", f"10.0.0.{i}", cpus, gpus, i not in busy) for i, (cpus, gpus) in enumerate(sizes)]
+
+
+def test_ranks_are_pinned_to_free_nodes_in_order(config):
+    made = config(cluster={"nodes": 2, "ranks_per_node": 2, "device": "cuda"})
+    placement = ray_placement.choose(made, 4, nodes((8, 2), (8, 0), (8, 2), (8, 4), busy=(0,)), "here")
+    assert [label["ray.io/node-id"] for label in placement.labels] == ["n2", "n2", "n3", "n3"]
+    assert placement.resources == {"CPU": 1.0, "GPU": 1.0} and placement.device == "cuda"
+
+
+def test_more_workers_than_cores_share_them(config):
+    made = config(cluster={"ranks_per_node": 4})
+    placement = ray_placement.choose(made, 4, nodes((2, 0)), "here")
+    assert placement.resources == {"CPU": 0.5} and placement.labels is None
+    assert placement.strategy == "STRICT_PACK" and placement.cores == 2
+
+
+def test_restarts_leave_ranks_free(config):
+    made = config(cluster={"nodes": 2, "ranks_per_node": 2}, launch={"max_failures": 1})
+    placement = ray_placement.choose(made, 4, nodes((2, 0), (2, 0), (2, 0)), "here")
+    assert placement.labels is None and placement.strategy == "PACK"
+
+
+def test_too_few_nodes_are_told_in_numbers(config):
+    made = config(cluster={"nodes": 3, "ranks_per_node": 2})
+    with pytest.raises(
+        LaunchError, match=r"needs 3 nodes for 2 ranks each; the Ray cluster at h:1 has 1 node with CPUs"
+    ):
+        ray_placement.choose(made, 6, nodes((0, 0), (4, 0)), "the Ray cluster at h:1")
+
+
+def test_a_death_comes_before_the_errors_it_caused(tmp_path):
+    lost = RuntimeError("Connection closed by peer", 1)
+    error = WorkerGroupError("", {0: lost, 1: ValueError("Worker info: hostname='gpu-3', pid=17")})
+    outcome = outcome_of(error, tmp_path, "here", 60.0)
+    assert outcome.message.startswith("rank 1 (pid 17, node gpu-3) died: ")
+
+
+def test_of_several_errors_the_first_is_shown(tmp_path):
+    failure.record(tmp_path, 1, ValueError("second"))
+    failure.record(tmp_path, 0, LaunchError("first"))
+    os.utime(failure.error_file(tmp_path, 0), ns=(1, 1))
+    error = WorkerGroupError("", {0: RuntimeError("first", 3), 1: RuntimeError("second", 4)})
+    assert outcome_of(error, tmp_path, "here", 60.0) == failure.Outcome(3, "rank 0 failed:\nfirst")
+
+
+def test_rays_own_failures_are_told_in_a_line(tmp_path):
+    outcome = outcome_of(ControllerError(OSError("disk full")), tmp_path, "here", 60.0)
+    assert outcome == failure.Outcome(1, "Ray failed: OSError: disk full")
