@@ -17,34 +17,44 @@ def reference(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
     return torch.cat([part @ w for part, w in zip(parts, w_GKM, strict=True)])
 
 
-class _GroupedMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_NK: Tensor, w_GKM: Tensor, rows: list[int]) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x_NK, w_GKM)
-        ctx.rows = rows
-        out = x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2])
-        for x, w, y in zip(x_NK.split(rows), w_GKM, out.split(rows), strict=True):
-            if len(x):
-                torch.mm(x, w, out=y)
-        return out
+@torch.library.custom_op("moesys::grouped_matmul", mutates_args=())
+def _grouped(x_NK: Tensor, w_GKM: Tensor, rows: list[int]) -> Tensor:
+    out = x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2])
+    for x, w, y in zip(x_NK.split(rows), w_GKM, out.split(rows), strict=True):
+        if len(x):
+            torch.mm(x, w, out=y)
+    return out
 
-    @staticmethod
-    def backward(ctx, grad_NM: Tensor):  # type: ignore[override]
-        x_NK, w_GKM = ctx.saved_tensors
-        grad_NM = grad_NM.contiguous()
-        grad_x = torch.empty_like(x_NK) if ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros_like(w_GKM) if ctx.needs_input_grad[1] else None
-        start = 0
-        for group, count in enumerate(ctx.rows):
-            if not count:
-                continue
-            rows = slice(start, start + count)
-            start += count
-            if grad_x is not None:
-                torch.mm(grad_NM[rows], w_GKM[group].t(), out=grad_x[rows])
-            if grad_w is not None:
-                torch.mm(x_NK[rows].t(), grad_NM[rows], out=grad_w[group])
-        return grad_x, grad_w, None
+
+@_grouped.register_fake
+def _(x_NK: Tensor, w_GKM: Tensor, rows: list[int]) -> Tensor:
+    return x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2])
+
+
+def _save(ctx, inputs, output) -> None:
+    x_NK, w_GKM, ctx.rows = inputs
+    ctx.save_for_backward(x_NK, w_GKM)
+
+
+def _backward(ctx, grad_NM: Tensor):
+    x_NK, w_GKM = ctx.saved_tensors
+    grad_NM = grad_NM.contiguous()
+    grad_x = torch.empty_like(x_NK) if ctx.needs_input_grad[0] else None
+    grad_w = torch.zeros_like(w_GKM) if ctx.needs_input_grad[1] else None
+    start = 0
+    for group, count in enumerate(ctx.rows):
+        if not count:
+            continue
+        rows = slice(start, start + count)
+        start += count
+        if grad_x is not None:
+            torch.mm(grad_NM[rows], w_GKM[group].t(), out=grad_x[rows])
+        if grad_w is not None:
+            torch.mm(x_NK[rows].t(), grad_NM[rows], out=grad_w[group])
+    return grad_x, grad_w, None
+
+
+_grouped.register_autograd(_backward, setup_context=_save)
 
 
 def grouped_matmul(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
@@ -52,4 +62,4 @@ def grouped_matmul(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tenso
     if x_NK.is_cuda and x_NK.dtype == torch.bfloat16:
         ends = rows_per_group.cumsum(0).to(torch.int32)
         return torch._grouped_mm(x_NK, w_GKM, offs=ends)
-    return _GroupedMatmul.apply(x_NK, w_GKM, rows_per_group.tolist())
+    return _grouped(x_NK, w_GKM, rows_per_group.tolist())

@@ -21,6 +21,9 @@ from moesys.parallel.memory import estimate
 SHOWN = 4
 """Groups and nodes listed of each kind before the rest is only counted."""
 
+KINDS = ("weights", "gradients", "optimizer", "activations", "gathered")
+"""Of `parallel.memory.Memory`, in the order of the table."""
+
 GROUPS = {
     "pipeline": (("pp",), DENSE_AXES),
     "data (dense)": (("dp_replicate", "dp_shard", "cp"), DENSE_AXES),
@@ -69,7 +72,8 @@ def _rank(shapes: list[StepShape]) -> dict[str, Any]:
     moved: dict[str, dict[str, float]] = {}
     for shape in shapes:
         for move in traffic(shape):
-            entry = moved.setdefault(f"{move.kind} over {'·'.join(move.axes)}", {"bytes": 0.0, "calls": 0})
+            axes = [axis for axis in move.axes if getattr(shape.degrees, axis) > 1]
+            entry = moved.setdefault(f"{move.kind} over {'·'.join(axes)}", {"bytes": 0.0, "calls": 0})
             entry["bytes"] += move.bytes * move.calls
             entry["calls"] += move.calls
     return {
@@ -131,7 +135,7 @@ def _span(ranks: list[int]) -> str:
 
 
 def _nodes(facts: dict[str, Any]) -> Table:
-    table = Table("node", "ranks", title="ranks on their nodes", title_justify="left")
+    table = Table("node", "ranks", title="placement", title_justify="left")
     for number, ranks in enumerate(facts["nodes"][:SHOWN]):
         table.add_row(str(number), _span(ranks))
     if len(facts["nodes"]) > SHOWN:
@@ -146,34 +150,39 @@ def _groups(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}" if size >= 2**27 else f"{size / 2**30:.4f}"
+def _size(size: float) -> str:
+    """Bytes in a unit that leaves one to three digits before the point."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size:,.0f} B"
 
 
-def _ranks(config: Config, facts: dict[str, Any]) -> Table:
-    kinds = ("weights", "gradients", "optimizer", "activations", "gathered", "total")
-    table = Table(
-        "pipeline rank", "stages", "parameters", "active", *kinds,
-        title="per rank: parameters, and estimated memory in GiB", title_justify="left",
-    )  # fmt: skip
+def _ranks(config: Config, facts: dict[str, Any]) -> Group:
+    """What the ranks of each stage hold; stages that are alike share a row."""
     limit = config.cluster.memory_gib
+    holds = Table("pp rank", "stages", "parameters", "active", title="held by each rank", title_justify="left")
+    memory = Table("pp rank", *KINDS, "total", title="estimated memory of each rank", title_justify="left")
+    verdicts = []
     for number, rank in enumerate(facts["pipeline_ranks"]):
-        memory = rank["memory_bytes"]
-        cells = [_gib(memory[kind]) for kind in kinds]
+        size = rank["memory_bytes"]
+        holds.add_row(str(number), "; ".join(rank["stages"]), f"{rank['parameters']:,}", f"{rank['active_parameters']:,}")
+        memory.add_row(str(number), *(_size(size[kind]) for kind in (*KINDS, "total")))
         if limit is not None:
-            share = memory["total"] / 2**30 / limit
-            cells[-1] += f" ({share:.0%} of {limit:g}{'' if share <= 1 else ': DOES NOT FIT'})"
-        row = (str(number), "; ".join(rank["stages"]), f"{rank['parameters']:,}", f"{rank['active_parameters']:,}", *cells)
-        table.add_row(*row)
-    return table
+            verdicts.append(size["total"] / 2**30 / limit)
+    if not verdicts:
+        return Group(holds, memory)
+    fullest = max(verdicts)
+    text = f"memory of the fullest rank: {fullest:.0%} of {limit:g} GiB" + ("" if fullest <= 1 else ": DOES NOT FIT")
+    return Group(holds, memory, Text(text, style="bold red" if fullest > 1 else ""))
 
 
 def _traffic(facts: dict[str, Any]) -> Table:
-    table = Table("pipeline rank", "collective", "calls", "GiB", title="sent by each rank in one step", title_justify="left")
+    table = Table("pipeline rank", "collective", "calls", "size", title="sent by each rank in one step", title_justify="left")
     for number, rank in enumerate(facts["pipeline_ranks"]):
         if number >= SHOWN:
             table.add_row("…", f"{len(facts['pipeline_ranks']) - SHOWN} more", "", "")
             break
         for kind, entry in rank["traffic_per_step"].items():
-            table.add_row(str(number), kind, f"{entry['calls']:,}", _gib(entry["bytes"]))
+            table.add_row(str(number), kind, f"{entry['calls']:,}", _size(entry["bytes"]))
     return table

@@ -33,7 +33,8 @@ class LayerStatistics:
         parts["dropped"] = torch.as_tensor(routing.dropped, device=device)
         parts["calls"] = torch.ones((), device=device)
         for name, value in parts.items():
-            self.totals[name] = self.totals[name] + value if name in self.totals else value.clone()
+            # The same operations every time: selective recomputation replays them by their number.
+            self.totals[name] = self.totals.get(name, 0) + value
 
     def take(self) -> dict[str, Tensor]:
         """The sums, which start again from nothing."""

@@ -28,6 +28,10 @@ FLOOR = 1e-3
 around zero (the bias of a key, say): its difference is taken relative to that share instead, and its
 parameter, which Adam moves by the sign of noise, is not compared."""
 
+EPS = 1e-5
+"""Least eps of Adam in both runs. Where a gradient is as small as eps, Adam turns rounding noise into
+steps of the size of lr: that would be compared, and not the parallelism."""
+
 
 @dataclass
 class Trace:
@@ -90,7 +94,10 @@ def trace(
 
     `prepare`, importable by name, is called in every process first.
     """
-    config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": "float32"})})
+    optimizer = config.train.optimizer
+    steady = optimizer.model_copy(update={"eps": max(optimizer.eps, EPS)})
+    train = config.train.model_copy(update={"dtype": "float32", "optimizer": steady})
+    config = config.model_copy(update={"train": train})
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
     with tempfile.TemporaryDirectory(prefix="moesys-verify-") as folder:

@@ -1,0 +1,70 @@
+"""The combinations that must compute what one process computes: every pair of dimensions, and more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PLAIN: dict = {}
+DROPPING = {
+    "tie_embeddings": True,
+    "ffn_hidden": 96,
+    "moe": {"capacity_factor": 1.0, "shared_experts": 1, "every": 2, "normalize": False},
+}
+LATENT = {
+    "ffn_hidden": 96,
+    "attention": {
+        "kind": "mla", "heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 16,
+    },
+    "moe": {"first_dense": 1, "shared_experts": 2, "capacity_factor": 1.25, "drop": "position"},
+}  # fmt: skip
+NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "experts": 8}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A combination on `world` processes, with changes to the model and to training."""
+
+    name: str
+    world: int
+    parallel: dict = field(hash=False)
+    model: dict = field(default_factory=dict, hash=False)
+    train: dict = field(default_factory=dict, hash=False)
+
+
+FULL = {"dp_shard": "full"}
+PAIRS = [
+    Case("dp-tp", 4, {"tp": 2}, DROPPING),
+    Case("dp-cp", 4, {"cp": 2}, LATENT),
+    Case("dp-pp", 4, {"pp": 2}, DROPPING),
+    Case("dp-ep", 4, {"ep": 2}),
+    Case("dp-etp", 4, {"etp": 2}),
+    Case("replicate-shard", 4, {"dp_shard": 2}, DROPPING),
+    Case("shard-tp", 4, {**FULL, "tp": 2}, NORMED),
+    Case("shard-cp", 4, {**FULL, "cp": 2}, DROPPING),
+    Case("shard-pp", 4, {**FULL, "pp": 2}, DROPPING),
+    Case("shard-ep", 4, {**FULL, "ep": 2}, LATENT),
+    Case("shard-etp", 4, {**FULL, "etp": 2}),
+    Case("tp-cp", 4, {"tp": 2, "cp": 2}, LATENT),
+    Case("tp-pp", 4, {"tp": 2, "pp": 2}, LATENT),
+    Case("tp-ep", 2, {"tp": 2, "ep": 2}, DROPPING),
+    Case("tp-etp", 2, {"tp": 2, "etp": 2}, NORMED),
+    Case("tp-without-sp", 2, {"tp": 2, "sp": False, "ep": 2}, DROPPING),
+    Case("cp-pp", 4, {"cp": 2, "pp": 2}),
+    Case("cp-ep", 2, {"cp": 2, "ep": 2}, DROPPING),
+    Case("cp-etp", 2, {"cp": 2, "etp": 2}),
+    Case("pp-ep", 4, {"pp": 2, "ep": 2}, LATENT),
+    Case("pp-etp", 4, {"pp": 2, "etp": 2}, DROPPING),
+    Case("ep-etp", 4, {"ep": 2, "etp": 2}, DROPPING),
+]
+MORE = [
+    Case("gpipe-dp-ep", 4, {"pp": 2, "pp_schedule": "gpipe", "ep": 2}, DROPPING, {"micro_batch": 2}),
+    Case("interleaved-shard-ep", 4, {**FULL, "pp": 2, "pp_virtual": 2, "pp_schedule": "interleaved-1f1b", "ep": 2}),
+    Case("zero-bubble-dp-ep", 4, {"pp": 2, "pp_virtual": 2, "pp_schedule": "zero-bubble", "ep": 2}, DROPPING),
+    Case("pp-shard-tp-ep", 8, {**FULL, "pp": 2, "tp": 2, "ep": 4}, DROPPING),
+    Case("shard-tp-cp-ep", 8, {**FULL, "tp": 2, "cp": 2, "ep": 4}, LATENT),
+    Case("pp-tp-cp-etp", 8, {"pp": 2, "tp": 2, "cp": 2, "etp": 2, "ep": 2}, DROPPING),
+    Case("hybrid-tp-ep", 8, {"dp_shard": 2, "tp": 2, "ep": 2}, DROPPING, {"recompute": "full"}),
+    Case("dp-ep-selective", 2, {"ep": 2}, LATENT, {"recompute": "selective"}),
+    Case("shard-ep-full", 2, {**FULL, "ep": 2}, PLAIN, {"recompute": "full", "micro_batch": 2}),
+]

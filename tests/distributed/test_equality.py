@@ -1,0 +1,100 @@
+"""`moesys verify` over a matrix that covers every pair of dimensions."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import pytest
+import yaml
+from cases import MORE, PAIRS, Case
+from sabotage import forget_the_experts, send_everything_to_the_first_expert
+from support import changed
+
+from moesys import cli
+from moesys.config import Config
+from moesys.parallel import dimension
+from moesys.train import verify
+
+STEPS, TOLERANCE = 2, 1e-5
+references: dict[str, verify.Trace] = {}
+
+
+def configuration(small: dict, case: Case) -> Config:
+    cluster = {"ranks_per_node": case.world}
+    raw = changed(small, {"model": case.model, "train": case.train, "parallel": case.parallel, "cluster": cluster})
+    config = Config.model_validate(raw)
+    assert dimension.check(config) == []
+    return config
+
+
+def expected(config: Config, prepare=None) -> verify.Trace:
+    """The single process' trace; combinations of one model share it."""
+    alone = verify.reference(config)
+    key = json.dumps([alone.model_dump(), str(prepare)], sort_keys=True)
+    if key not in references:
+        references[key] = verify.trace(alone, 1, STEPS, prepare=prepare)
+    return references[key]
+
+
+@pytest.mark.parametrize("case", PAIRS + MORE, ids=lambda case: case.name)
+def test_equals_one_process(small, case):
+    config = configuration(small, case)
+    report = verify.compare(verify.trace(config, case.world, STEPS), expected(config), case.world, TOLERANCE)
+    assert report.passed, report
+
+
+def test_the_matrix_covers_every_pair_of_dimensions():
+    covered = set()
+    for case in PAIRS + MORE:
+        p = case.parallel
+        used = {axis for axis in ("tp", "cp", "pp", "ep", "etp") if p.get(axis, 1) > 1}
+        dp = case.world // (p.get("tp", 1) * p.get("cp", 1) * p.get("pp", 1))
+        shard = dp if p.get("dp_shard") == "full" else p.get("dp_shard", 1)
+        used |= ({"shard"} if shard > 1 else set()) | ({"replicate"} if dp // shard > 1 else set())
+        covered |= set(combinations(sorted(used), 2))
+    every = combinations(sorted(("tp", "cp", "pp", "ep", "etp", "shard", "replicate")), 2)
+    assert set(every) <= covered
+
+
+def test_a_broken_rule_is_found(small):
+    config = configuration(small, Case("broken", 4, {"ep": 2}))
+    found = verify.trace(config, 4, STEPS, prepare=forget_the_experts)
+    report = verify.compare(found, expected(config), 4, TOLERANCE)
+    assert not report.passed
+    assert report.gradient.value > 0.1
+    assert "experts" in report.gradient.where
+
+
+STARVING = [
+    Case("ep", 4, {"ep": 4}, {"moe": {"top_k": 1}}),
+    Case("shard-ep", 4, {"dp_shard": "full", "ep": 2}, {"moe": {"top_k": 1}}),
+    Case("pp-tp-ep", 4, {"pp": 2, "tp": 2, "ep": 2}, {"moe": {"top_k": 1}}),
+    Case("zero-bubble-ep", 4, {"pp": 2, "pp_schedule": "zero-bubble", "ep": 2}, {"moe": {"top_k": 1}}),
+    Case("ep-etp-recompute", 4, {"ep": 2, "etp": 2}, {"moe": {"top_k": 1}}, {"recompute": "full"}),
+]
+
+
+@pytest.mark.parametrize("case", STARVING, ids=lambda case: case.name)
+def test_ranks_without_tokens_change_nothing(small, case):
+    config = configuration(small, case)
+    prepare = send_everything_to_the_first_expert
+    found = verify.trace(config, case.world, STEPS, prepare=prepare)
+    report = verify.compare(found, expected(config, prepare), case.world, TOLERANCE)
+    assert report.passed, report
+    for name, gradient in found.gradients[0].items():
+        if ".experts." in name:
+            assert gradient[0].abs().max() > 0 and gradient[1:].abs().max() == 0, name
+
+
+def test_the_command_reports_and_writes_json(small, tmp_path, capsys):
+    raw = changed(small, {"cluster": {"ranks_per_node": 2}, "parallel": {"ep": 2}})
+    path = tmp_path / "ep.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert cli.main(["verify", str(path), "--steps", "1", "--json", str(tmp_path / "out.json")]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["passed"] and told["gradient"]["value"] < 1e-5 and told["gradient"]["where"]
+    assert "equal" in capsys.readouterr().out
+    # Rounding differs between layouts: no tolerance below it can be met.
+    assert cli.main(["verify", str(path), "--steps", "1", "--tolerance", "1e-12"]) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out
