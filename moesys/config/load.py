@@ -1,8 +1,8 @@
 """From YAML to `Config`: files, what they include, overrides; and all that is wrong, at once.
 
-    loaded = load(Path("configs/quickstart.yaml"), ["train.steps=10"])
-    loaded.config.train.steps            # 10
-    loaded.sources["train.steps"]        # "command line 'train.steps=10'"
+loaded = load(Path("configs/quickstart.yaml"), ["train.steps=10"])
+loaded.config.train.steps            # 10
+loaded.sources["train.steps"]        # "command line 'train.steps=10'"
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def _where(key: str, sources: Mapping[str, str]) -> str:
 
 
 def _given(key: str, sources: Mapping[str, str], config: Config | None) -> str:
+    if config is None:
+        return ""
     value: object = config
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)

@@ -175,7 +175,7 @@ class _Convert:
             dotted = f"{key}.{name}" if key else name
             if not isinstance(name_node, ScalarNode):
                 self._refuse(key, where, "has a key that is not a plain word", "quote text that starts with { or [")
-            elif name == "<<":
+            elif name == "<<" and name_node.style is None:
                 self._refuse(dotted, where, "merging by << is not supported", "use include, or repeat the keys")
             elif name in entries:
                 rule = f"is given twice, first at {entries[name].where}"

@@ -16,33 +16,25 @@ def problems_of(error: ValidationError, tree: Entry, with_missing: bool = True) 
     """The problems in `tree`, the configuration that pydantic refused; or all but its missing keys."""
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
-        if detail["type"] == "missing" and not with_missing:
-            continue
-        path = _path(detail["loc"], detail["type"])
-        key = ".".join(path)
-        if key not in found:
-            found[key] = _problem(detail, path, tree)
+        path = [str(part) for part in detail["loc"]]
+        if detail["type"] == "extra_forbidden":
+            problem = _unknown(path, tree)
+        elif detail["type"] == "missing" and legal.type_at(path) is not None:
+            if not with_missing:
+                continue
+            problem = _missing(path, tree)
+        else:
+            problem = _illegal(detail, path, tree)
+        found.setdefault(problem.key, problem)
     return list(found.values())
 
 
-def _path(loc: tuple[int | str, ...], kind: str) -> list[str]:
-    """The key of an error: its place without what pydantic appends to it for unions and lists."""
-    names = [str(part) for part in loc]
-    if kind in ("missing", "extra_forbidden"):
-        return names
-    while len(names) > 1 and legal.type_at(names) is None:
-        names.pop()
-    return names
-
-
-def _problem(detail: Any, path: list[str], tree: Entry) -> Problem:
-    key, (section, name) = ".".join(path), (".".join(path[:-1]), path[-1])
+def _illegal(detail: Any, path: list[str], tree: Entry) -> Problem:
+    # pydantic appends the members of unions and the positions in lists
+    while len(path) > 1 and legal.type_at(path) is None:
+        path = path[:-1]
+    key, kind = ".".join(path), legal.type_at(path)
     entry, where = find(tree, path)
-    if detail["type"] == "missing":
-        return _missing(key, section, name, where)
-    if detail["type"] == "extra_forbidden":
-        return _unknown(key, section, name, where)
-    kind = legal.type_at(path)
     given = entry.given() if entry is not None else ""
     if detail["type"] in ("value_error", "assertion_error"):
         return Problem(key, str(detail["ctx"]["error"]), given=given, where=where)
@@ -62,21 +54,24 @@ def find(tree: Entry, path: list[str]) -> tuple[Entry | None, str]:
     return entry, where
 
 
-def _missing(key: str, section: str, name: str, where: str) -> Problem:
-    kind = legal.describe(legal.type_at(key.split(".")))
+def _missing(path: list[str], tree: Entry) -> Problem:
+    key, section, name = ".".join(path), ".".join(path[:-1]), path[-1]
+    kind, where = legal.describe(legal.type_at(path)), find(tree, path)[1]
     if not section:
         remedy = f"write it, or include a file that has it, such as include: {name}s/NAME.yaml"
         return Problem(key, f"is missing: needed is {kind}", remedy, where=where)
     return Problem(key, f"is missing: section {section} needs it, {kind}", f"add {name}: to {section}", where=where)
 
 
-def _unknown(key: str, section: str, name: str, where: str) -> Problem:
+def _unknown(path: list[str], tree: Entry) -> Problem:
+    key, section, name = ".".join(path), ".".join(path[:-1]), path[-1]
+    where = find(tree, path)[1]
     if "." in name and legal.type_at(name.split(".")) is not None:
         nested = ": {".join(name.split(".")) + ": ..." + "}" * name.count(".")
         return Problem(key, "dots separate keys on the command line only", f"write {nested}", where=where)
     if name == "include":
         return Problem(key, "stands at the top of a file only", "move it out of the section", where=where)
-    schema = legal.section_of(legal.type_at(section.split(".") if section else []))
+    schema = legal.section_of(legal.type_at(path[:-1]))
     fields = list(schema.model_fields) if schema is not None else []
     title = f"section {section}" if section else "a configuration"
     like = suggest.keys_like(section, name)

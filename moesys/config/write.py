@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -19,10 +20,21 @@ class _Dumper(yaml.SafeDumper):
 
 for _name, (_pattern, _first) in CORE_SCHEMA.items():
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
-_Dumper.add_representer(
-    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-)
-_Dumper.add_representer(tuple, _Dumper.yaml_representers[list])
+
+
+def _list(dumper: yaml.SafeDumper, items: Sequence[object]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # PyYAML folds line breaks other than \n away unless they are escaped.
+    style = '"' if set(text) & set("\n\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(list, _list)
+_Dumper.add_representer(tuple, _list)
+_Dumper.add_representer(str, _text)
 
 
 def dump(config: Config) -> str:

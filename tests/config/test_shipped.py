@@ -1,0 +1,100 @@
+"""The configurations that come with the package."""
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from moesys.config.load import dump, json_schema, load
+from moesys.config.read import read_file
+from moesys.models.size import parameters
+from moesys.parallel import dimension
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+CLUSTERS = sorted((CONFIGS / "clusters").glob("*.yaml"))
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def ids(path):
+    return path.stem
+
+
+@pytest.mark.parametrize("path", MODELS + RECIPES, ids=ids)
+def test_written_and_read_again_it_is_the_same(path, tmp_path):
+    config = load(path).config
+    assert config.name == path.stem
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump(config))
+    assert load(copy).config == config
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=ids)
+def test_a_cluster_completes_a_model(path, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(f"include: [{CONFIGS / 'models' / 'mixtral-8x7b.yaml'}, {path}]\n")
+    assert load(run).config.cluster.ranks_per_node in (4, 8)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=ids)
+def test_recipes_are_legal(path):
+    assert dimension.check(load(path).config) == []
+
+
+@pytest.mark.parametrize("path", MODELS + CLUSTERS + RECIPES, ids=ids)
+def test_it_is_valid_for_editors(path):
+    problems = []
+    jsonschema.validate(read_file(path, problems).plain(), json_schema())
+    assert problems == []
+
+
+def test_the_schema_is_one_and_describes_every_key():
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["properties"]["include"]["description"]
+    assert schema["$defs"]["ParallelConfig"]["properties"]["tp"]["description"].startswith("Tensor parallelism")
+    assert "required" not in schema and "title" not in schema["properties"]["seed"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"parallel": {"tpp": 2}},
+        {"parallel": {"tp": 0}},
+        {"train": {"optimizer": {"betas": [1]}}},
+        {"include": 3},
+        {"x": 1},
+    ],
+)
+def test_editors_see_mistakes(wrong):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, json_schema())
+
+
+PUBLISHED = {
+    "mixtral-8x7b": (46.7, 12.9, True),
+    "mixtral-8x22b": (141, 39, True),
+    "olmoe-1b-7b": (6.9, 1.3, True),
+    "qwen3-30b-a3b": (30.5, 3.3, True),
+    "qwen3-235b-a22b": (235, 22, True),
+    "deepseek-v2-lite": (15.7, 2.4, False),
+    "deepseek-v3": (671, 37, False),
+    "gpt-oss-120b": (116.8, 5.1, False),
+}
+"""Total and active parameters in billions, as each model's report gives them; whether the active ones
+count the input embedding, of which a token uses one row."""
+
+
+def test_every_model_has_published_sizes():
+    assert {path.stem for path in MODELS} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=ids)
+def test_parameters_are_those_published(path):
+    model = load(path).config.model
+    total, active, with_embedding = PUBLISHED[path.stem]
+    counted, used = parameters(model, model.vocab_size)
+    used -= 0 if with_embedding else model.vocab_size * model.hidden
+    assert abs(counted / 1e9 - total) < (0.05 if total % 1 else 0.5)  # rounded as published
+    assert abs(used / 1e9 - active) < 0.025 * active  # reports round up and down
+    assert path.read_text().startswith("# ")
