@@ -67,11 +67,19 @@ def _recorded(kind: str, x: Tensor) -> Iterator[None]:
     _recording.append(Event(kind, x.numel() * x.element_size(), begin, _now(x.device)))
 
 
-def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+def exchange(
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, kind: str = "all_to_all"
+) -> Tensor:
     """All-to-all of rows, not differentiable: `send[i]` rows go to rank i, `receive[i]` come from it."""
-    with _recorded("all_to_all", x):
+    with _recorded(kind, x):
         out = _functional.all_to_all_single(x.contiguous(), receive, send, group.group_name)
         return _functional.wait_tensor(out)
+
+
+def exchange_counts(x_R: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of one row per rank: row i goes to rank i."""
+    one = [1] * group.size()
+    return exchange(x_R, one, one, group, kind="all_to_all_counts")
 
 
 class _AllToAll(torch.autograd.Function):

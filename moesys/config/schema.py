@@ -86,7 +86,7 @@ class MoEConfig(Section):
 
 class ModelConfig(Section):
     vocab_size: Positive | None = None
-    """Entries of the embedding; default: the tokenizer's."""
+    """Entries of the embedding; default: the tokenizer's, rounded up to a multiple of 64."""
     hidden: Positive
     """Size of the residual stream."""
     layers: Positive

@@ -27,12 +27,15 @@ class Corpus:
 
 
 def vocab_size(config: Config) -> int:
-    """Entries of the embedding: `model.vocab_size`, or else as many as the tokenizer has. Reads no data.
+    """Entries of the embedding: `model.vocab_size`, or else the tokenizer's. Reads no data.
+
+    The tokenizer's are rounded up to a multiple of 64, so that the embedding splits over tensor ranks
+    and data shards, and matrix products over it are aligned (as Megatron-LM pads its vocabulary).
 
     Raises:
         DataError: the tokenizer is needed and missing or broken.
     """
-    return config.model.vocab_size or build_tokenizer(config.data).vocab_size
+    return config.model.vocab_size or -(-build_tokenizer(config.data).vocab_size // 64) * 64
 
 
 def open_corpus(config: Config) -> Corpus:
@@ -42,7 +45,7 @@ def open_corpus(config: Config) -> Corpus:
         DataError: the data cannot be read, or are too small for one sequence on either side.
     """
     data, tokenizer = config.data, build_tokenizer(config.data)
-    vocabulary = config.model.vocab_size or tokenizer.vocab_size
+    vocabulary = vocab_size(config)
     train: Tokens
     heldout: Tokens
     if data.kind == "megatron":

@@ -21,6 +21,9 @@ from moesys.parallel.mesh import ParallelMesh
 from moesys.train import checkpoint, optimizer
 from moesys.train.metrics import collect
 
+TRAVEL = ("all_to_all", "all_to_all_counts")
+"""Kinds of collectives that are all-to-all: rows, and how many rows there will be."""
+
 IGNORED = -100
 """Label of a token that no loss counts."""
 
@@ -42,6 +45,8 @@ class Trainer:
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
         self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=None)
         self.step, self.seen = 0, 0
+        self.events: list[comm.Event] = []
+        """The project's own collectives in the last step, on this rank."""
         self.before_update: Callable[[], None] | None = None
         """Called in every step when gradients are complete, before clipping."""
 
@@ -53,7 +58,7 @@ class Trainer:
         numbers = range(self.seen, self.seen + t.global_batch)
         self.seen += t.global_batch
         windows = torch.from_numpy(np.stack([self.samples[n] for n in self._mine(numbers)]))
-        with comm.record() as events:
+        with comm.record() as self.events:
             loss = self.model.train(*self._split(windows))
             self.model.gradients.reduce()
         if self.before_update is not None:
@@ -65,7 +70,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._synchronise()
-        travel = sum(event.seconds for event in events if event.kind == "all_to_all")
+        travel = sum(e.seconds for e in self.events if e.kind in TRAVEL)
         values = collect(self.model, loss, travel)
         seconds = perf_counter() - begin
         return {

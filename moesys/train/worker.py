@@ -162,9 +162,11 @@ def main() -> int:
     run_dir = Path(sys.argv[1])
     try:
         run(load(run_dir / "config.yaml").config, run_dir)
-    except MoesysError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        # `run` wrote the whole error to a file, which the launcher shows for the rank that failed first.
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"rank {os.environ.get('RANK', 0)} failed: {first_line}", file=sys.stderr)
+        return error.exit_code if isinstance(error, MoesysError) else 1
     return 0
 
 

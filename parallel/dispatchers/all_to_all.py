@@ -30,7 +30,7 @@ class AllToAllDispatcher(Dispatcher):
     def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
         local = self.experts // self.ep
         sent_RE = counts_E.view(self.ep, local).repeat_interleave(self.etp, dim=0)
-        received_RE = comm.exchange(sent_RE, [1] * self.group.size(), [1] * self.group.size(), self.group)
+        received_RE = comm.exchange_counts(sent_RE, self.group)
         # The one synchronisation of the layer: split sizes are needed on the host.
         send, receive = torch.stack((sent_RE.sum(1), received_RE.sum(1))).tolist()
         copies = self._copies(counts_E)

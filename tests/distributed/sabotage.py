@@ -1,6 +1,10 @@
-"""Changes that tests make inside worker processes, importable by name."""
+"""What tests do inside worker processes, importable by name."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 
 def forget_the_experts() -> None:
@@ -27,3 +31,29 @@ def send_everything_to_the_first_expert() -> None:
         return logits + push
 
     GateProjection.forward = forward  # type: ignore[method-assign]
+
+
+def report_layout(config: Any, world: int, folder: Path) -> dict[int, tuple[int, int]]:
+    """Per rank of one real training step: elements of parameters held, bytes of rows sent to experts."""
+    import torch.multiprocessing as mp
+
+    mp.start_processes(_report, (world, config, str(folder)), nprocs=world, start_method="forkserver")
+    return {rank: tuple(json.loads((folder / f"layout-{rank}.json").read_text())) for rank in range(world)}
+
+
+def _report(rank: int, world: int, config: Any, folder: str) -> None:
+    import torch.distributed as dist
+
+    from moesys.data.corpus import open_corpus
+    from moesys.parallel.gradients import local
+    from moesys.train.loop import Trainer
+    from moesys.train.worker import connect
+
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    trainer = Trainer(config, connect(config), open_corpus(config))
+    trainer.train_step()
+    sent = sum(event.bytes for event in trainer.events if event.kind == "all_to_all")
+    elements = sum(local(p).numel() for p in trainer.model.named_parameters().values())
+    Path(f"{folder}/layout-{rank}.json").write_text(json.dumps([elements, sent]))
+    dist.barrier()
+    dist.destroy_process_group()

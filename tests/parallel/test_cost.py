@@ -1,0 +1,85 @@
+"""What is told without building a model, against what is built, moved and kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sabotage import report_layout
+from support import changed
+
+from moesys.config import Config
+from moesys.data.corpus import vocab_size
+from moesys.models.decoder import Decoder
+from moesys.parallel.degrees import resolve
+from moesys.parallel.dimension import step_shape, traffic
+from moesys.parallel.memory import activations
+
+COMBINATIONS = {
+    "shard-ep-tp": {"dp_shard": "full", "ep": 2, "tp": 2},
+    "pp-etp": {"pp": 2, "etp": 2},
+    "hybrid-ep": {"dp_shard": 2, "ep": 4},
+}
+
+
+@pytest.mark.parametrize("parallel", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_parameters_and_all_to_all_bytes_are_those_of_a_real_step(small, tmp_path, parallel):
+    model = {"attention": {"bias": True}, "moe": {"shared_experts": 1}}
+    raw = changed(small, {"model": model, "parallel": parallel, "cluster": {"ranks_per_node": 4}})
+    config = Config.model_validate(raw)
+    measured = report_layout(config, 4, tmp_path)
+    degrees, _ = resolve(config)
+    for rank, (elements, _) in measured.items():
+        shapes = step_shape(config, degrees, vocab_size(config), degrees.coordinates(rank, ("pp", "dp_replicate", "dp_shard", "cp", "tp"))["pp"])
+        assert sum(shape.held() for shape in shapes) == elements
+    # A rank's own rows are not balanced on the way back, but those of all ranks together are known.
+    told = sum(
+        move.bytes * move.calls
+        for rank in range(degrees.pp)
+        for shape in step_shape(config, degrees, vocab_size(config), rank)
+        for move in traffic(shape)
+        if move.kind == "all_to_all"
+    )
+    assert sum(sent for _, sent in measured.values()) == told * degrees.stage
+
+
+MODELS = {
+    "dense": {"ffn_hidden": 1024, "attention": {"heads": 4, "kv_heads": 2}},
+    "moe": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512}},
+    "fine": {"moe": {"experts": 16, "top_k": 4, "ffn_hidden": 64, "shared_experts": 2}},
+    "latent": {
+        "ffn_hidden": 1024,
+        "attention": {
+            "kind": "mla", "heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_activations_are_what_autograd_keeps(model):
+    sequence, batch, vocabulary = 128, 2, 320
+    config = Config.model_validate(
+        {
+            "model": {"hidden": 256, "layers": 4, **model},
+            "train": {"seq_len": sequence, "micro_batch": batch, "global_batch": batch},
+            "cluster": {"device": "cpu"},
+        }
+    )
+    built = Decoder(config.model, vocabulary)
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        logits = built(torch.randint(0, vocabulary, (batch, sequence)))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(batch * sequence, dtype=torch.int64))
+    measured = sum(x.untyped_storage().nbytes() for x in kept.values())
+    degrees, _ = resolve(config)
+    assert activations(step_shape(config, degrees, vocabulary, 0)) == pytest.approx(measured, rel=0.1)
+    assert loss.requires_grad

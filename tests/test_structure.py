@@ -1,0 +1,33 @@
+"""The structure of the repository: floors of imports, and one name for every module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_floors_are_kept():
+    lint = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([lint, "--config", "pyproject.toml", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["parallel", "kernels", "launchers"])
+def test_folders_are_imported_by_the_package_name_alone(name):
+    result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    assert f"import moesys.{name}, not {name}" in result.stderr
+    subprocess.run([sys.executable, "-c", f"import moesys.{name}"], cwd=ROOT, check=True)
+
+
+def test_the_package_is_whole_in_a_wheel(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True, check=True).stdout
+    for module in ("moesys/parallel/dispatchers/all_to_all.py", "moesys/kernels/grouped_matmul.py", "moesys/launchers/ray.py"):
+        assert module in names

@@ -1,0 +1,166 @@
+"""Whole runs through the command: interrupted, resumed, refused; what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+import yaml
+from support import changed
+
+from moesys.train import checkpoint
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def config(small: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two workers, experts over both, sharded data; a checkpoint every five steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    raw = changed(
+        small,
+        {
+            "cluster": {"ranks_per_node": 2},
+            "parallel": {"ep": 2, "dp_shard": "full"},
+            "train": {"steps": STEPS, "eval_sequences": 8, "schedule": {"kind": "cosine", "warmup": 5}},
+            "output": {"runs": str(folder), "checkpoint_every": 5, "keep": 2},
+            "model": {"layers": 2},
+        },
+    )
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def start(config: Path, name: str, launcher: str, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moesys.cli", "launch", str(config), "--launcher", launcher, f"name={name}", *overrides]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=config.parent, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def records(run: Path) -> dict[int, dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [r["step"] for r in steps] == sorted({r["step"] for r in steps}), "each step once, in order"
+    return {r["step"]: r for r in steps}
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = monotonic() + 90
+    while monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        path = run / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        sleep(0.02)
+    raise AssertionError(f"no step {step} in {run}")
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Path:
+    """A run that nothing interrupts."""
+    code, output = finish(start(config, "whole", "local"))
+    assert code == 0, output
+    assert "held-out loss" in output
+    return config.parent / "whole"
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    keys = {"heldout_loss", "unigram_loss", "bigram_loss", "tokens_per_second", "all_to_all_share", "steps", "world_size"}
+    assert keys <= summary.keys()
+    assert summary["steps"] == STEPS and summary["world_size"] == 2
+    assert 0 < summary["all_to_all_share"] < 1
+    assert sorted(records(whole)) == list(range(1, STEPS + 1))
+    losses = [record["loss"] for record in records(whole).values()]
+    assert losses[-1] < losses[0] - 0.5
+    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step-00000025", "step-00000030"]
+    ranks = json.loads((whole / "ranks.json").read_text())
+    assert [r["rank"] for r in ranks] == [0, 1] and {"host", "pid", "ep"} <= ranks[0].keys()
+    assert yaml.safe_load((whole / "config.yaml").read_text())["parallel"]["ep"] == 2
+    assert list((whole / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_a_killed_run_ends_at_once_and_resumes_to_the_same_loss(config, whole, launcher):
+    run = config.parent / f"killed-{launcher}"
+    process = start(config, run.name, launcher)
+    wait_for_step(run, 8, process)
+    victim = json.loads((run / "ranks.json").read_text())[1]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    killed = monotonic()
+    code, output = finish(process)
+    assert monotonic() - killed < 15
+    assert code not in (0, None)
+    assert "rank 1" in output and "SIGKILL" in output, output
+    assert "Traceback" not in output
+    assert not (run / "summary.json").exists()
+    assert checkpoint.newest(run / "checkpoints") is not None
+
+    code, output = finish(start(config, run.name, launcher))
+    assert code == 0, output
+    told, expected = records(run), records(whole)
+    assert sorted(told) == sorted(expected)
+    for step, record in expected.items():
+        assert told[step]["loss"] == pytest.approx(record["loss"], rel=1e-6), step
+        assert told[step]["lr"] == record["lr"]
+    ends = [json.loads((r / "summary.json").read_text())["heldout_loss"] for r in (run, whole)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
+def test_a_finished_run_is_not_trained_again(config, whole):
+    before = json.loads((whole / "summary.json").read_text())
+    code, output = finish(start(config, "whole", "local"))
+    assert code == 0, output
+    assert json.loads((whole / "summary.json").read_text()) == pytest.approx(before)
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, whole):
+    code, output = finish(start(config, "whole", "local", "model.hidden=32", f"train.steps={STEPS + 1}"))
+    assert code == 1
+    assert "model.hidden: saved 64, now 32" in output and "remedy" in output
+    assert "Traceback" not in output
+    assert checkpoint.newest(whole / "checkpoints").name == "step-00000030"
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
+    (tmp_path / ".partial-00000009").mkdir()
+    (tmp_path / "step-00000009").mkdir()
+    complete = tmp_path / "step-00000005"
+    complete.mkdir()
+    assert checkpoint.newest(tmp_path) is None
+    (complete / checkpoint.META).write_text("{}")
+    assert checkpoint.newest(tmp_path) == complete
+
+
+def test_a_run_continues_under_another_combination(config, whole):
+    """The layout is no part of a checkpoint: two more steps on four ranks equal two more on two."""
+    import shutil
+
+    ends = []
+    for name, overrides in (
+        ("same", []),
+        ("other", ["parallel.tp=2", "parallel.pp=2", "parallel.dp_shard=1", "cluster.ranks_per_node=4"]),
+    ):
+        run = config.parent / name
+        shutil.copytree(whole, run)
+        code, output = finish(start(config, name, "local", f"train.steps={STEPS + 2}", *overrides))
+        assert code == 0, output
+        ends.append([records(run)[step]["loss"] for step in (STEPS + 1, STEPS + 2)])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
