@@ -7,11 +7,13 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moesys.config.schema import DataConfig
 from moesys.data import documents as files
+from moesys.data import text
 from moesys.data.documents import Document
 from moesys.errors import DataError, Problem
 
@@ -59,11 +61,11 @@ def documents(data: DataConfig) -> Iterator[Document]:
         raise DataError(f'{data.path}: has no column "{data.text_key}" (data.text_key), but {columns}')
     number = 0
     for rows in dataset.select_columns([data.text_key]).iter(batch_size=1000):
-        for text in rows[data.text_key]:
-            if not isinstance(text, str):
+        for value in rows[data.text_key]:
+            if not isinstance(value, str):
                 rule = f'column "{data.text_key}" (data.text_key) must be a string'
                 raise DataError(f"{data.path}: row {number}: {rule}")
-            yield Document(str(number), text.encode("utf-8", "surrogatepass"))
+            yield Document(str(number), value.encode("utf-8", "surrogatepass"))
             number += 1
 
 
@@ -88,21 +90,32 @@ def _load(data: DataConfig) -> Any:
     except ImportError:
         raise DataError(f"data.kind huggingface {NO_PACKAGE}; {INSTALL}") from None
     path = _path(data)
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     try:
-        if _is_saved(path):
-            return _split_of(datasets.load_from_disk(str(path)), data)
-        if path.is_file():
-            return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=data.split)
-        return datasets.load_dataset(str(path) if path.exists() else data.path, split=data.split)
+        with _quiet(datasets):
+            if _is_saved(path):
+                return _split_of(datasets.load_from_disk(str(path)), data)
+            if path.is_file():
+                return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=data.split)
+            return datasets.load_dataset(str(path) if path.exists() else data.path, split=data.split)
     except DataError:
         raise
     except Exception as error:  # the package raises whatever its many parts raise
-        reason = f"{type(error).__name__}: {error}"
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
         rule = f'cannot load the dataset {data.path}, split "{data.split}" (data.split)'
         raise DataError(f"{rule}: {reason}") from None
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without the package's progress bars and log lines; what goes wrong is raised anyway."""
+    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
 
@@ -125,11 +138,8 @@ def _check_local(path: Path, data: DataConfig) -> list[Problem]:
             return [Problem("data.path", rule, "convert or rename the file")]
         if path.stat().st_size == 0:
             return [Problem("data.path", "holds no text: the file is empty", "name another file")]
-        try:
-            with path.open("rb") as stream:
-                stream.read(1)
-        except OSError as error:
-            raise files.unreadable(path, error) from None
+        (file,) = files.listing(path, lambda name: True, _hidden)
+        text.probe(file, data.text_key)
         return []
     if _is_saved(path):
         return _check_saved(path, data)

@@ -66,7 +66,7 @@ def permuted(place: int, size: int, seed: int, epoch: int) -> int:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
-    start = _mix(_mix(seed & MASK) ^ _mix((seed >> 64) + 1) ^ (epoch + 1))
+    start = _mix(_mix(_mix(seed & MASK) + (seed >> 64)) + epoch)
     while True:
         left, right = place >> half, place & low
         for turn in range(ROUNDS):

@@ -22,7 +22,7 @@ def check(data: DataConfig) -> list[Problem]:
     """A path is a mistake here; and some Pythons carry no sources."""
     if data.path is not None:
         rule = "must be absent with data.kind python-stdlib, which reads no path"
-        return [Problem("data.path", rule, "set data.kind too (text, huggingface, megatron), or leave it out")]
+        return [Problem("data.path", rule, "set data.kind too (text, say), or leave the path out")]
     try:
         found = listing(data)
     except DataError as error:

@@ -34,7 +34,7 @@ def check(data: DataConfig) -> list[Problem]:
         if not any(file.size for file in found):
             return [Problem("data.path", "holds no text: every file is empty", "name another file or folder")]
         for file in islice(found, OPENED):
-            _try(file, data.text_key)
+            probe(file, data.text_key)
     except DataError as error:
         return [Problem("data.path", str(error), "repair or remove the file, or correct data.text_key")]
     return []
@@ -94,8 +94,12 @@ def _text(line: bytes, where: str, text_key: str) -> bytes:
     return record[text_key].encode("utf-8", "surrogatepass")
 
 
-def _try(file: File, text_key: str) -> None:
-    """Open a file and read its beginning."""
+def probe(file: File, text_key: str) -> None:
+    """Open a file and read its beginning; of a .jsonl file, its first line.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if file.name.endswith(".jsonl"):
         next(_lines(file, text_key), None)
         return

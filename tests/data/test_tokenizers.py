@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesys.config.schema import DataConfig
+from moesys.data.tokenizers import END_OF_DOCUMENT, ByteTokenizer, HFTokenizer, build_tokenizer
+from moesys.errors import DataError
+
+
+@given(st.binary())
+def test_bytes_are_their_own_tokens(text):
+    tokens = ByteTokenizer().encode(text)
+    assert tokens.tolist() == list(text)
+    assert tokens.dtype == np.uint16
+    assert ByteTokenizer().decode(tokens) == text
+
+
+def test_the_end_of_a_document_has_no_bytes():
+    assert ByteTokenizer().decode(np.array([104, 256, 105])) == b"hi"
+
+
+def test_a_file_encodes_as_the_package_does(tokenizer_file):
+    from tokenizers import Tokenizer
+
+    ours, theirs = HFTokenizer(tokenizer_file), Tokenizer.from_file(str(tokenizer_file))
+    text = "the gate of größer 🙂\n\tmixture"
+    tokens = ours.encode(text.encode())
+    assert tokens.tolist() == theirs.encode(text, add_special_tokens=False).ids
+    assert tokens.dtype == np.uint16
+    assert ours.decode(tokens) == text.encode()
+    assert ours.vocab_size == theirs.get_vocab_size()
+    assert ours.end_of_document == theirs.token_to_id("<|endoftext|>")
+    assert [many.tolist() for many in ours.encode_many([b"the", b""])] == [ours.encode(b"the").tolist(), []]
+
+
+def test_bytes_that_are_not_utf8_are_replaced(tokenizer_file):
+    tokenizer = HFTokenizer(tokenizer_file)
+    assert tokenizer.decode(tokenizer.encode(b"a\xffb")) == "a\ufffdb".encode()
+
+
+@pytest.mark.parametrize("name", [*END_OF_DOCUMENT, None])
+def test_the_end_of_document_is_found_by_its_usual_names(tmp_path, name):
+    words = ["a", "b", *([name] if name else [])]
+    path = tmp_path / "tokenizer.json"
+    _word_level(words).save(str(path))
+    assert HFTokenizer(path).end_of_document == (2 if name else None)
+
+
+def test_the_vocabulary_covers_the_highest_id_where_ids_have_gaps(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    _word_level(["a", "b"]).save(str(path))
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["far"] = 999
+    path.write_text(json.dumps(content))
+    assert HFTokenizer(path).vocab_size == 1000
+
+
+def test_a_unigram_tokenizer_lists_its_vocabulary(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], 0, False)).save(str(path))
+    tokenizer = HFTokenizer(path)
+    assert tokenizer.vocab_size == 3
+    assert tokenizer.encode(b"ab").tolist() == [1, 2]
+
+
+def test_small_vocabularies_have_small_tokens(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    _word_level(["a", "b"]).save(str(path))
+    assert HFTokenizer(path).encode(b"a").dtype == np.uint8
+
+
+def test_identity_follows_the_content(tmp_path, tokenizer_file):
+    path = tmp_path / "tokenizer.json"
+    _word_level(["a", "b"]).save(str(path))
+    first = HFTokenizer(path).identity
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(path.read_bytes())
+    assert HFTokenizer(copy).identity == first
+    assert HFTokenizer(tokenizer_file).identity != first
+
+
+def test_the_configuration_names_the_tokenizer(tokenizer_file):
+    assert isinstance(build_tokenizer(DataConfig()), ByteTokenizer)
+    assert isinstance(build_tokenizer(DataConfig(tokenizer=str(tokenizer_file))), HFTokenizer)
+    with pytest.raises(DataError, match=r"cannot read absent\.json: No such file"):
+        build_tokenizer(DataConfig(tokenizer="absent.json"))
+
+
+def _word_level(words):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
