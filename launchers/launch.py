@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from rich.console import Console
 
 from moesys.errors import LaunchError
-from moesys.launchers import slurm, summary
-from moesys.launchers.failure import Outcome
+from moesys.launchers import placement, slurm, summary
+from moesys.launchers.failure import Outcome, read_ranks
 from moesys.launchers.progress import Progress
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import STOPPED, StopRequests
+from moesys.parallel.degrees import resolve
 
 POLL_S = 0.1
 
@@ -60,26 +61,46 @@ def watch(started: Workers, spec: RunSpec, console: Console) -> int:
     """Start workers, show their progress until they end or are asked to stop; returns the exit code."""
     spec.run_dir.mkdir(parents=True, exist_ok=True)
     with StopRequests() as stop, Progress(spec.run_dir, console) as progress:
-        outcome = run(started, progress, stop)
+        outcome = run(started, spec, progress, stop)
     if outcome.message:
         print(f"moesys: {outcome.message}", file=sys.stderr)
+    if outcome.exit_code not in (0, STOPPED):
+        print(f"the output of all workers is in {spec.run_dir / 'logs'}", file=sys.stderr)
     if outcome.exit_code == 0:
         summary.show(spec.run_dir, console)
     return outcome.exit_code
 
 
-def run(started: Workers, progress: Progress, stop: StopRequests) -> Outcome:
+def run(started: Workers, spec: RunSpec, progress: Progress, stop: StopRequests) -> Outcome:
     """The loop of `watch`; whatever happens in it, no worker is left running."""
+    placed = False
     try:
         started.start(progress.phase)
         stop.install()
         while stop.requested is None:
             outcome = started.poll()
             if outcome is not None:
+                progress.failed = outcome.exit_code != 0
                 return outcome
             progress.refresh()
+            if not placed and (ranks := read_ranks(spec.run_dir)):
+                placed = True
+                progress.tell(misplaced(spec, ranks))
             time.sleep(POLL_S)
         progress.phase("stopping")
         return Outcome(STOPPED, f"stopped by {stop.requested.name}")
     finally:
         started.stop()
+
+
+def misplaced(spec: RunSpec, ranks: Mapping[int, Mapping[str, object]]) -> list[str]:
+    """What is to be said of where the ranks of a started run really lie.
+
+    Tensor groups across nodes in any case, expert groups where the plan had them inside one.
+    """
+    degrees, _ = resolve(spec.config, spec.world)
+    if degrees is None or len(ranks) != spec.world:
+        return []
+    found = placement.verify_map(degrees, [str(ranks[rank].get("host")) for rank in range(spec.world)])
+    planned = placement.check(degrees, spec.config.cluster)
+    return [str(crossing) for crossing in found if crossing.severity == "warning" or crossing not in planned]

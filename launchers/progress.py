@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +54,8 @@ class Progress:
         self._phase, self._since = "", time.monotonic()
         self._latest: Metrics | None = None
         self._printed_step, self._printed_at = 0, time.monotonic()
+        self.failed = False
+        """Set when the run has failed: the rest of rank 0's output, mostly of lost peers, stays in its log."""
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
@@ -62,8 +65,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for line in self._output.last():
-            self._print(line)
+        if not self.failed:
+            self.tell(self._output.last())
         self._follow()
         if self.console.is_terminal:
             self._live.stop()
@@ -80,10 +83,14 @@ class Progress:
         else:
             self._print(f"{text} …")
 
+    def tell(self, lines: Iterable[str]) -> None:
+        """Print lines, above the bar where there is one."""
+        for line in lines:
+            self._print(line)
+
     def refresh(self) -> None:
         """Show what has been written since the last call."""
-        for line in self._output.lines():
-            self._print(line)
+        self.tell(self._output.lines())
         self._follow()
         if self._phase.startswith("starting") and self._latest is None and self._ranks.exists():
             self.phase("loading data")

@@ -7,6 +7,7 @@ a barrier over all workers.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +43,12 @@ def train_loop(task: Task) -> None:
     rank, run_dir = int(os.environ["RANK"]), Path(task["run_dir"])
     if Path(task["cwd"]).is_dir():
         os.chdir(task["cwd"])
+    if not run_dir.is_dir():
+        raise RuntimeError(
+            f"{run_dir} of the launching node is not on node {socket.gethostname()}"
+            "\n    remedy: set output.runs to a folder that all nodes share",
+            1,
+        )
     redirect_output(log_file(run_dir, rank))
     error_file(run_dir, rank).unlink(missing_ok=True)  # of the attempt before a restart
     try:

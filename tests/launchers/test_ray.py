@@ -63,8 +63,8 @@ def test_a_failing_worker_is_restarted_then_its_error_shown_once(launched):
     run = launched("ray", 2, "launch.max_failures=1", MOESYS_TOY="fail")
     code, out, err = run.finish()
     assert code == 2
-    assert err.startswith("moesys: rank 1 (pid ") and err.endswith(" failed:\nthe corpus is empty\n")
-    assert "Traceback" not in out + err and "ray" not in err
+    assert err.startswith("moesys: rank 1 (pid ") and " failed:\nthe corpus is empty\n" in err
+    assert "Traceback" not in out + err and "ray." not in err
     assert (run.run_dir / "logs" / "rank-1.log").read_text().count("hello from rank 1") == 2
     assert not run.alive()
 
