@@ -59,7 +59,7 @@ def _model(config: Config) -> list[Problem]:
         if a.kv_heads is not None and a.heads % a.kv_heads:
             rule = f"must divide model.attention.heads({a.heads})"
             problems.append(Problem("model.attention.kv_heads", rule, f"one of {divisors(a.heads)}"))
-    if m.rotary_dim % 2:
+    if not problems and m.rotary_dim % 2:
         key = "qk_rope_head_dim" if a.kind == "mla" else "head_dim"
         rule = f"rotary positions turn pairs: the size {m.rotary_dim} must be even"
         problems.append(Problem(f"model.attention.{key}", rule, "use an even size"))

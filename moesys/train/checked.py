@@ -50,7 +50,7 @@ def decay_steps(config: TrainConfig) -> int:
 def training(config: TrainConfig) -> list[Problem]:
     """Rules of the training section, and packages that it asks for."""
     o, s, problems = config.optimizer, config.schedule, []
-    if o.kind == "apex" and importlib.util.find_spec("apex.optimizers") is None:
+    if o.kind == "apex" and not _has_apex():
         rule = "needs NVIDIA apex with its FusedAdam, which is not installed"
         problems.append(Problem("train.optimizer.kind", rule, "install NVIDIA/apex from source, or use adamw"))
     if s.warmup > config.steps:
@@ -60,3 +60,8 @@ def training(config: TrainConfig) -> list[Problem]:
         rule = f"warmup({s.warmup}) + decay({decay_steps(config)}) must be at most train.steps({config.steps})"
         problems.append(Problem("train.schedule.decay", rule, "shorten one of them or train longer"))
     return problems
+
+
+def _has_apex() -> bool:
+    """Whether NVIDIA's apex is installed, and not the package of the same name on the registry."""
+    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
