@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from moesys.config.schema import Config
 from moesys.models.decoder import Decoder
@@ -70,7 +71,13 @@ class Composed:
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Forward only, shapes as in `train`."""
         with self.loss.context():
-            return self.engine.evaluate(*self._mine(tokens, labels))
+            loss = self.engine.evaluate(*self._mine(tokens, labels))
+        # Without a backward FSDP leaves its root's parameters whole: they would be saved as such.
+        for part in self.parts:
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return loss
 
     def _mine(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         positions = self.parts[0].positions

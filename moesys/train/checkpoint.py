@@ -35,7 +35,7 @@ def _state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
     slots = {
         f"{name}/{slot}": value
         for name, p in parameters.items()
-        for slot, value in optimizer.state[p].items()
+        for slot, value in dict(optimizer.state)[p].items()  # a parameter without state is a bug: KeyError
         if isinstance(value, Tensor)
     }
     return {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": slots}

@@ -43,7 +43,8 @@ class Trainer:
         self.model: Composed = compose(config, mesh, corpus.vocab_size, dtype)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
-        self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=None)
+        # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
+        self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)
         self.step, self.seen = 0, 0
         self.events: list[comm.Event] = []
         """The project's own collectives in the last step, on this rank."""
@@ -84,7 +85,7 @@ class Trainer:
         }
 
     def evaluate(self) -> float:
-        """Mean cross-entropy in nats per token of the first held-out sequences. Collective."""
+        """Mean cross-entropy in nats per token of `eval_sequences` held-out sequences. Collective."""
         t = self.config.train
         count = self.heldout_windows()
         total, size = torch.zeros((), dtype=torch.float64, device=self.mesh.device), t.global_batch
