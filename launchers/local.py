@@ -69,7 +69,7 @@ class LocalWorkers:
         chosen = device.choose(self.spec.config.cluster, [device.visible_gpus()], world, "this machine")
         own = {
             "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
-            "MASTER_ADDR": HOST, "MASTER_PORT": port,
+            "MASTER_ADDR": HOST, "MASTER_PORT": port, "MOESYS_NODE_IP": HOST,
         }  # fmt: skip
         inherited = {**LOOPBACK, **os.environ, **self.spec.env, **device.hide_gpus(chosen)}
         return {**inherited, **{key: str(value) for key, value in own.items()}}

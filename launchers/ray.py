@@ -74,8 +74,11 @@ class RayWorkers:
         clear_traces(self.spec.run_dir)
         job_env = job_environment(self.spec)
         phase("starting Ray")
-        from moesys.launchers import ray_cluster
-
+        try:
+            from moesys.launchers import ray_cluster
+        except ModuleNotFoundError as error:
+            remedy = 'pip install "ray[train]", or use --launcher local'
+            raise LaunchError(f"Ray is not installed ({error})\n    remedy: {remedy}") from error
         self._closing.enter_context(ray_cluster.environment(RAY_ENV | job_env))
         address = ray_cluster.find_address(self.spec.config.launch.ray_address)
         self._check_nodes(address)

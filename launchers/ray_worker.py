@@ -50,6 +50,7 @@ def train_loop(task: Task) -> None:
             1,
         )
     redirect_output(log_file(run_dir, rank))
+    os.environ["MOESYS_NODE_IP"] = node_address()
     error_file(run_dir, rank).unlink(missing_ok=True)  # of the attempt before a restart
     try:
         resolve(task["worker"])(task["config"], run_dir)
@@ -61,6 +62,13 @@ def train_loop(task: Task) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def node_address() -> str:
+    """This node's address, as Ray knows it."""
+    from ray.util import get_node_ip_address  # here, for the driver must be able to say that there is no Ray
+
+    return get_node_ip_address()
 
 
 def resolve(path: str) -> Worker:

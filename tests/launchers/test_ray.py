@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_ranks_lie_on_their_nodes_with_their_environment(launched, cluster, tmp_
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
     assert {worker["FROM_LAUNCH_ENV"] for worker in seen} == {"yes please"}
     assert {worker["NCCL_DEBUG"] for worker in seen} == {"WARN"}
+    assert all(worker["MOESYS_NODE_IP"] == worker["MASTER_ADDR"] for worker in seen)
     assert {worker["UNRELATED"] for worker in seen} == {None}
     assert {worker["OMP_NUM_THREADS"] for worker in seen} == {"4"}
     assert {worker["cwd"] for worker in seen} == {os.getcwd()}
@@ -94,6 +96,15 @@ def test_ctrl_c_leaves_nothing(launched):
     assert (code, err) == (130, "moesys: stopped by SIGINT\n")
     run.wait_until_gone(processes, timeout=5)
     assert not Path(folder).exists()
+
+
+def test_a_missing_ray_is_told_with_its_remedy(config, tmp_path, monkeypatch):
+    for module in ("ray", "moesys.launchers.ray_cluster"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr("moesys.launchers.ray_cluster")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if "site-packages" not in path])
+    with pytest.raises(LaunchError, match=r"Ray is not installed \(No module named 'ray'\)\n    remedy: pip install"):
+        RayWorkers(RunSpec.of(config(), tmp_path)).start(print)
 
 
 def test_no_cluster_is_told_at_once(launched):
