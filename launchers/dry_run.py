@@ -51,9 +51,7 @@ def plan(config: Config) -> dict[str, Any]:
         "crossings": [str(crossing) for crossing in placement.check(degrees, config.cluster)],
         "parameters": total,
         "active_parameters": active,
-        "pipeline_ranks": [
-            _rank(step_shape(config, degrees, vocabulary, rank)) for rank in range(degrees.pp)
-        ],
+        "pipeline_ranks": [_rank(step_shape(config, degrees, vocabulary, rank)) for rank in range(degrees.pp)],
     }
 
 
@@ -92,14 +90,20 @@ def _active(shape: StepShape) -> float:
 
 
 def _stage(stage: Stage) -> str:
-    parts = [f"layers {stage.layers.start}–{stage.layers.stop - 1}" if len(stage.layers) > 1 else f"layer {stage.layers.start}"]
+    parts = [
+        f"layers {stage.layers.start}–{stage.layers.stop - 1}"
+        if len(stage.layers) > 1
+        else f"layer {stage.layers.start}"
+    ]
     return " + ".join((["embedding"] if stage.first else []) + parts + (["head"] if stage.last else []))
 
 
 def show(config: Config, console: Console) -> None:
     """Print the plan of `config`."""
     facts = plan(config)
-    console.print(Group(*_heading(config, facts), _nodes(facts), _groups(facts), _ranks(config, facts), _traffic(facts)))
+    console.print(
+        Group(*_heading(config, facts), _nodes(facts), _groups(facts), _ranks(config, facts), _traffic(facts))
+    )
     for crossing in facts["crossings"]:
         console.print(crossing)
     console.print("nothing was started (dry run)")
@@ -110,8 +114,9 @@ def _heading(config: Config, facts: dict[str, Any]) -> list[Text]:
         return " × ".join(f"{axis} {size}" for axis, size in axes.items())
 
     total, active = facts["parameters"], facts["active_parameters"]
+    nodes = "1 node" if len(facts["nodes"]) == 1 else f"{len(facts['nodes'])} nodes"
     return [
-        Text(f"{config.name}: {facts['world_size']} ranks on {len(facts['nodes'])} nodes, launcher {config.launch.launcher}"),
+        Text(f"{config.name}: {facts['world_size']} ranks on {nodes}, launcher {config.launch.launcher}"),
         Text(f"model        {total:,} parameters, {active:,} active per token ({active / total:.1%})"),
         Text(f"dense mesh   {mesh(facts['dense_mesh'])}"),
         Text(f"expert mesh  {mesh(facts['expert_mesh'])}\n"),
@@ -166,7 +171,9 @@ def _ranks(config: Config, facts: dict[str, Any]) -> Group:
     verdicts = []
     for number, rank in enumerate(facts["pipeline_ranks"]):
         size = rank["memory_bytes"]
-        holds.add_row(str(number), "; ".join(rank["stages"]), f"{rank['parameters']:,}", f"{rank['active_parameters']:,}")
+        holds.add_row(
+            str(number), "; ".join(rank["stages"]), f"{rank['parameters']:,}", f"{rank['active_parameters']:,}"
+        )
         memory.add_row(str(number), *(_size(size[kind]) for kind in (*KINDS, "total")))
         if limit is not None:
             verdicts.append(size["total"] / 2**30 / limit)
@@ -178,7 +185,9 @@ def _ranks(config: Config, facts: dict[str, Any]) -> Group:
 
 
 def _traffic(facts: dict[str, Any]) -> Table:
-    table = Table("pipeline rank", "collective", "calls", "size", title="sent by each rank in one step", title_justify="left")
+    table = Table(
+        "pipeline rank", "collective", "calls", "size", title="sent by each rank in one step", title_justify="left"
+    )
     for number, rank in enumerate(facts["pipeline_ranks"]):
         if number >= SHOWN:
             table.add_row("…", f"{len(facts['pipeline_ranks']) - SHOWN} more", "", "")

@@ -1,9 +1,9 @@
 """The `moesys` command: one thin function per subcommand.
 
-    moesys launch configs/quickstart.yaml
-    moesys launch configs/mixtral-8x7b-16x8gpu.yaml --dry-run
-    moesys verify configs/quickstart.yaml parallel.tp=2
-    moesys config configs/quickstart.yaml train.steps=10
+moesys launch configs/quickstart.yaml
+moesys launch configs/mixtral-8x7b-16x8gpu.yaml --dry-run
+moesys verify configs/quickstart.yaml parallel.tp=2
+moesys config configs/quickstart.yaml train.steps=10
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def launch(arguments: argparse.Namespace) -> int:
     if arguments.ray_address:
         overrides.append(f"launch.ray_address={arguments.ray_address}")
     config = load_checked(arguments.config, overrides, with_data=not arguments.dry_run)
-    if config.launch.launcher == "slurm":
+    if arguments.dry_run and config.launch.launcher == "slurm":
         from moesys.launchers.slurm import script
+        from moesys.launchers.spec import RunSpec
 
-        print(script(config, arguments.config, overrides), end="")
+        print(script(RunSpec.of(config)), end="")
         return 0
     if arguments.dry_run:
         from moesys.launchers import dry_run
@@ -96,10 +97,9 @@ def bench_train(arguments: argparse.Namespace) -> int:
     config = load_checked(arguments.config, arguments.overrides)
     from moesys.train.bench import run
 
-    result = run(
-        config, arguments.rounds, arguments.steps, ("local", "ray"), arguments.config, arguments.overrides
-    )
-    print(f"{result.machine}, {result.date}; medians of {result.rounds} interleaved rounds of {result.steps_per_round} steps")
+    result = run(config, arguments.rounds, arguments.steps, ("local", "ray"), arguments.config, arguments.overrides)
+    print(f"{result.machine}, {result.date}")
+    print(f"  medians of {result.rounds} interleaved rounds of {result.steps_per_round} steps")
     print(f"  moesys        {result.ours:>10,.0f} tokens/s, one process")
     print(f"  transformers  {result.transformers:>10,.0f} tokens/s, the same shape and batches")
     print(f"  ratio         {result.ratio:>10.2f}")
@@ -120,7 +120,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"moesys {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, optional: bool = False) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, optional: bool = False
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("config", type=Path, nargs="?" if optional else None, help="a YAML file")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the file")

@@ -120,9 +120,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         with _recorded("reduce_scatter", grad):
-            out = _functional.reduce_scatter_tensor(
-                grad.contiguous(), "sum", ctx.group.size(), ctx.group.group_name
-            )
+            out = _functional.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.group.size(), ctx.group.group_name)
             return _functional.wait_tensor(out), None
 
 

@@ -13,6 +13,7 @@ Removing a dimension removes one call.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,11 @@ from moesys.config.schema import Config
 from moesys.models.decoder import Decoder
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.parallel import context, data, expert, pipeline, tensor
+from moesys.parallel.cost import Stage
 from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
 from moesys.parallel.loss import TokenLoss
 from moesys.parallel.mesh import ParallelMesh
-from moesys.parallel.cost import Stage
 from moesys.parallel.recompute import wrap
 from moesys.parallel.schedules import Pipelined, Whole
 
@@ -108,8 +109,6 @@ def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dty
     stream = torch.bfloat16 if config.train.dtype == "bfloat16" else dtype
     with torch.device("meta"):
         model = Decoder(config.model, vocab_size, stream).to(dtype)
-    if config.model.tie_embeddings:
-        model.head.weight = model.embed.weight
     model.keep(stage.layers, stage.first, stage.last)
     model = context.apply(model, mesh, config)
     model = tensor.apply(model, mesh, config)
@@ -143,9 +142,9 @@ def _engine(
     held = t.seq_len // d.cp
     width = held // d.tp if config.parallel.sp else held
     tokens = torch.empty(t.micro_batch, held, dtype=torch.int64, device="meta")
-    like = {"dtype": parts[0].dtype, "device": "meta", "requires_grad": True}
-    stream = torch.empty(t.micro_batch, width, config.model.hidden, **like)
-    logits = torch.empty(t.micro_batch, held, vocab_size // d.tp, **like)
+    like = partial(torch.empty, dtype=parts[0].dtype, device="meta", requires_grad=True)
+    stream = like((t.micro_batch, width, config.model.hidden))
+    logits = like((t.micro_batch, held, vocab_size // d.tp))
     shapes = [(tokens if s.first else stream, logits if s.last else stream) for s in stages]
     return Pipelined(list(parts), stages, config.parallel.pp_schedule, micro_batches, loss, mesh, shapes)
 
@@ -161,7 +160,10 @@ def _gradients(config: Config, mesh: ParallelMesh, parts: list[Decoder], stages:
         if mesh.rank in (ranks[0], ranks[-1]):
             group = ends
     weights = [
-        p for part, s in zip(parts, stages, strict=True) if s.first or s.last
-        for n, p in part.named_parameters() if canonical(n, True) == "embed.weight"
+        p
+        for part, s in zip(parts, stages, strict=True)
+        if s.first or s.last
+        for n, p in part.named_parameters()
+        if canonical(n, True) == "embed.weight"
     ]
     return Gradients(list(parts), mesh, (weights[0], group) if weights and group is not None else None)

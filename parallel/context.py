@@ -64,6 +64,6 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     model.positions = torch.cat([torch.arange(r.start, r.stop) for r in held]).to(mesh.device)
     group = mesh.group("cp")
     if group is not None:
-        for block in model.layers.values():
-            block.attention.core = GatheredCore(group)
+        for attention in (block.get_submodule("attention") for block in model.layers.values()):
+            attention.core = GatheredCore(group)
     return model

@@ -96,11 +96,14 @@ class StepShape:
         every = weights(self.config.model, self.vocab_size)
         return [w for w in every if self.stage.holds(w, tied)]
 
-    def held(self, chosen: Callable[[Weight], bool] = lambda w: True, unsharded: bool = False) -> float:
-        """Elements of the chosen weights on one rank; `unsharded`: before data sharding."""
+    def held(self, routed: bool | None = None, layer: int | None = None, unsharded: bool = False) -> float:
+        """Elements of weights on one rank, of all or of routed experts or others, of all layers or one.
+
+        `unsharded`: before data sharding.
+        """
         total = 0.0
         for weight in self.weights():
-            if chosen(weight):
+            if routed in (None, weight.routed) and layer in (None, weight.layer):
                 ways = self.model_shards(weight, self.degrees)
                 total += weight.numel / ways / (1 if unsharded else self.data_shards(weight, self.degrees))
         return total

@@ -28,7 +28,9 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
     t, problems = config.train, []
     per_pass = degrees.dp * t.micro_batch
     if t.global_batch % per_pass:
-        rule = f"dp({degrees.dp}) · micro_batch({t.micro_batch}) = {per_pass} must divide global_batch({t.global_batch})"
+        rule = (
+            f"dp({degrees.dp}) · micro_batch({t.micro_batch}) = {per_pass} must divide global_batch({t.global_batch})"
+        )
         lower = t.global_batch // per_pass * per_pass
         remedy = f"set global_batch to {lower or per_pass} or {lower + per_pass}" if lower else f"set it to {per_pass}"
         problems.append(Problem("train.global_batch", rule, remedy))
@@ -55,7 +57,7 @@ def cost(shape: StepShape) -> list[Collective]:
         (True, d.edp_shard > 1, ("edp_replicate", "edp_shard"), ("edp_shard",), ("edp_replicate",)),
     )
     for routed, sharded, every, inner, outer in spans:
-        size = shape.held(lambda w, routed=routed: w.routed == routed, unsharded=True)
+        size = shape.held(routed=routed, unsharded=True)
         if not sharded:
             moves.append(Collective("all_reduce", every, 4 * size, 1))
             continue
@@ -74,7 +76,7 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
         return model
 
     import torch
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
     from moesys.moe.layer import moe_layers
 

@@ -78,9 +78,7 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
             layer.scope = SplitMicroBatch(spread, positions)
         if travel is None or experts_mesh is None:
             continue
-        layer.dispatcher = AllToAllDispatcher(
-            layer.gate.experts, travel, mesh.degrees.ep, mesh.degrees.etp
-        )
+        layer.dispatcher = AllToAllDispatcher(layer.gate.experts, travel, mesh.degrees.ep, mesh.degrees.etp)
         for name, dims in WEIGHT_DIMS.items():
             placements = [Shard(dim) for axis, dim in zip(("ep", "etp"), dims, strict=True) if axis in active]
             weight = distribute_tensor(getattr(layer.experts, name).data, experts_mesh, placements)

@@ -81,7 +81,10 @@ class Gradients:
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         norms = torch._foreach_norm(grads, dtype=torch.float64) if grads else []
         device = self.mesh.device
-        squares = sum((n.square() / c for n, c in zip(norms, self._copies, strict=True)), torch.zeros((), device=device, dtype=torch.float64))
+        squares = sum(
+            (n.square() / c for n, c in zip(norms, self._copies, strict=True)),
+            torch.zeros((), device=device, dtype=torch.float64),
+        )
         dist.all_reduce(squares)
         return squares.sqrt()
 

@@ -33,11 +33,10 @@ def _fill(param: nn.Parameter, name: str, seed: int, std: float) -> None:
     elif name.endswith(".bias"):
         param.zero_()
     else:
-        target, slices = param, tuple(slice(0, size) for size in param.shape)
+        target: Tensor = param
+        slices = tuple(slice(0, size) for size in param.shape)
         if isinstance(param, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(
-                param.shape, param.device_mesh, param.placements
-            )
+            shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
             target, slices = param.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
         if target.numel():
             target.copy_(_draw(tuple(param.shape), slices, name, seed, std))

@@ -36,7 +36,7 @@ def estimate(shapes: list[StepShape]) -> Memory:
     unsharded = sum(s.held(unsharded=True) for s in shapes) - held if sharded else 0.0
     # While micro-batches accumulate, FSDP keeps gradients whole in the type of computation.
     accumulating = unsharded * shapes[0].width if shapes[0].micro_batches > 1 else 0.0
-    blocks = [s.held(lambda w, s=s: w.layer == s.stage.layers[0], unsharded=True) for s in shapes]
+    blocks = [s.held(layer=s.stage.layers[0], unsharded=True) for s in shapes]
     gathered = max(blocks) * shapes[0].width if sharded else 0.0
     return Memory(4 * held, 4 * held + accumulating, 8 * held, activations(shapes), gathered)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,7 @@ class ParallelMesh:
         self.rank = dist.get_rank()
         self.place = degrees.coordinates(self.rank, DENSE_AXES)
         self.expert_place = degrees.coordinates(self.rank, EXPERT_AXES)
-        self._meshes = {
-            axes: self._build(axes, device.type) for axes in (DENSE_AXES, EXPERT_AXES)
-        }
+        self._meshes = {axes: self._build(axes, device.type) for axes in (DENSE_AXES, EXPERT_AXES)}
         self._flat: dict[tuple[str, ...], DeviceMesh] = {}
         for axes in (
             ("dp_replicate", "dp_shard", "cp"),
@@ -41,7 +40,7 @@ class ParallelMesh:
     def _build(self, axes: tuple[str, ...], device_type: str) -> DeviceMesh:
         sizes = self.degrees.sizes(axes)
         # An axis of size 1 never communicates: it needs no real group.
-        fake = {axis: "fake" for axis, size in zip(axes, sizes, strict=True) if size == 1}
+        fake: dict[Any, Any] = {axis: "fake" for axis, size in zip(axes, sizes, strict=True) if size == 1}
         return init_device_mesh(device_type, sizes, mesh_dim_names=axes, backend_override=fake)
 
     def _root(self, axes: tuple[str, ...]) -> DeviceMesh:

@@ -97,7 +97,9 @@ def _zero_bubble(config: Config, degrees: Degrees) -> list[Problem]:
 def _micro_batches(config: Config, degrees: Degrees) -> list[Problem]:
     p, t = config.parallel, config.train
     count = t.global_batch // max(1, degrees.dp * t.micro_batch)
-    given = f"global_batch({t.global_batch}) / (dp({degrees.dp}) · micro_batch({t.micro_batch})) = {count} micro-batches"
+    given = (
+        f"global_batch({t.global_batch}) / (dp({degrees.dp}) · micro_batch({t.micro_batch})) = {count} micro-batches"
+    )
     if count and p.pp_schedule in MULTI and count % p.pp:
         rule = f"{given}: {p.pp_schedule} needs a multiple of pp({p.pp})"
         return [Problem("train.global_batch", rule, f"use a multiple of {degrees.dp * t.micro_batch * p.pp}")]

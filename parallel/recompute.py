@@ -9,8 +9,6 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import moesys.kernels.grouped_matmul  # registers the operation named below
-
 aten, collective = torch.ops.aten, torch.ops._c10d_functional
 KEPT = {
     aten.mm.default,

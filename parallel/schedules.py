@@ -16,8 +16,8 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
-from moesys.parallel.mesh import ParallelMesh
 from moesys.parallel.cost import Stage
+from moesys.parallel.mesh import ParallelMesh
 from moesys.parallel.pipeline import MULTI
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from moesys.parallel.mesh import ParallelMesh
 
 SHARDED = {
-    **dict.fromkeys(("embed", "head", "q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj"), 0),
+    **dict.fromkeys(
+        ("embed", "head", "q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj"), 0
+    ),
     **dict.fromkeys(("o_proj", "down_proj"), 1),
 }
 """Modules whose weight tp splits, with the dim; all others are replicated over tp."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
@@ -15,8 +17,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from moesys.models.decoder import Decoder
 from moesys.models.attention import LatentAttention
+from moesys.models.decoder import Decoder
 from moesys.moe import MoELayer
 
 
@@ -61,7 +63,7 @@ def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
     return model
 
 
-def _block(block: nn.Module, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
+def _block(block: Any, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
     whole = (Replicate(), None, None)
     plan: dict[str, ParallelStyle] = {
         "attention": PrepareModuleInput(input_layouts=(stream, None, None), desired_input_layouts=whole),
@@ -90,7 +92,7 @@ def _block(block: nn.Module, stream: Placement, sp: bool) -> dict[str, ParallelS
     return plan
 
 
-def _projections(attention: nn.Module) -> dict[str, ParallelStyle]:
+def _projections(attention: Any) -> dict[str, ParallelStyle]:
     if isinstance(attention, LatentAttention):
         latent = ["kv_a_proj", "kv_a_norm"]
         whole = ["kv_b_proj"]

@@ -134,7 +134,11 @@ def test_data_that_cannot_be_read(tmp_path, capsys, files):
 
 
 def test_all_mistakes_are_told_at_once(tmp_path, capsys):
-    change = {"parallel": {"tp": 4, "ep": 3}, "train": {"seq_len": 63, "schedule": {"warmup": 1000}}, "data": {"kind": "text"}}
+    change = {
+        "parallel": {"tp": 4, "ep": 3},
+        "train": {"seq_len": 63, "schedule": {"warmup": 1000}},
+        "data": {"kind": "text"},
+    }
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(changed(BASE, change)))
     assert cli.main(["launch", str(path)]) == 2

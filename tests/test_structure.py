@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_floors_are_kept():
     lint = Path(sys.executable).with_name("lint-imports")
-    result = subprocess.run([lint, "--config", "pyproject.toml", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [lint, "--config", "pyproject.toml", "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -25,9 +27,26 @@ def test_folders_are_imported_by_the_package_name_alone(name):
 
 
 def test_the_package_is_whole_in_a_wheel(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = subprocess.run([sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True, check=True).stdout
-    for module in ("moesys/parallel/dispatchers/all_to_all.py", "moesys/kernels/grouped_matmul.py", "moesys/launchers/ray.py"):
+    names = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True, check=True
+    ).stdout
+    for module in (
+        "moesys/parallel/dispatchers/all_to_all.py",
+        "moesys/kernels/grouped_matmul.py",
+        "moesys/launchers/ray.py",
+    ):
         assert module in names

@@ -115,10 +115,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, S, H] → [B, S, H]; cos, sin [S, qk_rope_head_dim / 2] of the tokens' positions."""
-        if self.compress_query:
-            q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSH)))
-        else:
-            q = self.q_proj(x_BSH)
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSH))) if self.compress_query else self.q_proj(x_BSH)
         q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split((self.nope, self.rope), -1)
         latent, k_rope = self.kv_a_proj(x_BSH).split((self.latent, self.rope), -1)
         kv = self.kv_b_proj(self.kv_a_norm(latent)).unflatten(-1, (-1, self.nope + self.value))

@@ -15,9 +15,7 @@ def capacity(factor: float, tokens: int, top_k: int, experts: int) -> int:
     return ceil(factor * tokens * top_k / experts)
 
 
-def kept(
-    expert_A: Tensor, weight_A: Tensor, order_A: Tensor, limit: int, policy: str, scope: MicroBatch
-) -> Tensor:
+def kept(expert_A: Tensor, weight_A: Tensor, order_A: Tensor, limit: int, policy: str, scope: MicroBatch) -> Tensor:
     """Which of this device's assignments fit into their expert: bool [A].
 
     Decided over the whole micro-batch, wherever its tokens lie. `order_A` (int64, unique over the

@@ -7,9 +7,7 @@ from torch import Tensor
 from moesys.moe.routing import MicroBatch
 
 
-def load_balancing(
-    probabilities_TE: Tensor, load_E: Tensor, top_k: int, scope: MicroBatch
-) -> Tensor:
+def load_balancing(probabilities_TE: Tensor, load_E: Tensor, top_k: int, scope: MicroBatch) -> Tensor:
     """This device's share of `E · Σ_e f_e · P_e` (Switch Transformers, arXiv 2101.03961; GShard).
 
     `f_e` is the share of the micro-batch's T·k assignments that went to expert e before any drop,

@@ -1,6 +1,6 @@
 """Benchmarks of training: against transformers in one process, and how long a launch takes.
 
-    moesys bench train configs/quickstart.yaml
+moesys bench train configs/quickstart.yaml
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Result:
         return asdict(self)
 
 
-def run(config: Config, rounds: int, steps: int, launchers: tuple[str, ...], path: Path, overrides: list[str]) -> Result:
+def run(
+    config: Config, rounds: int, steps: int, launchers: tuple[str, ...], path: Path, overrides: list[str]
+) -> Result:
     """Both benchmarks of `config`, which `path` and `overrides` describe for a fresh process."""
     speeds = compare(reference(config), rounds, steps)
     ours, theirs = (statistics.median(speeds[name]) for name in ("moesys", "transformers"))
@@ -93,7 +95,7 @@ def _transformers(config: Config, trainer: Trainer) -> Callable[[], None]:
     m, t = config.model, config.train
     if m.moe is None or m.attention.kind != "gqa" or m.moe.shared_experts or m.moe.every > 1 or m.moe.first_dense:
         raise MoesysError("bench train compares with Mixtral: every layer MoE, gqa, no shared experts")
-    vocabulary = trainer.model.parts[0].embed.num_embeddings
+    vocabulary = trainer.vocab_size
     theirs = transformers.MixtralConfig(
         vocab_size=vocabulary, hidden_size=m.hidden, intermediate_size=m.moe.ffn_hidden, num_hidden_layers=m.layers,
         num_attention_heads=m.attention.heads, num_key_value_heads=m.attention.kv_heads or m.attention.heads,

@@ -42,8 +42,13 @@ def _state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 
 
 def save(
-    folder: Path, config: Config, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-    step: int, samples: int, keep: int,
+    folder: Path,
+    config: Config,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    samples: int,
+    keep: int,
 ) -> Path:
     """Write `folder`/step-N and remove all but the newest `keep`. Collective over the world."""
     final = folder / f"step-{step:08d}"
@@ -85,7 +90,9 @@ def check(path: Path, config: Config) -> dict[str, Any]:
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:
         rows = "".join(f"\n  model.{key}: saved {saved.get(key)}, now {asked.get(key)}" for key in different)
-        raise CheckpointError(f"{path} is of another model:{rows}\n    remedy: restore these keys, or choose another run name")
+        raise CheckpointError(
+            f"{path} is of another model:{rows}\n    remedy: restore these keys, or choose another run name"
+        )
     return meta
 
 

@@ -40,6 +40,7 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: ParallelMesh, corpus: Corpus, dtype: torch.dtype | None = None):
         self.config, self.mesh = config, mesh
+        self.vocab_size = corpus.vocab_size
         self.model: Composed = compose(config, mesh, corpus.vocab_size, dtype)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)

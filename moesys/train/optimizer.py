@@ -25,7 +25,7 @@ def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> to
         decay = config.weight_decay if p.ndim > 1 else 0.0
         key = (p.ndim > 1, p.device_mesh if isinstance(p, DTensor) else None)
         groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(p)
-    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.kind == "apex":
         from apex.optimizers import FusedAdam
 

@@ -122,7 +122,10 @@ def _work(
     backend = "nccl" if config.cluster.device == "cuda" else "gloo"
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group(
-        backend, f"file://{folder}/rendezvous", rank=rank, world_size=world,
+        backend,
+        f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
         timeout=timedelta(seconds=config.launch.timeout_s),
     )
     mesh = connect(config)
@@ -162,21 +165,22 @@ def _merge(into: Trace, part: Trace) -> None:
 def compare(found: Trace, expected: Trace, world: int, tolerance: float) -> Report:
     """Differences ‖a − b‖ / ‖b‖ per tensor, |a − b| / |b| of losses and norms; the largest of each kind."""
     report = Report(world, len(expected.losses), tolerance)
-    for kind, pairs in (("loss", (found.losses, expected.losses)), ("norm", (found.norms, expected.norms))):
-        for step, (a, b) in enumerate(zip(*pairs, strict=True), 1):
-            getattr(report, kind).update(abs(a - b) / abs(b), f"step {step}")
+    for worst, ours, theirs in (
+        (report.loss, found.losses, expected.losses),
+        (report.norm, found.norms, expected.norms),
+    ):
+        for step, (x, y) in enumerate(zip(ours, theirs, strict=True), 1):
+            worst.update(abs(x - y) / abs(y), f"step {step}")
     moved: set[str] = set()
-    for step, (a, b) in enumerate(zip(found.gradients, expected.gradients, strict=True), 1):
-        moved |= _compare_gradients(report.gradient, a, b, step)
+    for step, pair in enumerate(zip(found.gradients, expected.gradients, strict=True), 1):
+        moved |= _compare_gradients(report.gradient, *pair, step)
     for name in sorted(moved):
         a, b = found.parameters[name].double(), expected.parameters[name].double()
         report.parameter.update(((a - b).norm() / b.norm()).item(), name)
     return report
 
 
-def _compare_gradients(
-    worst: Difference, found: dict[str, Tensor], expected: dict[str, Tensor], step: int
-) -> set[str]:
+def _compare_gradients(worst: Difference, found: dict[str, Tensor], expected: dict[str, Tensor], step: int) -> set[str]:
     """Names of the tensors whose gradient is more than noise."""
     if missing := found.keys() ^ expected.keys():
         worst.update(float("inf"), f"step {step}, only one run has {sorted(missing)[0]}")

@@ -12,8 +12,14 @@ from moesys.models.size import flops_per_token, parameters, weights
 MODELS = {
     "dense": {"ffn_hidden": 96},
     "tied": {"ffn_hidden": 96, "tie_embeddings": True, "attention": {"heads": 4, "bias": True, "qk_norm": "full"}},
-    "moe": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 32}, "attention": {"heads": 4, "kv_heads": 2, "qk_norm": "head"}},
-    "mixed": {"ffn_hidden": 96, "moe": {"experts": 8, "ffn_hidden": 32, "every": 2, "first_dense": 1, "shared_experts": 2}},
+    "moe": {
+        "moe": {"experts": 8, "top_k": 2, "ffn_hidden": 32},
+        "attention": {"heads": 4, "kv_heads": 2, "qk_norm": "head"},
+    },
+    "mixed": {
+        "ffn_hidden": 96,
+        "moe": {"experts": 8, "ffn_hidden": 32, "every": 2, "first_dense": 1, "shared_experts": 2},
+    },
     "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
 }
 

@@ -20,7 +20,11 @@ MOE = {"experts": 4, "top_k": 2, "balance_loss": 0.0}
 
 def mixtral():
     theirs = transformers.MixtralConfig(
-        **COMMON, num_key_value_heads=2, intermediate_size=48, num_local_experts=4, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+        **COMMON,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        num_local_experts=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     ours = {"attention": {"heads": 4, "kv_heads": 2}, "rope_theta": 1e6, "moe": {**MOE, "ffn_hidden": 48}}
     return transformers.MixtralForCausalLM(theirs), ours
@@ -67,8 +71,9 @@ def deepseek_v2():
 
 RENAMED = {
     "embed.": "model.embed_tokens.", "head.": "lm_head.", "norm.weight": "model.norm.weight",
-    "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention.": "self_attn.",
-    "ffn.gate.projection": "mlp.gate", "ffn.shared": "mlp.shared_experts", "ffn.": "mlp.", "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa", "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "attention.": "self_attn.",
+    "ffn.gate.projection": "mlp.gate", "ffn.shared": "mlp.shared_experts", "ffn.": "mlp.",
 }  # fmt: skip
 
 

@@ -21,7 +21,9 @@ def build(**gate) -> MoELayer:
     return layer
 
 
-def reference(layer: MoELayer, x: Tensor, factor: float | None, policy: str, normalize: bool) -> tuple[Tensor, Tensor, int]:
+def reference(
+    layer: MoELayer, x: Tensor, factor: float | None, policy: str, normalize: bool
+) -> tuple[Tensor, Tensor, int]:
     """(output [T, H], load-balancing plus z loss, dropped), one assignment at a time."""
     gate, experts = layer.gate, layer.experts
     logits = x @ gate.projection.weight.T

@@ -29,7 +29,12 @@ def test_parameters_and_all_to_all_bytes_are_those_of_a_real_step(small, tmp_pat
     measured = report_layout(config, 4, tmp_path)
     degrees, _ = resolve(config)
     for rank, (elements, _) in measured.items():
-        shapes = step_shape(config, degrees, vocab_size(config), degrees.coordinates(rank, ("pp", "dp_replicate", "dp_shard", "cp", "tp"))["pp"])
+        shapes = step_shape(
+            config,
+            degrees,
+            vocab_size(config),
+            degrees.coordinates(rank, ("pp", "dp_replicate", "dp_shard", "cp", "tp"))["pp"],
+        )
         assert sum(shape.held() for shape in shapes) == elements
     # A rank's own rows are not balanced on the way back, but those of all ranks together are known.
     told = sum(
@@ -49,7 +54,8 @@ MODELS = {
     "latent": {
         "ffn_hidden": 1024,
         "attention": {
-            "kind": "mla", "heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+            "kind": "mla", "heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
         },
     },
 }  # fmt: skip

@@ -39,7 +39,17 @@ def config(small: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(config: Path, name: str, launcher: str, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "moesys.cli", "launch", str(config), "--launcher", launcher, f"name={name}", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "moesys.cli",
+        "launch",
+        str(config),
+        "--launcher",
+        launcher,
+        f"name={name}",
+        *overrides,
+    ]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=config.parent, start_new_session=True
     )
@@ -83,7 +93,15 @@ def whole(config: Path) -> Path:
 
 def test_a_run_leaves_what_it_promises(whole):
     summary = json.loads((whole / "summary.json").read_text())
-    keys = {"heldout_loss", "unigram_loss", "bigram_loss", "tokens_per_second", "all_to_all_share", "steps", "world_size"}
+    keys = {
+        "heldout_loss",
+        "unigram_loss",
+        "bigram_loss",
+        "tokens_per_second",
+        "all_to_all_share",
+        "steps",
+        "world_size",
+    }
     assert keys <= summary.keys()
     assert summary["steps"] == STEPS and summary["world_size"] == 2
     assert 0 < summary["all_to_all_share"] < 1
