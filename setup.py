@@ -19,6 +19,7 @@ setup(
         "rich>=13",
         "numpy>=1.26",
         "tensorboard>=2.16",
+        "matplotlib>=3.9",
     ],
     extras_require={
         "ray": ["ray[train]>=2.60"],

@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("verify", verify, "prove that a configuration equals one process")
     sub.add_argument("--steps", type=int, default=3, help="training steps (default 3)")
     sub.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")
-    sub.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     sub.add_argument("--json", type=Path, help="write the differences here")
     bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
     sub = bench.add_parser("train", help="training speed beside transformers, and time to the first step")

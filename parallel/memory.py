@@ -34,8 +34,8 @@ def estimate(shapes: list[StepShape]) -> Memory:
     held = sum(s.held() for s in shapes)
     sharded = shapes[0].degrees.dp_shard > 1
     unsharded = sum(s.held(unsharded=True) for s in shapes) - held if sharded else 0.0
-    # While micro-batches accumulate, FSDP keeps gradients whole in the type of computation.
-    accumulating = unsharded * shapes[0].width if shapes[0].micro_batches > 1 else 0.0
+    # While micro-batches accumulate, FSDP keeps gradients whole, in float32.
+    accumulating = unsharded * 4 if shapes[0].micro_batches > 1 else 0.0
     blocks = [s.held(layer=s.stage.layers[0], unsharded=True) for s in shapes]
     gathered = max(blocks) * shapes[0].width if sharded else 0.0
     return Memory(4 * held, 4 * held + accumulating, 8 * held, activations(shapes), gathered)

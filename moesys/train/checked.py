@@ -53,9 +53,6 @@ def training(config: TrainConfig) -> list[Problem]:
     if o.kind == "apex" and not _has_apex():
         rule = "needs NVIDIA apex with its FusedAdam, which is not installed"
         problems.append(Problem("train.optimizer.kind", rule, "install NVIDIA/apex from source, or use adamw"))
-    if s.warmup > config.steps:
-        rule = f"must be at most train.steps({config.steps})"
-        problems.append(Problem("train.schedule.warmup", rule, "shorten the warm-up or train longer"))
     if s.kind == "wsd" and s.warmup + decay_steps(config) > config.steps:
         rule = f"warmup({s.warmup}) + decay({decay_steps(config)}) must be at most train.steps({config.steps})"
         problems.append(Problem("train.schedule.decay", rule, "shorten one of them or train longer"))

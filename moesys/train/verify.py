@@ -92,11 +92,13 @@ def trace(
 ) -> Trace:
     """Train `steps` steps in `world` processes on this machine and collect what they computed.
 
-    `prepare`, importable by name, is called in every process first.
+    `dtype`: float32, float64, or bfloat16, which is the run's own mixed precision: bfloat16 computation
+    on float32 weights. `prepare`, importable by name, is called in every process first.
     """
     optimizer = config.train.optimizer
     steady = optimizer.model_copy(update={"eps": max(optimizer.eps, EPS)})
-    train = config.train.model_copy(update={"dtype": "float32", "optimizer": steady})
+    compute = "bfloat16" if dtype == "bfloat16" else "float32"
+    train = config.train.model_copy(update={"dtype": compute, "optimizer": steady})
     config = config.model_copy(update={"train": train})
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
@@ -129,7 +131,8 @@ def _work(
         timeout=timedelta(seconds=config.launch.timeout_s),
     )
     mesh = connect(config)
-    trainer = Trainer(config, mesh, open_corpus(config), getattr(torch, dtype))
+    weights = torch.float64 if dtype == "float64" else torch.float32
+    trainer = Trainer(config, mesh, open_corpus(config), weights)
     found = Trace()
     trainer.before_update = lambda: found.gradients.append(_whole(trainer, "grad"))
     for _ in range(steps):

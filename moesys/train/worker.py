@@ -28,6 +28,7 @@ from moesys.errors import MoesysError
 from moesys.models.size import parameters
 from moesys.parallel.degrees import resolve
 from moesys.parallel.mesh import ParallelMesh
+from moesys.train import report
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog, write_whole
 
@@ -136,6 +137,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
         "active_parameters": active,
         "metrics": str(run_dir / "metrics.jsonl"),
     }
+    summary["report"] = str(report.write(run_dir, summary))
     write_whole(old, json.dumps(summary, indent=1) + "\n")
 
 

@@ -33,6 +33,24 @@ def send_everything_to_the_first_expert() -> None:
     GateProjection.forward = forward  # type: ignore[method-assign]
 
 
+def stall_the_second_rank() -> None:
+    """Let rank 1 hang instead of training."""
+    from time import sleep
+
+    import torch.distributed as dist
+
+    from moesys.train.loop import Trainer
+
+    plain = Trainer.train_step
+
+    def train_step(self: Trainer) -> dict[str, Any]:
+        if dist.get_rank() == 1:
+            sleep(600)
+        return plain(self)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
 def report_layout(config: Any, world: int, folder: Path) -> dict[int, tuple[int, int]]:
     """Per rank of one real training step: elements of parameters held, bytes of rows sent to experts."""
     import torch.multiprocessing as mp

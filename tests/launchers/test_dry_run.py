@@ -1,0 +1,52 @@
+"""The dry run: what would be started, told in a moment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+
+from moesys import cli
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+LARGE = [
+    "cluster.nodes=512", "train.global_batch=4096", "parallel.dp=auto", "parallel.tp=8", "parallel.pp=8",
+    "parallel.ep=8", "parallel.pp_schedule=1f1b", "parallel.pp_virtual=1",
+]  # fmt: skip
+
+
+def test_4096_ranks_are_planned_in_seconds_without_torch(tmp_path):
+    out = tmp_path / "plan.json"
+    words = ["launch", str(CONFIGS / "mixtral-8x7b-16x8gpu.yaml"), "--dry-run", "--json", str(out), *LARGE]
+    program = (
+        f"import sys; from moesys import cli; sys.exit(cli.main({words!r}) or 'torch' in sys.modules)"
+    )
+    begin = monotonic()
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert monotonic() - begin < 10
+    facts = json.loads(out.read_text())
+    assert facts["world_size"] == 4096 and len(facts["nodes"]) == 512
+    for members in facts["groups"].values():
+        assert sorted(rank for group in members for rank in group) == list(range(4096))
+    assert facts["dense_mesh"]["tp"] == 8 and facts["expert_mesh"]["ep"] == 8
+    assert facts["parameters"] == 46_702_792_704
+    # Eight ranks of a node are one tensor group: with ep 8 they are one expert group as well.
+    assert facts["groups"]["tensor"][0] == facts["groups"]["experts (ep · etp)"][0] == list(range(8))
+    assert "4096 ranks on 512 nodes" in result.stdout and "nothing was started" in result.stdout
+
+
+def test_the_quickstart_is_shown_and_nothing_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["launch", str(CONFIGS / "quickstart.yaml"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for part in ("pp 2 × dp_replicate 2", "ep 2", "all_to_all over ep", "embedding + layers 0–1", "parameters"):
+        assert part in out, part
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_does_not_fit_is_said(capsys):
+    assert cli.main(["launch", str(CONFIGS / "quickstart.yaml"), "--dry-run", "cluster.memory_gib=0.001"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
