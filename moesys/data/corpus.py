@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from moesys.config.schema import Config, DataConfig
 from moesys.data import cache, megatron_indexed, tokenized
+from moesys.data.documents import located
 from moesys.data.sources import SOURCES
 from moesys.data.tokenizers import Tokenizer, build_tokenizer, token_dtype
 from moesys.data.tokens import Tokens
@@ -74,6 +74,6 @@ def too_small(side: str, tokens: int, config: Config) -> str | None:
 def _tokenized(data: DataConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     source = SOURCES[data.kind]
     facts = [data.kind, source.identity(data), tokenizer.identity, data.heldout]
-    folder = Path(data.cache).expanduser() if data.cache else cache.default_folder()
+    folder = located(data.cache) if data.cache else cache.default_folder()
     write = partial(tokenized.write, partial(source.documents, data), tokenizer, data.heldout)
     return cache.open_or_make(folder, cache.key(facts), token_dtype(tokenizer.vocab_size), write)

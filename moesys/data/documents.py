@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moesys.errors import DataError
+
+NOTHING_THERE = "no such file or folder"
 
 
 class Document(NamedTuple):
@@ -29,25 +33,48 @@ class File(NamedTuple):
     mtime_ns: int
 
 
+def located(given: str) -> Path:
+    """The place that a path in the configuration means: `~` is the user's home.
+
+    Never fails: a home that nobody has stays as written, and so does a NUL, which no name can hold, so
+    that either is answered as any place where nothing is.
+    """
+    return Path(os.path.expanduser(given.replace("\0", "\\0")))
+
+
+def absent(path: Path) -> str | None:
+    """None if something is at `path`; else `NOTHING_THERE`, or why this user cannot know."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return NOTHING_THERE
+    except OSError as error:
+        return str(unreadable(path, error))
+    return None
+
+
 def listing(root: Path, wanted: Callable[[str], bool], skip: Callable[[str], bool]) -> list[File]:
     """The files under the folder `root` (or `root` itself, if a file), sorted by name.
 
-    Symbolic links are followed, each folder once.
+    Symbolic links are followed, each folder once. Pipes, sockets and devices in a folder are left out.
 
     Args:
         wanted: says of a file's name (without folder) whether it belongs to the source.
         skip: says of a folder's name whether to leave it out with everything below.
 
     Raises:
-        DataError: a folder cannot be listed, or a file is a broken link.
+        DataError: a folder cannot be listed, a file is a broken link, or `root` is neither file nor folder.
     """
-    if not root.is_dir():
-        return [_file(root, root.name)]
+    if not os.path.isdir(root):
+        if (file := _file(root, root.name)) is None:
+            raise DataError(f"{root} is neither a file nor a folder")
+        return [file]
     files = []
     for folder, names in _walk(root, skip):
         for name in filter(wanted, names):
             path = folder / name
-            files.append(_file(path, path.relative_to(root).as_posix()))
+            if (file := _file(path, path.relative_to(root).as_posix())) is not None:
+                files.append(file)
     return sorted(files)
 
 
@@ -66,6 +93,18 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from None
+
+
+def parse(text: bytes, where: str) -> Any:
+    """The content of JSON.
+
+    Raises:
+        DataError: it is not JSON; the message begins with `where` it stands.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of open brackets
+        raise DataError(f"{where} not JSON: {error}") from None
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
@@ -90,9 +129,10 @@ def _walk(root: Path, skip: Callable[[str], bool]) -> Iterator[tuple[Path, list[
         yield Path(folder), names
 
 
-def _file(path: Path, name: str) -> File:
+def _file(path: Path, name: str) -> File | None:
+    """None if it is no regular file: opening a pipe would wait for ever."""
     try:
         status = path.stat()
     except OSError as error:
         raise unreadable(path, error) from None
-    return File(name, path, status.st_size, status.st_mtime_ns)
+    return File(name, path, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -28,12 +27,17 @@ def check(data: DataConfig) -> list[Problem]:
     problems = []
     if importlib.util.find_spec("datasets") is None:
         problems.append(Problem("data.kind", NO_PACKAGE, INSTALL))
-    if data.path is None:
+    if not data.path:
         remedy = "name a folder saved to disk, a .json, .parquet or .arrow file, or a dataset"
         return [*problems, Problem("data.path", "is needed with data.kind huggingface", remedy)]
     path = _path(data)
     try:
-        return problems + (_check_local(path, data) if path.exists() else _check_name(data.path))
+        rule = files.absent(path)
+        if rule == files.NOTHING_THERE:
+            return problems + _check_name(data.path)
+        if rule is not None:
+            raise DataError(rule)
+        return problems + _check_local(path, data)
     except DataError as error:
         return [*problems, Problem("data.path", str(error), "repair the dataset, or name another one")]
 
@@ -41,7 +45,7 @@ def check(data: DataConfig) -> list[Problem]:
 def identity(data: DataConfig) -> object:
     """What changes when the dataset does, as JSON: files with sizes and times."""
     path = _path(data)
-    if path.exists():
+    if files.absent(path) is None:
         listed = files.listing(path, lambda name: True, _hidden)
     else:  # named: where the package keeps it
         kept = [Path(entry["filename"]) for entry in _load(data).cache_files]
@@ -60,8 +64,8 @@ def documents(data: DataConfig) -> Iterator[Document]:
         columns = ", ".join(dataset.column_names)
         raise DataError(f'{data.path}: has no column "{data.text_key}" (data.text_key), but {columns}')
     number = 0
-    for rows in dataset.select_columns([data.text_key]).iter(batch_size=1000):
-        for value in rows[data.text_key]:
+    for values in _values(dataset, data):
+        for value in values:
             if not isinstance(value, str):
                 rule = f'column "{data.text_key}" (data.text_key) must be a string'
                 raise DataError(f"{data.path}: row {number}: {rule}")
@@ -69,12 +73,25 @@ def documents(data: DataConfig) -> Iterator[Document]:
             number += 1
 
 
+def _values(dataset: Any, data: DataConfig) -> Iterator[list[Any]]:
+    """The column of text, a thousand rows at a time."""
+    batches = dataset.select_columns([data.text_key]).iter(batch_size=1000)
+    while True:
+        try:
+            rows = next(batches, None)
+        except Exception as error:  # whatever damaged files make the package raise
+            raise _failure(data, "read", error) from None
+        if rows is None:
+            return
+        yield rows[data.text_key]
+
+
 def _hidden(name: str) -> bool:
     return name.startswith(".")
 
 
 def _path(data: DataConfig) -> Path:
-    return Path(data.path or "").expanduser()
+    return files.located(data.path or "")
 
 
 def _is_saved(path: Path) -> bool:
@@ -96,14 +113,17 @@ def _load(data: DataConfig) -> Any:
                 return _split_of(datasets.load_from_disk(str(path)), data)
             if path.is_file():
                 return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=data.split)
-            return datasets.load_dataset(str(path) if path.exists() else data.path, split=data.split)
+            return datasets.load_dataset(data.path if files.absent(path) else str(path), split=data.split)
     except DataError:
         raise
     except Exception as error:  # the package raises whatever its many parts raise
-        cause = error.__cause__ or error
-        reason = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
-        rule = f'cannot load the dataset {data.path}, split "{data.split}" (data.split)'
-        raise DataError(f"{rule}: {reason}") from None
+        raise _failure(data, "load", error) from None
+
+
+def _failure(data: DataConfig, verb: str, error: Exception) -> DataError:
+    cause = error.__cause__ or error
+    reason = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+    return DataError(f'cannot {verb} the dataset {data.path}, split "{data.split}" (data.split): {reason}')
 
 
 @contextmanager
@@ -153,11 +173,15 @@ def _check_local(path: Path, data: DataConfig) -> list[Problem]:
 def _check_saved(path: Path, data: DataConfig) -> list[Problem]:
     folder = path
     if (path / "dataset_dict.json").is_file():
-        splits = _json(path / "dataset_dict.json").get("splits", [])
+        splits = _json(path / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list):
+            raise DataError(f"{path / 'dataset_dict.json'} lists no splits")
         if data.split not in splits:
-            return [Problem("data.split", f"must be one of {', '.join(splits)}", "choose one of these")]
+            return [Problem("data.split", f"must be one of {', '.join(map(str, splits))}", "choose one of these")]
         folder = path / data.split
-    features = _json(folder / "dataset_info.json").get("features") or {}
+    features = _json(folder / "dataset_info.json").get("features")
+    if not isinstance(features, dict):
+        raise DataError(f"{folder / 'dataset_info.json'} lists no features")
     if data.text_key not in features:
         rule = f"must be a column of the dataset: {', '.join(features)}"
         return [Problem("data.text_key", rule, "choose one of these")]
@@ -165,10 +189,7 @@ def _check_saved(path: Path, data: DataConfig) -> list[Problem]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(files.read(path))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+    content = files.parse(files.read(path), f"{path} is")
     if not isinstance(content, dict):
         raise DataError(f"{path} is not a JSON object")
     return content
@@ -177,5 +198,5 @@ def _json(path: Path) -> dict[str, Any]:
 def _check_name(name: str) -> list[Problem]:
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and Path(name).suffix not in BUILDERS:
         return []
-    rule = "no such file or folder, and no name of a dataset (NAME or OWNER/NAME)"
+    rule = f"{files.NOTHING_THERE}, and no name of a dataset (NAME or OWNER/NAME)"
     return [Problem("data.path", rule, "paths are relative to the working directory")]

@@ -7,6 +7,7 @@ gather documents when asked. Held out by document number.
 from __future__ import annotations
 
 import importlib.util
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from moesys.config.schema import DataConfig
 from moesys.data.division import divide, hashed_numbers
-from moesys.data.documents import unreadable
+from moesys.data.documents import NOTHING_THERE, absent, located, unreadable
 from moesys.errors import DataError, Problem
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -111,11 +112,14 @@ def check(data: DataConfig) -> list[Problem]:
     problems = []
     if not _installed():
         problems.append(Problem("data.kind", NO_PACKAGE, INSTALL))
-    if data.path is None:
+    if not data.path:
         remedy = "name the common PREFIX of the .bin and .idx files"
         return [*problems, Problem("data.path", "is needed with data.kind megatron", remedy)]
     prefix = _prefix(data)
-    missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
+    missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not os.path.isfile(f"{prefix}{suffix}")]
+    for path in map(Path, missing):
+        if (rule := absent(path)) not in (None, NOTHING_THERE):
+            return [*problems, Problem("data.path", str(rule), "make it readable, or name another prefix")]
     if missing:
         remedy = "give the common PREFIX of the .bin and .idx files, relative to the working directory"
         return [*problems, Problem("data.path", f"no such file: {', '.join(missing)}", remedy)]
@@ -164,7 +168,7 @@ def count_tokens(data: DataConfig) -> int:
 
 def _prefix(data: DataConfig) -> str:
     """The files' common path; a name of one of the two files is understood too."""
-    return str(Path(data.path or "").expanduser()).removesuffix(".bin").removesuffix(".idx")
+    return str(located(data.path or "")).removesuffix(".bin").removesuffix(".idx")
 
 
 def _installed() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,11 +18,11 @@ OPENED = 1000
 
 def check(data: DataConfig) -> list[Problem]:
     """Whether there is text, and whether it can be read: the first lines are, of the first files."""
-    if data.path is None:
+    if not data.path:
         return [Problem("data.path", "is needed with data.kind text", "name a file or folder")]
     path = _root(data)
-    if not path.exists():
-        return [Problem("data.path", "no such file or folder", "paths are relative to the working directory")]
+    if (rule := files.absent(path)) is not None:
+        return [Problem("data.path", rule, "paths are relative to the working directory")]
     if not path.is_dir() and not path.name.endswith(SUFFIXES):
         return [Problem("data.path", f"must end in one of {', '.join(SUFFIXES)}", "rename the file")]
     try:
@@ -64,7 +63,7 @@ def documents(data: DataConfig) -> Iterator[Document]:
 
 
 def _root(data: DataConfig) -> Path:
-    return Path(data.path or "").expanduser()
+    return files.located(data.path or "")
 
 
 def _wanted(name: str) -> bool:
@@ -82,10 +81,7 @@ def _lines(file: File, text_key: str) -> Iterator[Document]:
 
 
 def _text(line: bytes, where: str, text_key: str) -> bytes:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from None
+    record = files.parse(line, f"{where}:")
     if not isinstance(record, dict) or text_key not in record:
         fields = ", ".join(record) if isinstance(record, dict) else "no fields"
         raise DataError(f'{where}: has no field "{text_key}" (data.text_key), but {fields or "no fields"}')

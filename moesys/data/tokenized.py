@@ -1,4 +1,4 @@
-"""Documents to two flat arrays of tokens, streamed into .npy files so that text of any size fits."""
+"""Documents to two flat arrays of tokens, streamed into .npy files: memory holds one batch of documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TokenFile:
 
     def append(self, tokens: np.ndarray) -> None:
         """Write tokens [T] after those already there."""
-        self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self._file.write(np.ascontiguousarray(tokens, self._dtype).data)
         self.tokens += len(tokens)
 
     def finish(self) -> None:
@@ -69,7 +69,9 @@ def write(
         DataError: there is no text, or a document cannot be read.
     """
     names, sizes = [], []
+    progress = Progress("tokenizing")
     for document in documents():
+        progress.advance()
         if document.text:
             names.append(document.name)
             sizes.append(len(document.text))
@@ -77,20 +79,18 @@ def write(
         raise DataError("the data hold no text: every document is empty")
     division = divide(np.array(sizes), hashed_names(names, share), share)
     dtype = token_dtype(tokenizer.vocab_size)
+    ended = tokenizer.end_of_document is not None
+    end = np.array([tokenizer.end_of_document] if ended else [], dtype)
     files = {False: TokenFile(train, dtype), True: TokenFile(heldout, dtype)}
-    progress = Progress("tokenizing", sum(sizes))
+    progress.total = sum(sizes)
     for batch in _batches(_parts(documents(), division)):
         for (held, _), tokens in zip(batch, tokenizer.encode_many([text for _, text in batch]), strict=True):
-            files[held].append(_ended(tokens, tokenizer))
+            files[held].append(tokens)
+            files[held].append(end)
         progress.advance(sum(len(text) for _, text in batch))
     for file in files.values():
         file.finish()
     progress.finish()
-
-
-def _ended(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    end = tokenizer.end_of_document
-    return tokens if end is None else np.append(tokens, np.array(end, tokens.dtype))
 
 
 def _parts(documents: Iterator[Document], division: Division) -> Iterator[tuple[bool, bytes]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moesys.config.schema import DataConfig
-from moesys.data.documents import read
+from moesys.data.documents import absent, located, parse, read
 from moesys.errors import DataError, Problem
 
 END_OF_DOCUMENT = (
@@ -88,7 +87,8 @@ class ByteTokenizer:
 class HFTokenizer:
     """A tokenizer.json file, by the package `tokenizers`.
 
-    No special tokens are added around a text. Bytes that are not UTF-8 become U+FFFD.
+    No special tokens are added around a text, and the file's own truncation and padding, meant for
+    batches of a model's input, are off. Bytes that are not UTF-8 become U+FFFD.
 
     Raises:
         DataError: the package is missing, or the file is not a tokenizer.
@@ -128,9 +128,12 @@ class HFTokenizer:
         except ImportError:
             raise DataError(f"data.tokenizer {self.path} {NO_PACKAGE}; {INSTALL}") from None
         try:
-            return Rust.from_file(str(self.path))
+            tokenizer = Rust.from_file(str(self.path))
         except Exception as error:  # the package raises bare Exception
             raise DataError(f"{self.path} is no tokenizer of the package tokenizers: {error}") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 NO_PACKAGE = "needs the package tokenizers, which is not installed"
@@ -143,7 +146,7 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
     Raises:
         DataError: it is missing or broken.
     """
-    return ByteTokenizer() if data.tokenizer == "bytes" else HFTokenizer(Path(data.tokenizer).expanduser())
+    return ByteTokenizer() if data.tokenizer == "bytes" else HFTokenizer(located(data.tokenizer))
 
 
 def check(data: DataConfig) -> list[Problem]:
@@ -151,13 +154,16 @@ def check(data: DataConfig) -> list[Problem]:
     if data.tokenizer == "bytes":
         return []
     key = "data.tokenizer"
-    path = Path(data.tokenizer).expanduser()
+    path = located(data.tokenizer)
+    if (rule := absent(path)) is not None:
+        remedy = "give bytes, or the path of a tokenizer.json file, relative to the working directory"
+        return [Problem(key, rule, remedy)]
     if path.is_dir():
         inside = path / "tokenizer.json"
         remedy = f"name {inside}" if inside.is_file() else "give bytes, or the path of a tokenizer.json file"
         return [Problem(key, "must be a file, and is a folder", remedy)]
-    if not path.exists():
-        return [Problem(key, "no such file", "give bytes, or the path of a tokenizer.json file")]
+    if not path.is_file():
+        return [Problem(key, "must be a regular file", "give bytes, or the path of a tokenizer.json file")]
     if importlib.util.find_spec("tokenizers") is None:
         return [Problem(key, NO_PACKAGE, INSTALL)]
     try:
@@ -170,14 +176,16 @@ def check(data: DataConfig) -> list[Problem]:
 
 def _ids(path: Path) -> list[int]:
     """All token ids of a tokenizer.json; they may have gaps, so their number alone does not bound them."""
-    try:
-        content = json.loads(read(path))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+    content = parse(read(path), f"{path} is")
     model = content.get("model") if isinstance(content, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not vocabulary or not isinstance(vocabulary, (dict, list)):
         raise DataError(f"{path} is no tokenizer.json: it has no model with a vocabulary")
     own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # unigram: a list
-    added = (token["id"] for token in content.get("added_tokens") or ())
-    return [*own, *added]
+    try:
+        ids = [*own, *(token["id"] for token in content.get("added_tokens") or ())]
+    except (KeyError, TypeError):
+        raise DataError(f"{path} is no tokenizer.json: its added_tokens are no list of tokens with ids") from None
+    if not all(isinstance(number, int) for number in ids):
+        raise DataError(f"{path} is no tokenizer.json: its vocabulary has ids that are not integers")
+    return ids

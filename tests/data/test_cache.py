@@ -126,6 +126,13 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(library, configure, tmp_
         assert f"no cache of tokenized text in {unusable} (data.cache)" in caplog.text
 
 
+def test_a_folder_that_no_name_allows_is_no_obstacle(library, configure, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = tokens(open_corpus(configure(kind="text", path=library)))
+    for odd in ("x" * 300, "a\0b", "~nobody-here/cache"):
+        assert tokens(open_corpus(configure(kind="text", path=library, cache=odd))) == expected
+
+
 def test_an_entry_whose_place_is_taken_is_no_obstacle(library, configure, caplog):
     config = configure(kind="text", path=library)
     expected = tokens(open_corpus(config))

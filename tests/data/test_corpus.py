@@ -98,6 +98,20 @@ def test_too_little_text(tmp_path, configure):
         open_corpus(config)
 
 
+def test_a_side_that_the_tokenizer_empties(tmp_path, configure):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("a " * 200 + " " * 400)
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "cache", tmp_path / "file"):  # on disk and in memory
+        config = configure(kind="text", path=tmp_path / "a.txt", tokenizer=tmp_path / "words.json", cache=cache)
+        with pytest.raises(DataError, match="0 held-out tokens are fewer than one sequence"):
+            open_corpus(config)
+
+
 def test_no_text_at_all(tmp_path, configure, write_lines):
     path = write_lines(tmp_path / "a.jsonl", {"text": ""}, {"text": ""})
     with pytest.raises(DataError, match="the data hold no text"):

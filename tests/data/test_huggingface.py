@@ -104,6 +104,15 @@ def test_rows_that_are_no_text(tmp_path):
         documents(tmp_path / "saved")
 
 
+def test_rows_that_cannot_be_read(tmp_path):
+    """A saved dataset is mapped without a look at its text: what is no UTF-8 shows when a row is asked for."""
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    path.write_bytes(path.read_bytes().replace(b"onetwo", b"one\xff\xfeo"))
+    with pytest.raises(DataError, match=r'cannot read the dataset .*saved, split "train" .*UnicodeDecodeError'):
+        documents(tmp_path / "saved")
+
+
 def test_a_damaged_file(tmp_path):
     (tmp_path / "data.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match=r'cannot load the dataset .*data\.parquet, split "train"'):

@@ -38,6 +38,16 @@ def test_a_file_encodes_as_the_package_does(tokenizer_file):
     assert [many.tolist() for many in ours.encode_many([b"the", b""])] == [ours.encode(b"the").tolist(), []]
 
 
+def test_the_files_own_truncation_and_padding_are_off(tmp_path):
+    """Both are saved by whoever prepared the tokenizer for batches of a model's input; a corpus is whole."""
+    tokenizer = _word_level(["a", "b", "[PAD]"])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=6, pad_id=2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = HFTokenizer(tmp_path / "tokenizer.json").encode_many([b"a b " * 5, b"b"])
+    assert [tokens.tolist() for tokens in found] == [[0, 1] * 5, [1]]
+
+
 def test_bytes_that_are_not_utf8_are_replaced(tokenizer_file):
     tokenizer = HFTokenizer(tokenizer_file)
     assert tokenizer.decode(tokenizer.encode(b"a\xffb")) == "a\ufffdb".encode()
