@@ -111,7 +111,8 @@ def _transformers(config: Config, trainer: Trainer) -> Callable[[], None]:
     def step() -> None:
         windows = next(batches)
         for chunk in windows.chunk(passes):
-            out = model(input_ids=chunk[:, :-1], labels=chunk[:, 1:], shift_labels=chunk[:, 1:])
+            labels = chunk[:, 1:].contiguous()
+            out = model(input_ids=chunk[:, :-1], labels=labels, shift_labels=labels)
             (out.loss / passes).backward()
         if t.optimizer.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), t.optimizer.clip)
