@@ -13,6 +13,7 @@ Removing a dimension removes one call.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -156,7 +157,7 @@ def _gradients(config: Config, mesh: ParallelMesh, parts: list[Decoder], stages:
     # take part in making the groups.
     d, group = mesh.degrees, None
     for ranks in d.groups(("pp",)):
-        ends = dist.new_group([ranks[0], ranks[-1]])
+        ends = dist.new_group([ranks[0], ranks[-1]], timeout=timedelta(seconds=config.launch.timeout_s))
         if mesh.rank in (ranks[0], ranks[-1]):
             group = ends
     weights = [

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,20 +18,24 @@ from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from moesys.config.load import load
 from moesys.config.schema import Config
-from moesys.data.corpus import open_corpus
+from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
-from moesys.errors import MoesysError
+from moesys.errors import DataError, MoesysError
 from moesys.models.size import parameters
 from moesys.parallel.degrees import resolve
 from moesys.parallel.mesh import ParallelMesh
 from moesys.train import report
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog, write_whole
+
+SAMPLED = 2**20
+"""Tokens of each side that ranks compare before they train."""
 
 
 def connect(config: Config) -> ParallelMesh:
@@ -76,6 +81,7 @@ def _train(config: Config, run_dir: Path) -> None:
     mesh = connect(config)
     _write_ranks(mesh, run_dir)
     corpus = open_corpus(config)
+    _agree(corpus)
     trainer = Trainer(config, mesh, corpus)
     folder = run_dir / "checkpoints"
     trainer.resume(folder)
@@ -83,6 +89,18 @@ def _train(config: Config, run_dir: Path) -> None:
         summary = _steps(trainer, log, folder)
     if dist.get_rank() == 0:
         _write_summary(summary, trainer, run_dir, corpus)
+
+
+def _agree(corpus: Corpus) -> None:
+    """Stop if ranks read different text: a file that differs on one node, or another Python version."""
+    parts = (corpus.train, corpus.heldout)
+    digest = hashlib.blake2b(b"".join(bytes(part[:SAMPLED]) for part in parts)).hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), *map(len, parts), digest))
+    odd = [f"rank {rank} on {told[0]}" for rank, told in enumerate(everyone) if told[1:] != everyone[0][1:]]
+    if odd:
+        rule = f"the data of {odd[0]} are not those of rank 0 on {everyone[0][0]}"
+        raise DataError(f"{rule}: {everyone[0][1]:,} training tokens there; put the same files on every node")
 
 
 def _steps(trainer: Trainer, log: MetricsLog, folder: Path) -> dict[str, Any]:
@@ -103,8 +121,8 @@ def _steps(trainer: Trainer, log: MetricsLog, folder: Path) -> dict[str, Any]:
         if o.checkpoint_every and step % o.checkpoint_every == 0 and step < t.steps:
             saved = trainer.save(folder)
     heldout = trainer.evaluate()
-    log.write({"step": trainer.step, "heldout_loss": heldout})
     if trainer.step > first:
+        log.write({"step": trainer.step, "heldout_loss": heldout})
         saved = trainer.save(folder)
     seconds = sum(r["step_seconds"] for r in steady)
     tokens = t.global_batch * t.seq_len * len(steady)
@@ -117,9 +135,7 @@ def _steps(trainer: Trainer, log: MetricsLog, folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, corpus) -> None:
-    import numpy as np
-
+def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, corpus: Corpus) -> None:
     windows = np.stack([trainer.heldout[n] for n in range(trainer.heldout_windows())])
     unigram, bigram = cross_entropies(corpus.train, windows, corpus.vocab_size)
     total, active = parameters(trainer.config.model, corpus.vocab_size)
