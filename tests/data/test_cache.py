@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_process import build
 
 from moesys.data import cache, corpus, progress, tokenized
 from moesys.data.corpus import open_corpus
@@ -201,21 +202,6 @@ def test_checksums_of_large_arrays_see_all_parts(monkeypatch):
         assert cache.checksum(other) != expected
 
 
-def build(config, barrier, results, delay):
-    """In a process of its own: open the corpus with slow tokenization, and say how often it tokenized."""
-    made, write = [], tokenized.write
-
-    def slowly(*arguments):
-        made.append(1)
-        time.sleep(delay)
-        write(*arguments)
-
-    corpus.tokenized.write = slowly
-    barrier.wait(60)
-    opened = open_corpus(config)
-    results.put((len(made), len(opened.train), int(opened.train[:].sum()), int(opened.heldout[:].sum())))
-
-
 def test_of_several_processes_one_tokenizes(library, configure):
     config = configure(kind="text", path=library)
     context = multiprocessing.get_context("spawn")
@@ -239,6 +225,7 @@ def test_a_builder_that_is_killed_stops_nobody(library, configure):
     end = time.monotonic() + 60
     while not list(Path(config.data.cache).glob("*.tmp")) and time.monotonic() < end:
         time.sleep(0.02)
+    assert victim.is_alive() and list(Path(config.data.cache).glob("*.tmp"))
     os.kill(victim.pid, signal.SIGKILL)
     victim.join(60)
     expected = tokens(open_corpus(configure(kind="text", path=library, cache=library.parent / "other")))
