@@ -8,7 +8,7 @@ from math import inf, prod
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from moesys.moe.experts import Experts
 from moesys.parallel.mesh import ParallelMesh
@@ -56,7 +56,7 @@ class Gradients:
         sharded = 1
         if isinstance(p, DTensor):
             sizes = zip(p.device_mesh.shape, p.placements, strict=True)
-            sharded = prod(size for size, placement in sizes if isinstance(placement, Shard))
+            sharded = prod(size for size, placement in sizes if not isinstance(placement, Replicate))
         both_ends = 2 if self.tied is not None and self.tied[0] is p else 1
         return self.mesh.degrees.stage // sharded * both_ends
 

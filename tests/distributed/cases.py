@@ -18,6 +18,7 @@ LATENT = {
     },
     "moe": {"first_dense": 1, "shared_experts": 2, "capacity_factor": 1.25, "drop": "position"},
 }  # fmt: skip
+UNEVEN = {"hidden": 65, "attention": {"bias": True, "head_dim": 16}}  # tp and data shards split the same dim
 NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "experts": 8}}
 
 
@@ -41,6 +42,7 @@ PAIRS = [
     Case("dp-etp", 4, {"etp": 2}),
     Case("replicate-shard", 4, {"dp_shard": 2}, DROPPING),
     Case("shard-tp", 4, {**FULL, "tp": 2}, NORMED),
+    Case("shard-tp-uneven", 4, {**FULL, "tp": 2, "ep": 4}, UNEVEN),
     Case("shard-cp", 4, {**FULL, "cp": 2}, DROPPING),
     Case("shard-pp", 4, {**FULL, "pp": 2}, DROPPING),
     Case("shard-ep", 4, {**FULL, "ep": 2}, LATENT),
