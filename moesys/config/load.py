@@ -49,9 +49,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     if "name" not in whole.section:
         whole = put(whole, ["name"], Entry(_name(path), str(path)))
     config, wrong = _validate(whole, with_missing=not unread)
-    if tree is not None:
-        known = {problem.key for problem in problems}
-        problems += [problem for problem in wrong if problem.key not in known]
+    # What could not be read is not also illegal; what an override puts there may well be.
+    unreadable = {problem.key for problem in problems}
+    for problem in wrong:
+        overridden = problem.where.startswith(override.PLACE)
+        if overridden or (tree is not None and problem.key not in unreadable):
+            problems.append(problem)
     if problems or config is None:
         raise ConfigError(sorted(problems, key=_position))
     return Loaded(config, {"": str(path), **{key: entry.where for key, entry in walk(whole)}})

@@ -8,6 +8,9 @@ from moesys.config.read import parse
 from moesys.config.tree import Entry, put
 from moesys.errors import Problem
 
+PLACE = "command line"
+"""What the places of overridden values start with."""
+
 
 def apply(tree: Entry, overrides: Sequence[str], problems: list[Problem]) -> Entry:
     """`tree` with `overrides` in their order; values are YAML, a mapping is merged into a section."""
@@ -17,7 +20,7 @@ def apply(tree: Entry, overrides: Sequence[str], problems: list[Problem]) -> Ent
 
 
 def _one(tree: Entry, text: str, problems: list[Problem]) -> Entry:
-    where = f"command line {text!r}"
+    where = f"{PLACE} {text!r}"
     key, equals, value = text.partition("=")
     path = [name.strip() for name in key.split(".")]
     if not equals or not all(path):

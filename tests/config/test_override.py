@@ -92,6 +92,16 @@ def test_a_misspelt_override(run):
     assert text.endswith("remedy: did you mean train.steps?")
 
 
+@pytest.mark.parametrize("text", ["train: {steps: 5, steps: 6}\nmodel: {hidden: 64, layers: 2}", "train: [", ""])
+def test_a_wrong_override_is_told_beside_what_is_wrong_with_the_file(run, text):
+    run.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(run, ["train.steps=two"])
+    file, command = map(str, caught.value.problems)
+    assert command == "command line 'train.steps=two': train.steps is 'two': must be a whole number of at least 1"
+    assert file.startswith(str(run))
+
+
 def test_a_right_override_hides_a_wrong_value(run):
     run.write_text(run.read_text().replace("steps: 5", "steps: two"))
     assert load(run, ["train.steps=3"]).config.train.steps == 3
