@@ -115,7 +115,7 @@ def dense(axes: Axes) -> None:
         edge = y - 7 if upper else y + CELL_HEIGHT + 7
         ends = ((x + CELL_WIDTH / 2, edge), (other + CELL_WIDTH / 2, edge))
         arrow(axes, *ends, COLORS["cp"], bend=-0.11 if upper else 0.11, zorder=5)
-    for stage, layers in enumerate(("embedding,\nlayers 0–15", "layers 16–31,\nhead")):
+    for stage, layers in enumerate(("embedding,\nlayers 0, 1", "layers 2, 3,\nhead")):
         middle = STAGES[stage] + (ROWS[-1] + CELL_HEIGHT) / 2
         text(axes, 68, middle - 20, f"stage {stage}", 12.5, weight="bold")
         text(axes, 68, middle + 12, layers, 9.5, color=PALE)
