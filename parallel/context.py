@@ -50,7 +50,10 @@ def cost(shape: StepShape) -> list[Collective]:
         elements = 2 * (a.kv_heads or a.heads) * shape.config.model.head_dim
     size = shape.sequence_tokens * elements / d.tp * shape.width
     calls = shape.layers * shape.micro_batches
-    return [Collective("all_gather", ("cp",), size, calls), Collective("reduce_scatter", ("cp",), size, calls)]
+    return [
+        Collective("all_gather", ("cp",), size, calls * shape.forwards),
+        Collective("reduce_scatter", ("cp",), size, calls),
+    ]
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

@@ -82,6 +82,11 @@ class StepShape:
         return len(self.stage.layers)
 
     @property
+    def forwards(self) -> int:
+        """Forward passes per micro-batch: full recomputation repeats each, communication included."""
+        return 2 if self.config.train.recompute == "full" else 1
+
+    @property
     def width(self) -> int:
         """Bytes of one element of activations and communicated weights."""
         return 2 if self.config.train.dtype == "bfloat16" else 4

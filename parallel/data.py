@@ -61,7 +61,8 @@ def cost(shape: StepShape) -> list[Collective]:
         if not sharded:
             moves.append(Collective("all_reduce", every, 4 * size, 1))
             continue
-        passes = 2 * shape.micro_batches if shape.config.parallel.pp == 1 else 2
+        # Alone, forward and backward gather for every micro-batch; torch's pipeline keeps weights between backwards.
+        passes = 2 * shape.micro_batches if shape.config.parallel.pp == 1 else shape.micro_batches + 1
         moves.append(Collective("all_gather", inner, shape.width * size, passes))
         moves.append(Collective("reduce_scatter", inner, 4 * size, 1))
         moves.append(Collective("all_reduce", outer, 4 * size / shape.size(inner), 1))

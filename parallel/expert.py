@@ -57,7 +57,7 @@ def cost(shape: StepShape) -> list[Collective]:
     d, layers = shape.degrees, sum(m.is_moe(i) for i in shape.stage.layers)
     tokens = shape.sequence_tokens / (d.cp * d.tp)
     size = tokens * m.moe.top_k * d.etp * m.hidden * shape.width
-    return [Collective("all_to_all", ("ep", "etp"), size, 4 * layers * shape.micro_batches)]
+    return [Collective("all_to_all", ("ep", "etp"), size, 2 * (shape.forwards + 1) * layers * shape.micro_batches)]
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

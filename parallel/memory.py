@@ -37,7 +37,9 @@ def estimate(shapes: list[StepShape]) -> Memory:
     # While micro-batches accumulate, FSDP keeps gradients whole, in float32.
     accumulating = unsharded * 4 if shapes[0].micro_batches > 1 else 0.0
     blocks = [s.held(layer=s.stage.layers[0], unsharded=True) for s in shapes]
-    gathered = max(blocks) * shapes[0].width if sharded else 0.0
+    # torch's pipeline keeps the weights of a stage whole between backward passes.
+    whole = sum(s.held(unsharded=True) for s in shapes) if shapes[0].degrees.pp > 1 else max(blocks)
+    gathered = whole * shapes[0].width if sharded else 0.0
     return Memory(4 * held, 4 * held + accumulating, 8 * held, activations(shapes), gathered)
 
 

@@ -81,9 +81,10 @@ def cost(shape: StepShape) -> list[Collective]:
     dense = sum(not m.is_moe(i) or (m.moe is not None and m.moe.shared_experts > 0) for i in shape.stage.layers)
     blocks = shape.layers + dense
     if not shape.config.parallel.sp:
-        return [Collective("all_reduce", ("tp",), size, 2 * blocks * calls)]
+        return [Collective("all_reduce", ("tp",), size, (shape.forwards + 1) * blocks * calls)]
     # forward: gather before, scatter after; backward: the other way round
-    return [Collective(kind, ("tp",), size, 2 * blocks * calls) for kind in ("all_gather", "reduce_scatter")]
+    kinds = ("all_gather", "reduce_scatter")
+    return [Collective(kind, ("tp",), size, (shape.forwards + 1) * blocks * calls) for kind in kinds]
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

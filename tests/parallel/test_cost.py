@@ -19,12 +19,14 @@ COMBINATIONS = {
     "pp-etp": {"pp": 2, "etp": 2},
     "hybrid-ep": {"dp_shard": 2, "ep": 4},
 }
+RECOMPUTED = {"shard-ep-tp": "none", "pp-etp": "full", "hybrid-ep": "none"}
 
 
-@pytest.mark.parametrize("parallel", COMBINATIONS.values(), ids=COMBINATIONS)
-def test_parameters_and_all_to_all_bytes_are_those_of_a_real_step(small, tmp_path, parallel):
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_parameters_and_all_to_all_bytes_are_those_of_a_real_step(small, tmp_path, name):
     model = {"attention": {"bias": True}, "moe": {"shared_experts": 1}}
-    raw = changed(small, {"model": model, "parallel": parallel, "cluster": {"ranks_per_node": 4}})
+    change = {"parallel": COMBINATIONS[name], "train": {"recompute": RECOMPUTED[name]}}
+    raw = changed(small, {"model": model, "cluster": {"ranks_per_node": 4}}, change)
     config = Config.model_validate(raw)
     measured = report_layout(config, 4, tmp_path)
     degrees, _ = resolve(config)
