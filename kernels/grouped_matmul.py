@@ -41,10 +41,12 @@ def _backward(ctx, grad_NM: Tensor):
     x_NK, w_GKM = ctx.saved_tensors
     grad_NM = grad_NM.contiguous()
     grad_x = torch.empty_like(x_NK) if ctx.needs_input_grad[0] else None
-    grad_w = torch.zeros_like(w_GKM) if ctx.needs_input_grad[1] else None
+    grad_w = torch.empty_like(w_GKM) if ctx.needs_input_grad[1] else None
     start = 0
     for group, count in enumerate(ctx.rows):
         if not count:
+            if grad_w is not None:
+                grad_w[group].zero_()
             continue
         rows = slice(start, start + count)
         start += count
