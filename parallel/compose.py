@@ -61,19 +61,40 @@ class Composed:
         """All MoE layers of this rank by their layout-independent names."""
         return {canonical(n + ".", False)[:-1]: m for part in self.parts for n, m in moe_layers(part).items()}
 
-    def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def named_buffers(self) -> dict[str, Tensor]:
+        """All state of this rank's gates that is saved with the model, by layout-independent names."""
+        layers = self.moe_layers().items()
+        return {f"{name}.gate.{key}": value for name, m in layers for key, value in m.gate.state_dict_buffers()}
+
+    def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         """Forward and backward; gradients are complete after `gradients.reduce()`.
 
-        tokens, labels: int64 [global_batch / dp, S], the whole sequences of this data rank; the
-        context axis' share is taken here. Returns this rank's share of the loss.
+        tokens, labels: int64 [global_batch / dp, S], the whole sequences of this data rank, whose
+        numbers in the run are `samples`; the context axis' share is taken here. Returns this rank's
+        share of the loss.
         """
+        self._mode(training=True)
         with self.loss.context():
-            return self.engine.train(*self._mine(tokens, labels))
+            return self.engine.train(*self._mine(tokens, labels, samples))
 
-    def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def after_step(self) -> None:
+        """Let gates that follow the global batch see it. Collective over each pipeline stage."""
+        gates = [layer.gate for layer in self.moe_layers().values()]
+        found = [(gate, s) for gate in gates if (s := gate.step_statistics()) is not None]
+        if not found:
+            return
+        total = torch.cat([statistics.double() for _, statistics in found])
+        for group in (self.mesh.group("dp_replicate", "dp_shard", "cp"), self.mesh.group("tp")):
+            if group is not None:
+                dist.all_reduce(total, group=group)
+        for (gate, _), part in zip(found, total.split([s.numel() for _, s in found]), strict=True):
+            gate.after_step(part)
+
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         """Forward only, shapes as in `train`."""
+        self._mode(training=False)
         with self.loss.context():
-            loss = self.engine.evaluate(*self._mine(tokens, labels))
+            loss = self.engine.evaluate(*self._mine(tokens, labels, samples))
         # Without a backward FSDP leaves its root's parameters whole: they would be saved as such.
         for part in self.parts:
             for module in part.modules():
@@ -81,11 +102,19 @@ class Composed:
                     module.reshard()
         return loss
 
-    def _mine(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _mode(self, training: bool) -> None:
+        if self.parts[0].training != training:
+            for part in self.parts:
+                part.train(training)
+
+    def _mine(self, tokens: Tensor, labels: Tensor, samples: range) -> tuple[Tensor, Tensor]:
+        length = tokens.shape[1]
+        first = torch.tensor(samples, device=tokens.device)[:, None] * length
+        numbered = torch.stack((first + torch.arange(length, device=tokens.device), tokens), -1)
         positions = self.parts[0].positions
         if self.mesh.degrees.cp == 1 or positions is None:
-            return tokens, labels
-        return tokens[:, positions], labels[:, positions]
+            return numbered, labels
+        return numbered[:, positions], labels[:, positions]
 
 
 def compose(config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None) -> Composed:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moesys.models.decoder import Decoder
     from moesys.parallel.mesh import ParallelMesh
 
-WEIGHT_DIMS = {"gate": (0, 2), "up": (0, 2), "down": (0, 1)}
+WEIGHT_DIMS = {"fc1": (0, 3), "fc2": (0, 1), "fc1_bias": (0, 2), "fc2_bias": (0, 1)}
 """Of each weight of the experts, the dims that ep and etp split."""
 
 
@@ -37,6 +37,9 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
         problems.append(Problem("parallel.ep", rule, f"one of {divisors(moe.experts)}"))
     if moe.ffn_hidden % degrees.etp:
         rule = f"etp({degrees.etp}) must divide model.moe.ffn_hidden({moe.ffn_hidden})"
+        problems.append(Problem("parallel.etp", rule, "choose a divisor"))
+    if moe.bias and config.model.hidden % degrees.etp:
+        rule = f"etp({degrees.etp}) must divide model.hidden({config.model.hidden}): it splits the experts' output bias"
         problems.append(Problem("parallel.etp", rule, "choose a divisor"))
     if moe.first_dense >= config.model.layers:
         rule = f"must be less than model.layers({config.model.layers}), or no layer is MoE"
@@ -74,13 +77,14 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     for layer in moe_layers(model).values():
         if spread is not None:
             assert model.positions is not None
-            positions = model.positions.chunk(mesh.degrees.tp)[mesh.place["tp"]]
-            layer.scope = SplitMicroBatch(spread, positions)
+            layer.scope = SplitMicroBatch(spread, model.positions, mesh.degrees.tp, mesh.place["tp"])
         if travel is None or experts_mesh is None:
             continue
         layer.dispatcher = AllToAllDispatcher(layer.gate.experts, travel, mesh.degrees.ep, mesh.degrees.etp)
-        for name, dims in WEIGHT_DIMS.items():
-            placements = [Shard(dim) for axis, dim in zip(("ep", "etp"), dims, strict=True) if axis in active]
-            weight = distribute_tensor(getattr(layer.experts, name).data, experts_mesh, placements)
-            setattr(layer.experts, name, torch.nn.Parameter(weight))
+        for name, weight in list(layer.experts.named_parameters()):
+            dims = zip(("ep", "etp"), WEIGHT_DIMS[name], strict=True)
+            placements = [Shard(dim) for axis, dim in dims if axis in active]
+            setattr(layer.experts, name, torch.nn.Parameter(distribute_tensor(weight.data, experts_mesh, placements)))
+        share = config.model.hidden // mesh.degrees.etp
+        layer.experts.fc2_bias_start = mesh.expert_place["etp"] * share
     return model

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moesys.moe.layer import moe_layers
+
 
 def canonical(name: str, tied: bool) -> str:
     """The name under which a parameter is initialised and saved; wrappers and tying leave no trace."""
@@ -21,16 +23,18 @@ def canonical(name: str, tied: bool) -> str:
 
 
 def initialise(part: nn.Module, seed: int, std: float, tied: bool) -> None:
-    """Fill every parameter of `part`: norms with ones, biases with zeros, the rest from N(0, std²)."""
+    """Fill every parameter of `part`: norms with ones, biases with zeros, the rest from N(0, std²); reset gates."""
     with torch.no_grad():
         for name, param in part.named_parameters():
             _fill(param, canonical(name, tied), seed, std)
+        for layer in moe_layers(part).values():
+            layer.gate.reset_state()
 
 
 def _fill(param: nn.Parameter, name: str, seed: int, std: float) -> None:
     if "norm" in name.split(".")[-2]:
         param.fill_(1.0)
-    elif name.endswith(".bias"):
+    elif name.endswith("bias"):
         param.zero_()
     else:
         target: Tensor = param

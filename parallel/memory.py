@@ -84,17 +84,20 @@ def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> 
         keys = a.heads if config.cluster.device == "cpu" else a.kv_heads or a.heads
         core = (2 * a.heads + 2 * keys) * m.head_dim
     attention = 3 * stream + (core + (a.heads * m.head_dim if not selective else 0)) / tp
-    elements = attention + (stream if selective else 3 * stream) + _ffn(config, layer, tp, selective)
+    elements = attention + (stream if selective else 3 * stream) + _ffn(shape, layer, tp, selective)
     return tokens * elements * shape.width
 
 
-def _ffn(config: Config, layer: int, tp: int, selective: bool) -> float:
-    m = config.model
+def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
+    m = shape.config.model
     inner = 2 if selective else 4
     if m.moe is None or not m.is_moe(layer):
         return inner * (m.ffn_hidden or 0) / tp
     moe = m.moe
-    routed = moe.top_k * ((1 if selective else 3) * m.hidden + inner * moe.ffn_hidden)
+    # Of each row the experts keep their input (selective: their output) and the products of fc1;
+    # where rows travel, their outputs are kept for the gradient of the routing weights.
+    rows = 1 if shape.degrees.ep * shape.degrees.etp == 1 else 2
+    routed = moe.top_k * (rows * m.hidden + (2 if moe.gated else 1) * moe.ffn_hidden)
     return (routed + 4 * moe.experts + inner * moe.shared_width) / tp
 
 

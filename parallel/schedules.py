@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,24 +38,28 @@ class Whole:
         self.model, self.micro_batches, self.loss = model, micro_batches, loss
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Forward and backward of tokens and labels [micro_batches · b, S]: the sum of the losses."""
-        pairs = list(zip(tokens.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True))
+        """Forward and backward of [micro_batches · b, S]: the sum of the losses.
+
+        tokens int64 […, S, 2]: each token's number in the run and its id; labels int64 […, S].
+        """
         losses = []
-        for number, (x, y) in enumerate(pairs):
+        for number, (x, y) in enumerate(self._pairs(tokens, labels)):
             if isinstance(self.model, FSDPModule):
-                last = number == len(pairs) - 1
+                last = number == self.micro_batches - 1
                 self.model.set_is_last_backward(last)
                 self.model.set_requires_gradient_sync(last)
-            loss = self.loss(self.model(x), y)
+            loss = self.loss(self.model(x[..., 1], x), y)
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses of [micro_batches · b, S], forward only."""
-        pairs = zip(tokens.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True)
-        return torch.stack([self.loss(self.model(x), y) for x, y in pairs]).sum()
+        """The sum of the losses, shapes as in `train`, forward only."""
+        return torch.stack([self.loss(self.model(x[..., 1], x), y) for x, y in self._pairs(tokens, labels)]).sum()
+
+    def _pairs(self, tokens: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(tokens.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True)
 
 
 class Pipelined:
@@ -87,7 +91,8 @@ class Pipelined:
     def _run(self, step: Callable, tokens: Tensor, labels: Tensor) -> Tensor:
         losses: list[Tensor] = []
         first, last = self.stages[0].first, self.stages[-1].last
-        step(*((tokens,) if first else ()), target=labels if last else None, losses=losses if last else None)
+        ids = (tokens[..., 1].contiguous(),) if first else ()
+        step(*ids, target=labels if last else None, losses=losses if last else None, tokens_BS2=tokens)
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=tokens.device)
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesys.moe.routing import MicroBatch
+from moesys.moe.routing import MicroBatch, Tokens
 from moesys.parallel import comm
 
 
@@ -15,11 +15,12 @@ class SplitMicroBatch(MicroBatch):
 
     Args:
         group: the ranks, each with as many tokens.
-        positions: sequence positions of the tokens that this rank's MoE layers see, int64 [S_local].
+        positions: sequence positions of this context rank's tokens, int64 [S_local].
+        tp, tp_rank: the tensor ranks, each of which sees an equal part of them.
     """
 
-    def __init__(self, group: dist.ProcessGroup, positions: Tensor):
-        self.group, self.positions = group, positions
+    def __init__(self, group: dist.ProcessGroup, positions: Tensor, tp: int, tp_rank: int):
+        self.group, self.positions, self.tp, self.tp_rank = group, positions.chunk(tp)[tp_rank], tp, tp_rank
         self.size = group.size()
 
     def sum(self, x: Tensor) -> Tensor:
@@ -31,6 +32,11 @@ class SplitMicroBatch(MicroBatch):
     def mine(self, rows: int) -> slice:
         return slice(self.group.rank() * rows, (self.group.rank() + 1) * rows)
 
-    def order(self, batch: int, sequence: int, device: torch.device) -> Tensor:
+    def part(self, tokens: Tensor) -> Tensor:
+        return tokens.chunk(self.tp, dim=1)[self.tp_rank]
+
+    def mark(self, tokens: Tensor | None, batch: int, sequence: int, device: torch.device) -> Tokens:
+        if tokens is not None:
+            return super().mark(tokens, batch, sequence, device)
         rows = torch.arange(batch, device=device)[:, None] * (sequence * self.size)
-        return (rows + self.positions.to(device)).flatten()
+        return Tokens((rows + self.positions.to(device)).flatten(), batch)

@@ -76,8 +76,8 @@ def _block(block: Any, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
     if isinstance(ffn, MoELayer):
         plan |= {
             "ffn": PrepareModuleInputOutput(
-                input_layouts=stream,
-                desired_input_layouts=Shard(1),
+                input_layouts=(stream, None),
+                desired_input_layouts=(Shard(1), None),
                 use_local_input=True,
                 output_layouts=Shard(1),
                 desired_output_layouts=stream,

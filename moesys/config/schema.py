@@ -6,9 +6,9 @@ the dimension of parallelism that they concern (`moesys.parallel`). Nothing here
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -50,6 +50,18 @@ class AttentionConfig(Section):
     """mla: size of a head's value."""
 
 
+class GateConfig(Section):
+    """How tokens are routed; the kind alone, as a word, stands for the section."""
+
+    kind: Literal["top_k"] = "top_k"
+    """top_k: each token goes to its k best experts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
+
+
 class MoEConfig(Section):
     experts: Positive
     """Routed experts per MoE layer."""
@@ -57,6 +69,11 @@ class MoEConfig(Section):
     """Experts that each token is sent to."""
     ffn_hidden: Positive
     """Inner size of one expert."""
+    activation: Literal["swiglu", "geglu", "clipped_swiglu", "gelu", "relu", "relu2"] = "swiglu"
+    """Of the experts: gated (swiglu, geglu, GPT-OSS's clipped_swiglu) or not (gelu, relu, squared relu)."""
+    bias: bool = False
+    """Biases on the experts' two products."""
+    gate: GateConfig = GateConfig()
     every: Positive = 1
     """Of the layers after `first_dense`, every n-th is MoE (the n-th, 2n-th, …)."""
     first_dense: NonNegative = 0
@@ -77,6 +94,11 @@ class MoEConfig(Section):
     """Experts that every token passes through, beside the routed ones."""
     shared_ffn_hidden: Positive | None = None
     """Inner size of one shared expert; default: ffn_hidden."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the experts' activation has a gate."""
+        return self.activation in ("swiglu", "geglu", "clipped_swiglu")
 
     @property
     def shared_width(self) -> int:
@@ -119,6 +141,18 @@ class ModelConfig(Section):
         return self.attention.qk_rope_head_dim if self.attention.kind == "mla" else self.head_dim
 
 
+class DispatchConfig(Section):
+    """How tokens travel to experts; the kind alone, as a word, stands for the section."""
+
+    kind: Literal["all_to_all"] = "all_to_all"
+    """all_to_all: each row to the ranks of its expert."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
+
+
 class ParallelConfig(Section):
     dp: Positive | Literal["auto"] = "auto"
     """Data parallelism: ranks that see different sequences. auto: world size / (tp · pp · cp)."""
@@ -142,6 +176,7 @@ class ParallelConfig(Section):
     """Expert parallelism: the experts of a layer split over ranks, folded over dp, cp and tp."""
     etp: Positive = 1
     """Tensor parallelism of each expert, independent of tp."""
+    dispatch: DispatchConfig = DispatchConfig()
 
 
 class OptimizerConfig(Section):

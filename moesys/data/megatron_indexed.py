@@ -40,9 +40,7 @@ class IndexedTokens:
         vocab_size: ids at or above it are an error when they are read.
     """
 
-    def __init__(
-        self, dataset: Any, sequences: np.ndarray, begins: np.ndarray, lengths: np.ndarray, vocab_size: int
-    ):
+    def __init__(self, dataset: Any, sequences: np.ndarray, begins: np.ndarray, lengths: np.ndarray, vocab_size: int):
         self._dataset, self._vocab_size = dataset, vocab_size
         self._sequences, self._begins = sequences, begins
         self._ends = np.cumsum(lengths)

@@ -77,9 +77,7 @@ def _tally(codes: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return present, table[present]
 
 
-def _merge(
-    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def _merge(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     codes = np.concatenate([a[0], b[0]])
     order = np.argsort(codes, kind="stable")  # linear: it finds the two sorted runs
     codes, counts = codes[order], np.concatenate([a[1], b[1]])[order]

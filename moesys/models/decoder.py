@@ -47,8 +47,11 @@ class Decoder(nn.Module):
             self.norm = self.head = None
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, S, V] of tokens int64 [B, S]; a stage takes and gives its part, stream [B, S, H]."""
+    def forward(self, x: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] of tokens int64 [B, S]; a stage takes and gives its part, stream [B, S, H].
+
+        `tokens_BS2` int64 [B, S, 2]: number and id of each token, for MoE layers (`MoELayer.forward`).
+        """
         if self.embed is not None:
             x = self.embed(x).to(self.dtype)
         positions = self.positions
@@ -56,7 +59,7 @@ class Decoder(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)
         cos, sin = rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta)
         for block in self.layers.values():
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, tokens_BS2)
         if self.head is not None and self.norm is not None:
             x = self.head(self.norm(x))
         return x

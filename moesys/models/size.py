@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from moesys.config.schema import ModelConfig
+from moesys.config.schema import ModelConfig, MoEConfig
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,18 @@ def _block(model: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...
         return
     m, h = model.moe, model.hidden
     yield "ffn.gate.projection.weight", (m.experts, h)
-    yield "ffn.experts.gate", (m.experts, h, m.ffn_hidden)
-    yield "ffn.experts.up", (m.experts, h, m.ffn_hidden)
-    yield "ffn.experts.down", (m.experts, m.ffn_hidden, h)
+    yield from _experts(m, h)
     if m.shared_experts:
         yield from _feed_forward("ffn.shared", h, m.shared_width)
+
+
+def _experts(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    parts = 2 if m.gated else 1
+    yield "ffn.experts.fc1", (m.experts, hidden, parts, m.ffn_hidden)
+    yield "ffn.experts.fc2", (m.experts, m.ffn_hidden, hidden)
+    if m.bias:
+        yield "ffn.experts.fc1_bias", (m.experts, parts, m.ffn_hidden)
+        yield "ffn.experts.fc2_bias", (m.experts, hidden)
 
 
 def _feed_forward(name: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -2,3 +2,4 @@
 
 from moesys.moe.layer import MoELayer as MoELayer
 from moesys.moe.routing import Routing as Routing
+from moesys.moe.routing import Tokens as Tokens

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from moesys.kernels.permute import Permutation, permute, sort_by_expert, unpermute
 from moesys.moe.routing import Routing
 
-ExpertsFunction = Callable[[Tensor, Tensor], Tensor]
-"""(rows [N, H] sorted by expert, tokens_per_expert [E_local]) → outputs [N, H]."""
+
+class ExpertsFunction(Protocol):
+    """(rows [N, H] sorted by expert, tokens_per_expert [E_local], weight [N] or None) → outputs [N, H]."""
+
+    def __call__(self, rows_NH: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None, /) -> Tensor: ...
 
 
 class Dispatcher:
@@ -25,12 +28,13 @@ class Dispatcher:
 
     def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
         """Σ over a token's assignments of weight · expert(x): [T, H] in the type of x."""
-        by_expert = routing.expert_A.argsort(stable=True)
-        token_A, weight_A = routing.token_A[by_expert], routing.weight_A[by_expert]
-        counts_E = torch.bincount(routing.expert_A, minlength=self.experts)
-        rows = self.run(x_TH.index_select(0, token_A), counts_E, experts)
-        weighted = rows * weight_A.to(rows.dtype).unsqueeze(-1)
-        return torch.zeros_like(x_TH).index_add(0, token_A, weighted)
+        p = sort_by_expert(routing.token_A, routing.expert_A, len(x_TH), self.experts)
+        return self.combine(permute(x_TH, p), p, routing.weight_A.index_select(0, p.order_A), experts)
+
+    def combine(self, rows_AH: Tensor, p: Permutation, weight_A: Tensor, experts: ExpertsFunction) -> Tensor:
+        """The tokens' weighted sums [T, H] from their rows and weights sorted by expert."""
+        # Weighing inside the experts, before their last product, spares keeping their outputs.
+        return unpermute(experts(rows_AH, p.counts_E, weight_A), p)
 
     def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
         """Outputs of the experts for rows [A, H] sorted by expert, `counts_E` int64 [E] of them each."""

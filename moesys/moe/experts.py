@@ -1,4 +1,4 @@
-"""Experts: grouped gated feed-forwards over tokens sorted by expert."""
+"""Experts: grouped feed-forwards over tokens sorted by expert."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moesys.kernels.grouped_matmul import grouped_matmul
+from moesys.kernels import activation as kernel
+from moesys.kernels.expert_ffn import expert_ffn
 
 
 def local(weight: Tensor) -> Tensor:
@@ -15,25 +16,47 @@ def local(weight: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards, `down(silu(gate(x)) · up(x))`, without biases.
+    """E feed-forwards `fc2(act(fc1(x)))`, by default SwiGLU without biases.
 
-    Weights: gate, up [E, H, F] and down [E, F, H]. Under expert parallelism a device holds a slice
-    of E, and of F; the arithmetic is the same.
+    Weights: fc1 [E, H, G, F], where G = 2 (the gate, then the linear part) for gated activations and
+    1 for others, and fc2 [E, F, H]; with `bias`, fc1_bias [E, G, F] and fc2_bias [E, H]. Under expert
+    parallelism a device holds a slice of E, and of F; the arithmetic is the same.
+
+    Args:
+        experts, hidden, ffn_hidden: E, H, F.
+        activation: a kind of `moesys.kernels.activation`.
+        bias: whether both products add a bias.
     """
 
-    def __init__(self, experts: int, hidden: int, ffn_hidden: int):
+    def __init__(self, experts: int, hidden: int, ffn_hidden: int, activation: str = "swiglu", bias: bool = False):
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(experts, hidden, ffn_hidden))
-        self.up = nn.Parameter(torch.empty(experts, hidden, ffn_hidden))
-        self.down = nn.Parameter(torch.empty(experts, ffn_hidden, hidden))
+        parts = kernel.KINDS[activation].parts
+        self.activation = activation
+        self.fc1 = nn.Parameter(torch.empty(experts, hidden, parts, ffn_hidden))
+        self.fc2 = nn.Parameter(torch.empty(experts, ffn_hidden, hidden))
+        self.fc1_bias = nn.Parameter(torch.empty(experts, parts, ffn_hidden)) if bias else None
+        self.fc2_bias = nn.Parameter(torch.empty(experts, hidden)) if bias else None
+        self.fc2_bias_start = 0
+        """First of the outputs that this device's slice of fc2_bias belongs to: devices that share an
+        expert by its inner size share its output bias by its outputs, so that their sum has it once."""
 
-    def forward(self, rows_NH: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Outputs [N, H] of rows [N, H] sorted by expert; `tokens_per_expert` int64 [E], sum N.
+    def forward(self, rows_NH: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        """Outputs [N, H], times `weight_N`, of rows [N, H] sorted by expert.
 
-        Any count, and N itself, may be 0: gradients of the weights are then zeros, not None, so that
-        every device takes part in every collective that follows.
+        `tokens_per_expert` int64 [E], sum N; `weight_N` float32 [N], None for 1. Any count, and N
+        itself, may be 0: gradients of the weights are then zeros, not None, so that every device takes
+        part in every collective that follows.
         """
-        gate, up, down = (local(w).to(rows_NH.dtype) for w in (self.gate, self.up, self.down))
-        gated = grouped_matmul(rows_NH, gate, tokens_per_expert)
-        inner = nn.functional.silu(gated) * grouped_matmul(rows_NH, up, tokens_per_expert)
-        return grouped_matmul(inner, down, tokens_per_expert)
+        fc1, fc2 = (local(w).to(rows_NH.dtype) for w in (self.fc1, self.fc2))
+        bias1 = None if self.fc1_bias is None else local(self.fc1_bias).to(rows_NH.dtype)
+        out = expert_ffn(rows_NH, fc1, fc2, tokens_per_expert, self.activation, weight_N, bias1)
+        return out if self.fc2_bias is None else out + self._output_bias(out, tokens_per_expert, weight_N)
+
+    def _output_bias(self, out_NH: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None) -> Tensor:
+        assert self.fc2_bias is not None
+        bias = local(self.fc2_bias).to(out_NH.dtype)
+        rows = bias.repeat_interleave(tokens_per_expert, 0, output_size=len(out_NH))
+        if weight_N is not None:
+            rows = rows * weight_N.unsqueeze(-1).to(rows.dtype)
+        rest = out_NH.shape[1] - rows.shape[1] - self.fc2_bias_start
+        return nn.functional.pad(rows, (self.fc2_bias_start, rest))

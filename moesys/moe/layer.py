@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moesys.moe.dispatch import Dispatcher
 from moesys.moe.experts import Experts
-from moesys.moe.gates import TopKGate
-from moesys.moe.routing import MicroBatch, Routing, attach_loss
+from moesys.moe.gates import Gate
+from moesys.moe.routing import Decision, MicroBatch
 
 
 class LayerStatistics:
@@ -25,12 +25,11 @@ class LayerStatistics:
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
 
-    def add(self, routing: Routing) -> None:
-        parts: dict[str, Tensor] = {name: loss.detach() for name, loss in routing.losses.items()}
-        if routing.load_E is not None:
-            parts["load"] = routing.load_E
-        device = routing.weight_A.device
-        parts["dropped"] = torch.as_tensor(routing.dropped, device=device)
+    def add(self, decision: Decision, device: torch.device) -> None:
+        parts: dict[str, Tensor] = {name: loss.detach() for name, loss in decision.losses.items()}
+        if decision.load_E is not None:
+            parts["load"] = decision.load_E
+        parts["dropped"] = torch.as_tensor(decision.dropped, device=device)
         parts["calls"] = torch.ones((), device=device)
         for name, value in parts.items():
             # The same operations every time: selective recomputation replays them by their number.
@@ -46,7 +45,7 @@ class MoELayer(nn.Module):
     """A feed-forward of routed experts, plus an optional shared one.
 
     Args:
-        gate: maps tokens to a `Routing`.
+        gate: maps tokens to a `Decision`.
         experts: the routed experts.
         shared: a module [B, S, H] → [B, S, H] that takes every token, or None.
 
@@ -58,7 +57,7 @@ class MoELayer(nn.Module):
         statistics: what was routed where, for metrics.
     """
 
-    def __init__(self, gate: TopKGate, experts: Experts, shared: nn.Module | None = None):
+    def __init__(self, gate: Gate, experts: Experts, shared: nn.Module | None = None):
         super().__init__()
         self.gate, self.experts, self.shared = gate, experts, shared
         self.dispatcher = Dispatcher(gate.experts)
@@ -66,17 +65,20 @@ class MoELayer(nn.Module):
         self.loss_scale = 1.0
         self.statistics = LayerStatistics()
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        """Output [B, S, H] in the type of x [B, S, H]; tokens that no expert takes give zeros."""
+    def forward(self, x_BSH: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
+        """Output [B, S, H] in the type of x [B, S, H]; tokens that no expert takes give zeros.
+
+        `tokens_BS2` int64 [B, S, 2]: each token's number in the run and its id in the vocabulary;
+        without it tokens are numbered by their place, and gates that need ids cannot be used.
+        """
         batch, sequence, hidden = x_BSH.shape
         x_TH = x_BSH.reshape(-1, hidden)
-        order_T = self.scope.order(batch, sequence, x_BSH.device)
-        routing = self.gate(x_TH, order_T, self.scope)
-        self.statistics.add(routing)
-        if routing.losses:
-            loss = torch.stack(list(routing.losses.values())).sum() * self.loss_scale
-            routing.weight_A = attach_loss(routing.weight_A, loss)
-        out = self.dispatcher(x_TH, routing, self.experts).view_as(x_BSH)
+        tokens = self.scope.mark(tokens_BS2, batch, sequence, x_BSH.device)
+        decision = self.gate(x_TH, tokens, self.scope)
+        self.statistics.add(decision, x_BSH.device)
+        if decision.losses:
+            decision.attach(torch.stack(list(decision.losses.values())).sum() * self.loss_scale)
+        out = decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
         return out if self.shared is None else out + self.shared(x_BSH)
 
 

@@ -7,36 +7,79 @@ A assignments (T·k before dropping).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from moesys.moe.dispatch import Dispatcher
+    from moesys.moe.experts import Experts as ExpertsModule
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of a device's tokens beside their vectors, in the order of x [T, H].
+
+    x holds `sequences` sequences (or this device's part of each) one after another. `number_T`
+    (int64) is unique to a token over the whole run and ascends along a micro-batch as one device would
+    hold it: it orders tokens, and seeds their random numbers. `id_T` (int64) are the ids of the
+    vocabulary, None where a layer is used alone.
+    """
+
+    number_T: Tensor
+    sequences: int = 1
+    id_T: Tensor | None = None
+
 
 @dataclass
-class Routing:
-    """Assignments of this device's tokens to experts.
+class Decision:
+    """What a gate decides about this device's tokens.
 
-    `token_A` and `expert_A` are int64 indices (the token's row in x [T, H]; the expert's global
-    number); `weight_A` (float32) multiplies the expert's output. One token may appear any number of
-    times, zero included: a token without assignments contributes nothing to the layer's output.
     `losses` are this device's *shares* of the auxiliary losses, coefficients included: the sum over
     the devices that hold the micro-batch is the loss. `load_E` counts this device's assignments per
     expert before any drop; `dropped` how many of them were dropped.
     """
 
+    losses: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    load_E: Tensor | None = field(default=None, kw_only=True)
+    dropped: Tensor | int = field(default=0, kw_only=True)
+
+    def attach(self, loss: Tensor) -> None:
+        """Let backward through this decision differentiate the scalar `loss` too."""
+        raise NotImplementedError
+
+    def run(self, x_TH: Tensor, dispatcher: Dispatcher, experts: ExpertsModule) -> Tensor:
+        """The experts' weighted sum for every token: [T, H] in the type of x."""
+        raise NotImplementedError
+
+
+@dataclass
+class Routing(Decision):
+    """Assignments of tokens to experts: what sparse gates decide.
+
+    `token_A` (ascending) and `expert_A` are int64 indices (the token's row in x [T, H]; the expert's
+    global number); `weight_A` (float32) multiplies the expert's output. One token may appear any number
+    of times, zero included: a token without assignments contributes nothing to the layer's output.
+    """
+
     token_A: Tensor
     expert_A: Tensor
     weight_A: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    load_E: Tensor | None = None
-    dropped: Tensor | int = 0
+
+    def attach(self, loss: Tensor) -> None:
+        self.weight_A = attach_loss(self.weight_A, loss)
+
+    def run(self, x_TH: Tensor, dispatcher: Dispatcher, experts: ExpertsModule) -> Tensor:
+        return dispatcher(x_TH, self, experts)
 
 
 class MicroBatch:
     """The tokens over which batch-wise statistics are defined, when one device holds all of them.
 
     Balance losses and capacity are defined over a micro-batch. Where a micro-batch is spread over
-    devices (context and sequence parallelism), a subclass makes the same questions collective.
+    devices (context and sequence parallelism), a subclass makes the same questions collective. A
+    global batch is all micro-batches of a step, wherever they run.
     """
 
     size: int = 1
@@ -54,9 +97,20 @@ class MicroBatch:
         """Where this device's `rows` rows lie in what `gather` returns."""
         return slice(0, rows)
 
-    def order(self, batch: int, sequence: int, device: torch.device) -> Tensor:
-        """Place of each local token in the micro-batch as one device would hold it: int64 [batch·sequence]."""
-        return torch.arange(batch * sequence, device=device)
+    def mark(self, tokens: Tensor | None, batch: int, sequence: int, device: torch.device) -> Tokens:
+        """The layer's tokens. `tokens` int64 [B, S, 2]: number and id of this context rank's tokens.
+
+        `batch` and `sequence` are those of the layer's own input, a part of S under sequence
+        parallelism; without `tokens` they are numbered by their place in the micro-batch.
+        """
+        if tokens is None:
+            return Tokens(torch.arange(batch * sequence, device=device), batch)
+        number, identity = self.part(tokens).flatten(0, 1).unbind(-1)
+        return Tokens(number, batch, identity)
+
+    def part(self, tokens: Tensor) -> Tensor:
+        """Of tokens [B, S, …] of this context rank those that the layer's input holds."""
+        return tokens
 
 
 class _AttachLoss(torch.autograd.Function):

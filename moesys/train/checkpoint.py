@@ -31,20 +31,24 @@ def newest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def _state(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(
+    parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     slots = {
         f"{name}/{slot}": value
         for name, p in parameters.items()
+        if p.requires_grad
         for slot, value in dict(optimizer.state)[p].items()  # a parameter without state is a bug: KeyError
         if isinstance(value, Tensor)
     }
-    return {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": slots}
+    return {"model": {name: p.detach() for name, p in parameters.items()} | buffers, "optimizer": slots}
 
 
 def save(
     folder: Path,
     config: Config,
     parameters: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     step: int,
     samples: int,
@@ -61,7 +65,7 @@ def save(
     dist.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        dcp.save(_state(parameters, optimizer), checkpoint_id=partial)
+        dcp.save(_state(parameters, buffers, optimizer), checkpoint_id=partial)
     dist.barrier()
     if first:
         meta = {"step": step, "samples": samples, "model": config.model.model_dump(), "seed": config.seed}
@@ -104,7 +108,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load(
-    path: Path, config: Config, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path,
+    config: Config,
+    parameters: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, int]:
     """Fill parameters and optimizer from a checkpoint: (step, samples seen). Collective over the world.
 
@@ -115,7 +123,7 @@ def load(
     _allocate(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(_state(parameters, optimizer), checkpoint_id=path)
+        dcp.load(_state(parameters, buffers, optimizer), checkpoint_id=path)
     return meta["step"], meta["samples"]
 
 

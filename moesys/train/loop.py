@@ -59,9 +59,10 @@ class Trainer:
         self.step += 1
         numbers = range(self.seen, self.seen + t.global_batch)
         self.seen += t.global_batch
-        windows = torch.from_numpy(np.stack([self.samples[n] for n in self._mine(numbers)]))
+        mine = self._mine(numbers)
+        windows = torch.from_numpy(np.stack([self.samples[n] for n in mine]))
         with comm.record() as self.events:
-            loss = self.model.train(*self._split(windows))
+            loss = self.model.train(*self._split(windows), mine)
             self.model.gradients.reduce()
         if self.before_update is not None:
             self.before_update()
@@ -71,6 +72,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.after_step()
         self._synchronise()
         travel = sum(e.seconds for e in self.events if e.kind in TRAVEL)
         values = collect(self.model, loss, travel)
@@ -95,7 +97,7 @@ class Trainer:
             windows = torch.from_numpy(np.stack([self.heldout[min(n, count - 1)] for n in numbers]))
             tokens, labels = self._split(windows)
             labels[torch.tensor([n >= count for n in numbers], device=labels.device)] = IGNORED
-            total += self.model.evaluate(tokens, labels).double()
+            total += self.model.evaluate(tokens, labels, numbers).double()
         for layer in self.model.moe_layers().values():
             layer.statistics.take()
         dist.all_reduce(total)
@@ -109,15 +111,22 @@ class Trainer:
         """Write a checkpoint of this step under `folder`. Collective."""
         c = self.config
         return checkpoint.save(
-            folder, c, self.model.named_parameters(), self.optimizer, self.step, self.seen, c.output.keep
+            folder,
+            c,
+            self.model.named_parameters(),
+            self.model.named_buffers(),
+            self.optimizer,
+            self.step,
+            self.seen,
+            c.output.keep,
         )
 
     def resume(self, folder: Path) -> Path | None:
         """Continue from the newest checkpoint under `folder`, if there is one. Collective."""
         path = checkpoint.newest(folder)
         if path is not None:
-            parameters = self.model.named_parameters()
-            self.step, self.seen = checkpoint.load(path, self.config, parameters, self.optimizer)
+            tensors = self.model.named_parameters(), self.model.named_buffers()
+            self.step, self.seen = checkpoint.load(path, self.config, *tensors, self.optimizer)
         return path
 
     def _mine(self, numbers: range) -> range:

@@ -139,7 +139,7 @@ def _work(
         record = trainer.train_step()
         found.losses.append(record["loss"])
         found.norms.append(record["grad_norm"])
-    found.parameters = _whole(trainer, "data")
+    found.parameters = _whole(trainer, "data") | {k: v.cpu() for k, v in trainer.model.named_buffers().items()}
     if not any(place for axis, place in mesh.place.items() if axis != "pp"):
         torch.save(found, f"{folder}/trace-{rank}.pt")
     dist.barrier()
@@ -177,9 +177,10 @@ def compare(found: Trace, expected: Trace, world: int, tolerance: float) -> Repo
     moved: set[str] = set()
     for step, pair in enumerate(zip(found.gradients, expected.gradients, strict=True), 1):
         moved |= _compare_gradients(report.gradient, *pair, step)
-    for name in sorted(moved):
+    buffers = expected.parameters.keys() - expected.gradients[0].keys()
+    for name in sorted(moved | buffers):
         a, b = found.parameters[name].double(), expected.parameters[name].double()
-        report.parameter.update(((a - b).norm() / b.norm()).item(), name)
+        report.parameter.update(((a - b).norm() / b.norm().clamp(min=1e-30)).item(), name)
     return report
 
 

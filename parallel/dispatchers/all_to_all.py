@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.kernels.permute import Permutation, unpermute
 from moesys.moe.dispatch import Dispatcher, ExpertsFunction
 from moesys.parallel import comm
 
@@ -26,6 +27,9 @@ class AllToAllDispatcher(Dispatcher):
     def __init__(self, experts: int, group: dist.ProcessGroup, ep: int, etp: int):
         super().__init__(experts)
         self.group, self.ep, self.etp = group, ep, etp
+
+    def combine(self, rows_AH: Tensor, p: Permutation, weight_A: Tensor, experts: ExpertsFunction) -> Tensor:
+        return unpermute(self.run(rows_AH, p.counts_E, experts), p, weight_A)
 
     def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
         local = self.experts // self.ep

@@ -83,11 +83,10 @@ def theirs_of(name: str, source: Callable[[str], Tensor]) -> Tensor:
     for ours, renamed in RENAMED.items():
         path = renamed + path[len(ours) :] if path.startswith(ours) else path.replace(f".{ours}", f".{renamed}")
     path = path.replace("_a_norm", "_a_layernorm")
-    if path.endswith(("experts.gate", "experts.up")):
-        gate, up = source(path.rsplit(".", 1)[0] + ".gate_up_proj").transpose(1, 2).chunk(2, dim=-1)
-        return gate if path.endswith("gate") else up
-    if path.endswith("experts.down"):
-        return source(path + "_proj").transpose(1, 2)
+    if path.endswith("experts.fc1"):
+        return source(path[: -len("fc1")] + "gate_up_proj").transpose(1, 2).unflatten(2, (2, -1))
+    if path.endswith("experts.fc2"):
+        return source(path[: -len("fc2")] + "down_proj").transpose(1, 2)
     return rotary_halves(source(path), path)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesys.moe import MoELayer
+from moesys.moe import MoELayer, Tokens
 from moesys.moe.experts import Experts
 from moesys.moe.gates import TopKGate
 
@@ -45,8 +45,8 @@ def reference(
             kept += mine[: ceil(factor * T * K / E)]
     out = torch.zeros_like(x)
     for t, _, e, weight in kept:
-        gated = x[t] @ experts.gate[e]
-        out[t] = out[t] + weight * ((gated / (1 + (-gated).exp()) * (x[t] @ experts.up[e])) @ experts.down[e])
+        gated, up = x[t] @ experts.fc1[e, :, 0], x[t] @ experts.fc1[e, :, 1]
+        out[t] = out[t] + weight * ((gated / (1 + (-gated).exp()) * up) @ experts.fc2[e])
     return out, 0.02 * balance + 0.003 * z, len(assignments) - len(kept)
 
 
@@ -100,7 +100,7 @@ def test_experts_without_tokens_get_zero_gradients(tokens):
 def test_routing_is_float32_in_a_bfloat16_model():
     layer = build().to(torch.bfloat16)
     x = torch.randn(1, T, H, dtype=torch.bfloat16)
-    routing = layer.gate(x[0], torch.arange(T), layer.scope)
+    routing = layer.gate(x[0], Tokens(torch.arange(T)), layer.scope)
     logits = x[0].float() @ layer.gate.projection.weight.float().T
     expected = logits.softmax(-1).topk(K).values
     torch.testing.assert_close(routing.weight_A.view(T, K), expected / expected.sum(-1, keepdim=True))

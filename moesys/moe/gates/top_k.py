@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from moesys.moe import losses
 from moesys.moe.capacity import capacity, kept
-from moesys.moe.routing import MicroBatch, Routing
+from moesys.moe.gates.gate import Gate
+from moesys.moe.routing import MicroBatch, Routing, Tokens
 
 
 class GateProjection(nn.Linear):
@@ -21,7 +22,7 @@ class GateProjection(nn.Linear):
         return nn.functional.linear(x_TH.to(wide), self.weight.to(wide))
 
 
-class TopKGate(nn.Module):
+class TopKGate(Gate):
     """Softmax over E experts, then the k largest (Shazeer et al. 2017 without noise; Mixtral).
 
     Args:
@@ -55,8 +56,7 @@ class TopKGate(nn.Module):
         self.capacity_factor, self.drop = capacity_factor, drop
         self.balance_loss, self.z_loss = balance_loss, z_loss
 
-    def forward(self, x_TH: Tensor, order_T: Tensor, scope: MicroBatch) -> Routing:
-        """Routing of x [T, H]; `order_T` is `scope.order` of its tokens."""
+    def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
         logits_TE = self.projection(x_TH)
         probabilities_TE = logits_TE.softmax(-1)
         weight_Tk, expert_Tk = probabilities_TE.topk(self.top_k, dim=-1)
@@ -74,15 +74,15 @@ class TopKGate(nn.Module):
         if self.z_loss:
             routing.losses["z"] = self.z_loss * losses.router_z(logits_TE, scope)
         if self.capacity_factor is not None:
-            self._drop(routing, order_T, scope)
+            self._drop(routing, tokens.number_T, scope)
         return routing
 
-    def _drop(self, routing: Routing, order_T: Tensor, scope: MicroBatch) -> None:
+    def _drop(self, routing: Routing, number_T: Tensor, scope: MicroBatch) -> None:
         assert self.capacity_factor is not None
-        tokens = order_T.shape[0]
+        tokens = number_T.shape[0]
         limit = capacity(self.capacity_factor, tokens * scope.size, self.top_k, self.experts)
-        choice = torch.arange(self.top_k, device=order_T.device)
-        order_A = (order_T[:, None] * self.top_k + choice).flatten()
+        choice = torch.arange(self.top_k, device=number_T.device)
+        order_A = (number_T[:, None] * self.top_k + choice).flatten()
         keep = kept(routing.expert_A, routing.weight_A, order_A, limit, self.drop, scope)
         routing.dropped = tokens * self.top_k - keep.sum()
         routing.token_A, routing.expert_A = routing.token_A[keep], routing.expert_A[keep]

@@ -1,0 +1,148 @@
+"""Activations of experts, multiplied by the routing weight in the same pass.
+
+N rows, G = 2 (gate and linear part) or 1, F inner size. Keeping h alone for backward, and applying
+the routing weight here rather than to the outputs, spares keeping the experts' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moesys.kernels.choose import choose
+
+ALPHA, LIMIT = 1.702, 7.0
+"""GPT-OSS's clipped SwiGLU: slope inside the sigmoid, and bounds of both parts."""
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An activation `value(g)`, times `linear(u)` if `gated`; each with its backward(gradient, input)."""
+
+    value: Callable[[Tensor], Tensor]
+    value_backward: Callable[[Tensor, Tensor], Tensor]
+    gated: bool = False
+    linear: Callable[[Tensor], Tensor] | None = None
+    linear_backward: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def parts(self) -> int:
+        """G."""
+        return 2 if self.gated else 1
+
+
+def _quick(g: Tensor) -> Tensor:
+    g = g.clamp(max=LIMIT)
+    return g * torch.sigmoid(ALPHA * g)
+
+
+def _quick_backward(grad: Tensor, g: Tensor) -> Tensor:
+    inside, g = g <= LIMIT, g.clamp(max=LIMIT)
+    s = torch.sigmoid(ALPHA * g)
+    return grad * inside * s * (1 + ALPHA * g * (1 - s))
+
+
+def _shifted(u: Tensor) -> Tensor:
+    return u.clamp(-LIMIT, LIMIT) + 1
+
+
+def _shifted_backward(grad: Tensor, u: Tensor) -> Tensor:
+    return grad * (u.abs() <= LIMIT)
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return functional.relu(x).square()
+
+
+def _relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return grad * (2 * functional.relu(x))
+
+
+def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return grad * (x > 0)
+
+
+KINDS = {
+    "swiglu": Kind(functional.silu, aten.silu_backward, gated=True),
+    "geglu": Kind(functional.gelu, aten.gelu_backward, gated=True),
+    "clipped_swiglu": Kind(_quick, _quick_backward, True, _shifted, _shifted_backward),
+    "gelu": Kind(functional.gelu, aten.gelu_backward),
+    "relu": Kind(functional.relu, _relu_backward),
+    "relu2": Kind(_relu2, _relu2_backward),
+}
+"""SwiGLU, GeGLU: arXiv 2002.05202; squared ReLU: Primer, arXiv 2109.08668; clipped SwiGLU: GPT-OSS."""
+
+
+def reference(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
+    """`activate` by its definition, differentiable by autograd; float32 or wider inside."""
+    k, wide = KINDS[kind], h_NGF.to(torch.promote_types(h_NGF.dtype, torch.float32))
+    out = k.value(wide[:, 0])
+    if k.gated:
+        out = out * (wide[:, 1] if k.linear is None else k.linear(wide[:, 1]))
+    if weight_N is not None:
+        out = out * weight_N.unsqueeze(-1)
+    return out.to(h_NGF.dtype)
+
+
+def activate(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
+    """act(h) · weight: [N, F] in the type of h [N, G, F]; `weight_N` float32 [N] or None for 1."""
+    if choose(h_NGF, "activation") == "reference":
+        return reference(h_NGF, kind, weight_N)
+    return _Activate.apply(h_NGF, weight_N, kind)
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_NGF, weight_N, kind):  # type: ignore[override]
+        ctx.kind = kind
+        ctx.save_for_backward(h_NGF, weight_N)
+        return forward(h_NGF, kind, weight_N)
+
+    @staticmethod
+    def backward(ctx, grad_NF):  # type: ignore[override]
+        h_NGF, weight_N = ctx.saved_tensors
+        wide = torch.promote_types(h_NGF.dtype, torch.float32)
+        _, grad_h, grad_weight = backward(grad_NF.to(wide), h_NGF.to(wide), ctx.kind, weight_N)
+        return grad_h.to(h_NGF.dtype), grad_weight, None
+
+
+def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
+    """`activate` without autograd; reuses its own memory."""
+    k, wide = KINDS[kind], h_NGF.to(torch.promote_types(h_NGF.dtype, torch.float32))
+    out = k.value(wide[:, 0])
+    if k.gated:
+        out = out.mul_(wide[:, 1] if k.linear is None else k.linear(wide[:, 1]))
+    if weight_N is not None:
+        out = out.mul_(weight_N.unsqueeze(-1))
+    return out.to(h_NGF.dtype)
+
+
+def backward(
+    grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(activation · weight [N, F], gradient of h [N, G, F], gradient of the weight [N] or None).
+
+    All of one type, float32 or wider. `out`: where to put the gradient of h.
+    """
+    k, g = KINDS[kind], h_NGF[:, 0]
+    dh = torch.empty_like(h_NGF) if out is None else out
+    inner = k.value(g)
+    upstream = grad_NF if weight_N is None else grad_NF * weight_N.unsqueeze(-1)
+    if k.gated:
+        u = h_NGF[:, 1]
+        through = upstream * inner
+        dh[:, 1] = through if k.linear_backward is None else k.linear_backward(through, u)
+        linear = u if k.linear is None else k.linear(u)
+        upstream = torch.mul(upstream, linear, out=through)
+        inner = inner.mul_(linear)
+    dh[:, 0] = k.value_backward(upstream, g)
+    if weight_N is None:
+        return inner, dh, None
+    grad_weight = torch.linalg.vecdot(grad_NF, inner).to(weight_N.dtype)
+    return inner.mul_(weight_N.unsqueeze(-1)), dh, grad_weight

@@ -1,0 +1,98 @@
+"""Which version of an operation runs: the one place that decides, by device, shape and type.
+
+"reference" is the plain definition, "torch" what is fast with torch alone (and the only fast way on
+CPU), "triton" the kernels in `moesys.kernels.triton`.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from moesys.errors import MoesysError
+
+Way = Literal["reference", "torch", "triton"]
+Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn"]
+
+VARIABLE = "MOESYS_KERNELS"
+"""The environment variable that forces one way for every operation."""
+
+
+class KernelChoiceError(MoesysError, ValueError):
+    """A way was forced that does not exist, or cannot run here."""
+
+    exit_code = 2
+
+
+def choose(x: Tensor, operation: Operation, w: Tensor | None = None) -> Way:
+    """How to compute `operation` on x: any shape, floating type and device.
+
+    Without `MOESYS_KERNELS`: on CPU torch; on CUDA Triton where it is installed, save for float64 (the
+    kernels are written for float32 and narrower) and for the products of groups that torch has a kernel
+    for, see `torch_has_grouped_mm`.
+
+    Args:
+        w: the other factor, of "grouped_matmul" alone: [G, K, M] in the type of x [N, K].
+
+    Raises:
+        KernelChoiceError: `MOESYS_KERNELS` names no way, or Triton cannot run on the device of x.
+    """
+    way = forced()
+    if way == "triton":
+        _require_triton(x)
+    if way is not None:
+        return way
+    if not x.is_cuda or x.dtype == torch.float64 or not has_triton():
+        return "torch"
+    if operation == "grouped_matmul" and w is not None and torch_has_grouped_mm(x, w):
+        return "torch"
+    return "triton"
+
+
+def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:
+    """Whether torch's grouped_mm runs x [N, K] · w [G, K, M] and its gradients as one kernel.
+
+    In torch 2.11 to 2.13 that is bfloat16 on NVIDIA's compute capabilities 9 and 10, with inner sizes of
+    whole 16 bytes. Elsewhere it refuses, or copies the offsets to the host and loops over the groups.
+    """
+    if not x.is_cuda or torch.version.hip is not None or x.dtype != torch.bfloat16 or w.dtype != x.dtype:
+        return False
+    aligned = all(size * x.element_size() % 16 == 0 for size in w.shape[1:])
+    return aligned and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+@cache
+def forced() -> Way | None:
+    """The way that the environment forces; read once, `forced.cache_clear()` reads it again."""
+    value = os.environ.get(VARIABLE, "")
+    if not value:
+        return None
+    if value not in get_args(Way):
+        raise KernelChoiceError(f"{VARIABLE} is {value!r}: must be one of {', '.join(get_args(Way))}, or not set")
+    return cast(Way, value)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; does not import it."""
+    return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _require_triton(x: Tensor) -> None:
+    if not has_triton():
+        raise KernelChoiceError(f"{VARIABLE} is 'triton', but Triton is not installed\n    remedy: pip install triton")
+    if x.device.type == "cpu" and not interpreted():
+        raise KernelChoiceError(
+            f"{VARIABLE} is 'triton', but Triton compiles for GPUs alone and a tensor is on CPU\n"
+            f"    remedy: set TRITON_INTERPRET=1 to run its kernels slowly in Triton's interpreter, or unset {VARIABLE}"
+        )
