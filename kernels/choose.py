@@ -7,7 +7,6 @@ CPU), "triton" the kernels in `moesys.kernels.triton`.
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
@@ -18,6 +17,9 @@ from moesys.errors import MoesysError
 
 Way = Literal["reference", "torch", "triton"]
 Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn"]
+
+HAS_TRITON = find_spec("triton") is not None
+"""Whether Triton is installed; finding out does not import it."""
 
 VARIABLE = "MOESYS_KERNELS"
 """The environment variable that forces one way for every operation."""
@@ -47,7 +49,7 @@ def choose(x: Tensor, operation: Operation, w: Tensor | None = None) -> Way:
         _require_triton(x)
     if way is not None:
         return way
-    if not x.is_cuda or x.dtype == torch.float64 or not has_triton():
+    if not x.is_cuda or x.dtype == torch.float64 or not HAS_TRITON:
         return "torch"
     if operation == "grouped_matmul" and w is not None and torch_has_grouped_mm(x, w):
         return "torch"
@@ -66,21 +68,32 @@ def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:
     return aligned and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
-@cache
+class _Forced:
+    """The way that the environment forces, read once.
+
+    Not functools.cache, which torch.compile warns of and looks through.
+    """
+
+    read = False
+    way: Way | None = None
+
+
 def forced() -> Way | None:
-    """The way that the environment forces; read once, `forced.cache_clear()` reads it again."""
-    value = os.environ.get(VARIABLE, "")
-    if not value:
-        return None
-    if value not in get_args(Way):
+    """The way that the environment forces, as it was at the first call."""
+    if not _Forced.read:
+        _Forced.way, _Forced.read = _parsed(os.environ.get(VARIABLE, "")), True
+    return _Forced.way
+
+
+def forget() -> None:
+    """Let `forced` read the environment again."""
+    _Forced.read = False
+
+
+def _parsed(value: str) -> Way | None:
+    if value and value not in get_args(Way):
         raise KernelChoiceError(f"{VARIABLE} is {value!r}: must be one of {', '.join(get_args(Way))}, or not set")
-    return cast(Way, value)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed; does not import it."""
-    return find_spec("triton") is not None
+    return cast(Way, value) if value else None
 
 
 def interpreted() -> bool:
@@ -89,7 +102,7 @@ def interpreted() -> bool:
 
 
 def _require_triton(x: Tensor) -> None:
-    if not has_triton():
+    if not HAS_TRITON:
         raise KernelChoiceError(f"{VARIABLE} is 'triton', but Triton is not installed\n    remedy: pip install triton")
     if x.device.type == "cpu" and not interpreted():
         raise KernelChoiceError(

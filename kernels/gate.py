@@ -1,0 +1,112 @@
+"""Scores, the k best experts, their weights and the experts' load, in one pass.
+
+T tokens, E experts, k choices per token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moesys.kernels.choose import choose
+
+Score = Literal["softmax", "sigmoid"]
+
+EPSILON = 1e-20
+"""Keeps the sum of chosen sigmoids, which may all underflow, from being 0: as DeepSeek-V3's code does."""
+
+
+class GateResult(NamedTuple):
+    """What a gate computes from its logits.
+
+    `weight_Tk` and `probabilities_TE` (every expert's score) are differentiable and of the logits' type,
+    at least float32; `expert_Tk` int64, best first; `load_E` int64, how often each expert was chosen.
+    """
+
+    weight_Tk: Tensor
+    expert_Tk: Tensor
+    probabilities_TE: Tensor
+    load_E: Tensor
+
+
+def reference(
+    logits_TE: Tensor, top_k: int, score: Score = "softmax", normalize: bool = True, scale: float = 1.0
+) -> GateResult:
+    """`gate` by its definition."""
+    # Both scores ascend with the logit, which unlike them neither underflows nor saturates into ties.
+    expert_Tk = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    return _weigh(logits_TE, expert_Tk, score, normalize, scale)
+
+
+def gate(
+    logits_TE: Tensor, top_k: int, score: Score = "softmax", normalize: bool = True, scale: float = 1.0
+) -> GateResult:
+    """The `top_k` experts of largest logit for each token; of equal logits the lowest numbers.
+
+    Softmax: Shazeer et al. 2017, without noise (Mixtral normalizes, Qwen2-MoE does not). Sigmoid:
+    DeepSeek-V3. Fused as Megatron-Core's router is.
+
+    Args:
+        logits_TE: floating [T, E]; computed in float32, or in float64 if they are.
+        top_k: k, 1 ≤ k ≤ E.
+        score: what makes logits probabilities. Sigmoids of a token do not sum to 1.
+        normalize: divide the chosen scores by their sum.
+        scale: factor on the weights, after normalisation.
+    """
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    way = choose(logits_TE, "gate")
+    if way == "triton":
+        return GateResult(*_Gate.apply(logits_TE, top_k, score, normalize, scale))
+    if way == "torch" and logits_TE.dtype == torch.float32:
+        return _weigh(logits_TE, _best(logits_TE.detach(), top_k), score, normalize, scale)
+    return reference(logits_TE, top_k, score, normalize, scale)
+
+
+def _weigh(logits_TE: Tensor, expert_Tk: Tensor, score: Score, normalize: bool, scale: float) -> GateResult:
+    probabilities_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
+    weight_Tk = probabilities_TE.gather(-1, expert_Tk)
+    if normalize:
+        weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + _epsilon(score))
+    chosen = expert_Tk.flatten()
+    load_E = chosen.new_zeros(logits_TE.shape[1]).scatter_add_(0, chosen, torch.ones_like(chosen))
+    return GateResult(weight_Tk * scale, expert_Tk, probabilities_TE, load_E)
+
+
+def _best(logits_TE: Tensor, top_k: int) -> Tensor:
+    """The k best experts [T, k] of float32 logits: a third of a stable sort's time.
+
+    topk leaves the order of ties open, so it is given integers without any: the logit's bits, which after
+    a flip of the negative ones' order compare as the numbers do, followed by the expert's, descending.
+    """
+    bits_TE = (logits_TE + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0, its equal
+    ordered_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
+    rank_E = torch.arange(logits_TE.shape[1] - 1, -1, -1, device=logits_TE.device)
+    return ((ordered_TE.to(torch.int64) << 32) | rank_E).topk(top_k).indices
+
+
+def _epsilon(score: Score) -> float:
+    return EPSILON if score == "sigmoid" else 0.0
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TE, top_k, score, normalize, scale):  # type: ignore[override]
+        from moesys.kernels.triton import gate as kernel
+
+        ctx.set_materialize_grads(False)
+        ctx.options = (score == "sigmoid", normalize, scale, _epsilon(score))
+        weight_Tk, expert_Tk, probabilities_TE, load_E = kernel.forward(logits_TE, top_k, *ctx.options)
+        ctx.mark_non_differentiable(expert_Tk, load_E)
+        ctx.save_for_backward(probabilities_TE, expert_Tk)
+        return weight_Tk, expert_Tk, probabilities_TE, load_E
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_weight_Tk, _, grad_probabilities_TE, __):  # type: ignore[override]
+        from moesys.kernels.triton import gate as kernel
+
+        grads = [None if g is None else g.contiguous() for g in (grad_weight_Tk, grad_probabilities_TE)]
+        return kernel.backward(*grads, *ctx.saved_tensors, *ctx.options), None, None, None, None

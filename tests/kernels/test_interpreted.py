@@ -1,0 +1,27 @@
+"""Runs this folder's tests of Triton kernels in a process whose Triton interprets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moesys.kernels import choose
+
+
+@pytest.mark.skipif(choose.interpreted(), reason="Triton interprets in this very process")
+def test_triton_kernels_interpreted_on_cpu():
+    pytest.importorskip("triton")
+    command = [Path(sys.executable).with_name("pytest"), "-k", "triton-cpu", "-p", "no:cacheprovider", "--durations=5"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).parent)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout
