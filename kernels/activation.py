@@ -30,6 +30,7 @@ class Kind:
     gated: bool = False
     linear: Callable[[Tensor], Tensor] | None = None
     linear_backward: Callable[[Tensor, Tensor], Tensor] | None = None
+    value_backward_out: Callable[..., Tensor] | None = None
 
     @property
     def parts(self) -> int:
@@ -69,7 +70,7 @@ def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 KINDS = {
-    "swiglu": Kind(functional.silu, aten.silu_backward, gated=True),
+    "swiglu": Kind(functional.silu, aten.silu_backward, gated=True, value_backward_out=aten.silu_backward.grad_input),
     "geglu": Kind(functional.gelu, aten.gelu_backward, gated=True),
     "clipped_swiglu": Kind(_quick, _quick_backward, True, _shifted, _shifted_backward),
     "gelu": Kind(functional.gelu, aten.gelu_backward),
@@ -135,13 +136,18 @@ def backward(
     inner = k.value(g)
     upstream = grad_NF if weight_N is None else grad_NF * weight_N.unsqueeze(-1)
     if k.gated:
-        u = h_NGF[:, 1]
-        through = upstream * inner
-        dh[:, 1] = through if k.linear_backward is None else k.linear_backward(through, u)
+        u, du = h_NGF[:, 1], dh[:, 1]
+        torch.mul(upstream, inner, out=du)
+        if k.linear_backward is not None:
+            du.copy_(k.linear_backward(du, u))
         linear = u if k.linear is None else k.linear(u)
-        upstream = torch.mul(upstream, linear, out=through)
+        # Gradients must not be overwritten where they are the caller's.
+        upstream = upstream * linear if weight_N is None else upstream.mul_(linear)
         inner = inner.mul_(linear)
-    dh[:, 0] = k.value_backward(upstream, g)
+    if k.value_backward_out is not None:
+        k.value_backward_out(upstream, g, grad_input=dh[:, 0])
+    else:
+        dh[:, 0] = k.value_backward(upstream, g)
     if weight_N is None:
         return inner, dh, None
     grad_weight = torch.linalg.vecdot(grad_NF, inner).to(weight_N.dtype)

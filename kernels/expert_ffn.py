@@ -8,9 +8,11 @@ composed of grouped products and the fused activation.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -65,28 +67,24 @@ def expert_ffn(
     return products.grouped_matmul(activation.activate(h, kind, weight_N), fc2_EFH, counts_E)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Block:
-    """Consecutive experts worked on together: their rows, and each expert's (number, rows)."""
+    """Consecutive experts that are worked on together."""
 
+    experts: slice
     rows: slice
-    experts: list[tuple[int, slice]]
+    counts: list[int]
 
 
 def _blocks(counts: list[int], width: int) -> Iterator[_Block]:
-    """Experts with rows, grouped until their inner activations fill the cache."""
-    start = end = 0
-    experts: list[tuple[int, slice]] = []
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        if experts and (end + count - start) * width > BLOCK:
-            yield _Block(slice(start, end), experts)
-            start, experts = end, []
-        experts.append((expert, slice(end, end + count)))
-        end += count
-    if experts:
-        yield _Block(slice(start, end), experts)
+    """All experts, grouped until their inner activations fill the cache; a larger one stands alone."""
+    first = start = end = 0
+    for expert, count in enumerate([*counts, None]):
+        if count is None or (end > start and (end + count - start) * width > BLOCK):
+            if end > start:
+                yield _Block(slice(first, expert), slice(start, end), counts[first:expert])
+            first, start = expert, end
+        end += count or 0
 
 
 @cache
@@ -100,6 +98,36 @@ def _type(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) and _slow_bfloat16() else x.dtype
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+class _Scratch(threading.local):
+    """Memory of a thread that is used again by every layer: fresh pages cost more than the arithmetic on them."""
+
+    LARGEST = 2**22
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = prod(shape)
+        if size > self.LARGEST:
+            return torch.empty(shape, dtype=dtype)
+        have = self.kept.get((name, dtype))
+        if have is None or have.numel() < size:
+            have = self.kept[name, dtype] = torch.empty(size, dtype=dtype)
+        return have[:size].view(shape)
+
+
+_scratch = _Scratch()
+
+
+def _target(name: str, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """`out` itself where it has the type to compute in, else scratch memory of its shape."""
+    return out if out.dtype == dtype else _scratch(name, tuple(out.shape), dtype)
+
+
 @torch.library.custom_op("moesys::expert_ffn", mutates_args=())
 def _blocked(
     x_NH: Tensor,
@@ -111,40 +139,43 @@ def _blocked(
     kind: str,
 ) -> tuple[Tensor, Tensor]:
     """(output [N, H], h [N, G, F])."""
-    width, kept = fc2.shape[1], _type(x_NH)
+    wide = _type(x_NH)
     out = torch.empty_like(x_NH)
     h = x_NH.new_empty(x_NH.shape[0], *fc1.shape[2:])
-    scratch: dict[str, Tensor] = {}
-    for block in _blocks(counts_E.tolist(), width):
-        x, hidden = _as(x_NH[block.rows], kept), _space(scratch, "h", h[block.rows], kept)
-        for expert, rows in block.experts:
-            here = slice(rows.start - block.rows.start, rows.stop - block.rows.start)
-            torch.mm(x[here], _as(fc1[expert], kept).flatten(1), out=hidden[here].flatten(1))
-            if bias1 is not None:
-                hidden[here] += bias1[expert]
-        weight = None if weight_N is None else weight_N[block.rows]
-        inner = activation.forward(hidden, kind, weight)
-        y = _space(scratch, "y", out[block.rows], kept)
-        for expert, rows in block.experts:
-            here = slice(rows.start - block.rows.start, rows.stop - block.rows.start)
-            torch.mm(inner[here], _as(fc2[expert], kept), out=y[here])
-        if kept != x_NH.dtype:
+    for block in _blocks(counts_E.tolist(), fc2.shape[1]):
+        x, y = _as(x_NH[block.rows], wide), _target("y", out[block.rows], wide)
+        hidden = _target("h", h[block.rows], wide)
+        _products(x, fc1[block.experts].flatten(2), hidden.flatten(1), block.counts)
+        if bias1 is not None:
+            _add_bias(hidden, bias1[block.experts], block.counts)
+        inner = activation.forward(hidden, kind, None if weight_N is None else weight_N[block.rows])
+        _products(inner, fc2[block.experts], y, block.counts)
+        if wide != x_NH.dtype:
             h[block.rows], out[block.rows] = hidden, y
     return out, h
 
 
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
+def _products(x: Tensor, w_EKM: Tensor, out: Tensor, counts: list[int]) -> None:
+    """out = x · w, each expert's rows with its own matrix."""
+    for x_e, w, out_e in zip(x.split(counts), w_EKM.unbind(), out.split(counts), strict=True):
+        if len(x_e):
+            torch.mm(x_e, _as(w, x.dtype), out=out_e)
 
 
-def _space(scratch: dict[str, Tensor], name: str, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """`target` itself if it has the type to compute in, else memory of its shape, shared by all blocks."""
-    if target.dtype == dtype:
-        return target
-    have = scratch.get(name)
-    if have is None or len(have) < len(target):
-        have = scratch[name] = torch.empty(target.shape, dtype=dtype)
-    return have[: len(target)]
+def _weight_grads(x: Tensor, grad: Tensor, out_EKM: Tensor, counts: list[int]) -> None:
+    """out = xᵀ · grad of each expert; zeros for those without rows."""
+    for x_e, grad_e, out_e in zip(x.split(counts), grad.split(counts), out_EKM.unbind(), strict=True):
+        if not len(x_e):
+            out_e.zero_()
+        elif out_e.dtype == x.dtype:
+            torch.mm(x_e.t(), grad_e, out=out_e)
+        else:
+            out_e.copy_(x_e.t() @ grad_e)
+
+
+def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
+    for h_e, bias in zip(h.split(counts), bias_EGF.unbind(), strict=True):
+        h_e += bias
 
 
 @torch.library.custom_op("moesys::expert_ffn_backward", mutates_args=())
@@ -160,47 +191,33 @@ def _blocked_backward(
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, fc1, fc2, weight and bias1; the last two are empty without their inputs."""
-    counts, width, kept = counts_E.tolist(), fc2.shape[1], _type(x_NH)
-    grad_x, grad1, grad2 = torch.empty_like(x_NH), torch.empty_like(fc1), torch.empty_like(fc2)
+    wide, counts = _type(x_NH), counts_E.tolist()
+    grad_x = torch.empty_like(x_NH)
+    # Experts between two blocks have no rows: no block reaches their gradients.
+    fresh = torch.empty_like if all(counts) else torch.zeros_like
+    grad1, grad2 = fresh(fc1), fresh(fc2)
     grad_weight = x_NH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
     grad_bias = x_NH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)
-    for expert, count in enumerate(counts):
-        if not count:
-            grad1[expert].zero_()
-            grad2[expert].zero_()
-    most = max((b.rows.stop - b.rows.start for b in _blocks(counts, width)), default=0)
-    # One piece of memory for every block: fresh pages cost more than the arithmetic on them.
-    inner_space = torch.empty(most, width, dtype=kept)
-    h_space = torch.empty(most, *fc1.shape[2:], dtype=kept)
-    for block in _blocks(counts, width):
-        size = block.rows.stop - block.rows.start
-        experts = [(e, slice(r.start - block.rows.start, r.stop - block.rows.start)) for e, r in block.experts]
-        x, dy = _as(x_NH[block.rows], kept), _as(grad_NH[block.rows], kept)
-        d_inner, dh = inner_space[:size], h_space[:size]
-        for expert, rows in experts:
-            torch.mm(dy[rows], _as(fc2[expert], kept).t(), out=d_inner[rows])
-        weight = None if weight_N is None else weight_N[block.rows]
-        inner, dh, dw = activation.backward(d_inner, _as(h_NGF[block.rows], kept), kind, weight, out=dh)
+    for block in _blocks(counts, fc2.shape[1]):
+        rows, experts = block.rows, block.experts
+        x, dy, h = (_as(t[rows], wide) for t in (x_NH, grad_NH, h_NGF))
+        d_inner = _scratch("inner", (len(x), fc2.shape[1]), wide)
+        _products(dy, fc2[experts].mT, d_inner, block.counts)
+        weight = None if weight_N is None else weight_N[rows]
+        dh = _scratch("dh", tuple(h.shape), wide)
+        inner, dh, dw = activation.backward(d_inner, h, kind, weight, out=dh)
+        _weight_grads(inner, dy, grad2[experts], block.counts)
+        _weight_grads(x, dh.flatten(1), grad1[experts].flatten(2), block.counts)
+        dx = _target("dx", grad_x[rows], wide)
+        _products(dh.flatten(1), fc1[experts].flatten(2).mT, dx, block.counts)
+        if wide != x_NH.dtype:
+            grad_x[rows] = dx
         if dw is not None:
-            grad_weight[block.rows] = dw
-        dx = grad_x[block.rows] if kept == x_NH.dtype else torch.empty(size, x_NH.shape[1], dtype=kept)
-        for expert, rows in experts:
-            dh_e = dh[rows].flatten(1)
-            _into(grad2[expert], inner[rows].t(), dy[rows])
-            _into(grad1[expert].flatten(1), x[rows].t(), dh_e)
-            torch.mm(dh_e, _as(fc1[expert], kept).flatten(1).t(), out=dx[rows])
-            if bias1 is not None:
-                grad_bias[expert] = dh[rows].sum(0)
-        if kept != x_NH.dtype:
-            grad_x[block.rows] = dx
+            grad_weight[rows] = dw
+        if bias1 is not None:
+            for out, part in zip(grad_bias[experts].unbind(), dh.split(block.counts), strict=True):
+                out += part.sum(0)
     return grad_x, grad1, grad2, grad_weight, grad_bias
-
-
-def _into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
 
 
 @_blocked.register_fake
@@ -218,11 +235,14 @@ def _(grad_NH, x_NH, fc1, fc2, counts_E, weight_N, bias1, h_NGF, kind):
 def _save(ctx, inputs, output) -> None:
     x_NH, fc1, fc2, counts_E, weight_N, bias1, ctx.kind = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_NH, fc1, fc2, counts_E, weight_N, bias1, output[1])
 
 
-def _backward(ctx, grad_NH: Tensor, _: Tensor):
+def _backward(ctx, grad_NH: Tensor | None, _: Tensor | None):
     x_NH, fc1, fc2, counts_E, weight_N, bias1, h = ctx.saved_tensors
+    if grad_NH is None:
+        return (None,) * 7
     grads = _blocked_backward(grad_NH.contiguous(), x_NH, fc1, fc2, counts_E, weight_N, bias1, h, ctx.kind)
     weight, bias = (None if given is None else g for given, g in zip((weight_N, bias1), grads[3:], strict=True))
     return *grads[:3], None, weight, bias, None

@@ -79,12 +79,10 @@ class Gradients:
         all-reduce of one number, whatever the layout.
         """
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
-        norms = torch._foreach_norm(grads, dtype=torch.float64) if grads else []
-        device = self.mesh.device
-        squares = sum(
-            (n.square() / c for n, c in zip(norms, self._copies, strict=True)),
-            torch.zeros((), device=device, dtype=torch.float64),
-        )
+        squares = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
+        if grads:
+            copies = torch.tensor(self._copies, device=self.mesh.device, dtype=torch.float64)
+            squares = (torch.stack(torch._foreach_norm(grads)).double().square() / copies).sum()
         dist.all_reduce(squares)
         return squares.sqrt()
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
-from moesys.models.layers import Linear, RMSNorm, rotate
+from moesys.kernels.rotary import rotate
+from moesys.models.layers import Linear, RMSNorm
 
 
 class CausalCore(nn.Module):

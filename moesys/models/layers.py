@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moesys.kernels.rms_norm import rms_norm
+
 
 class Linear(nn.Linear):
     """A linear map computed in the type of its input."""
@@ -27,9 +29,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = x.to(wide).square().mean(-1, keepdim=True).add(self.eps).rsqrt()
-        return (x.to(wide) * scale * self.weight.to(wide)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -50,11 +50,3 @@ def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, T
     exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
     angles = positions.float()[:, None] * theta**-exponents
     return angles.cos(), angles.sin()
-
-
-def rotate(x_BShd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on heads [B, S, h, d], pairing element i with i + d / 2 (as Llama's weights do)."""
-    wide = torch.promote_types(x_BShd.dtype, torch.float32)
-    first, second = x_BShd.to(wide).chunk(2, dim=-1)
-    cos, sin = cos[None, :, None].to(wide), sin[None, :, None].to(wide)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BShd.dtype)

@@ -1,0 +1,88 @@
+"""All experts in one operation against a loop over experts in float64, forward and backward."""
+
+import pytest
+import torch
+
+from moesys.kernels import activation, expert_ffn
+
+H, F = 6, 5
+
+
+def formula(kind, g, u):
+    sigmoid = 1 / (1 + (-g).exp())
+    normal = 0.5 * (1 + torch.erf(g / 2**0.5))
+    clipped = g.clamp(max=7)
+    return {
+        "swiglu": lambda: g * sigmoid * u,
+        "geglu": lambda: g * normal * u,
+        "clipped_swiglu": lambda: (u.clamp(-7, 7) + 1) * clipped / (1 + (-1.702 * clipped).exp()),
+        "gelu": lambda: g * normal,
+        "relu": lambda: g.clamp(min=0),
+        "relu2": lambda: g.clamp(min=0) ** 2,
+    }[kind]()
+
+
+def loop(x, fc1, fc2, counts, kind, weight, bias):
+    out, start = [], 0
+    for e, count in enumerate(counts):
+        h = torch.einsum("nh,hgf->ngf", x[start : start + count], fc1[e]) + bias[e]
+        inner = formula(kind, h[:, 0], h[:, -1]) * weight[start : start + count, None]
+        out.append(inner @ fc2[e])
+        start += count
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("block", [1, 20, 2**18], ids=["each", "some", "all"])
+@pytest.mark.parametrize("kind", activation.KINDS)
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 0], [0, 9, 0, 0], [4, 0, 0, 0]])
+def test_equals_a_loop_over_experts(monkeypatch, counts, kind, block):
+    monkeypatch.setattr(expert_ffn, "BLOCK", block)
+    torch.manual_seed(0)
+    rows, parts = sum(counts), activation.KINDS[kind].parts
+    shapes = [(rows, H), (4, H, parts, F), (4, F, H), (4, parts, F), (rows,)]
+    inputs = [(4 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in shapes]
+    target = torch.randn(rows, H, dtype=torch.float64)
+
+    def ours(x, fc1, fc2, bias, weight):
+        return expert_ffn.expert_ffn(x, fc1, fc2, torch.tensor(counts), kind, weight, bias)
+
+    def expected(x, fc1, fc2, bias, weight):
+        return loop(x, fc1, fc2, counts, kind, weight, bias)
+
+    found, wanted = ours(*inputs), expected(*inputs)
+    torch.testing.assert_close(found, wanted)
+    grads = torch.autograd.grad((found * target).sum(), inputs)
+    for a, b in zip(grads, torch.autograd.grad((wanted * target).sum(), inputs, allow_unused=True), strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bfloat16_is_as_exact_as_its_type(monkeypatch, emulated):
+    monkeypatch.setattr(expert_ffn, "_slow_bfloat16", lambda: emulated)
+    torch.manual_seed(0)
+    counts, weight = [7, 0, 20, 5], torch.rand(32, requires_grad=True)
+    x, fc1, fc2 = (torch.randn(s).bfloat16().requires_grad_() for s in ((32, H), (4, H, 2, F), (4, F, H)))
+    target = torch.randn(32, H).bfloat16()
+    found = expert_ffn.expert_ffn(x, fc1, fc2, torch.tensor(counts), "swiglu", weight)
+    wide = [t.detach().double().requires_grad_() for t in (x, fc1, fc2, weight)]
+    expected = loop(*wide[:3], counts, "swiglu", wide[3], torch.zeros(4, 2, F).double())
+    grads = torch.autograd.grad((found * target).sum(), (x, fc1, fc2, weight))
+    wanted = torch.autograd.grad((expected * target.double()).sum(), wide)
+    assert found.dtype == torch.bfloat16
+    for a, b in zip((found, *grads), (expected, *wanted), strict=True):
+        assert (a.double() - b).norm() / b.norm() < 2e-2
+
+
+def test_what_is_kept_for_backward_is_the_input_and_one_product():
+    x = torch.randn(64, H, requires_grad=True)
+    fc1, fc2 = torch.randn(4, H, 2, F, requires_grad=True), torch.randn(4, F, H, requires_grad=True)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        expert_ffn.expert_ffn(x, fc1, fc2, torch.tensor([16] * 4), "swiglu", torch.rand(64))
+    weights = fc1.nbytes + fc2.nbytes
+    assert sum(kept.values()) == weights + x.nbytes + 64 * 2 * F * 4 + 64 * 4 + 4 * 8
