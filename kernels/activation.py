@@ -103,11 +103,19 @@ class _Activate(torch.autograd.Function):
     def forward(ctx, h_NGF, weight_N, kind):  # type: ignore[override]
         ctx.kind = kind
         ctx.save_for_backward(h_NGF, weight_N)
+        if choose(h_NGF, "activation") == "triton":
+            from moesys.kernels.triton import activation as kernel
+
+            return kernel.activate(h_NGF, kind, weight_N)
         return forward(h_NGF, kind, weight_N)
 
     @staticmethod
     def backward(ctx, grad_NF):  # type: ignore[override]
         h_NGF, weight_N = ctx.saved_tensors
+        if choose(h_NGF, "activation") == "triton":
+            from moesys.kernels.triton import activation as kernel
+
+            return *kernel.activate_backward(grad_NF, h_NGF, ctx.kind, weight_N), None
         wide = torch.promote_types(h_NGF.dtype, torch.float32)
         _, grad_h, grad_weight = backward(grad_NF.to(wide), h_NGF.to(wide), ctx.kind, weight_N)
         return grad_h.to(h_NGF.dtype), grad_weight, None

@@ -59,13 +59,15 @@ def choose(x: Tensor, operation: Operation, w: Tensor | None = None) -> Way:
 def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:
     """Whether torch's grouped_mm runs x [N, K] · w [G, K, M] and its gradients as one kernel.
 
-    In torch 2.11 to 2.13 that is bfloat16 on NVIDIA's compute capabilities 9 and 10, with inner sizes of
-    whole 16 bytes. Elsewhere it refuses, or copies the offsets to the host and loops over the groups.
+    In torch 2.11 to 2.13 that is bfloat16 on NVIDIA's compute capability 9, with inner sizes of whole
+    16 bytes. Elsewhere it refuses, or copies the offsets to the host and loops over the groups. On
+    capability 10 it has the kernel, too, but the gradients of empty groups are not zero there
+    (https://github.com/pytorch/pytorch/issues/172439).
     """
     if not x.is_cuda or torch.version.hip is not None or x.dtype != torch.bfloat16 or w.dtype != x.dtype:
         return False
     aligned = all(size * x.element_size() % 16 == 0 for size in w.shape[1:])
-    return aligned and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    return aligned and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 class _Forced:

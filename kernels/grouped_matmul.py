@@ -1,8 +1,8 @@
 """Matrix products of consecutive groups of rows, each with its own matrix.
 
-`reference` is the definition; `grouped_matmul` chooses what is fast on the device: torch's grouped_mm
-on GPU in bfloat16, elsewhere one product per group that writes into the shared result, which spares
-the copies of a split and a concatenation.
+`reference` is the definition; `grouped_matmul` chooses what is fast on the device: on GPU torch's
+grouped_mm where it is one kernel, else Triton; on CPU one product per group that writes into the shared
+result, which spares the copies of a split and a concatenation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from moesys.kernels.choose import choose, torch_has_grouped_mm
 
 
 def reference(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
@@ -66,9 +68,66 @@ def _flops(x_shape, w_shape, rows, *args, out_shape=None, **kwargs) -> int:
     return 2 * x_shape[0] * x_shape[1] * w_shape[2]
 
 
+@torch.library.custom_op("moesys::grouped_mm", mutates_args=())
+def _grouped_mm(x_NK: Tensor, w_GKM: Tensor, offsets_G1: Tensor) -> Tensor:
+    """By Triton; known to torch without importing it, so that selective recomputation can name it."""
+    from moesys.kernels.triton.grouped_matmul import grouped_mm
+
+    return grouped_mm(x_NK, w_GKM, offsets_G1)
+
+
+@torch.library.custom_op("moesys::grouped_mm_weight_grad", mutates_args=())
+def _grouped_mm_weight_grad(x_NK: Tensor, grad_NM: Tensor, offsets_G1: Tensor) -> Tensor:
+    from moesys.kernels.triton.grouped_matmul import grouped_mm_weight_grad
+
+    return grouped_mm_weight_grad(x_NK, grad_NM, offsets_G1)
+
+
+@_grouped_mm.register_fake
+def _(x_NK: Tensor, w_GKM: Tensor, offsets_G1: Tensor) -> Tensor:
+    return x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2])
+
+
+@_grouped_mm_weight_grad.register_fake
+def _(x_NK: Tensor, grad_NM: Tensor, offsets_G1: Tensor) -> Tensor:
+    return x_NK.new_empty(offsets_G1.shape[0] - 1, x_NK.shape[1], grad_NM.shape[1])
+
+
+def _grouped_mm_backward(ctx, grad_NM: Tensor):
+    x_NK, w_GKM, offsets_G1 = ctx.saved_tensors
+    grad_x = _grouped_mm(grad_NM, w_GKM.transpose(1, 2), offsets_G1) if ctx.needs_input_grad[0] else None
+    grad_w = _grouped_mm_weight_grad(x_NK, grad_NM, offsets_G1) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_w, None
+
+
+_grouped_mm.register_autograd(
+    _grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+@register_flop_formula(torch.ops.moesys.grouped_mm)
+def _flops_grouped_mm(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape[0] * w_shape[1] * w_shape[2]
+
+
+@register_flop_formula(torch.ops.moesys.grouped_mm_weight_grad)
+def _flops_weight_grad(x_shape, grad_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape[0] * x_shape[1] * grad_shape[1]
+
+
 def grouped_matmul(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
-    """`reference`, by the fastest way on the device. x, w of one type; `rows_per_group` int64 [G]."""
-    if x_NK.is_cuda and x_NK.dtype == torch.bfloat16:
-        ends = rows_per_group.cumsum(0).to(torch.int32)
-        return torch._grouped_mm(x_NK, w_GKM, offs=ends)
+    """`reference`, by the fastest way on the device: [N, M].
+
+    Args:
+        x_NK: floating [N, K], consecutive rows of each group.
+        w_GKM: [G, K, M] in the type of x.
+        rows_per_group: int64 [G], sum N, any 0. On GPU its values stay on the device.
+    """
+    way = choose(x_NK, "grouped_matmul", w_GKM)
+    if way == "reference":
+        return reference(x_NK, w_GKM, rows_per_group)
+    if way == "triton":
+        return _grouped_mm(x_NK, w_GKM, torch.nn.functional.pad(rows_per_group.cumsum(0), (1, 0)))
+    if torch_has_grouped_mm(x_NK, w_GKM):
+        return torch._grouped_mm(x_NK, w_GKM, offs=rows_per_group.cumsum(0).to(torch.int32))
     return _grouped(x_NK, w_GKM, rows_per_group.tolist())

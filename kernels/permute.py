@@ -100,11 +100,19 @@ class _Unpermute(torch.autograd.Function):
 
 
 def _gather(x_TH: Tensor, index_A: Tensor) -> Tensor:
+    if choose(x_TH, "permute") == "triton":
+        from moesys.kernels.triton.permute import gather
+
+        return gather(x_TH, index_A)
     return x_TH.index_select(0, index_A)
 
 
 def _gather_sum(rows_AH: Tensor, index_A: Tensor, offsets_T1: Tensor, weight_A: Tensor | None) -> Tensor:
     """out[t] = Σ over a in offsets[t] : offsets[t+1] of weight[a] · rows[index[a]]."""
+    if choose(rows_AH, "unpermute") == "triton":
+        from moesys.kernels.triton.permute import gather_sum
+
+        return gather_sum(rows_AH, index_A, offsets_T1, weight_A)
     weight = None if weight_A is None else weight_A.to(rows_AH.dtype)
     bag = torch.embedding_bag(rows_AH, index_A, offsets_T1, False, 0, False, weight, True)
     return bag[0]

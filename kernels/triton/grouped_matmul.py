@@ -8,11 +8,9 @@ or dropped.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from moesys.kernels.choose import interpreted
 from moesys.kernels.triton.permute import wide
@@ -63,19 +61,21 @@ def _rows_kernel(
         end = tl.sum(tl.where(g_G == group, end_G, 0), axis=0).to(tl.int64)
         n_A = start + (tile - first_tile) * BLOCK_A + tl.arange(0, BLOCK_A)
         m_B = column * BLOCK_B + tl.arange(0, BLOCK_B)
-        # Rows and columns past the end are read from the first ones and not stored.
+        # Rows past the end are read from the first and not stored; columns are masked, to be read together.
         x_A1 = x_NK + tl.where(n_A < end, n_A, start)[:, None] * x_n
-        w_1B = w_GKM + group.to(tl.int64) * w_g + tl.where(m_B < outer, m_B, 0).to(tl.int64)[None, :] * w_m
+        w_1B = w_GKM + group.to(tl.int64) * w_g + m_B.to(tl.int64)[None, :] * w_m
+        column_1B = (m_B < outer)[None, :]
         total = tl.zeros((BLOCK_A, BLOCK_B), WIDE)
         for first in range(0, inner, DEPTH):
             k = (first + tl.arange(0, DEPTH)).to(tl.int64)
             if EVEN:
-                x, w = tl.load(x_A1 + k[None, :] * x_k), tl.load(w_1B + k[:, None] * w_k)
+                x = tl.load(x_A1 + k[None, :] * x_k)
+                w = tl.load(w_1B + k[:, None] * w_k, mask=column_1B, other=0.0)
             else:
                 x = tl.load(x_A1 + k[None, :] * x_k, mask=(k < inner)[None, :], other=0.0)
-                w = tl.load(w_1B + k[:, None] * w_k, mask=(k < inner)[:, None], other=0.0)
+                w = tl.load(w_1B + k[:, None] * w_k, mask=(k < inner)[:, None] & column_1B, other=0.0)
             total = _multiply(x, w, total, INTERPRETED)
-        stored = (n_A < end)[:, None] & (m_B < outer)[None, :]
+        stored = (n_A < end)[:, None] & column_1B
         at = out_NM + n_A[:, None] * outer + m_B[None, :]
         tl.store(at, total.to(out_NM.dtype.element_ty), mask=stored)
 
@@ -96,17 +96,16 @@ def _matrices_kernel(
     total = tl.zeros((BLOCK_A, BLOCK_B), WIDE)
     for first in range(start, end, DEPTH):
         n = first + tl.arange(0, DEPTH)
-        x_at = x_NK + n[None, :] * x_n + tl.where(k_A < inner, k_A, 0).to(tl.int64)[:, None] * x_k
-        grad_at = grad_NM + n[:, None] * grad_n + tl.where(m_B < outer, m_B, 0).to(tl.int64)[None, :] * grad_m
-        x = tl.load(x_at, mask=(n < end)[None, :], other=0.0)
-        grad = tl.load(grad_at, mask=(n < end)[:, None], other=0.0)
+        x_at = x_NK + n[None, :] * x_n + k_A.to(tl.int64)[:, None] * x_k
+        grad_at = grad_NM + n[:, None] * grad_n + m_B.to(tl.int64)[None, :] * grad_m
+        x = tl.load(x_at, mask=(k_A < inner)[:, None] & (n < end)[None, :], other=0.0)
+        grad = tl.load(grad_at, mask=(n < end)[:, None] & (m_B < outer)[None, :], other=0.0)
         total = _multiply(x, grad, total, INTERPRETED)
     stored = (k_A < inner)[:, None] & (m_B < outer)[None, :]
     at = out_GKM + (group.to(tl.int64) * inner + k_A[:, None]) * outer + m_B[None, :]
     tl.store(at, total.to(out_GKM.dtype.element_ty), mask=stored)
 
 
-@torch.library.custom_op("moesys::grouped_mm", mutates_args=())
 def grouped_mm(x_NK: Tensor, w_GKM: Tensor, offsets_G1: Tensor) -> Tensor:
     """Rows offsets[g] : offsets[g + 1] of x times w[g]: [N, M] in the type of x.
 
@@ -137,7 +136,6 @@ def grouped_mm(x_NK: Tensor, w_GKM: Tensor, offsets_G1: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("moesys::grouped_mm_weight_grad", mutates_args=())
 def grouped_mm_weight_grad(x_NK: Tensor, grad_NM: Tensor, offsets_G1: Tensor) -> Tensor:
     """x[rows of g]ᵀ · grad[rows of g] for every group: [G, K, M] in the type of x, zeros for an empty group.
 
@@ -158,27 +156,6 @@ def grouped_mm_weight_grad(x_NK: Tensor, grad_NM: Tensor, offsets_G1: Tensor) ->
             *x_NK.stride(), *grad_NM.stride(), wide(x_NK), _depth(x_NK), interpreted(),
         )  # fmt: skip
     return out
-
-
-@grouped_mm.register_fake
-def _(x_NK, w_GKM, offsets_G1):
-    return x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2])
-
-
-@grouped_mm_weight_grad.register_fake
-def _(x_NK, grad_NM, offsets_G1):
-    return x_NK.new_empty(offsets_G1.shape[0] - 1, x_NK.shape[1], grad_NM.shape[1])
-
-
-@register_flop_formula(torch.ops.moesys.grouped_mm)
-def _flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
-    """So that torch's FlopCounterMode sees through the operation."""
-    return 2 * x_shape[0] * w_shape[1] * w_shape[2]
-
-
-@register_flop_formula(torch.ops.moesys.grouped_mm_weight_grad)
-def _flops_weight_grad(x_shape, grad_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * x_shape[0] * x_shape[1] * grad_shape[1]
 
 
 def _depth(x: Tensor) -> int:
