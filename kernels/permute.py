@@ -91,10 +91,15 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TH):  # type: ignore[override]
-        grad_AH = _gather(grad_TH.contiguous(), ctx.p.token_A)
         if not ctx.weighted:
-            return grad_AH, None, None
+            return _gather(grad_TH.contiguous(), ctx.p.token_A), None, None
         rows_AH, weight_A = ctx.saved_tensors
+        if choose(rows_AH, "unpermute") == "triton":
+            from moesys.kernels.triton.permute import gather, weight_grad
+
+            grad_weight = weight_grad(grad_TH, rows_AH, None, ctx.p.token_A).to(weight_A.dtype)
+            return gather(grad_TH, ctx.p.token_A, weight_A), grad_weight, None
+        grad_AH = _gather(grad_TH.contiguous(), ctx.p.token_A)
         grad_weight = torch.linalg.vecdot(grad_AH, rows_AH).to(weight_A.dtype)
         return grad_AH.mul_(weight_A.to(grad_AH.dtype).unsqueeze(-1)), grad_weight, None
 
