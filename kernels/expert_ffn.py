@@ -1,9 +1,10 @@
 """The whole feed-forward of a layer's experts as one operation.
 
-N rows sorted by expert, E experts, H hidden, G · F inner (G = 2 with a gated activation), counts_E
-rows of each. On CPU each expert's rows pass through both products while they are in the cache, in
-scratch memory that all experts share; for backward it keeps its inputs and h alone. On GPU it is
-composed of grouped products and the fused activation.
+T tokens, N rows sorted by expert, E experts with counts_E rows of each, H hidden, G · F inner (G = 2
+with a gated activation). On CPU each expert gathers its rows, passes them through both products while
+they are in the cache and adds its results to their tokens, in scratch memory that all experts share:
+for backward it keeps its inputs and the products of fc1 alone. On GPU it is composed of gathering,
+grouped products, the fused activation and summing.
 """
 
 from __future__ import annotations
@@ -20,51 +21,62 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moesys.kernels import activation
 from moesys.kernels import grouped_matmul as products
+from moesys.kernels import permute as permutation
 from moesys.kernels.choose import choose
+from moesys.kernels.permute import Permutation
 
 BLOCK = 2**18
 """Elements of the inner activation that are worked on at once: fits a core's second-level cache."""
 
 
 def reference(
-    x_NH: Tensor,
+    x_TH: Tensor,
     fc1_EHGF: Tensor,
     fc2_EFH: Tensor,
     counts_E: Tensor,
     kind: str = "swiglu",
     weight_N: Tensor | None = None,
     bias1_EGF: Tensor | None = None,
+    p: Permutation | None = None,
 ) -> Tensor:
     """`expert_ffn` by its definition."""
-    h = products.reference(x_NH, fc1_EHGF.flatten(2), counts_E).unflatten(1, fc1_EHGF.shape[2:])
+    rows = x_TH if p is None else permutation.reference(x_TH, p)
+    h = products.reference(rows, fc1_EHGF.flatten(2), counts_E).unflatten(1, fc1_EHGF.shape[2:])
     if bias1_EGF is not None:
         h = h + bias1_EGF.repeat_interleave(counts_E, 0)
-    return products.reference(activation.reference(h, kind, weight_N), fc2_EFH, counts_E)
+    out = products.reference(activation.reference(h, kind, weight_N), fc2_EFH, counts_E)
+    return out if p is None else permutation.reference_unpermute(out, p)
 
 
 def expert_ffn(
-    x_NH: Tensor,
+    x_TH: Tensor,
     fc1_EHGF: Tensor,
     fc2_EFH: Tensor,
     counts_E: Tensor,
     kind: str = "swiglu",
     weight_N: Tensor | None = None,
     bias1_EGF: Tensor | None = None,
+    p: Permutation | None = None,
 ) -> Tensor:
-    """`(act(x · fc1 + bias1) · weight) · fc2`, each row with its expert's weights: [N, H].
+    """`(act(row · fc1 + bias1) · weight) · fc2`, each row with its expert's weights.
 
-    x, weights and bias of one floating type; `counts_E` int64 [E], sum N, any 0; `weight_N` float32
-    (or wider), the routing weights, None for 1; `kind` as in `moesys.kernels.activation`.
+    Without `p`, x are the rows [N, H] sorted by expert, and so is the result. With it they are tokens
+    [T, H], whose rows `p` names, and the result [T, H] sums each token's rows. x, weights and bias of one
+    floating type; `counts_E` int64 [E], sum N, any 0; `weight_N` float32 (or wider), the routing weights,
+    None for 1; `kind` as in `moesys.kernels.activation`.
     """
-    way = choose(x_NH, "expert_ffn")
+    way = choose(x_TH, "expert_ffn")
     if way == "reference":
-        return reference(x_NH, fc1_EHGF, fc2_EFH, counts_E, kind, weight_N, bias1_EGF)
-    if way == "torch" and not x_NH.is_cuda:
-        return _blocked(x_NH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, kind)[0]
-    h = products.grouped_matmul(x_NH, fc1_EHGF.flatten(2), counts_E).unflatten(1, fc1_EHGF.shape[2:])
+        return reference(x_TH, fc1_EHGF, fc2_EFH, counts_E, kind, weight_N, bias1_EGF, p)
+    if way == "torch" and not x_TH.is_cuda:
+        index = None if p is None else p.token_A
+        return _blocked(x_TH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, index, kind)[0]
+    rows = x_TH if p is None else permutation.permute(x_TH, p)
+    h = products.grouped_matmul(rows, fc1_EHGF.flatten(2), counts_E).unflatten(1, fc1_EHGF.shape[2:])
     if bias1_EGF is not None:
         h = h + bias1_EGF.repeat_interleave(counts_E, 0, output_size=len(h))
-    return products.grouped_matmul(activation.activate(h, kind, weight_N), fc2_EFH, counts_E)
+    out = products.grouped_matmul(activation.activate(h, kind, weight_N), fc2_EFH, counts_E)
+    return out if p is None else permutation.unpermute(out, p)
 
 
 @dataclass(frozen=True)
@@ -130,29 +142,45 @@ def _target(name: str, out: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("moesys::expert_ffn", mutates_args=())
 def _blocked(
-    x_NH: Tensor,
+    x_TH: Tensor,
     fc1: Tensor,
     fc2: Tensor,
     counts_E: Tensor,
     weight_N: Tensor | None,
     bias1: Tensor | None,
+    index_N: Tensor | None,
     kind: str,
 ) -> tuple[Tensor, Tensor]:
-    """(output [N, H], h [N, G, F])."""
-    wide = _type(x_NH)
-    out = torch.empty_like(x_NH)
-    h = x_NH.new_empty(x_NH.shape[0], *fc1.shape[2:])
+    """(output, in the shape of x; h [N, G, F]). `index_N`: the token of each row, None if x are the rows."""
+    wide, rows = _type(x_TH), len(x_TH) if index_N is None else len(index_N)
+    out = torch.empty_like(x_TH) if index_N is None else torch.zeros_like(x_TH, dtype=wide)
+    h = x_TH.new_empty(rows, *fc1.shape[2:])
     for block in _blocks(counts_E.tolist(), fc2.shape[1]):
-        x, y = _as(x_NH[block.rows], wide), _target("y", out[block.rows], wide)
+        x = _rows(x_TH, block, index_N, wide)
         hidden = _target("h", h[block.rows], wide)
         _products(x, fc1[block.experts].flatten(2), hidden.flatten(1), block.counts)
         if bias1 is not None:
             _add_bias(hidden, bias1[block.experts], block.counts)
         inner = activation.forward(hidden, kind, None if weight_N is None else weight_N[block.rows])
+        y = _scratch("y", tuple(x.shape), wide)
         _products(inner, fc2[block.experts], y, block.counts)
-        if wide != x_NH.dtype:
-            h[block.rows], out[block.rows] = hidden, y
-    return out, h
+        _give(out, y, block, index_N)
+        if wide != x_TH.dtype:
+            h[block.rows] = hidden
+    return _as(out, x_TH.dtype), h
+
+
+def _rows(x: Tensor, block: _Block, index_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows of a block, in the type to compute in."""
+    return _as(x[block.rows] if index_N is None else x.index_select(0, index_N[block.rows]), dtype)
+
+
+def _give(out: Tensor, y: Tensor, block: _Block, index_N: Tensor | None) -> None:
+    """Put a block's results where they belong: in their rows, or on top of their tokens."""
+    if index_N is None:
+        out[block.rows] = y
+    else:
+        out.index_add_(0, index_N[block.rows], y)
 
 
 def _products(x: Tensor, w_EKM: Tensor, out: Tensor, counts: list[int]) -> None:
@@ -180,83 +208,85 @@ def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
 
 @torch.library.custom_op("moesys::expert_ffn_backward", mutates_args=())
 def _blocked_backward(
-    grad_NH: Tensor,
-    x_NH: Tensor,
+    grad_TH: Tensor,
+    x_TH: Tensor,
     fc1: Tensor,
     fc2: Tensor,
     counts_E: Tensor,
     weight_N: Tensor | None,
     bias1: Tensor | None,
+    index_N: Tensor | None,
     h_NGF: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, fc1, fc2, weight and bias1; the last two are empty without their inputs."""
-    wide, counts = _type(x_NH), counts_E.tolist()
-    grad_x = torch.empty_like(x_NH)
+    wide, counts = _type(x_TH), counts_E.tolist()
+    grad_x = torch.empty_like(x_TH) if index_N is None else torch.zeros_like(x_TH, dtype=wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
     fresh = torch.empty_like if all(counts) else torch.zeros_like
     grad1, grad2 = fresh(fc1), fresh(fc2)
-    grad_weight = x_NH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
-    grad_bias = x_NH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)
+    grad_weight = x_TH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
+    grad_bias = x_TH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)
     for block in _blocks(counts, fc2.shape[1]):
-        rows, experts = block.rows, block.experts
-        x, dy, h = (_as(t[rows], wide) for t in (x_NH, grad_NH, h_NGF))
+        experts, h = block.experts, _as(h_NGF[block.rows], wide)
+        x, dy = (_rows(t, block, index_N, wide) for t in (x_TH, grad_TH))
         d_inner = _scratch("inner", (len(x), fc2.shape[1]), wide)
         _products(dy, fc2[experts].mT, d_inner, block.counts)
-        weight = None if weight_N is None else weight_N[rows]
+        weight = None if weight_N is None else weight_N[block.rows]
         dh = _scratch("dh", tuple(h.shape), wide)
         inner, dh, dw = activation.backward(d_inner, h, kind, weight, out=dh)
         _weight_grads(inner, dy, grad2[experts], block.counts)
         _weight_grads(x, dh.flatten(1), grad1[experts].flatten(2), block.counts)
-        dx = _target("dx", grad_x[rows], wide)
+        dx = _scratch("y", tuple(x.shape), wide)
         _products(dh.flatten(1), fc1[experts].flatten(2).mT, dx, block.counts)
-        if wide != x_NH.dtype:
-            grad_x[rows] = dx
+        _give(grad_x, dx, block, index_N)
         if dw is not None:
-            grad_weight[rows] = dw
+            grad_weight[block.rows] = dw
         if bias1 is not None:
             for out, part in zip(grad_bias[experts].unbind(), dh.split(block.counts), strict=True):
                 out += part.sum(0)
-    return grad_x, grad1, grad2, grad_weight, grad_bias
+    return _as(grad_x, x_TH.dtype), grad1, grad2, grad_weight, grad_bias
 
 
 @_blocked.register_fake
-def _(x_NH, fc1, fc2, counts_E, weight_N, bias1, kind):
-    return torch.empty_like(x_NH), x_NH.new_empty(x_NH.shape[0], *fc1.shape[2:])
+def _(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind):
+    rows = len(x_TH) if index_N is None else len(index_N)
+    return torch.empty_like(x_TH), x_TH.new_empty(rows, *fc1.shape[2:])
 
 
 @_blocked_backward.register_fake
-def _(grad_NH, x_NH, fc1, fc2, counts_E, weight_N, bias1, h_NGF, kind):
-    weight = x_NH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
-    bias = x_NH.new_empty(0) if bias1 is None else torch.empty_like(bias1)
-    return torch.empty_like(x_NH), torch.empty_like(fc1), torch.empty_like(fc2), weight, bias
+def _(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind):
+    weight = x_TH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
+    bias = x_TH.new_empty(0) if bias1 is None else torch.empty_like(bias1)
+    return torch.empty_like(x_TH), torch.empty_like(fc1), torch.empty_like(fc2), weight, bias
 
 
 def _save(ctx, inputs, output) -> None:
-    x_NH, fc1, fc2, counts_E, weight_N, bias1, ctx.kind = inputs
+    *tensors, ctx.kind = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_NH, fc1, fc2, counts_E, weight_N, bias1, output[1])
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx, grad_NH: Tensor | None, _: Tensor | None):
-    x_NH, fc1, fc2, counts_E, weight_N, bias1, h = ctx.saved_tensors
-    if grad_NH is None:
-        return (None,) * 7
-    grads = _blocked_backward(grad_NH.contiguous(), x_NH, fc1, fc2, counts_E, weight_N, bias1, h, ctx.kind)
-    weight, bias = (None if given is None else g for given, g in zip((weight_N, bias1), grads[3:], strict=True))
-    return *grads[:3], None, weight, bias, None
+def _backward(ctx, grad_TH: Tensor | None, _: Tensor | None):
+    if grad_TH is None:
+        return (None,) * 8
+    saved = ctx.saved_tensors
+    grads = _blocked_backward(grad_TH.contiguous(), *saved, ctx.kind)
+    weight, bias = (None if given is None else g for given, g in zip(saved[4:6], grads[3:], strict=True))
+    return *grads[:3], None, weight, bias, None, None
 
 
 _blocked.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)
-def _flops(x_shape, fc1_shape, fc2_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(x_shape, fc1_shape, fc2_shape, counts_shape, weight, bias, index, *args, out_shape=None, **kwargs) -> int:
     """So that torch's FlopCounterMode sees through the operation."""
-    return 2 * x_shape[0] * x_shape[1] * fc2_shape[1] * (fc1_shape[2] + 1)
+    rows = x_shape[0] if index is None else index[0]
+    return 2 * rows * x_shape[1] * fc2_shape[1] * (fc1_shape[2] + 1)
 
 
 @register_flop_formula(torch.ops.moesys.expert_ffn_backward)
-def _flops_backward(grad_shape, x_shape, fc1_shape, fc2_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _flops(x_shape, fc1_shape, fc2_shape)
+def _flops_backward(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
+    return 2 * _flops(*shapes)

@@ -83,8 +83,10 @@ def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> 
         # On CPU keys and values are repeated for every query head.
         keys = a.heads if config.cluster.device == "cpu" else a.kv_heads or a.heads
         core = (2 * a.heads + 2 * keys) * m.head_dim
-    attention = 3 * stream + (core + (a.heads * m.head_dim if not selective else 0)) / tp
-    elements = attention + (stream if selective else 3 * stream) + _ffn(shape, layer, tp, selective)
+    # A norm keeps its input alone, on the sequence's shards also what it scaled.
+    streams = 3 if tp > 1 and config.parallel.sp else 2
+    attention = streams * stream + (core + (a.heads * m.head_dim if not selective else 0)) / tp
+    elements = attention + (stream if selective else streams * stream) + _ffn(shape, layer, tp, selective)
     return tokens * elements * shape.width
 
 
@@ -94,9 +96,9 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
     if m.moe is None or not m.is_moe(layer):
         return inner * (m.ffn_hidden or 0) / tp
     moe = m.moe
-    # Of each row the experts keep their input (selective: their output) and the products of fc1;
-    # where rows travel, their outputs are kept for the gradient of the routing weights.
-    rows = 1 if shape.degrees.ep * shape.degrees.etp == 1 else 2
+    # Of each row the experts keep the products of fc1; where rows travel, also what arrived, and what
+    # came back for the gradient of the routing weights.
+    rows = 0 if shape.degrees.ep * shape.degrees.etp == 1 else 2
     routed = moe.top_k * (rows * m.hidden + (2 if moe.gated else 1) * moe.ffn_hidden)
     return (routed + 4 * moe.experts + inner * moe.shared_width) / tp
 

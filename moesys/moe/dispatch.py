@@ -6,14 +6,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moesys.kernels.permute import Permutation, permute, sort_by_expert, unpermute
+from moesys.kernels.permute import Permutation, sort_by_expert
 from moesys.moe.routing import Routing
 
 
 class ExpertsFunction(Protocol):
-    """(rows [N, H] sorted by expert, tokens_per_expert [E_local], weight [N] or None) → outputs [N, H]."""
+    """`Experts.forward`: rows sorted by expert, or tokens with their permutation, → outputs of the same shape."""
 
-    def __call__(self, rows_NH: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None, /) -> Tensor: ...
+    def __call__(
+        self,
+        x_NH: Tensor,
+        tokens_per_expert: Tensor,
+        weight_N: Tensor | None = None,
+        p: Permutation | None = None,
+        /,
+    ) -> Tensor: ...
 
 
 class Dispatcher:
@@ -29,12 +36,12 @@ class Dispatcher:
     def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
         """Σ over a token's assignments of weight · expert(x): [T, H] in the type of x."""
         p = sort_by_expert(routing.token_A, routing.expert_A, len(x_TH), self.experts)
-        return self.combine(permute(x_TH, p), p, routing.weight_A.index_select(0, p.order_A), experts)
+        return self.combine(x_TH, p, routing.weight_A.index_select(0, p.order_A), experts)
 
-    def combine(self, rows_AH: Tensor, p: Permutation, weight_A: Tensor, experts: ExpertsFunction) -> Tensor:
-        """The tokens' weighted sums [T, H] from their rows and weights sorted by expert."""
-        # Weighing inside the experts, before their last product, spares keeping their outputs.
-        return unpermute(experts(rows_AH, p.counts_E, weight_A), p)
+    def combine(self, x_TH: Tensor, p: Permutation, weight_A: Tensor, experts: ExpertsFunction) -> Tensor:
+        """The tokens' weighted sums [T, H]; `p` and `weight_A` of their rows sorted by expert."""
+        # Gathered, weighed and summed by the experts themselves, rows need not be kept for backward.
+        return experts(x_TH, p.counts_E, weight_A, p)
 
     def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
         """Outputs of the experts for rows [A, H] sorted by expert, `counts_E` int64 [E] of them each."""

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from moesys.kernels import activation as kernel
 from moesys.kernels.expert_ffn import expert_ffn
+from moesys.kernels.permute import Permutation, unpermute
 
 
 def local(weight: Tensor) -> Tensor:
@@ -40,23 +41,33 @@ class Experts(nn.Module):
         """First of the outputs that this device's slice of fc2_bias belongs to: devices that share an
         expert by its inner size share its output bias by its outputs, so that their sum has it once."""
 
-    def forward(self, rows_NH: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_NH: Tensor,
+        tokens_per_expert: Tensor,
+        weight_N: Tensor | None = None,
+        p: Permutation | None = None,
+    ) -> Tensor:
         """Outputs [N, H], times `weight_N`, of rows [N, H] sorted by expert.
 
-        `tokens_per_expert` int64 [E], sum N; `weight_N` float32 [N], None for 1. Any count, and N
-        itself, may be 0: gradients of the weights are then zeros, not None, so that every device takes
-        part in every collective that follows.
+        `tokens_per_expert` int64 [E], sum N; `weight_N` float32 [N], None for 1. With `p`, x are tokens
+        [T, H] whose rows `p` names, and each token's outputs are summed: [T, H]. Any count, and N itself,
+        may be 0: gradients of the weights are then zeros, not None, so that every device takes part in
+        every collective that follows.
         """
-        fc1, fc2 = (local(w).to(rows_NH.dtype) for w in (self.fc1, self.fc2))
-        bias1 = None if self.fc1_bias is None else local(self.fc1_bias).to(rows_NH.dtype)
-        out = expert_ffn(rows_NH, fc1, fc2, tokens_per_expert, self.activation, weight_N, bias1)
-        return out if self.fc2_bias is None else out + self._output_bias(out, tokens_per_expert, weight_N)
+        fc1, fc2 = (local(w).to(x_NH.dtype) for w in (self.fc1, self.fc2))
+        bias1 = None if self.fc1_bias is None else local(self.fc1_bias).to(x_NH.dtype)
+        out = expert_ffn(x_NH, fc1, fc2, tokens_per_expert, self.activation, weight_N, bias1, p)
+        if self.fc2_bias is None:
+            return out
+        rows = self._output_bias(out, tokens_per_expert, weight_N)
+        return out + (rows if p is None else unpermute(rows, p))
 
-    def _output_bias(self, out_NH: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None) -> Tensor:
+    def _output_bias(self, out: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None) -> Tensor:
         assert self.fc2_bias is not None
-        bias = local(self.fc2_bias).to(out_NH.dtype)
-        rows = bias.repeat_interleave(tokens_per_expert, 0, output_size=len(out_NH))
+        bias = local(self.fc2_bias).to(out.dtype)
+        rows = bias.repeat_interleave(tokens_per_expert, 0)
         if weight_N is not None:
             rows = rows * weight_N.unsqueeze(-1).to(rows.dtype)
-        rest = out_NH.shape[1] - rows.shape[1] - self.fc2_bias_start
+        rest = out.shape[1] - rows.shape[1] - self.fc2_bias_start
         return nn.functional.pad(rows, (self.fc2_bias_start, rest))

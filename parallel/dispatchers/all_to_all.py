@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesys.kernels.permute import Permutation, unpermute
+from moesys.kernels.permute import Permutation, permute, unpermute
 from moesys.moe.dispatch import Dispatcher, ExpertsFunction
 from moesys.parallel import comm
 
@@ -28,8 +28,8 @@ class AllToAllDispatcher(Dispatcher):
         super().__init__(experts)
         self.group, self.ep, self.etp = group, ep, etp
 
-    def combine(self, rows_AH: Tensor, p: Permutation, weight_A: Tensor, experts: ExpertsFunction) -> Tensor:
-        return unpermute(self.run(rows_AH, p.counts_E, experts), p, weight_A)
+    def combine(self, x_TH: Tensor, p: Permutation, weight_A: Tensor, experts: ExpertsFunction) -> Tensor:
+        return unpermute(self.run(permute(x_TH, p), p.counts_E, experts), p, weight_A)
 
     def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
         local = self.experts // self.ep
