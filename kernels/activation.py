@@ -117,7 +117,7 @@ class _Activate(torch.autograd.Function):
 
             return *kernel.activate_backward(grad_NF, h_NGF, ctx.kind, weight_N), None
         wide = torch.promote_types(h_NGF.dtype, torch.float32)
-        _, grad_h, grad_weight = backward(grad_NF.to(wide), h_NGF.to(wide), ctx.kind, weight_N)
+        grad_h, grad_weight = backward(grad_NF.to(wide), h_NGF.to(wide), ctx.kind, weight_N)
         return grad_h.to(h_NGF.dtype), grad_weight, None
 
 
@@ -132,31 +132,33 @@ def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
     return out.to(h_NGF.dtype)
 
 
-def backward(
-    grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(activation · weight [N, F], gradient of h [N, G, F], gradient of the weight [N] or None).
+def backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(gradient of h [N, G, F], gradient of the weight [N] or None); all of one type, float32 or wider."""
+    upstream = grad_NF.clone() if weight_N is None else grad_NF * weight_N.unsqueeze(-1)
+    inner, dh, _ = backward_in_place(upstream, h_NGF, kind, torch.empty_like(h_NGF))
+    return dh, None if weight_N is None else torch.linalg.vecdot(grad_NF, inner).to(weight_N.dtype)
 
-    All of one type, float32 or wider. `out`: where to put the gradient of h.
+
+def backward_in_place(grad_NF: Tensor, h_NGF: Tensor, kind: str, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(activation [N, F], gradient of h, written to `dh` [N, G, F], Σ_f gradient · activation [N]).
+
+    Without routing weights; overwrites `grad_NF`.
     """
     k, g = KINDS[kind], h_NGF[:, 0]
-    dh = torch.empty_like(h_NGF) if out is None else out
     inner = k.value(g)
-    upstream = grad_NF if weight_N is None else grad_NF * weight_N.unsqueeze(-1)
     if k.gated:
         u, du = h_NGF[:, 1], dh[:, 1]
-        torch.mul(upstream, inner, out=du)
+        linear = u if k.linear is None else k.linear(u)
+        torch.mul(grad_NF, inner, out=du)
+        along = torch.linalg.vecdot(du, linear)
         if k.linear_backward is not None:
             du.copy_(k.linear_backward(du, u))
-        linear = u if k.linear is None else k.linear(u)
-        # Gradients must not be overwritten where they are the caller's.
-        upstream = upstream * linear if weight_N is None else upstream.mul_(linear)
+        grad_NF.mul_(linear)
         inner = inner.mul_(linear)
-    if k.value_backward_out is not None:
-        k.value_backward_out(upstream, g, grad_input=dh[:, 0])
     else:
-        dh[:, 0] = k.value_backward(upstream, g)
-    if weight_N is None:
-        return inner, dh, None
-    grad_weight = torch.linalg.vecdot(grad_NF, inner).to(weight_N.dtype)
-    return inner.mul_(weight_N.unsqueeze(-1)), dh, grad_weight
+        along = torch.linalg.vecdot(grad_NF, inner)
+    if k.value_backward_out is not None:
+        k.value_backward_out(grad_NF, g, grad_input=dh[:, 0])
+    else:
+        dh[:, 0] = k.value_backward(grad_NF, g)
+    return inner, dh, along

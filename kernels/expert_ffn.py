@@ -183,11 +183,17 @@ def _give(out: Tensor, y: Tensor, block: _Block, index_N: Tensor | None) -> None
         out.index_add_(0, index_N[block.rows], y)
 
 
-def _products(x: Tensor, w_EKM: Tensor, out: Tensor, counts: list[int]) -> None:
+def _not_zero(weight: Tensor) -> Tensor:
+    """Routing weights to divide by: one of zero becomes too small to matter, and keeps its own gradient."""
+    return weight.masked_fill(weight == 0, 1e-30)
+
+
+def _products(x: Tensor, w_EKM: Tensor, out: Tensor, counts: list[int]) -> Tensor:
     """out = x · w, each expert's rows with its own matrix."""
     for x_e, w, out_e in zip(x.split(counts), w_EKM.unbind(), out.split(counts), strict=True):
         if len(x_e):
             torch.mm(x_e, _as(w, x.dtype), out=out_e)
+    return out
 
 
 def _weight_grads(x: Tensor, grad: Tensor, out_EKM: Tensor, counts: list[int]) -> None:
@@ -230,18 +236,18 @@ def _blocked_backward(
     for block in _blocks(counts, fc2.shape[1]):
         experts, h = block.experts, _as(h_NGF[block.rows], wide)
         x, dy = (_rows(t, block, index_N, wide) for t in (x_TH, grad_TH))
-        d_inner = _scratch("inner", (len(x), fc2.shape[1]), wide)
-        _products(dy, fc2[experts].mT, d_inner, block.counts)
-        weight = None if weight_N is None else weight_N[block.rows]
-        dh = _scratch("dh", tuple(h.shape), wide)
-        inner, dh, dw = activation.backward(d_inner, h, kind, weight, out=dh)
+        weight = None if weight_N is None else _not_zero(weight_N[block.rows])
+        if weight is not None:
+            dy = dy * weight.to(wide).unsqueeze(-1)
+        d_inner = _products(dy, fc2[experts].mT, _scratch("inner", (len(x), fc2.shape[1]), wide), block.counts)
+        inner, dh, along = activation.backward_in_place(d_inner, h, kind, _scratch("dh", tuple(h.shape), wide))
+        if weight is not None:
+            grad_weight[block.rows] = along / weight
         _weight_grads(inner, dy, grad2[experts], block.counts)
         _weight_grads(x, dh.flatten(1), grad1[experts].flatten(2), block.counts)
         dx = _scratch("y", tuple(x.shape), wide)
         _products(dh.flatten(1), fc1[experts].flatten(2).mT, dx, block.counts)
         _give(grad_x, dx, block, index_N)
-        if dw is not None:
-            grad_weight[block.rows] = dw
         if bias1 is not None:
             for out, part in zip(grad_bias[experts].unbind(), dh.split(block.counts), strict=True):
                 out += part.sum(0)

@@ -16,6 +16,7 @@ KEPT = {
     aten.addmm.default,
     aten._grouped_mm.default,
     torch.ops.moesys.grouped_matmul.default,
+    torch.ops.moesys.grouped_mm.default,
     torch.ops.moesys.expert_ffn.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,

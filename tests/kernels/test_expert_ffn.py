@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moesys.kernels import activation, expert_ffn
+from moesys.kernels.permute import sort_by_expert
 
 H, F = 6, 5
 
@@ -40,7 +41,9 @@ def test_equals_a_loop_over_experts(monkeypatch, counts, kind, block):
     torch.manual_seed(0)
     rows, parts = sum(counts), activation.KINDS[kind].parts
     shapes = [(rows, H), (4, H, parts, F), (4, F, H), (4, parts, F), (rows,)]
-    inputs = [(4 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in shapes]
+    inputs = [4 * torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    inputs[-1][::3] = 0  # a weight of zero has a gradient too
+    inputs = [x.requires_grad_() for x in inputs]
     target = torch.randn(rows, H, dtype=torch.float64)
 
     def ours(x, fc1, fc2, bias, weight):
@@ -54,6 +57,29 @@ def test_equals_a_loop_over_experts(monkeypatch, counts, kind, block):
     grads = torch.autograd.grad((found * target).sum(), inputs)
     for a, b in zip(grads, torch.autograd.grad((wanted * target).sum(), inputs, allow_unused=True), strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+@pytest.mark.parametrize("block", [1, 2**18], ids=["each", "all"])
+@pytest.mark.parametrize("tokens", [[0, 0, 1, 2, 2, 2], [], [4], [0, 2, 4]])
+def test_gathers_its_rows_and_sums_them_by_token(monkeypatch, tokens, block):
+    monkeypatch.setattr(expert_ffn, "BLOCK", block)
+    torch.manual_seed(0)
+    token = torch.tensor(tokens, dtype=torch.int64)
+    p = sort_by_expert(token, torch.randint(0, 4, token.shape), 5, 4)
+    shapes = [(5, H), (4, H, 2, F), (4, F, H), (len(tokens),)]
+    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    target = torch.randn(5, H, dtype=torch.float64)
+    x, fc1, fc2, weight = inputs
+    found = expert_ffn.expert_ffn(x, fc1, fc2, p.counts_E, "swiglu", weight, None, p)
+    rows = loop(x[p.token_A], fc1, fc2, p.counts_E.tolist(), "swiglu", weight, torch.zeros(4, 2, F).double())
+    expected = torch.zeros(5, H, dtype=torch.float64)
+    for token, row in zip(p.token_A.tolist(), rows, strict=True):
+        expected = expected + torch.nn.functional.one_hot(torch.tensor(token), 5)[:, None] * row
+    torch.testing.assert_close(found, expected)
+    grads = torch.autograd.grad((found * target).sum(), inputs)
+    expected = expected + 0 * sum(x.sum() for x in inputs)
+    for a, b in zip(grads, torch.autograd.grad((expected * target).sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("emulated", [True, False])
