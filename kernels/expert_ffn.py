@@ -296,3 +296,11 @@ def _flops(x_shape, fc1_shape, fc2_shape, counts_shape, weight, bias, index, *ar
 @register_flop_formula(torch.ops.moesys.expert_ffn_backward)
 def _flops_backward(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
     return 2 * _flops(*shapes)
+
+
+PRODUCTS = (
+    torch.ops.moesys.grouped_matmul.default,
+    torch.ops.moesys.grouped_mm.default,
+    torch.ops.moesys.expert_ffn.default,
+)
+"""The operations whose results are products: selective recomputation keeps them."""

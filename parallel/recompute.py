@@ -9,15 +9,15 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from moesys.kernels import expert_ffn
+
 aten, collective = torch.ops.aten, torch.ops._c10d_functional
 KEPT = {
     aten.mm.default,
     aten.bmm.default,
     aten.addmm.default,
     aten._grouped_mm.default,
-    torch.ops.moesys.grouped_matmul.default,
-    torch.ops.moesys.grouped_mm.default,
-    torch.ops.moesys.expert_ffn.default,
+    *expert_ffn.PRODUCTS,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
