@@ -59,7 +59,9 @@ def groups(degrees: Degrees) -> dict[str, list[list[int]]]:
     """All process groups with more than one rank, by kind."""
     found = {}
     for kind, (along, axes) in GROUPS.items():
-        if prod(degrees.sizes(along)) > 1:
+        # Context ranks share the shards of weights, where weights are sharded at all.
+        unused = kind == "data shards" and degrees.dp_shard == 1
+        if prod(degrees.sizes(along)) > 1 and not unused:
             found[kind] = degrees.groups(along, axes)
     return found
 
@@ -165,23 +167,30 @@ def _size(size: float) -> str:
 
 def _ranks(config: Config, facts: dict[str, Any]) -> Group:
     """What the ranks of each stage hold; stages that are alike share a row."""
-    limit = config.cluster.memory_gib
     holds = Table("pp rank", "stages", "parameters", "active", title="held by each rank", title_justify="left")
     memory = Table("pp rank", *KINDS, "total", title="estimated memory of each rank", title_justify="left")
-    verdicts = []
     for number, rank in enumerate(facts["pipeline_ranks"]):
         size = rank["memory_bytes"]
         holds.add_row(
             str(number), "; ".join(rank["stages"]), f"{rank['parameters']:,}", f"{rank['active_parameters']:,}"
         )
         memory.add_row(str(number), *(_size(size[kind]) for kind in (*KINDS, "total")))
-        if limit is not None:
-            verdicts.append(size["total"] / 2**30 / limit)
-    if not verdicts:
+    limit = config.cluster.memory_gib
+    if limit is None:
         return Group(holds, memory)
-    fullest = max(verdicts)
-    text = f"memory of the fullest rank: {fullest:.0%} of {limit:g} GiB" + ("" if fullest <= 1 else ": DOES NOT FIT")
-    return Group(holds, memory, Text(text, style="bold red" if fullest > 1 else ""))
+    what, size = _fullest(config, facts)
+    share = size / 2**30 / limit
+    text = f"memory of the fullest {what}: {share:.0%} of {limit:g} GiB" + ("" if share <= 1 else ": DOES NOT FIT")
+    return Group(holds, memory, Text(text, style="bold red" if share > 1 else ""))
+
+
+def _fullest(config: Config, facts: dict[str, Any]) -> tuple[str, float]:
+    """What `cluster.memory_gib` is the memory of, and the most bytes that one of them needs."""
+    needs = [rank["memory_bytes"]["total"] for rank in facts["pipeline_ranks"]]
+    if config.cluster.device != "cpu":
+        return "rank", max(needs)
+    per_stage = facts["world_size"] // len(needs)
+    return "node", max(sum(needs[rank // per_stage] for rank in ranks) for ranks in facts["nodes"])
 
 
 def _traffic(facts: dict[str, Any]) -> Table:

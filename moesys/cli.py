@@ -45,12 +45,13 @@ def launch(arguments: argparse.Namespace) -> int:
         return 0
     from moesys.config.load import dump
     from moesys.launchers.launch import launch as start
+    from moesys.launchers.lock import locked
     from moesys.launchers.spec import RunSpec
 
     spec = RunSpec.of(config)
-    spec.run_dir.mkdir(parents=True, exist_ok=True)
-    (spec.run_dir / "config.yaml").write_text(dump(spec.config))
-    return start(spec, config.launch.launcher)
+    with locked(spec.run_dir):
+        (spec.run_dir / "config.yaml").write_text(dump(spec.config))
+        return start(spec, config.launch.launcher)
 
 
 def show_config(arguments: argparse.Namespace) -> int:
@@ -76,13 +77,16 @@ def verify(arguments: argparse.Namespace) -> int:
     world = config.cluster.nodes * config.cluster.ranks_per_node
     # One thread pool per process is enough: the processes share this machine's cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    from moesys.train.verify import TOLERANCES
     from moesys.train.verify import verify as prove
 
-    print(f"{config.name}: {arguments.steps} steps in 1 process and in {world}, {arguments.dtype}", flush=True)
-    report = prove(config, world, arguments.steps, arguments.tolerance, arguments.dtype)
+    steps = "1 step" if arguments.steps == 1 else f"{arguments.steps} steps"
+    print(f"{config.name}: {steps} in 1 process and in {world}, {arguments.dtype}", flush=True)
+    tolerance = TOLERANCES[arguments.dtype] if arguments.tolerance is None else arguments.tolerance
+    report = prove(config, world, arguments.steps, tolerance, arguments.dtype)
     for kind in ("loss", "norm", "gradient", "parameter"):
         difference = getattr(report, kind)
-        verdict = "" if difference.value <= arguments.tolerance else f"  over {arguments.tolerance:g}"
+        verdict = "" if difference.value <= tolerance else f"  over {tolerance:g}"
         where = f"  at {difference.where}" if difference.where else ""
         print(f"  {kind:<9} largest relative difference {difference.value:.2e}{where}{verdict}")
     print("equal" if report.passed else "NOT EQUAL")
@@ -138,7 +142,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
     sub = command("verify", verify, "prove that a configuration equals one process")
     sub.add_argument("--steps", type=int, default=3, help="training steps (default 3)")
-    sub.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")
+    text = "largest relative difference (default: 1e-5, 1e-10 in float64, 1e-2 in bfloat16)"
+    sub.add_argument("--tolerance", type=float, help=text)
     sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     sub.add_argument("--json", type=Path, help="write the differences here")
     bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)

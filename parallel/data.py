@@ -81,11 +81,15 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
 
     from moesys.moe.layer import moe_layers
 
-    precision = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, config.train.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+    precision, exact = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for dtype in (getattr(torch, config.train.dtype), None)
     )
     unmanaged: set[Parameter] = set()
     for layer in moe_layers(model).values():
+        if config.train.dtype != "float32" and any(True for _ in layer.gate.parameters()):
+            # Routing is float32 arithmetic: its weights must not be rounded on the way.
+            _shard(layer.gate, dense, exact)
         if experts is None:
             unmanaged.update(layer.experts.parameters())
         else:

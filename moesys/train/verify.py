@@ -28,6 +28,10 @@ FLOOR = 1e-3
 around zero (the bias of a key, say): its difference is taken relative to that share instead, and its
 parameter, which Adam moves by the sign of noise, is not compared."""
 
+TOLERANCES = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 1e-2}
+"""Largest relative difference that rounding explains, by type. In bfloat16 (8 bits) near ties of the
+gate fall differently, so that this proves little: it finds gross mistakes."""
+
 EPS = 1e-5
 """Least eps of Adam in both runs. Where a gradient is as small as eps, Adam turns rounding noise into
 steps of the size of lr: that would be compared, and not the parallelism."""

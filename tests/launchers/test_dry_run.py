@@ -20,9 +20,7 @@ LARGE = [
 def test_4096_ranks_are_planned_in_seconds_without_torch(tmp_path):
     out = tmp_path / "plan.json"
     words = ["launch", str(CONFIGS / "mixtral-8x7b-16x8gpu.yaml"), "--dry-run", "--json", str(out), *LARGE]
-    program = (
-        f"import sys; from moesys import cli; sys.exit(cli.main({words!r}) or 'torch' in sys.modules)"
-    )
+    program = f"import sys; from moesys import cli; sys.exit(cli.main({words!r}) or 'torch' in sys.modules)"
     begin = monotonic()
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -50,3 +48,14 @@ def test_the_quickstart_is_shown_and_nothing_is_written(tmp_path, capsys, monkey
 def test_memory_that_does_not_fit_is_said(capsys):
     assert cli.main(["launch", str(CONFIGS / "quickstart.yaml"), "--dry-run", "cluster.memory_gib=0.001"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_on_cpu_memory_is_that_of_a_node(capsys):
+    words = ["launch", str(CONFIGS / "quickstart.yaml"), "--dry-run"]
+    shares = []
+    for device in ("cpu", "cuda"):
+        assert cli.main([*words, f"cluster.device={device}", "cluster.memory_gib=1"]) == 0
+        line = next(text for text in capsys.readouterr().out.splitlines() if "memory of the fullest" in text)
+        assert f"fullest {'node' if device == 'cpu' else 'rank'}" in line
+        shares.append(int(line.split(":")[1].split("%")[0]))
+    assert 2 * shares[1] < shares[0] <= 4 * shares[1] + 4
