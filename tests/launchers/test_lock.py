@@ -21,9 +21,9 @@ def test_a_second_launch_is_refused_and_told_by_whom(tmp_path):
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(LaunchError, match=rf"in use: another launch of this run \(process {holder.pid}\)"):
-            with locked(folder):
-                pass
+        refused = pytest.raises(LaunchError, match=rf"in use: another launch of this run \(process {holder.pid}\)")
+        with refused, locked(folder):
+            pass
         holder.kill()
         holder.wait()
     with locked(folder):  # a launch that was killed holds nothing
