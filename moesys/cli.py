@@ -54,6 +54,15 @@ def launch(arguments: argparse.Namespace) -> int:
         return start(spec, config.launch.launcher)
 
 
+def sweep(arguments: argparse.Namespace) -> int:
+    """Train the variations that a file names, and compare them."""
+    from rich.console import Console
+
+    from moesys.launchers.sweep import Sweep, run
+
+    return run(Sweep.load(arguments.config, arguments.overrides), Console())
+
+
 def show_config(arguments: argparse.Namespace) -> int:
     """Print the resolved configuration, or the schema for editors."""
     from moesys.config.load import dump, json_schema
@@ -138,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--ray-address", help="a running Ray cluster, instead of launch.ray_address")
     sub.add_argument("--dry-run", action="store_true", help="show ranks, meshes, memory; start nothing")
     sub.add_argument("--json", type=Path, help="with --dry-run: write the same facts here")
+    command("sweep", sweep, "train variations of a configuration and compare them")
     sub = command("config", show_config, "print the resolved configuration", optional=True)
     sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
     sub = command("verify", verify, "prove that a configuration equals one process")

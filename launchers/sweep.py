@@ -1,0 +1,144 @@
+"""Several variations of one configuration, trained one after another and compared in one table.
+
+moesys sweep configs/sweeps/gates.yaml
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+from rich.console import Console
+
+from moesys.config.load import dump
+from moesys.config.schema import Config, Section
+from moesys.errors import ConfigError, Problem
+from moesys.launchers import summary
+from moesys.launchers.launch import launch
+from moesys.launchers.lock import locked
+from moesys.launchers.spec import RunSpec
+from moesys.train.checked import load_checked
+
+COLUMNS = (
+    ("held-out loss", "heldout_loss", "{:.3f}"),
+    ("imbalance", "imbalance", "{:.2f}"),
+    ("dropped", "dropped", "{:.1%}"),
+    ("active parameters", "active_parameters", "{:,}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+)
+"""Heading, key and format of each figure of a run."""
+
+LAST = 0.2
+"""Share of the steps, the last ones, over which figures of single steps are averaged."""
+
+
+class SweepFile(Section):
+    """The YAML of a sweep."""
+
+    base: str
+    """The configuration that all runs share, relative to this file."""
+    overrides: list[str] = Field(default_factory=list)
+    """key.sub=value, for all runs."""
+    runs: dict[str, list[str]]
+    """Name of each run → its own overrides."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep, all legal; their folders are NAME-RUN."""
+
+    name: str
+    configs: dict[str, Config]
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Sweep:
+        """Read and check everything before anything starts; `overrides` win over the file's.
+
+        Raises:
+            ConfigError: what is wrong with the file, or with any of its runs.
+        """
+        file = _read(path)
+        base = path.parent / file.base
+        every = [*file.overrides, *overrides]
+        configs, problems = {}, []
+        for run, own in file.runs.items():
+            try:
+                configs[run] = load_checked(base, [*every, *own, f"name={path.stem}-{run}"])
+            except ConfigError as error:
+                problems += [replace(p, where=f"{path}, run {run}: {p.where}") for p in error.problems]
+        if problems:
+            raise ConfigError(problems)
+        return cls(path.stem, configs)
+
+    @property
+    def folder(self) -> Path:
+        """Where the table lies."""
+        return Path(next(iter(self.configs.values())).output.runs) / self.name
+
+
+def _read(path: Path) -> SweepFile:
+    try:
+        given = yaml.safe_load(path.read_text())
+        file = SweepFile.model_validate(given)
+    except (OSError, yaml.YAMLError) as error:
+        said = getattr(error, "strerror", None) or str(error).replace("\n", " ")
+        raise ConfigError([Problem("", f"cannot be read: {said}", where=str(path))]) from None
+    except ValidationError as error:
+        wrong = [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
+        remedy = f"a sweep has the keys {', '.join(SweepFile.model_fields)}"
+        raise ConfigError([Problem(key, message, remedy, where=str(path)) for key, message in wrong]) from None
+    if not file.runs:
+        raise ConfigError([Problem("runs", "must name at least one run", where=str(path))])
+    return file
+
+
+def run(sweep: Sweep, console: Console) -> int:
+    """Train what is not trained yet, then write and print the table; the exit code of a run that fails."""
+    for number, (name, config) in enumerate(sweep.configs.items(), 1):
+        console.print(f"{sweep.name} {number}/{len(sweep.configs)}: {name}")
+        if code := _train(config, console):
+            return code
+    rows = {name: figures(RunSpec.of(config).run_dir) for name, config in sweep.configs.items()}
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    (sweep.folder / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (sweep.folder / "table.md").write_text(table(rows))
+    console.print(table(rows), highlight=False)
+    console.print(f"also in {sweep.folder}")
+    return 0
+
+
+def _train(config: Config, console: Console) -> int:
+    spec = RunSpec.of(config)
+    text, written = dump(spec.config), spec.run_dir / "config.yaml"
+    found = summary.read(spec.run_dir)
+    if found is not None and found["steps"] == config.train.steps and written.read_text() == text:
+        console.print(f"  already trained: {spec.run_dir}")
+        return 0
+    with locked(spec.run_dir):
+        written.write_text(text)
+        return launch(spec, config.launch.launcher, console)
+
+
+def figures(run_dir: Path) -> dict[str, Any]:
+    """Every figure of a finished run: its summary, and the mean of each metric over its last steps."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    last = steps[-max(1, round(LAST * len(steps))) :]
+    means = {key: fmean(r[key] for r in last) for key, value in last[-1].items() if isinstance(value, float)}
+    return means | (summary.read(run_dir) or {})
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """One line per run, as Markdown."""
+    shown = [column for column in COLUMNS if any(row.get(column[1]) is not None for row in rows.values())]
+    lines = [["", *(heading for heading, _, _ in shown)], ["---"] * (len(shown) + 1)]
+    for name, row in rows.items():
+        cells = ["" if row.get(key) is None else form.format(row[key]) for _, key, form in shown]
+        lines.append([name, *cells])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,0 +1,74 @@
+"""Sweeps: all runs are checked before one starts, finished ones are not repeated, one table at the end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from rich.console import Console
+from support import changed
+
+from moesys import cli
+from moesys.errors import ConfigError
+from moesys.launchers.sweep import Sweep, run
+
+
+@pytest.fixture
+def file(small, tmp_path):
+    """A base configuration, and a function that writes a sweep of it."""
+    change = {
+        "model": {"layers": 1},
+        "train": {"steps": 2, "eval_sequences": 8},
+        "launch": {"launcher": "local"},
+        "output": {"runs": str(tmp_path / "runs"), "tensorboard": False},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(changed(small, change)))
+
+    def write(**content):
+        path = tmp_path / "two.yaml"
+        path.write_text(yaml.safe_dump({"base": "base.yaml", **content}, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_runs_are_trained_once_and_compared(file, tmp_path, capsys):
+    path = file(
+        overrides=["seed=3"], runs={"one": ["model.moe.top_k=1"], "dropping": ["model.moe.capacity_factor=0.5"]}
+    )
+    sweep = Sweep.load(path)
+    assert [c.name for c in sweep.configs.values()] == ["two-one", "two-dropping"]
+    assert {c.seed for c in sweep.configs.values()} == {3}
+    assert run(sweep, Console()) == 0
+    rows = json.loads((tmp_path / "runs" / "two" / "sweep.json").read_text())
+    assert rows["one"]["dropped"] == 0 and rows["dropping"]["dropped"] > 0.2
+    table = (tmp_path / "runs" / "two" / "table.md").read_text().splitlines()
+    assert table[0].startswith("|  | held-out loss | imbalance | dropped |")
+    assert table[2].split(" | ")[1] == f"{rows['one']['heldout_loss']:.3f}"
+    before = (tmp_path / "runs" / "two-one" / "metrics.jsonl").stat().st_mtime_ns
+    assert run(sweep, Console()) == 0
+    assert (tmp_path / "runs" / "two-one" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert "already trained" in capsys.readouterr().out
+
+
+def test_every_wrong_run_is_named_before_one_starts(file, tmp_path):
+    path = file(runs={"good": [], "bad": ["model.moe.top_k=9"], "worse": ["parallel.pp=7"]})
+    with pytest.raises(ConfigError) as caught:
+        Sweep.load(path)
+    text = str(caught.value)
+    assert "run bad" in text and "top_k" in text and "run worse" in text and "run good" not in text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [({"runs": {}}, "must name at least one run"), ({"rums": {}}, "keys base, overrides, runs")]
+)
+def test_a_wrong_file_is_one_message(file, content, said, capsys):
+    assert cli.main(["sweep", str(file(**content))]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_file_is_one_message(tmp_path, capsys):
+    assert cli.main(["sweep", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: cannot be read: No such file" in capsys.readouterr().err
