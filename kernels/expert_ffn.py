@@ -70,7 +70,7 @@ def expert_ffn(
         return reference(x_TH, fc1_EHGF, fc2_EFH, counts_E, kind, weight_N, bias1_EGF, p)
     if way == "torch" and not x_TH.is_cuda:
         index = None if p is None else p.token_A
-        return _blocked(x_TH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, index, kind)[0]
+        return _ExpertFFN.apply(x_TH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, index, kind)
     rows = x_TH if p is None else permutation.permute(x_TH, p)
     h = products.grouped_matmul(rows, fc1_EHGF.flatten(2), counts_E).unflatten(1, fc1_EHGF.shape[2:])
     if bias1_EGF is not None:
@@ -140,7 +140,18 @@ def _target(name: str, out: Tensor, dtype: torch.dtype) -> Tensor:
     return out if out.dtype == dtype else _scratch(name, tuple(out.shape), dtype)
 
 
-@torch.library.custom_op("moesys::expert_ffn", mutates_args=())
+_LIBRARY = torch.library.Library("moesys", "FRAGMENT")
+_LIBRARY.define(
+    "expert_ffn(Tensor x, Tensor fc1, Tensor fc2, Tensor counts, Tensor? weight, Tensor? bias1, Tensor? index, "
+    "str kind) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "expert_ffn_backward(Tensor grad, Tensor x, Tensor fc1, Tensor fc2, Tensor counts, Tensor? weight, Tensor? bias1, "
+    "Tensor? index, Tensor h, str kind) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "expert_ffn", "CPU")
 def _blocked(
     x_TH: Tensor,
     fc1: Tensor,
@@ -212,7 +223,7 @@ def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
         h_e += bias
 
 
-@torch.library.custom_op("moesys::expert_ffn_backward", mutates_args=())
+@torch.library.impl(_LIBRARY, "expert_ffn_backward", "CPU")
 def _blocked_backward(
     grad_TH: Tensor,
     x_TH: Tensor,
@@ -254,36 +265,35 @@ def _blocked_backward(
     return _as(grad_x, x_TH.dtype), grad1, grad2, grad_weight, grad_bias
 
 
-@_blocked.register_fake
+@torch.library.register_fake("moesys::expert_ffn")
 def _(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind):
     rows = len(x_TH) if index_N is None else len(index_N)
     return torch.empty_like(x_TH), x_TH.new_empty(rows, *fc1.shape[2:])
 
 
-@_blocked_backward.register_fake
+@torch.library.register_fake("moesys::expert_ffn_backward")
 def _(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind):
     weight = x_TH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
     bias = x_TH.new_empty(0) if bias1 is None else torch.empty_like(bias1)
     return torch.empty_like(x_TH), torch.empty_like(fc1), torch.empty_like(fc2), weight, bias
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.kind = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
+class _ExpertFFN(torch.autograd.Function):
+    """Derivative of the operation. Registered with it instead, it would cost more than small products."""
 
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[override]
+        out, h = torch.ops.moesys.expert_ffn(*inputs)
+        *tensors, ctx.kind = inputs
+        ctx.save_for_backward(*tensors, h)
+        return out
 
-def _backward(ctx, grad_TH: Tensor | None, _: Tensor | None):
-    if grad_TH is None:
-        return (None,) * 8
-    saved = ctx.saved_tensors
-    grads = _blocked_backward(grad_TH.contiguous(), *saved, ctx.kind)
-    weight, bias = (None if given is None else g for given, g in zip(saved[4:6], grads[3:], strict=True))
-    return *grads[:3], None, weight, bias, None, None
-
-
-_blocked.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx, grad_TH):  # type: ignore[override]
+        saved = ctx.saved_tensors
+        grads = torch.ops.moesys.expert_ffn_backward(grad_TH.contiguous(), *saved, ctx.kind)
+        weight, bias = (None if given is None else g for given, g in zip(saved[4:6], grads[3:], strict=True))
+        return *grads[:3], None, weight, bias, None, None
 
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)
