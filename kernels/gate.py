@@ -37,8 +37,7 @@ def reference(
 ) -> GateResult:
     """`gate` by its definition."""
     # Both scores ascend with the logit, which unlike them neither underflows nor saturates into ties.
-    expert_Tk = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
-    return _weigh(logits_TE, expert_Tk, score, normalize, scale)
+    return weigh(logits_TE, _sorted(logits_TE.detach(), top_k), score, normalize, scale)
 
 
 def gate(
@@ -61,11 +60,26 @@ def gate(
     if way == "triton":
         return GateResult(*_Gate.apply(logits_TE, top_k, score, normalize, scale))
     if way == "torch" and logits_TE.dtype == torch.float32:
-        return _weigh(logits_TE, _best(logits_TE.detach(), top_k), score, normalize, scale)
+        return weigh(logits_TE, _best(logits_TE.detach(), top_k), score, normalize, scale)
     return reference(logits_TE, top_k, score, normalize, scale)
 
 
-def _weigh(logits_TE: Tensor, expert_Tk: Tensor, score: Score, normalize: bool, scale: float) -> GateResult:
+def best(scores_TE: Tensor, top_k: int) -> Tensor:
+    """The `top_k` experts of largest score for each token, best first: int64 [T, k]; of equals the lowest numbers.
+
+    `scores_TE` floating [T, E]; -inf for experts that are not to be chosen. Not differentiable.
+    """
+    scores_TE = scores_TE.detach()
+    if scores_TE.dtype == torch.float32 and choose(scores_TE, "gate") != "reference":
+        return _best(scores_TE, top_k)
+    return _sorted(scores_TE, top_k)
+
+
+def weigh(
+    logits_TE: Tensor, expert_Tk: Tensor, score: Score = "softmax", normalize: bool = True, scale: float = 1.0
+) -> GateResult:
+    """`gate` where the experts of each token, int64 [T, k], are chosen already, by whatever rule."""
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     probabilities_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
     weight_Tk = probabilities_TE.gather(-1, expert_Tk)
     if normalize:
@@ -73,6 +87,10 @@ def _weigh(logits_TE: Tensor, expert_Tk: Tensor, score: Score, normalize: bool, 
     chosen = expert_Tk.flatten()
     load_E = chosen.new_zeros(logits_TE.shape[1]).scatter_add_(0, chosen, torch.ones_like(chosen))
     return GateResult(weight_Tk * scale, expert_Tk, probabilities_TE, load_E)
+
+
+def _sorted(scores_TE: Tensor, top_k: int) -> Tensor:
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
 
 
 def _best(logits_TE: Tensor, top_k: int) -> Tensor:

@@ -23,9 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from moesys.config.schema import Config
 from moesys.models.decoder import Decoder
+from moesys.moe.gates import Gate
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.parallel import context, data, expert, pipeline, tensor
-from moesys.parallel.cost import Stage
+from moesys.parallel.cost import Stage, counting_passes
 from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
 from moesys.parallel.loss import TokenLoss
@@ -74,27 +75,47 @@ class Composed:
         share of the loss.
         """
         self._mode(training=True)
+        mine = self._mine(tokens, labels, samples)
+        if counting_passes(self.config, self.mesh.degrees.dp):
+            self._count(mine)
         with self.loss.context():
-            return self.engine.train(*self._mine(tokens, labels, samples))
+            return self.engine.train(*mine)
 
     def after_step(self) -> None:
         """Let gates that follow the global batch see it. Collective over each pipeline stage."""
-        gates = [layer.gate for layer in self.moe_layers().values()]
+        for gate, total in self._totals([layer.gate for layer in self.moe_layers().values()]):
+            gate.after_step(total)
+
+    def _count(self, mine: tuple[Tensor, Tensor]) -> None:
+        """Let gates that must know the global batch before they route see it: a forward pass, as in training."""
+        layers = self.moe_layers().values()
+        kept = [layer.statistics.take() for layer in layers]
+        self._forward(mine)
+        for layer, statistics in zip(layers, kept, strict=True):
+            layer.statistics.totals = statistics
+        for gate, total in self._totals([layer.gate for layer in layers if layer.gate.counts_first]):
+            gate.before_step(total)
+
+    def _totals(self, gates: list[Gate]) -> list[tuple[Gate, Tensor]]:
+        """Of gates that have statistics: their sums over the stage's ranks, float64. Collective over the stage."""
         found = [(gate, s) for gate in gates if (s := gate.step_statistics()) is not None]
         if not found:
-            return
+            return []
         total = torch.cat([statistics.double() for _, statistics in found])
         for group in (self.mesh.group("dp_replicate", "dp_shard", "cp"), self.mesh.group("tp")):
             if group is not None:
                 dist.all_reduce(total, group=group)
-        for (gate, _), part in zip(found, total.split([s.numel() for _, s in found]), strict=True):
-            gate.after_step(part)
+        parts = total.split([s.numel() for _, s in found])
+        return [(gate, part) for (gate, _), part in zip(found, parts, strict=True)]
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         """Forward only, shapes as in `train`."""
         self._mode(training=False)
+        return self._forward(self._mine(tokens, labels, samples))
+
+    def _forward(self, mine: tuple[Tensor, Tensor]) -> Tensor:
         with self.loss.context():
-            loss = self.engine.evaluate(*self._mine(tokens, labels, samples))
+            loss = self.engine.evaluate(*mine)
         # Without a backward FSDP leaves its root's parameters whole: they would be saved as such.
         for part in self.parts:
             for module in part.modules():

@@ -53,6 +53,16 @@ class Collective:
     calls: int
 
 
+def counting_passes(config: Config, dp: int) -> int:
+    """Forward passes over the global batch before a step's own, which tell gates its load: 0 or 1.
+
+    A balance loss over the global batch needs one, unless the step is one micro-batch per data rank.
+    """
+    moe, t = config.model.moe, config.train
+    several = t.global_batch > dp * t.micro_batch
+    return int(moe is not None and moe.global_balance_loss > 0 and several)
+
+
 @dataclass(frozen=True)
 class StepShape:
     """One training step as a rank of one pipeline stage sees it."""
@@ -83,8 +93,9 @@ class StepShape:
 
     @property
     def forwards(self) -> int:
-        """Forward passes per micro-batch: full recomputation repeats each, communication included."""
-        return 2 if self.config.train.recompute == "full" else 1
+        """Forward passes per micro-batch, communication included: full recomputation repeats each."""
+        recomputed = self.config.train.recompute == "full"
+        return 1 + recomputed + counting_passes(self.config, self.degrees.dp)
 
     @property
     def width(self) -> int:

@@ -59,7 +59,7 @@ def cost(shape: StepShape) -> list[Collective]:
         return []
     d, layers = shape.degrees, sum(m.is_moe(i) for i in shape.stage.layers)
     tokens = shape.sequence_tokens / (d.cp * d.tp)
-    size = tokens * m.moe.top_k * d.etp * m.hidden * shape.width
+    size = tokens * m.moe.mean_choices * d.etp * m.hidden * shape.width
     return [Collective("all_to_all", ("ep", "etp"), size, 2 * (shape.forwards + 1) * layers * shape.micro_batches)]
 
 
@@ -70,14 +70,16 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
 
     from moesys.moe.layer import moe_layers
     from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
-    from moesys.parallel.scope import SplitMicroBatch
+    from moesys.parallel.scope import SplitMicroBatch, WholeMicroBatch
 
     spread, travel = mesh.group("cp", "tp"), mesh.group("ep", "etp")
+    data = mesh.group("dp_replicate", "dp_shard")
     experts_mesh, active = mesh.mesh("ep", "etp"), mesh.active("ep", "etp")
     for layer in moe_layers(model).values():
+        layer.scope = WholeMicroBatch(data)
         if spread is not None:
             assert model.positions is not None
-            layer.scope = SplitMicroBatch(spread, model.positions, mesh.degrees.tp, mesh.place["tp"])
+            layer.scope = SplitMicroBatch(data, spread, model.positions, mesh.degrees.tp, mesh.place["tp"])
         if travel is None or experts_mesh is None:
             continue
         layer.dispatcher = AllToAllDispatcher(layer.gate.experts, travel, mesh.degrees.ep, mesh.degrees.etp)

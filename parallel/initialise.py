@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moesys.moe.gates import cosine
 from moesys.moe.layer import moe_layers
 
 
@@ -23,7 +24,10 @@ def canonical(name: str, tied: bool) -> str:
 
 
 def initialise(part: nn.Module, seed: int, std: float, tied: bool) -> None:
-    """Fill every parameter of `part`: norms with ones, biases with zeros, the rest from N(0, std²); reset gates."""
+    """Fill every parameter of `part` and reset its gates.
+
+    Norms get ones, biases zeros, temperatures their start, all others N(0, std²).
+    """
     with torch.no_grad():
         for name, param in part.named_parameters():
             _fill(param, canonical(name, tied), seed, std)
@@ -36,6 +40,8 @@ def _fill(param: nn.Parameter, name: str, seed: int, std: float) -> None:
         param.fill_(1.0)
     elif name.endswith("bias"):
         param.zero_()
+    elif name.endswith("log_temperature"):
+        param.fill_(cosine.START)
     else:
         target: Tensor = param
         slices = tuple(slice(0, size) for size in param.shape)

@@ -99,7 +99,7 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
     # Of each row the experts keep the products of fc1; where rows travel, also what arrived, and what
     # came back for the gradient of the routing weights.
     rows = 0 if shape.degrees.ep * shape.degrees.etp == 1 else 2
-    routed = moe.top_k * (rows * m.hidden + (2 if moe.gated else 1) * moe.ffn_hidden)
+    routed = moe.mean_choices * (rows * m.hidden + (2 if moe.gated else 1) * moe.ffn_hidden)
     return (routed + 4 * moe.experts + inner * moe.shared_width) / tp
 
 

@@ -29,6 +29,7 @@ class ParallelMesh:
         self._flat: dict[tuple[str, ...], DeviceMesh] = {}
         for axes in (
             ("dp_replicate", "dp_shard", "cp"),
+            ("dp_replicate", "dp_shard"),
             ("dp_shard", "cp"),
             ("cp", "tp"),
             ("edp_replicate", "edp_shard"),

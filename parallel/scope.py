@@ -10,16 +10,31 @@ from moesys.moe.routing import MicroBatch, Tokens
 from moesys.parallel import comm
 
 
-class SplitMicroBatch(MicroBatch):
+class WholeMicroBatch(MicroBatch):
+    """A micro-batch on one rank, while `data` ranks run others; None: no others."""
+
+    def __init__(self, data: dist.ProcessGroup | None):
+        self.data = data
+
+    def sum_global(self, x: Tensor) -> Tensor:
+        x = self.sum(x)
+        return x if self.data is None else comm.total(x, self.data)
+
+
+class SplitMicroBatch(WholeMicroBatch):
     """Statistics over all ranks that hold a part of each of the micro-batch's sequences.
 
     Args:
+        data: ranks that run other micro-batches at the same place, or None.
         group: the ranks, each with as many tokens.
         positions: sequence positions of this context rank's tokens, int64 [S_local].
         tp, tp_rank: the tensor ranks, each of which sees an equal part of them.
     """
 
-    def __init__(self, group: dist.ProcessGroup, positions: Tensor, tp: int, tp_rank: int):
+    def __init__(
+        self, data: dist.ProcessGroup | None, group: dist.ProcessGroup, positions: Tensor, tp: int, tp_rank: int
+    ):
+        super().__init__(data)
         self.group, self.positions, self.tp, self.tp_rank = group, positions.chunk(tp)[tp_rank], tp, tp_rank
         self.size = group.size()
 

@@ -82,14 +82,30 @@ def _block(block: Any, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
                 output_layouts=Shard(1),
                 desired_output_layouts=stream,
             ),
-            # Tokens [T, H] are a slice over the axis: the weight's gradient is a sum over it.
-            "ffn.gate.projection": SequenceParallel(sequence_dim=0, use_local_output=True),
+            **{name: _over_tokens() for name in _used_by_tokens(ffn)},
         }
         if ffn.shared is not None:
             plan |= _feed_forward("ffn.shared", Shard(1))
     else:
         plan |= _feed_forward("ffn", stream)
     return plan
+
+
+def _over_tokens() -> ParallelStyle:
+    """Tokens [T, …] are a slice over the axis: the gradient of what is used by them is a sum over it."""
+    return SequenceParallel(sequence_dim=0, use_local_output=True)
+
+
+def _used_by_tokens(layer: MoELayer) -> list[str]:
+    """Modules with parameters in the gate and beside it, each called with the layer's tokens."""
+    parents = {"ffn.gate": layer.gate, "ffn.zero": layer.zero}
+    return [
+        f"{name}.{child}"
+        for name, parent in parents.items()
+        if parent is not None
+        for child, module in parent.named_children()
+        if any(True for _ in module.parameters())
+    ]
 
 
 def _projections(attention: Any) -> dict[str, ParallelStyle]:

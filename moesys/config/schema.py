@@ -53,8 +53,31 @@ class AttentionConfig(Section):
 class GateConfig(Section):
     """How tokens are routed; the kind alone, as a word, stands for the section."""
 
-    kind: Literal["top_k"] = "top_k"
-    """top_k: each token goes to its k best experts."""
+    kind: Literal["top_k", "cosine", "prototype"] = "top_k"
+    """top_k: each token goes to its k best experts. cosine: the same by cosines in a low dimension, with a
+    learned temperature (X-MoE). prototype: the experts in top_k groups, the best of each is used (M6-T; its
+    weights are those of normalize: false)."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """top_k, cosine: what makes logits scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
+    is softmax with normalize: true."""
+    bias: bool = False
+    """top_k, prototype: a learned bias on the logits (GPT-OSS)."""
+    noise: Literal["none", "gaussian"] = "none"
+    """top_k, cosine, prototype: in training add N(0, 1) times a learned width per expert to the logits (noisy
+    top-k, Shazeer et al. 2017)."""
+    jitter: Fraction = 0.0
+    """top_k, cosine, prototype: in training multiply the gate's input by uniform numbers from 1 ± jitter (Switch)."""
+    groups: Positive = 1
+    """top_k, cosine: equal groups of experts of which each token uses `groups_kept`, the best."""
+    groups_kept: Positive = 1
+    """top_k, cosine: groups that a token uses."""
+    group_score: Literal["max", "top2"] = "max"
+    """top_k, cosine: a group's score is its best expert's (DeepSeek-V2) or the sum of its two best (DeepSeek-V3)."""
+    second: Literal["always", "random"] = "always"
+    """top_k, cosine, with top_k 2. random: in training keep the second expert with probability min(1, 2·g), g its
+    share of the two weights (GShard)."""
+    dim: Positive | None = None
+    """cosine: the low dimension; default: half the number of experts, at least 2."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,12 +107,45 @@ class MoEConfig(Section):
     """Factor on the routing weights (DeepSeek's routed_scaling_factor)."""
     capacity_factor: PositiveFloat | None = None
     """C = ceil(capacity_factor · T · k / E) tokens per expert and micro-batch; null: dropless."""
-    drop: Literal["weight", "position"] = "weight"
-    """Over capacity, drop the assignments of lowest weight, or the latest in the micro-batch."""
+    eval_capacity_factor: PositiveFloat | None = None
+    """The same in evaluation; default: capacity_factor. E / k drops nothing."""
+    min_capacity: NonNegative = 0
+    """Least C, where there is a capacity_factor."""
+    drop: Literal["weight", "position", "choice", "priority"] = "weight"
+    """Over capacity, drop the assignments of lowest weight; the latest in the micro-batch; last choices before
+    first ones, then the latest (choice: GShard, Switch); or last choices before first ones, then tokens whose best
+    score is lowest (priority: V-MoE)."""
+    pad_to_capacity: bool = False
+    """Give every expert exactly C rows of each device, fillers among them: no shape depends on the data."""
     balance_loss: NonNegativeFloat = 0.01
-    """Coefficient α of the load-balancing loss α · E · Σ f_e · P_e."""
+    """Coefficient α of the load-balancing loss α · E · Σ f_e · P_e over a micro-batch (GShard, Switch)."""
+    sequence_balance_loss: NonNegativeFloat = 0.0
+    """Coefficient of the same over each sequence, averaged over sequences (DeepSeek-V2, DeepSeek-V3)."""
+    global_balance_loss: NonNegativeFloat = 0.0
+    """Coefficient of the same over the global batch (Qwen3), all ranks and all micro-batches. With several
+    micro-batches per step it costs a forward pass more: f_e must be known before the first backward."""
     z_loss: NonNegativeFloat = 0.0
-    """Coefficient β of the router z-loss β · mean(logsumexp²)."""
+    """Coefficient β of the router z-loss β · mean(logsumexp²) (ST-MoE)."""
+    importance_loss: NonNegativeFloat = 0.0
+    """Coefficient of CV² of the experts' summed weights in a micro-batch (Shazeer et al. 2017)."""
+    load_loss: NonNegativeFloat = 0.0
+    """Coefficient of CV² of the experts' smooth load in a micro-batch (Shazeer et al. 2017); needs gate.noise."""
+    bias_rate: NonNegativeFloat = 0.0
+    """Rate u of loss-free balancing (DeepSeek-V3: 0.001): a bias per expert, for selection only, grows after each
+    step by u · sign(mean load − load), loads of the global batch; 0: no bias."""
+    zero_experts: NonNegative = 0
+    """Experts beside `experts` that give zero: a token that chooses them uses fewer (AdaMoE's null experts, MoE++)."""
+    copy_experts: NonNegative = 0
+    """Experts beside `experts` that give their input back (MoE++)."""
+    constant_experts: NonNegative = 0
+    """Experts beside `experts` that mix their input with a learned vector (MoE++)."""
+    zero_variant: Literal["moe++", "adamoe"] = "moe++"
+    """moe++: zero-computation experts share in normalised weights and count by zero_tau in balancing losses; adamoe
+    (zero_experts alone): the chosen true experts' weights are normalised alone, and in balancing losses each zero
+    expert counts as their mean."""
+    zero_tau: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """moe++: weight τ of zero-computation experts in balancing losses; a true expert's capacity is γ·τ·T·k / (τ·E + Z)
+    (the paper has 0.75)."""
     shared_experts: NonNegative = 0
     """Experts that every token passes through, beside the routed ones."""
     shared_ffn_hidden: Positive | None = None
@@ -99,6 +155,16 @@ class MoEConfig(Section):
     def gated(self) -> bool:
         """Whether the experts' activation has a gate."""
         return self.activation in ("swiglu", "geglu", "clipped_swiglu")
+
+    @property
+    def zero_computation(self) -> int:
+        """Z: experts that the gate can choose beside the routed ones."""
+        return self.zero_experts + self.copy_experts + self.constant_experts
+
+    @property
+    def mean_choices(self) -> float:
+        """Routed experts that compute for one token: k, or on average what balance leaves of it beside Z."""
+        return self.top_k * self.experts / (self.experts + self.zero_computation)
 
     @property
     def shared_width(self) -> int:

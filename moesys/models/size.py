@@ -53,10 +53,28 @@ def _block(model: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...
         yield from _feed_forward("ffn", model.hidden, model.ffn_hidden or 0)
         return
     m, h = model.moe, model.hidden
-    yield "ffn.gate.projection.weight", (m.experts, h)
+    yield from _gate(m, h)
     yield from _experts(m, h)
+    if m.constant_experts:
+        yield "ffn.zero.mix.weight", (2 * m.constant_experts, h)
+        yield "ffn.zero.constant.weight", (h, m.constant_experts)
     if m.shared_experts:
         yield from _feed_forward("ffn.shared", h, m.shared_width)
+
+
+def _gate(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    candidates = m.experts + m.zero_computation
+    if m.gate.kind == "cosine":
+        dim = m.gate.dim or max(2, candidates // 2)
+        yield "ffn.gate.projection.down", (dim, hidden)
+        yield "ffn.gate.projection.weight", (candidates, dim)
+        yield "ffn.gate.projection.log_temperature", (1,)
+    else:
+        yield "ffn.gate.projection.weight", (candidates, hidden)
+    if m.gate.bias:
+        yield "ffn.gate.projection.bias", (candidates,)
+    if m.gate.noise == "gaussian":
+        yield "ffn.gate.noise.weight", (candidates, hidden)
 
 
 def _experts(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -104,8 +122,8 @@ def _attention(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def active_share(model: ModelConfig, weight: Weight) -> float:
-    """Share of a weight that one token uses: k / E of the routed experts, all of the others."""
-    return model.moe.top_k / model.moe.experts if weight.routed and model.moe is not None else 1.0
+    """Share of a weight that one token uses: k / E of the routed experts (or / (E + Z)), all of the others."""
+    return model.moe.mean_choices / model.moe.experts if weight.routed and model.moe is not None else 1.0
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:

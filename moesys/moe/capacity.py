@@ -1,46 +1,139 @@
-"""Capacity: how many tokens of a micro-batch one expert takes, and which assignments are dropped."""
+"""Capacity: how many tokens of a micro-batch one expert takes, and which assignments are dropped.
+
+T tokens of this device, E experts, k choices per token, A = T·k assignments, C the capacity.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moesys.moe.routing import MicroBatch
+from moesys.moe.routing import MicroBatch, Routing
+
+Drop = Literal["weight", "position", "choice", "priority"]
 
 
-def capacity(factor: float, tokens: int, top_k: int, experts: int) -> int:
+def capacity(factor: float, tokens: int, top_k: int, experts: float) -> int:
     """`ceil(factor · T · k / E)` tokens per expert (GShard, arXiv 2006.16668)."""
     return ceil(factor * tokens * top_k / experts)
 
 
-def kept(expert_A: Tensor, weight_A: Tensor, order_A: Tensor, limit: int, policy: str, scope: MicroBatch) -> Tensor:
+@dataclass(frozen=True)
+class Capacity:
+    """How many tokens of a micro-batch one expert takes, and which go when there are more.
+
+    Attributes:
+        factor: see `capacity`; None routes every token (dropless).
+        eval_factor: the same in evaluation; None for `factor`.
+        minimum: least tokens per expert.
+        drop: who goes when an expert is full. "weight": the lowest weights; "position": the latest tokens;
+            "choice": last choices before first ones, then the latest (GShard, Switch); "priority": last
+            choices before first ones, then tokens whose best score is lowest (V-MoE, arXiv 2106.05974).
+        pad: give every expert exactly C rows of each device, fillers of weight 0 among them, such that no
+            shape depends on the data.
+    """
+
+    factor: float | None = None
+    eval_factor: float | None = None
+    minimum: int = 0
+    drop: Drop = "weight"
+    pad: bool = False
+
+    def limit(self, training: bool, tokens: int, top_k: int, experts: float) -> int | None:
+        """C of a micro-batch of `tokens`, at most all of them; None for no limit."""
+        factor = self.factor if training or self.eval_factor is None else self.eval_factor
+        if factor is None:
+            return None
+        return min(max(capacity(factor, tokens, top_k, experts), self.minimum), tokens)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What tokens chose: `expert_Tk` int64, different ones per token, first choices first; `weight_Tk`.
+
+    `score_T` is what a token's priority is by. Choices not `wanted_Tk` (bool; None: all are) are no
+    assignments, and take nobody's place.
+    """
+
+    expert_Tk: Tensor
+    weight_Tk: Tensor
+    score_T: Tensor
+    wanted_Tk: Tensor | None = None
+
+
+def assign(wish: Wish, number_T: Tensor, experts: int, limit: int | None, rule: Capacity, scope: MicroBatch) -> Routing:
+    """The assignments that fit, at most `limit` of the micro-batch per expert; counts those that do not."""
+    tokens, top_k = wish.expert_Tk.shape
+    token_A = torch.arange(tokens, device=number_T.device).repeat_interleave(top_k)
+    routing = Routing(token_A, wish.expert_Tk.flatten(), wish.weight_Tk.flatten())
+    keep_A = None if wish.wanted_Tk is None else wish.wanted_Tk.flatten()
+    if limit is not None:
+        wanted_A = torch.ones_like(token_A, dtype=torch.bool) if keep_A is None else keep_A
+        keep_A = _fitting(wish, wanted_A, number_T, experts, limit, rule.drop, scope)
+        routing.dropped = wanted_A.sum() - keep_A.sum()
+    if keep_A is None:
+        return routing
+    if limit is not None and rule.pad:
+        return _padded(routing, keep_A, tokens, experts, min(limit, tokens))
+    routing.token_A, routing.expert_A = token_A[keep_A], routing.expert_A[keep_A]
+    routing.weight_A = routing.weight_A[keep_A]
+    return routing
+
+
+def _fitting(
+    wish: Wish, wanted_A: Tensor, number_T: Tensor, experts: int, limit: int, drop: Drop, scope: MicroBatch
+) -> Tensor:
     """Which of this device's assignments fit into their expert: bool [A].
 
-    Decided over the whole micro-batch, wherever its tokens lie. `order_A` (int64, unique over the
-    micro-batch) is an assignment's place in it. With policy "weight" an expert keeps its `limit`
-    assignments of largest weight, ties to the earliest; with "position" the `limit` earliest.
-
-    Weights are compared to 12 bits: tokens that are alike (a run of spaces) differ by rounding alone,
-    and which of them stays must not depend on the layout of the run.
+    Decided over the whole micro-batch, wherever its tokens lie.
     """
-    local = expert_A.shape[0]
-    expert, order = scope.gather(expert_A), scope.gather(order_A)
-    ranked = order.argsort()
-    if policy == "weight":
-        weight = _rounded(scope.gather(weight_A.detach()))
-        ranked = ranked[weight[ranked].argsort(descending=True, stable=True)]
-    ranked = ranked[expert[ranked].argsort(stable=True)]
-    sorted_expert = expert[ranked]
-    first = torch.searchsorted(sorted_expert, sorted_expert)
-    place = torch.arange(len(expert), device=expert.device) - first
-    keep = torch.empty(len(expert), dtype=torch.bool, device=expert.device)
-    keep[ranked] = place < limit
-    return keep[scope.mine(local)]
+    tokens, top_k = wish.expert_Tk.shape
+    choice_A = torch.arange(top_k, device=number_T.device).repeat(tokens)
+    # The last of `keys` counts most; each is unique to a place in the micro-batch, not in this device's part.
+    keys = [number_T.repeat_interleave(top_k) * top_k + choice_A]
+    if drop == "weight":
+        keys.append(-rounded(wish.weight_Tk.detach().flatten()))
+    elif drop == "choice":
+        keys.append(choice_A)
+    elif drop == "priority":
+        keys += [-rounded(wish.score_T.detach()).repeat_interleave(top_k), choice_A]
+    keys.append(torch.where(wanted_A, wish.expert_Tk.flatten(), experts))
+    return (places([scope.gather(key) for key in keys]) < limit)[scope.mine(tokens * top_k)] & wanted_A
 
 
-def _rounded(weight: Tensor) -> Tensor:
-    """Weights to 12 significant bits."""
+def places(keys: list[Tensor]) -> Tensor:
+    """Each row's place, from 0, among the rows of the same last key, by the other keys, the first one last."""
+    ranked = keys[0].argsort()
+    for key in keys[1:]:
+        ranked = ranked[key[ranked].argsort(stable=True)]
+    group = keys[-1][ranked].contiguous()
+    place = torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
+    return torch.empty_like(place).scatter_(0, ranked, place)
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """Weights to 12 significant bits.
+
+    Tokens that are alike (a run of spaces) differ by rounding alone, and which of them stays must not
+    depend on the layout of the run.
+    """
     mantissa, exponent = torch.frexp(weight)
     return torch.ldexp((mantissa * 4096).round(), exponent)
+
+
+def _padded(routing: Routing, keep_A: Tensor, tokens: int, experts: int, rows: int) -> Routing:
+    """The kept assignments and fillers: exactly `rows` of each expert. Nothing waits for the device."""
+    group_A = torch.where(keep_A, routing.expert_A, experts)
+    place_A = places([routing.token_A, group_A])
+    # Dropped assignments all go to one slot more, which is cut off.
+    slot_A = torch.where(keep_A, group_A * rows + place_A, experts * rows)
+    slots = torch.arange(experts * rows + 1, device=slot_A.device)
+    token_S = (slots % tokens).scatter(0, slot_A, routing.token_A)[:-1]
+    weight_S = routing.weight_A.new_zeros(len(slots)).scatter(0, slot_A, routing.weight_A)[:-1]
+    token_S, order_S = token_S.sort(stable=True)
+    padded = Routing(token_S, order_S // rows, weight_S[order_S], dropped=routing.dropped)
+    return padded

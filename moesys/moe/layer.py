@@ -13,6 +13,7 @@ from moesys.moe.dispatch import Dispatcher
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
 from moesys.moe.routing import Decision, MicroBatch
+from moesys.moe.zero import ZeroExperts
 
 
 class LayerStatistics:
@@ -29,6 +30,8 @@ class LayerStatistics:
         parts: dict[str, Tensor] = {name: loss.detach() for name, loss in decision.losses.items()}
         if decision.load_E is not None:
             parts["load"] = decision.load_E
+        if decision.zero_load is not None:
+            parts["zero"] = decision.zero_load
         parts["dropped"] = torch.as_tensor(decision.dropped, device=device)
         parts["calls"] = torch.ones((), device=device)
         for name, value in parts.items():
@@ -48,6 +51,7 @@ class MoELayer(nn.Module):
         gate: maps tokens to a `Decision`.
         experts: the routed experts.
         shared: a module [B, S, H] → [B, S, H] that takes every token, or None.
+        zero: the zero-computation experts that the gate names beside the routed ones, where any compute.
 
     Attributes:
         dispatcher: moves tokens to experts and back; one device only permutes.
@@ -57,9 +61,11 @@ class MoELayer(nn.Module):
         statistics: what was routed where, for metrics.
     """
 
-    def __init__(self, gate: Gate, experts: Experts, shared: nn.Module | None = None):
+    def __init__(
+        self, gate: Gate, experts: Experts, shared: nn.Module | None = None, zero: ZeroExperts | None = None
+    ):
         super().__init__()
-        self.gate, self.experts, self.shared = gate, experts, shared
+        self.gate, self.experts, self.shared, self.zero = gate, experts, shared, zero
         self.dispatcher = Dispatcher(gate.experts)
         self.scope = MicroBatch()
         self.loss_scale = 1.0
@@ -79,6 +85,8 @@ class MoELayer(nn.Module):
         if decision.losses:
             decision.attach(torch.stack(list(decision.losses.values())).sum() * self.loss_scale)
         out = decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
+        if self.zero is not None and decision.zero_TZ is not None:
+            out = out + self.zero(x_TH, decision.zero_TZ).view_as(x_BSH)
         return out if self.shared is None else out + self.shared(x_BSH)
 
 

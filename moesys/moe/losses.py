@@ -1,25 +1,149 @@
-"""Auxiliary losses of the gate. T tokens, E experts, k choices per token; all arithmetic float32."""
+"""Auxiliary losses of gates. T tokens, E experts, k choices per token; all arithmetic float32 or wider.
+
+Every function returns this device's *share* of a loss over the micro-batch: the sum over the devices that
+hold the micro-batch is the loss, and so is the sum of the shares' gradients.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from moesys.moe.routing import MicroBatch
 
+Adjust = Callable[[Tensor], Tensor]
+"""Changes the shares f [..., E] of assignments before they are multiplied with probabilities."""
 
-def load_balancing(probabilities_TE: Tensor, load_E: Tensor, top_k: int, scope: MicroBatch) -> Tensor:
-    """This device's share of `E · Σ_e f_e · P_e` (Switch Transformers, arXiv 2101.03961; GShard).
+
+def load_balancing(
+    probabilities_TE: Tensor, load_E: Tensor, top_k: int, scope: MicroBatch, adjust: Adjust | None = None
+) -> Tensor:
+    """`E · Σ_e f_e · P_e` over the micro-batch (Switch Transformers, arXiv 2101.03961; GShard).
 
     `f_e` is the share of the micro-batch's T·k assignments that went to expert e before any drop,
     `P_e` the mean of e's gate probability over the micro-batch. `load_E` are this device's counts.
     The minimum, at perfect balance, is 1.
     """
     tokens = probabilities_TE.shape[0] * scope.size
-    experts = probabilities_TE.shape[1]
     f_E = scope.sum(load_E.to(probabilities_TE.dtype)) / (tokens * top_k)
-    return experts * (f_E * (probabilities_TE.sum(0) / tokens)).sum()
+    return _balance(f_E, probabilities_TE.sum(0) / tokens, adjust)
+
+
+def sequence_balancing(
+    probabilities_TE: Tensor, expert_Tk: Tensor, sequences: int, scope: MicroBatch, adjust: Adjust | None = None
+) -> Tensor:
+    """The mean over sequences of `E · Σ_e f_e · P_e`, f and P of one sequence (DeepSeek-V2, arXiv 2405.04434).
+
+    Tokens lie in `sequences` equal runs, this device's parts of the micro-batch's sequences.
+    """
+    tokens, experts = probabilities_TE.shape
+    length = tokens // sequences * scope.size
+    chosen = expert_Tk.reshape(sequences, -1)
+    load_SE = chosen.new_zeros(sequences, experts).scatter_add_(1, chosen, torch.ones_like(chosen))
+    f_SE = scope.sum(load_SE.to(probabilities_TE.dtype)) / (length * expert_Tk.shape[1])
+    mean_SE = probabilities_TE.view(sequences, -1, experts).sum(1) / length
+    return _balance(f_SE, mean_SE, adjust) / sequences
+
+
+def global_balancing(
+    probabilities_TE: Tensor, load_E: Tensor, scope: MicroBatch, adjust: Adjust | None = None
+) -> Tensor:
+    """`E · Σ_e f_e · P_e` with f of the global batch (arXiv 2501.11873), P of this micro-batch.
+
+    `load_E` counts the whole global batch. The mean over its micro-batches has P of the global batch too.
+    """
+    f_E = load_E.to(probabilities_TE.dtype) / load_E.sum()
+    return _balance(f_E, probabilities_TE.sum(0) / (probabilities_TE.shape[0] * scope.size), adjust)
+
+
+def _balance(f: Tensor, mean: Tensor, adjust: Adjust | None) -> Tensor:
+    return mean.shape[-1] * ((f if adjust is None else adjust(f)) * mean).sum()
 
 
 def router_z(logits_TE: Tensor, scope: MicroBatch) -> Tensor:
-    """This device's share of `mean_t (logsumexp_e logits)²` (ST-MoE, arXiv 2202.08906)."""
+    """`mean_t (logsumexp_e logits)²` (ST-MoE, arXiv 2202.08906)."""
     return logits_TE.logsumexp(-1).square().sum() / (logits_TE.shape[0] * scope.size)
+
+
+def importance(weight_Tk: Tensor, expert_Tk: Tensor, experts: int, scope: MicroBatch) -> Tensor:
+    """CV² of the experts' importance, the sum of their weights (Shazeer et al. 2017, arXiv 1701.06538)."""
+    part_E = weight_Tk.new_zeros(experts).scatter_add(0, expert_Tk.flatten(), weight_Tk.flatten())
+    return _variation(part_E, scope)
+
+
+def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, width_TE: Tensor, top_k: int, scope: MicroBatch) -> Tensor:
+    """CV² of the experts' smooth load (Shazeer et al. 2017, appendix A).
+
+    An expert's load is the sum over tokens of the probability that it were among the k best if its own
+    noise alone were drawn again: Φ((clean − the k-th best noisy logit of the others) / width). All float
+    [T, E], k < E; the loads' expectation is the number of tokens.
+    """
+    best = noisy_TE.topk(top_k + 1).values
+    inside = noisy_TE > best[:, top_k:]
+    threshold_TE = torch.where(inside, best[:, top_k:], best[:, top_k - 1 : top_k])
+    return _variation(torch.special.ndtr((clean_TE - threshold_TE) / width_TE).sum(0), scope)
+
+
+def _variation(part_E: Tensor, scope: MicroBatch) -> Tensor:
+    """Share of CV² = variance / mean² of the sums over devices of `part_E`.
+
+    Not a sum over tokens, but its first-order expansion at the sum is: that has the gradient, and as CV²
+    does not change with the scale, its value over all devices is 0.
+    """
+    whole_E = scope.sum(part_E.detach())
+    total, squares = whole_E.sum(), whole_E.square().sum()
+    value = len(whole_E) * squares / total.square() - 1
+    slope_E = 2 * len(whole_E) * (whole_E / total.square() - squares / total**3)
+    return (slope_E * part_E).sum() + value / scope.size
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What losses look at, of one device's tokens.
+
+    `logits_TE` without noise; `probabilities_TE` sum to 1 over a token's experts; `expert_Tk`, `weight_Tk`
+    and the counts `load_E` before any drop; `global_load_E` the counts of the whole global batch, where a
+    loss needs them. With noise, `noisy_TE` and its width.
+    """
+
+    logits_TE: Tensor
+    probabilities_TE: Tensor
+    expert_Tk: Tensor
+    weight_Tk: Tensor
+    load_E: Tensor
+    sequences: int = 1
+    global_load_E: Tensor | None = None
+    noisy_TE: Tensor | None = None
+    width_TE: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Coefficients of the losses that a gate adds, by their names; 0 turns one off. Any may be on together."""
+
+    balance: float = 0.0
+    sequence_balance: float = 0.0
+    global_balance: float = 0.0
+    z: float = 0.0
+    importance: float = 0.0
+    load_loss: float = 0.0
+
+    def shares(self, seen: Seen, scope: MicroBatch, adjust: Adjust | None = None) -> dict[str, Tensor]:
+        """This device's share of each loss that is on, coefficient included."""
+        p, k, found = seen.probabilities_TE, seen.expert_Tk.shape[1], {}
+        if self.balance:
+            found["balance"] = load_balancing(p, seen.load_E, k, scope, adjust)
+        if self.sequence_balance:
+            found["sequence_balance"] = sequence_balancing(p, seen.expert_Tk, seen.sequences, scope, adjust)
+        if self.global_balance and seen.global_load_E is not None:
+            found["global_balance"] = global_balancing(p, seen.global_load_E, scope, adjust)
+        if self.z:
+            found["z"] = router_z(seen.logits_TE, scope)
+        if self.importance:
+            found["importance"] = importance(seen.weight_Tk, seen.expert_Tk, p.shape[1], scope)
+        if self.load_loss and seen.noisy_TE is not None and seen.width_TE is not None:
+            found["load_loss"] = smooth_load(seen.logits_TE, seen.noisy_TE, seen.width_TE, k, scope)
+        return {name: getattr(self, name) * loss for name, loss in found.items()}

@@ -39,11 +39,16 @@ class Decision:
     `losses` are this device's *shares* of the auxiliary losses, coefficients included: the sum over
     the devices that hold the micro-batch is the loss. `load_E` counts this device's assignments per
     expert before any drop; `dropped` how many of them were dropped.
+
+    Zero-computation experts, where a gate has Z of them, are computed where the token is: `zero_TZ` float32
+    are their weights, `zero_load` how many assignments they got.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     load_E: Tensor | None = field(default=None, kw_only=True)
     dropped: Tensor | int = field(default=0, kw_only=True)
+    zero_TZ: Tensor | None = field(default=None, kw_only=True)
+    zero_load: Tensor | None = field(default=None, kw_only=True)
 
     def attach(self, loss: Tensor) -> None:
         """Let backward through this decision differentiate the scalar `loss` too."""
@@ -88,6 +93,10 @@ class MicroBatch:
     def sum(self, x: Tensor) -> Tensor:
         """Sum of x over the devices; not differentiable."""
         return x
+
+    def sum_global(self, x: Tensor) -> Tensor:
+        """Sum of x over all devices that run a micro-batch of the global batch now; not differentiable."""
+        return self.sum(x)
 
     def gather(self, x_T: Tensor) -> Tensor:
         """Rows of all devices, [size·T, …], this device's at `mine(T)`; not differentiable."""

@@ -15,7 +15,18 @@ from torch import Tensor
 from moesys.config.schema import Config
 from moesys.parallel.compose import Composed
 
-LOSSES = ("balance", "z")
+LOSSES = {
+    "balance": "balance_loss",
+    "sequence_balance": "sequence_balance_loss",
+    "global_balance": "global_balance_loss",
+    "z": "z_loss",
+    "importance": "importance_loss",
+    "load_loss": "load_loss",
+}
+"""The losses that gates report, and the keys of model.moe with their coefficients."""
+
+COUNTS = ("calls", "dropped", "zero")
+"""What layers count beside losses and load: passes, and assignments dropped or to zero-computation experts."""
 
 
 def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict[str, Any]:
@@ -23,18 +34,18 @@ def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict
 
     Returns loss (mean of the global batch), all_to_all_seconds (mean over ranks), and with MoE layers:
     imbalance (largest expert's load / mean, mean over layers), rank_imbalance (the same of the ep
-    ranks' loads), dropped (share of assignments), balance and z (unscaled losses, mean over layers
-    and micro-batches).
+    ranks' loads), dropped (share of assignments), zero_share (assignments to zero-computation experts,
+    where there are any) and each of `LOSSES` that is on (unscaled, mean over layers and micro-batches).
     """
     config, degrees, device = composed.config, composed.mesh.degrees, composed.mesh.device
     moe = config.model.moe
     layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
-    width = (moe.experts if moe else 0) + 2 + len(LOSSES)
+    width = (moe.experts if moe else 0) + len(COUNTS) + len(LOSSES)
     table = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
     for name, layer in composed.moe_layers().items():
         totals = layer.statistics.take()
         row = table[layers.index(int(name.split(".")[1]))]
-        parts = [totals.get(key, torch.zeros((), device=device)) for key in ("calls", "dropped", *LOSSES)]
+        parts = [totals.get(key, torch.zeros((), device=device)) for key in (*COUNTS, *LOSSES)]
         row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
     head = torch.tensor([0.0, all_to_all_seconds], dtype=torch.float64, device=device)
     head[0] = loss.double() / degrees.tp
@@ -47,18 +58,21 @@ def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict
 
 
 def _routing(table: Tensor, moe, degrees) -> dict[str, float]:
-    calls, dropped, balance, z = table[:, :4].T
-    load = table[:, 4:]
+    counted = dict(zip((*COUNTS, *LOSSES), table.T, strict=False))
+    load = table[:, len(counted) :]
     per_rank = load.view(len(load), degrees.ep, -1).sum(-1)
-    micro_batches = calls / (degrees.cp * degrees.tp)
+    micro_batches = counted["calls"] / (degrees.cp * degrees.tp)
     values = {
         "imbalance": (load.amax(1) / load.mean(1)).mean().item(),
         "rank_imbalance": (per_rank.amax(1) / per_rank.mean(1)).mean().item(),
-        "dropped": (dropped.sum() / load.sum()).item(),
+        "dropped": (counted["dropped"].sum() / load.sum()).item(),
     }
-    for name, total, factor in (("balance", balance, moe.balance_loss), ("z", z, moe.z_loss)):
-        if factor:
-            values[name] = (total / micro_batches).mean().item() / factor
+    if moe.zero_computation:
+        zero = counted["zero"].sum()
+        values["zero_share"] = (zero / (zero + load.sum())).item()
+    for name, key in LOSSES.items():
+        if factor := getattr(moe, key):
+            values[name] = (counted[name] / micro_batches).mean().item() / factor
     return values
 
 

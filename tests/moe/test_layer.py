@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 
 from moesys.moe import MoELayer, Tokens
+from moesys.moe.capacity import Capacity
 from moesys.moe.experts import Experts
 from moesys.moe.gates import TopKGate
+from moesys.moe.losses import Balance
 
 T, H, F, E, K = 24, 16, 12, 6, 2
 
 
-def build(**gate) -> MoELayer:
+def build(capacity: Capacity | None = None, balance: Balance | None = None, normalize: bool = True) -> MoELayer:
     torch.manual_seed(0)
-    layer = MoELayer(TopKGate(H, E, K, **gate), Experts(E, H, F)).double()
+    gate = TopKGate(H, E, K, normalize=normalize, capacity=capacity, balance=balance)
+    layer = MoELayer(gate, Experts(E, H, F)).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return layer
@@ -53,7 +56,7 @@ def reference(
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("factor", "policy"), [(None, "weight"), (0.5, "weight"), (0.5, "position"), (1.0, "weight")])
 def test_layer_equals_a_loop_over_tokens(factor, policy, normalize):
-    layer = build(capacity_factor=factor, drop=policy, normalize=normalize, balance_loss=0.02, z_loss=0.003)
+    layer = build(Capacity(factor, drop=policy), Balance(balance=0.02, z=0.003), normalize)
     x = torch.randn(2, T // 2, H, dtype=torch.float64, requires_grad=True)
     target = torch.randn(T, H, dtype=torch.float64)
     out = layer(x)
@@ -76,7 +79,7 @@ def test_layer_equals_a_loop_over_tokens(factor, policy, normalize):
 
 
 def test_balance_loss_is_its_coefficient_when_routing_is_uniform():
-    layer = build(balance_loss=0.5)
+    layer = build(balance=Balance(balance=0.5))
     torch.nn.init.zeros_(layer.gate.projection.weight)
     layer(torch.randn(1, T, H, dtype=torch.float64))
     # With equal probabilities P_e = 1/E whatever is chosen, so the loss is α · Σ f_e = α.

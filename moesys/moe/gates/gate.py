@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -14,9 +14,14 @@ class Gate(nn.Module):
 
     Attributes:
         experts: E, the experts that the gate chooses from.
+        forced: if set, names the experts [T, k] of tokens in place of gates that send every token to k.
+        counts_first: whether the gate must know the global batch's statistics before a step's first forward
+            pass; see `before_step`.
     """
 
     experts: int
+    forced: Callable[[Tokens], Tensor] | None = None
+    counts_first: bool = False
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Decision:
         """What to do with this device's tokens; `scope` answers for all tokens of the micro-batch."""
@@ -33,6 +38,13 @@ class Gate(nn.Module):
     def step_statistics(self) -> Tensor | None:
         """A vector to be summed over all devices that hold tokens of the global batch, or None."""
         return None
+
+    def before_step(self, total: Tensor) -> None:
+        """For gates that `counts_first`: the sum of `step_statistics` of a forward-only pass over the global batch.
+
+        Called before the step's own forward passes; not at all where the step has one micro-batch, whose
+        devices can be asked in its pass (`MicroBatch.sum_global`).
+        """
 
     def after_step(self, total: Tensor) -> None:
         """Called once after each optimizer step with the sum of `step_statistics`."""

@@ -1,89 +1,246 @@
-"""Token choice: each token goes to the k experts of largest softmax probability."""
+"""Token choice: each token goes to its k best experts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moesys.moe import losses
-from moesys.moe.capacity import capacity, kept
+from moesys.kernels.gate import GateResult, Score, best, gate, weigh
+from moesys.moe import noise
+from moesys.moe.capacity import Capacity, Wish, assign
 from moesys.moe.gates.gate import Gate
+from moesys.moe.gates.projection import GateProjection as GateProjection
+from moesys.moe.losses import Balance, Seen
 from moesys.moe.routing import MicroBatch, Routing, Tokens
+from moesys.moe.zero import ZeroRule
 
 
-class GateProjection(nn.Linear):
-    """Logits of the gate, computed in float32 (or wider) whatever the model's precision."""
+@dataclass(frozen=True)
+class Groups:
+    """Choice limited to groups of experts: E experts in `count` equal groups of which a token uses `kept`.
 
-    def __init__(self, hidden: int, experts: int):
-        super().__init__(hidden, experts, bias=False)
+    A group is as good as its best expert ("max", DeepSeek-V2, arXiv 2405.04434) or as the sum of its two
+    best ("top2", DeepSeek-V3, arXiv 2412.19437).
+    """
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        wide = torch.promote_types(x_TH.dtype, torch.float32)
-        return nn.functional.linear(x_TH.to(wide), self.weight.to(wide))
+    count: int
+    kept: int
+    score: Literal["max", "top2"] = "max"
+
+    def limit(self, scores_TE: Tensor) -> Tensor:
+        """The scores, -inf for experts of groups that are not kept; of equal groups the first are."""
+        grouped_TGE = scores_TE.unflatten(-1, (self.count, -1))
+        group_TG = grouped_TGE.topk(2 if self.score == "top2" else 1, dim=-1).values.sum(-1)
+        kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(-1, best(group_TG, self.kept), True)
+        return grouped_TGE.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What is random in training, drawn by the tokens' numbers; nothing is in evaluation.
+
+    Attributes:
+        gaussian: add N(0, 1) · softplus(x · W_noiseᵀ) to the logits (Shazeer et al. 2017, arXiv 1701.06538).
+        jitter: multiply the gate's input, element by element, by uniform numbers from 1 ± jitter (Switch).
+        second: keep the second of two experts with probability min(1, 2·g), g its share of the weights
+            (GShard, arXiv 2006.16668); the first one's weight is the same in either case.
+        layer: makes the numbers differ between layers.
+    """
+
+    gaussian: bool = False
+    jitter: float = 0.0
+    second: bool = False
+    layer: int = 0
+
+    def shake(self, x_TH: Tensor, number_T: Tensor) -> Tensor:
+        factor_TH = noise.uniform(number_T, x_TH.shape[1], noise.key(self.layer, "jitter"))
+        return x_TH * (1 + self.jitter * (2 * factor_TH - 1))
+
+    def disturb(self, logits_TE: Tensor, width_TE: Tensor, number_T: Tensor) -> Tensor:
+        return logits_TE + width_TE * noise.normal(number_T, logits_TE.shape[1], noise.key(self.layer, "noise"))
+
+    def kept(self, weight_T2: Tensor, number_T: Tensor) -> Tensor:
+        """Which choices stay: bool [T, 2]."""
+        share_T = weight_T2[:, 1] / (weight_T2.sum(-1) + 1e-20)
+        drawn_T = noise.uniform(number_T, 1, noise.key(self.layer, "second")).squeeze(-1)
+        return torch.stack([torch.ones_like(drawn_T, dtype=torch.bool), drawn_T < 2 * share_T], -1)
 
 
 class TopKGate(Gate):
-    """Softmax over E experts, then the k largest (Shazeer et al. 2017 without noise; Mixtral).
+    """Scores of E experts, then the k largest: Shazeer et al. 2017, GShard, Switch, Mixtral, DeepSeek-V3.
+
+    With a selection bias (loss-free balancing, arXiv 2408.15664; DeepSeek-V3), or with groups, the choice is
+    by score + bias; weights are made of the scores alone. `selection_bias` is float32 whatever the model's
+    type.
 
     Args:
         hidden: size of a token.
         experts: E.
         top_k: k, 1 ≤ k ≤ E.
-        normalize: divide the k chosen probabilities by their sum.
+        score: what makes logits scores. With "softmax" and `normalize` the weights are the softmax over the
+            chosen logits alone.
+        normalize: divide the k chosen scores by their sum.
         scale: factor on the weights, after normalisation.
-        capacity_factor: see `moesys.moe.capacity`; None routes every token (dropless).
-        drop: "weight" or "position": which assignments go when an expert is full. Weights are
-            normalised before dropping; a dropped assignment's share is lost.
-        balance_loss, z_loss: coefficients of the losses in `moesys.moe.losses`; 0 turns one off.
+        bias_rate: u of the selection bias, which after each step grows by u · sign(mean load − load), loads
+            of the global batch before drops; 0 for no bias.
+        groups: see `Groups`; None for no limit.
+        randomness: see `Randomness`.
+        capacity: see `moesys.moe.capacity`. Weights are normalised before dropping; a dropped assignment's
+            share is lost.
+        balance: the losses, in training. They see what was routed by, noise included; z sees no noise.
+        zero: the rule of zero-computation experts, which E then does not count; None without any.
+        projection: from x to logits; default: a `GateProjection`.
     """
+
+    selection_bias: Tensor
 
     def __init__(
         self,
         hidden: int,
         experts: int,
         top_k: int,
+        *,
+        score: Score = "softmax",
         normalize: bool = True,
         scale: float = 1.0,
-        capacity_factor: float | None = None,
-        drop: str = "weight",
-        balance_loss: float = 0.0,
-        z_loss: float = 0.0,
+        bias_rate: float = 0.0,
+        groups: Groups | None = None,
+        randomness: Randomness | None = None,
+        capacity: Capacity | None = None,
+        balance: Balance | None = None,
+        zero: ZeroRule | None = None,
+        projection: nn.Module | None = None,
     ):
         super().__init__()
-        self.projection = GateProjection(hidden, experts)
-        self.experts, self.top_k = experts, top_k
-        self.normalize, self.scale = normalize, scale
-        self.capacity_factor, self.drop = capacity_factor, drop
-        self.balance_loss, self.z_loss = balance_loss, z_loss
+        self.experts, self.top_k, self.zero = experts, top_k, zero
+        self.candidates = experts + (zero.count if zero is not None else 0)
+        self.score: Score = score
+        self.normalize, self.scale, self.groups = normalize, scale, groups
+        self.bias_rate = bias_rate
+        self.randomness = randomness or Randomness()
+        self.capacity, self.balance = capacity or Capacity(), balance or Balance()
+        self.projection = projection or GateProjection(hidden, self.candidates)
+        self.noise = GateProjection(hidden, self.candidates) if self.randomness.gaussian else None
+        if bias_rate:
+            self.register_buffer("selection_bias", torch.zeros(self.candidates))
+        self.counts_first = bool(self.balance.global_balance)
+        self.load: Tensor | None = None
+        """Assignments per expert since the last step, int64 [E]; None where nobody asks."""
+        self.global_load: Tensor | None = None
+        """Of the whole global batch, where it was counted before the step."""
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
-        logits_TE = self.projection(x_TH)
-        probabilities_TE = logits_TE.softmax(-1)
-        weight_Tk, expert_Tk = probabilities_TE.topk(self.top_k, dim=-1)
-        if self.normalize:
-            weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True)
-        if self.scale != 1.0:
-            weight_Tk = weight_Tk * self.scale
-        expert_A, weight_A = expert_Tk.flatten(), weight_Tk.flatten()
-        token_A = torch.arange(x_TH.shape[0], device=x_TH.device).repeat_interleave(self.top_k)
-        load_E = torch.bincount(expert_A, minlength=self.experts)
-        routing = Routing(token_A, expert_A, weight_A, load_E=load_E)
-        if self.balance_loss:
-            balance = losses.load_balancing(probabilities_TE, load_E, self.top_k, scope)
-            routing.losses["balance"] = self.balance_loss * balance
-        if self.z_loss:
-            routing.losses["z"] = self.z_loss * losses.router_z(logits_TE, scope)
-        if self.capacity_factor is not None:
-            self._drop(routing, tokens.number_T, scope)
+        logits_TE, noisy_TE, width_TE = self._logits(x_TH, tokens.number_T)
+        chosen = self.choose(noisy_TE, tokens)
+        self._count(chosen.load_E)
+        routing = self._route(chosen, tokens.number_T, scope)
+        if self.training and torch.is_grad_enabled():
+            seen = Seen(
+                logits_TE,
+                self._normalized(chosen.probabilities_TE),
+                chosen.expert_Tk,
+                chosen.weight_Tk,
+                chosen.load_E,
+                tokens.sequences,
+                self._global_load(chosen.load_E, scope),
+                noisy_TE,
+                width_TE,
+            )
+            routing.losses = self.balance.shares(seen, scope, None if self.zero is None else self.zero.adjust)
         return routing
 
-    def _drop(self, routing: Routing, number_T: Tensor, scope: MicroBatch) -> None:
-        assert self.capacity_factor is not None
-        tokens = number_T.shape[0]
-        limit = capacity(self.capacity_factor, tokens * scope.size, self.top_k, self.experts)
-        choice = torch.arange(self.top_k, device=number_T.device)
-        order_A = (number_T[:, None] * self.top_k + choice).flatten()
-        keep = kept(routing.expert_A, routing.weight_A, order_A, limit, self.drop, scope)
-        routing.dropped = tokens * self.top_k - keep.sum()
-        routing.token_A, routing.expert_A = routing.token_A[keep], routing.expert_A[keep]
-        routing.weight_A = routing.weight_A[keep]
+    def choose(self, logits_TE: Tensor, tokens: Tokens) -> GateResult:
+        """Each token's experts, their weights, every expert's score and how often it was chosen."""
+        if self.forced is not None:
+            expert_Tk = self.forced(tokens)
+        elif not self.bias_rate and self.groups is None and self.zero is None:
+            return gate(logits_TE, self.top_k, self.score, self.normalize, self.scale)
+        else:
+            expert_Tk = best(self._selection(logits_TE.detach()), self.top_k)
+        if self.zero is None or self.zero.variant == "moe++" or not self.normalize:
+            return weigh(logits_TE, expert_Tk, self.score, self.normalize, self.scale)
+        result = weigh(logits_TE, expert_Tk, self.score, normalize=False)
+        return result._replace(weight_Tk=self.zero.weigh(result.weight_Tk, expert_Tk, self.scale))
+
+    def _logits(self, x_TH: Tensor, number_T: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, the same with noise, and its width."""
+        if self.training and self.randomness.jitter:
+            x_TH = self.randomness.shake(x_TH, number_T)
+        logits_TE = self.projection(x_TH)
+        if self.noise is None:
+            return logits_TE, logits_TE, None
+        # In evaluation, too: sharded parameters are gathered in every pass or in none.
+        width_TE = nn.functional.softplus(self.noise(x_TH))
+        if not self.training:
+            return logits_TE, logits_TE, None
+        return logits_TE, self.randomness.disturb(logits_TE, width_TE, number_T), width_TE
+
+    def _selection(self, logits_TE: Tensor) -> Tensor:
+        """What the best are chosen by."""
+        if not self.bias_rate and self.groups is None:
+            return logits_TE
+        scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
+        if self.bias_rate:
+            scores_TE = scores_TE + self.selection_bias
+        return scores_TE if self.groups is None else self.groups.limit(scores_TE)
+
+    def _normalized(self, probabilities_TE: Tensor) -> Tensor:
+        """Probabilities that sum to 1, for the losses: of sigmoids as in DeepSeek-V3."""
+        if self.score == "softmax":
+            return probabilities_TE
+        return probabilities_TE / (probabilities_TE.sum(-1, keepdim=True) + 1e-20)
+
+    def _route(self, chosen: GateResult, number_T: Tensor, scope: MicroBatch) -> Routing:
+        weight_Tk, expert_Tk = chosen.weight_Tk, chosen.expert_Tk
+        wanted_Tk = None
+        if self.training and self.randomness.second:
+            wanted_Tk = self.randomness.kept(weight_Tk.detach(), number_T)
+        experts: float = self.experts
+        if self.zero is not None:
+            experts = self.zero.places
+            wanted_Tk = (expert_Tk < self.experts) if wanted_Tk is None else wanted_Tk & (expert_Tk < self.experts)
+        limit = self.capacity.limit(self.training, len(number_T) * scope.size, self.top_k, experts)
+        wish = Wish(expert_Tk, weight_Tk, chosen.probabilities_TE.amax(-1), wanted_Tk)
+        routing = assign(wish, number_T, self.experts, limit, self.capacity, scope)
+        routing.load_E = chosen.load_E[: self.experts]
+        if self.zero is not None:
+            routing.zero_TZ = self.zero.weights(weight_Tk, expert_Tk)
+            routing.zero_load = chosen.load_E[self.experts :].sum()
+        return routing
+
+    def _count(self, load_E: Tensor) -> None:
+        if self.training and (self.bias_rate or self.counts_first):
+            # The same operation every time: selective recomputation replays them by their number.
+            self.load = load_E + (0 if self.load is None else self.load)
+
+    def _global_load(self, load_E: Tensor, scope: MicroBatch) -> Tensor | None:
+        if not self.balance.global_balance:
+            return None
+        return scope.sum_global(load_E) if self.global_load is None else self.global_load
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKGate:
+        before = self.selection_bias if self.bias_rate else None
+        super()._apply(fn, recurse)
+        if before is not None and self.selection_bias.dtype.itemsize < before.dtype.itemsize:
+            # A step of the bias is lost in bfloat16.
+            self.selection_bias = before.to(self.selection_bias.device)
+        return self
+
+    def reset_state(self) -> None:
+        if self.bias_rate:
+            self.selection_bias.zero_()
+
+    def step_statistics(self) -> Tensor | None:
+        return self.load
+
+    def before_step(self, total: Tensor) -> None:
+        self.global_load, self.load = total, None
+
+    def after_step(self, total: Tensor) -> None:
+        self.load = self.global_load = None
+        if self.bias_rate:
+            self.selection_bias += self.bias_rate * torch.sign(total.mean() - total).to(self.selection_bias.dtype)
