@@ -1,14 +1,17 @@
 """The one wrapper of the project's own collectives: each can be recorded, and costs nothing if it is not.
 
-All take plain process groups. Rows are dim 0.
+All take plain process groups. Rows are dim 0. A collective is started, then waited for; those that are
+differentiable are two operations of autograd, so that in backward, too, the gradients of rows travel
+while everything between the two is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,26 +19,49 @@ from torch import Tensor
 
 _functional = torch.ops._c10d_functional
 
+Time = float | torch.cuda.Event
+"""Seconds on the host's clock, or an event of a CUDA stream."""
+
 
 @dataclass
 class Event:
-    """One collective on this rank. `begin` and `end` are seconds, or CUDA events until resolved."""
+    """One collective on this rank.
+
+    `begin` is when it was started, `waited` when its result was needed, `end` when it was there.
+    `bytes` is what this rank contributes, its own part included (the gathered size of an all-gather or a
+    reduce-scatter); `sent` how much of it goes to each of `ranks`, in their order, where that is known.
+    `level` is the way of rows to experts: "flat", "inter" nodes, "intra" a node; else "".
+    """
 
     kind: str
     bytes: int
-    begin: float | torch.cuda.Event
-    end: float | torch.cuda.Event
+    begin: Time
+    waited: Time
+    end: Time
+    level: str = ""
+    ranks: tuple[int, ...] = ()
+    sent: tuple[int, ...] = ()
 
     @property
     def seconds(self) -> float:
-        if isinstance(self.begin, torch.cuda.Event):
-            assert isinstance(self.end, torch.cuda.Event)
-            return self.begin.elapsed_time(self.end) / 1e3
-        assert isinstance(self.end, float)
-        return self.end - self.begin
+        """From start to end, whatever was computed meanwhile."""
+        return _between(self.begin, self.end)
+
+    @property
+    def exposed(self) -> float:
+        """Seconds in which this rank had nothing else to do."""
+        return _between(self.waited, self.end)
+
+
+def _between(a: Time, b: Time) -> float:
+    if isinstance(a, torch.cuda.Event) or isinstance(b, torch.cuda.Event):
+        assert isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event)
+        return a.elapsed_time(b) / 1e3
+    return b - a
 
 
 _recording: list[Event] | None = None
+_kept: Collection[Any] = ()
 
 
 @contextmanager
@@ -49,7 +75,18 @@ def record() -> Iterator[list[Event]]:
         _recording = outer
 
 
-def _now(device: torch.device) -> float | torch.cuda.Event:
+@contextmanager
+def replayed(kept: Collection[Any]) -> Iterator[None]:
+    """Inside, the results of the operations `kept` are at hand from a first run: nothing travels again."""
+    global _kept
+    outer, _kept = _kept, kept
+    try:
+        yield
+    finally:
+        _kept = outer
+
+
+def _now(device: torch.device) -> Time:
     if device.type != "cuda":
         return perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -57,73 +94,190 @@ def _now(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
-@contextmanager
-def _recorded(kind: str, x: Tensor) -> Iterator[None]:
-    if _recording is None:
-        yield
-        return
+class Pending:
+    """A collective that was started: `wait` returns its result."""
+
+    def __init__(self, out: Tensor, event: Event | None):
+        self.out, self.event = out, event
+
+    def wait(self) -> Tensor:
+        if self.event is None:
+            return _functional.wait_tensor(self.out)
+        self.event.waited = _now(self.out.device)
+        out = _functional.wait_tensor(self.out)
+        self.event.end = _now(self.out.device)
+        return out
+
+
+def _start(
+    kind: str, level: str, op: Any, x: Tensor, group: dist.ProcessGroup, *arguments: Any, rows: list[int] | None = None
+) -> Pending:
+    """`op(x, *arguments, group)`; `rows`: how many of x go to each rank, None if they all go everywhere."""
+    if _recording is None or op in _kept:
+        return Pending(op(x, *arguments, group.group_name), None)
+    ranks = tuple(dist.get_process_group_ranks(group))
+    if rows is None:
+        sent = (x.nbytes,) * len(ranks)
+    else:
+        per_row = x.nbytes // max(1, len(x))
+        sent = tuple(n * per_row for n in rows)
     begin = _now(x.device)
-    yield
-    _recording.append(Event(kind, x.numel() * x.element_size(), begin, _now(x.device)))
+    event = Event(kind, sum(sent), begin, begin, begin, level, ranks, sent)
+    _recording.append(event)
+    return Pending(op(x, *arguments, group.group_name), event)
 
 
-def exchange(
-    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, kind: str = "all_to_all"
-) -> Tensor:
+def start_exchange(
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, kind: str = "all_to_all", level: str = ""
+) -> Pending:
     """All-to-all of rows, not differentiable: `send[i]` rows go to rank i, `receive[i]` come from it."""
-    with _recorded(kind, x):
-        out = _functional.all_to_all_single(x.contiguous(), receive, send, group.group_name)
-        return _functional.wait_tensor(out)
+    op = _functional.all_to_all_single.default
+    return _start(kind, level, op, x.contiguous(), group, receive, send, rows=send)
 
 
-def exchange_counts(x_R: Tensor, group: dist.ProcessGroup) -> Tensor:
+def start_counts(x_R: Tensor, group: dist.ProcessGroup, level: str = "") -> Pending:
     """All-to-all of one row per rank: row i goes to rank i."""
     one = [1] * group.size()
-    return exchange(x_R, one, one, group, kind="all_to_all_counts")
+    return start_exchange(x_R, one, one, group, "all_to_all_counts", level)
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, send, receive, group):  # type: ignore[override]
-        ctx.reverse = (receive, send, group)
-        return exchange(x, send, receive, group)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        return exchange(grad, *ctx.reverse), None, None, None
+def start_gather(x: Tensor, group: dist.ProcessGroup, kind: str = "all_gather", level: str = "") -> Pending:
+    """Rows of all ranks in group order, not differentiable; every rank gives as many."""
+    op = _functional.all_gather_into_tensor.default
+    return _start(kind, level, op, x.contiguous(), group, group.size())
 
 
-def all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """`exchange` whose backward sends the gradients back. Any number of rows may be 0."""
-    return _AllToAll.apply(x, send, receive, group)
+def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup, kind: str = "reduce_scatter", level: str = "") -> Pending:
+    """Sum over the ranks, of which each gets an equal part of the rows, in group order."""
+    op, ranks = _functional.reduce_scatter_tensor.default, group.size()
+    return _start(kind, level, op, x.contiguous(), group, "sum", ranks, rows=[len(x) // ranks] * ranks)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of all ranks in group order, not differentiable; every rank gives as many."""
-    with _recorded("all_gather", x):
-        out = _functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
-        return _functional.wait_tensor(out)
+    """`start_gather`, waited for."""
+    return start_gather(x, group).wait()
 
 
 def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over the ranks, not differentiable."""
-    with _recorded("all_reduce", x):
-        return _functional.wait_tensor(_functional.all_reduce(x, "sum", group.group_name))
+    event = None
+    if _recording is not None:
+        begin = _now(x.device)
+        event = Event("all_reduce", x.nbytes, begin, begin, begin)
+        _recording.append(event)
+    return Pending(_functional.all_reduce(x, "sum", group.group_name), event).wait()
 
 
-class _GatherRows(torch.autograd.Function):
+class Codec(Protocol):
+    """How values are written for the way there; gradients come back as they are."""
+
+    def encode(self, x: Tensor) -> Tensor: ...
+    def decode(self, arrived: Tensor) -> Tensor: ...
+
+
+class _Trip:
+    """What the two operations of a flight share: how to go there and back, and what is in the air."""
+
+    def __init__(self, there: Callable[[Tensor], Pending], back: Callable[[Tensor], Pending], codec: Codec | None):
+        self.there, self.back, self.codec = there, back, codec
+        self.pending: Pending | None = None
+
+    def depart(self, x: Tensor) -> None:
+        self.pending = self.there(x if self.codec is None else self.codec.encode(x))
+
+    def turn(self, grad: Tensor) -> None:
+        self.pending = self.back(grad)
+
+    def land(self) -> Tensor:
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        return pending.wait()
+
+    def arrive(self) -> Tensor:
+        return self.land() if self.codec is None else self.codec.decode(self.land())
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):  # type: ignore[override]
-        ctx.group = group
-        return gather(x, group)
+    def forward(ctx, x, trip):  # type: ignore[override]
+        ctx.trip = trip
+        trip.depart(x)
+        # Nothing but the order of operations runs through here.
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):  # type: ignore[override]
+        return ctx.trip.land(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, trip):  # type: ignore[override]
+        ctx.trip = trip
+        return trip.arrive()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        with _recorded("reduce_scatter", grad):
-            out = _functional.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.group.size(), ctx.group.group_name)
-            return _functional.wait_tensor(out), None
+        ctx.trip.turn(grad)
+        return grad.new_empty(0), None
+
+
+class Flight:
+    """Rows on their way: started when this is made, there when `wait` (called once) returns.
+
+    In backward the gradients start where `wait` was called, and are waited for where this was made.
+    """
+
+    def __init__(
+        self, x: Tensor, there: Callable[[Tensor], Pending], back: Callable[[Tensor], Pending], codec: Codec | None
+    ):
+        self._trip = _Trip(there, back, codec)
+        self._token = _Depart.apply(x, self._trip)
+
+    def wait(self) -> Tensor:
+        return _Arrive.apply(self._token, self._trip)
+
+
+def fly(
+    x: Tensor,
+    send: list[int],
+    receive: list[int],
+    group: dist.ProcessGroup,
+    kind: str = "all_to_all",
+    level: str = "",
+    codec: Codec | None = None,
+) -> Flight:
+    """All-to-all of rows; gradients go back. Any number of rows may be 0."""
+    return Flight(
+        x,
+        lambda y: start_exchange(y, send, receive, group, kind, level),
+        lambda grad: start_exchange(grad, receive, send, group, kind, level),
+        codec,
+    )
+
+
+def fly_everywhere(
+    x: Tensor, group: dist.ProcessGroup, what: str = "", level: str = "", codec: Codec | None = None
+) -> Flight:
+    """All-gather of rows; the gradients of each rank's rows are summed there (reduce-scatter)."""
+    return Flight(
+        x,
+        lambda y: start_gather(y, group, "all_gather" + what, level),
+        lambda grad: start_reduce_scatter(grad, group, "reduce_scatter" + what, level),
+        codec,
+    )
+
+
+def fly_home(x: Tensor, group: dist.ProcessGroup, level: str = "") -> Flight:
+    """Reduce-scatter of rows; the gradients of its part go to every rank (all-gather)."""
+    return Flight(
+        x,
+        lambda y: start_reduce_scatter(y, group, level=level),
+        lambda grad: start_gather(grad, group, level=level),
+        None,
+    )
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`gather` whose backward sums the gradients of each rank's rows (reduce-scatter)."""
-    return _GatherRows.apply(x, group)
+    return fly_everywhere(x, group).wait()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.size import Weight
+from moesys.parallel import gates_check
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees, divisors
 
@@ -29,9 +30,7 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
             for key in ("ep", "etp")
             if getattr(degrees, key) > 1
         ]
-    if moe.top_k > moe.experts:
-        rule = f"must be at most model.moe.experts({moe.experts})"
-        problems.append(Problem("model.moe.top_k", rule, f"choose 1 to {moe.experts}"))
+    problems += gates_check.check(moe)
     if moe.experts % degrees.ep:
         rule = f"ep({degrees.ep}) must divide model.moe.experts({moe.experts})"
         problems.append(Problem("parallel.ep", rule, f"one of {divisors(moe.experts)}"))
@@ -69,10 +68,10 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     from moesys.moe.layer import moe_layers
-    from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
+    from moesys.parallel.dispatchers.build import builder
     from moesys.parallel.scope import SplitMicroBatch, WholeMicroBatch
 
-    spread, travel = mesh.group("cp", "tp"), mesh.group("ep", "etp")
+    spread, make = mesh.group("cp", "tp"), builder(config, mesh)
     data = mesh.group("dp_replicate", "dp_shard")
     experts_mesh, active = mesh.mesh("ep", "etp"), mesh.active("ep", "etp")
     for layer in moe_layers(model).values():
@@ -80,9 +79,9 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
         if spread is not None:
             assert model.positions is not None
             layer.scope = SplitMicroBatch(data, spread, model.positions, mesh.degrees.tp, mesh.place["tp"])
-        if travel is None or experts_mesh is None:
+        if make is None or experts_mesh is None:
             continue
-        layer.dispatcher = AllToAllDispatcher(layer.gate.experts, travel, mesh.degrees.ep, mesh.degrees.etp)
+        layer.dispatcher = make(layer.gate.experts)
         for name, weight in list(layer.experts.named_parameters()):
             dims = zip(("ep", "etp"), WEIGHT_DIMS[name], strict=True)
             placements = [Shard(dim) for axis, dim in dims if axis in active]

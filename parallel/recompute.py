@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from moesys.kernels import expert_ffn
+from moesys.parallel import comm
 
 aten, collective = torch.ops.aten, torch.ops._c10d_functional
 KEPT = {
@@ -33,9 +35,21 @@ def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+@contextmanager
+def _again(cached: AbstractContextManager) -> Iterator[None]:
+    """The second run, in which what was kept does not happen again."""
+    with cached, comm.replayed(KEPT):
+        yield
+
+
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Of the first run and of the second."""
+    first, second = create_selective_checkpoint_contexts(_policy)
+    return first, _again(second)
+
+
 def wrap(block: nn.Module, mode: str) -> nn.Module:
     """`block` that keeps only its input ("full"), or its products too ("selective") for backward."""
     if mode == "selective":
-        context = partial(create_selective_checkpoint_contexts, _policy)
-        return checkpoint_wrapper(block, context_fn=context, preserve_rng_state=False)
+        return checkpoint_wrapper(block, context_fn=_contexts, preserve_rng_state=False)
     return checkpoint_wrapper(block, preserve_rng_state=False)

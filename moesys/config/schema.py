@@ -210,8 +210,17 @@ class ModelConfig(Section):
 class DispatchConfig(Section):
     """How tokens travel to experts; the kind alone, as a word, stands for the section."""
 
-    kind: Literal["all_to_all"] = "all_to_all"
-    """all_to_all: each row to the ranks of its expert."""
+    kind: Literal["all_to_all", "all_gather", "hierarchical"] = "all_to_all"
+    """all_to_all: each row to the ranks of its expert; all_gather: every rank sees all tokens of its expert
+    group (small groups, many experts per token); hierarchical: once to each node that holds any of a
+    token's experts, then once to each rank there (groups that span nodes)."""
+    chunks: Positive = 1
+    """Pieces of a micro-batch's tokens: one travels while another is computed."""
+    overlap_shared: bool = True
+    """Compute shared experts while tokens travel."""
+    payload: Literal["model", "fp8"] = "model"
+    """How rows travel to experts: in the model's precision, or as float8_e4m3 with a scale per 128 elements,
+    which rounds them to 4 significant bits. Results and gradients travel in the model's precision."""
 
     @model_validator(mode="before")
     @classmethod

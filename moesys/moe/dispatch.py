@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -24,24 +25,25 @@ class ExpertsFunction(Protocol):
 
 
 class Dispatcher:
-    """Sorts tokens by expert, runs the experts, and forms each token's weighted sum.
+    """Runs the experts on their tokens, and forms each token's weighted sum.
 
-    Expert parallelism swaps in a subclass that sends the sorted rows to the devices of their experts;
-    nothing else in the layer changes.
+    Expert parallelism swaps in a subclass that sends tokens to the devices of their experts; nothing else
+    in the layer changes.
+
+    Attributes:
+        meanwhile: work that needs nothing of what travels; a dispatcher that sends tokens may call it while
+            they are on their way.
     """
 
     def __init__(self, experts: int):
         self.experts = experts
+        self.meanwhile: Callable[[], object] | None = None
 
     def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
         """Σ over a token's assignments of weight · expert(x): [T, H] in the type of x."""
         p = sort_by_expert(routing.token_A, routing.expert_A, len(x_TH), self.experts)
-        return self.combine(x_TH, p, routing.weight_A.index_select(0, p.order_A), experts)
-
-    def combine(self, x_TH: Tensor, p: Permutation, weight_A: Tensor, experts: ExpertsFunction) -> Tensor:
-        """The tokens' weighted sums [T, H]; `p` and `weight_A` of their rows sorted by expert."""
         # Gathered, weighed and summed by the experts themselves, rows need not be kept for backward.
-        return experts(x_TH, p.counts_E, weight_A, p)
+        return experts(x_TH, p.counts_E, routing.weight_A.index_select(0, p.order_A), p)
 
     def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
         """Outputs of the experts for rows [A, H] sorted by expert, `counts_E` int64 [E] of them each."""

@@ -6,6 +6,9 @@ It knows nothing of parallelism. Three of its parts are replaced from outside to
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +45,19 @@ class LayerStatistics:
         """The sums, which start again from nothing."""
         totals, self.totals = self.totals, {}
         return totals
+
+
+class Once:
+    """The result of `work`, computed when it is first asked for."""
+
+    def __init__(self, work: Callable[[], Tensor]):
+        self.work = work
+        self.result: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.result is None:
+            self.result = self.work()
+        return self.result
 
 
 class MoELayer(nn.Module):
@@ -84,10 +100,13 @@ class MoELayer(nn.Module):
         self.statistics.add(decision, x_BSH.device)
         if decision.losses:
             decision.attach(torch.stack(list(decision.losses.values())).sum() * self.loss_scale)
+        shared = None if self.shared is None else Once(partial(self.shared, x_BSH))
+        self.dispatcher.meanwhile = shared
         out = decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
+        self.dispatcher.meanwhile = None
         if self.zero is not None and decision.zero_TZ is not None:
             out = out + self.zero(x_TH, decision.zero_TZ).view_as(x_BSH)
-        return out if self.shared is None else out + self.shared(x_BSH)
+        return out if shared is None else out + shared()
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

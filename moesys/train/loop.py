@@ -21,9 +21,6 @@ from moesys.parallel.mesh import ParallelMesh
 from moesys.train import checkpoint, optimizer
 from moesys.train.metrics import collect
 
-TRAVEL = ("all_to_all", "all_to_all_counts")
-"""Kinds of collectives that are all-to-all: rows, and how many rows there will be."""
-
 IGNORED = -100
 """Label of a token that no loss counts."""
 
@@ -74,7 +71,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.model.after_step()
         self._synchronise()
-        travel = sum(e.seconds for e in self.events if e.kind in TRAVEL)
+        travel = sum(e.exposed for e in self.events if e.level)
         values = collect(self.model, loss, travel)
         seconds = perf_counter() - begin
         return {

@@ -1,61 +1,98 @@
-"""Dispatch by two uneven all-to-alls: counts first, then rows; results return the same way."""
+"""Dispatch by uneven all-to-alls: counts first, then one row per assignment; results return the same way."""
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from moesys.kernels.permute import Permutation, permute, unpermute
-from moesys.moe.dispatch import Dispatcher, ExpertsFunction
+from moesys.kernels.permute import Permutation, permute, sort_by_expert, unpermute
+from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
+from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, bounds, chunk_of, cut
+
+LEVEL = "flat"
 
 
-class AllToAllDispatcher(Dispatcher):
+class AllToAllDispatcher(TravellingDispatcher):
     """Sends each row to the ranks that hold its expert (GShard, arXiv 2006.16668).
 
-    Args:
-        experts: E of the layer.
-        group: ep · etp ranks; rank i·etp + j holds slice j of the experts i·E/ep … (i+1)·E/ep − 1.
-        ep, etp: how many ways the experts, and each expert's inner size, are split.
-
-    An expert split `etp` ways along its inner size is the sum of `etp` smaller experts, so a row goes
-    to each of them and the partial results are added where it came from: the numbers of a smaller
-    expert need no collective of their own, and ranks may hold any number of rows, none included.
+    Routing weights travel with the rows, so that experts weigh their results before they return, and
+    nothing that returned need be kept for the weights' gradients.
     """
 
-    def __init__(self, experts: int, group: dist.ProcessGroup, ep: int, etp: int):
-        super().__init__(experts)
-        self.group, self.ep, self.etp = group, ep, etp
-
-    def combine(self, x_TH: Tensor, p: Permutation, weight_A: Tensor, experts: ExpertsFunction) -> Tensor:
-        return unpermute(self.run(permute(x_TH, p), p.counts_E, experts), p, weight_A)
-
-    def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
-        local = self.experts // self.ep
-        sent_RE = counts_E.view(self.ep, local).repeat_interleave(self.etp, dim=0)
-        received_RE = comm.exchange_counts(sent_RE, self.group)
+    def journeys(
+        self,
+        x_TH: Tensor,
+        token_A: Tensor,
+        place_A: Tensor,
+        weight_A: Tensor | None,
+        chunks: int,
+        experts: ExpertsFunction,
+    ) -> list[Journey]:
+        tokens, ranks = len(x_TH), self.group.size()
+        key_A = place_A if chunks == 1 else chunk_of(token_A, tokens, chunks) * self.places + place_A
+        p = sort_by_expert(token_A, key_A, tokens, chunks * self.places)
+        sent_RCE = p.counts_E.view(chunks, ranks, self.local).transpose(0, 1)
+        counts = comm.start_counts(sent_RCE, self.group, LEVEL)
+        if weight_A is not None:
+            weight_A = weight_A.index_select(0, p.order_A)
+        received_RCE = counts.wait()
         # The one synchronisation of the layer: split sizes are needed on the host.
-        send, receive = torch.stack((sent_RE.sum(1), received_RE.sum(1))).tolist()
-        copies = self._copies(counts_E)
-        outgoing = rows_AH if copies is None else rows_AH.index_select(0, copies)
-        arrived = comm.all_to_all(outgoing, send, receive, self.group)
-        by_expert = _by_expert(received_RE)
-        out = experts(arrived.index_select(0, by_expert), received_RE.sum(0))
-        back = comm.all_to_all(out.index_select(0, by_expert.argsort()), receive, send, self.group)
-        return back if copies is None else torch.zeros_like(rows_AH).index_add(0, copies, back)
+        send, receive = torch.stack((sent_RCE.sum(2), received_RCE.sum(2))).mT.tolist()
+        rows = [sum(sizes) for sizes in send]
+        starts = bounds(tokens, chunks)
+        x = x_TH.split([b - a for a, b in pairwise(starts)])
+        pieces = cut(p, starts, [0, *accumulate(rows)])
+        weights = [None] * chunks if weight_A is None else weight_A.split(rows)
+        return [
+            self._journey(x[c], pieces[c], weights[c], send[c], receive[c], received_RCE[:, c], experts)
+            for c in range(chunks)
+        ]
 
-    def _copies(self, counts_E: Tensor) -> Tensor | None:
-        """Which row each outgoing one is a copy of: every rank's block `etp` times; None if once."""
-        if self.etp == 1:
-            return None
-        blocks = counts_E.view(self.ep, -1).sum(1).tolist()
-        rows = torch.arange(sum(blocks), device=counts_E.device).split(blocks)
-        return torch.cat([block.repeat(self.etp) for block in rows])
+    def _journey(
+        self,
+        x_TH: Tensor,
+        p: Permutation,
+        weight_A: Tensor | None,
+        send: list[int],
+        receive: list[int],
+        received_RE: Tensor,
+        experts: ExpertsFunction,
+    ) -> Journey:
+        rows = comm.fly(permute(x_TH, p), send, receive, self.group, level=LEVEL, codec=self.codec(x_TH))
+        weights = None
+        if weight_A is not None:
+            weights = comm.fly(weight_A, send, receive, self.group, "all_to_all_weights", LEVEL)
+        yield
+        arrived, weight = rows.wait(), None if weights is None else weights.wait()
+        order = None if self.local == 1 else by_expert(received_RE, len(arrived))
+        if weight is not None and order is not None:
+            weight = weight.index_select(0, order.token_A)
+        out = experts(arrived, received_RE.sum(0), weight, order)
+        back = comm.fly(out, receive, send, self.group, level=LEVEL)
+        yield
+        return unpermute(back.wait(), p)
 
 
-def _by_expert(received_RE: Tensor) -> Tensor:
-    """The order that sorts rows by expert, when they arrive by source rank, then expert."""
-    ranks, local = received_RE.shape
-    expert = torch.arange(local, device=received_RE.device).repeat(ranks)
-    return expert.repeat_interleave(received_RE.flatten()).argsort(stable=True)
+def by_expert(received_RE: Tensor, rows: int) -> Permutation:
+    """Sorts by expert what arrived by source rank, then expert: whole blocks change places."""
+    blocks_ER = received_RE.t().contiguous()
+    here_RE = _starts(received_RE)
+    there_ER = _starts(blocks_ER)
+    row = torch.arange(rows, device=received_RE.device)
+
+    def moved(by: Tensor, counts: Tensor) -> Tensor:
+        return row + by.flatten().repeat_interleave(counts.flatten(), output_size=rows)
+
+    source = moved(here_RE.t() - there_ER, blocks_ER)
+    target = moved(there_ER.t() - here_RE, received_RE)
+    ones = torch.arange(rows + 1, device=received_RE.device)
+    return Permutation(source, target, ones, source, received_RE.sum(0))
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Where each block begins when all lie one after another."""
+    flat = counts.flatten()
+    return (flat.cumsum(0) - flat).view_as(counts)

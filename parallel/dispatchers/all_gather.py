@@ -1,0 +1,85 @@
+"""Dispatch by all-gather: every rank sees all tokens, computes its experts, and sums are scattered back."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moesys.moe.dispatch import ExpertsFunction
+from moesys.parallel import comm
+from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, bounds, chunk_of, compute
+
+LEVEL = "flat"
+
+
+class AllGatherDispatcher(TravellingDispatcher):
+    """Gathers the tokens of all ranks, and reduce-scatters what each rank's experts make of them.
+
+    For small groups or many experts per token: a rank sends and receives every token once, however many
+    experts it has. Assignments may be uneven; where tokens are too, they are padded to the most.
+    """
+
+    def journeys(
+        self,
+        x_TH: Tensor,
+        token_A: Tensor,
+        place_A: Tensor,
+        weight_A: Tensor | None,
+        chunks: int,
+        experts: ExpertsFunction,
+    ) -> list[Journey]:
+        tokens, ranks, rank = len(x_TH), self.group.size(), self.group.rank()
+        key_A = chunk_of(token_A, tokens, chunks) * self.places + place_A
+        count = torch.zeros(chunks * self.places + 1, dtype=torch.int64, device=key_A.device)
+        count.scatter_add_(0, key_A, torch.ones_like(key_A))
+        count[-1] = tokens
+        table = comm.start_gather(count, self.group, "all_gather_counts", LEVEL).wait().view(ranks, -1)
+        count_RCP = table[:, :-1].view(ranks, chunks, ranks, self.local)
+        # The one synchronisation: assignments of each rank and chunk, and those for this rank's experts.
+        told = torch.stack((count_RCP.sum((2, 3)), count_RCP[:, :, rank].sum(2)), 1).flatten(1)
+        sizes = torch.cat((told, table[:, -1:]), 1).tolist()
+        assigned, mine = [s[:chunks] for s in sizes], [s[chunks:-1] for s in sizes]
+        starts, most = bounds(tokens, chunks), max(s[-1] for s in sizes)
+        ends = [0, *accumulate(assigned[rank])]
+        result = []
+        for c in range(chunks):
+            rows = x_TH[starts[c] : starts[c + 1]]
+            chosen = slice(ends[c], ends[c + 1])
+            packed_A = (token_A[chosen] - starts[c]) * self.places + place_A[chosen]
+            weight = None if weight_A is None else weight_A[chosen]
+            room = max(s[c] for s in assigned), sum(s[c] for s in mine)
+            rows = rows if most == tokens else pad(rows, (0, 0, 0, most - tokens))
+            result.append(self._journey(rows, starts[c + 1] - starts[c], packed_A, weight, room, experts))
+        return result
+
+    def _journey(
+        self,
+        x_TH: Tensor,
+        tokens: int,
+        packed_A: Tensor,
+        weight_A: Tensor | None,
+        room: tuple[int, int],
+        experts: ExpertsFunction,
+    ) -> Journey:
+        """`packed_A`: token · places + place; `room`: the most assignments of a rank, and those for this one."""
+        most, mine = room
+        rows = comm.fly_everywhere(x_TH, self.group, level=LEVEL, codec=self.codec(x_TH))
+        fill = (0, most - len(packed_A))
+        named = comm.start_gather(pad(packed_A, fill, value=-1), self.group, "all_gather_names", LEVEL)
+        weights = None
+        if weight_A is not None:
+            weights = comm.fly_everywhere(pad(weight_A, fill), self.group, "_weights", LEVEL)
+        yield
+        every_TH, packed, weight = rows.wait(), named.wait(), None if weights is None else weights.wait()
+        rank, place = self.group.rank(), packed % self.places
+        chosen = torch.nonzero_static((packed >= 0) & (place // self.local == rank), size=mine).squeeze(1)
+        token = chosen // most * len(x_TH) + packed[chosen] // self.places
+        if weight is not None:
+            weight = weight.index_select(0, chosen)
+        sums = compute(every_TH, token, place[chosen] - rank * self.local, weight, self.local, experts)
+        home = comm.fly_home(sums, self.group, LEVEL)
+        yield
+        return home.wait()[:tokens]

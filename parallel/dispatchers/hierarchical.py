@@ -1,0 +1,241 @@
+"""Dispatch in levels: between nodes a token travels once per node, then spreads inside the node.
+
+N nodes of L ranks each, T tokens, A assignments, H hidden, C chunks, D destinations of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.kernels.permute import permute, sort_by_expert, unpermute
+from moesys.moe.dispatch import ExpertsFunction
+from moesys.parallel import comm
+from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, bounds, chunk_of, compute
+
+
+@dataclass(frozen=True)
+class Level:
+    """One step of the way: to which rank of `group` goes what belongs to rank r of the experts' group.
+
+    `name` is "inter" nodes, "intra" a node, or "flat" where there is one level only.
+    """
+
+    name: str
+    group: dist.ProcessGroup
+    destination: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows and assignments that a chunk sends to, and receives from, each rank of a level."""
+
+    send: list[int]
+    send_assigned: list[int]
+    receive: list[int]
+    receive_assigned: list[int]
+    received: tuple[Tensor, Tensor]
+    """The last two, on the device."""
+
+    @classmethod
+    def of(cls, told: list[list[int]], rows: Tensor, assigned: Tensor) -> Sizes:
+        send, send_assigned, receive, receive_assigned = told
+        return cls(send, send_assigned, receive, receive_assigned, (rows, assigned))
+
+
+class HierarchicalDispatcher(TravellingDispatcher):
+    """Sends a token once to each node, and there once to each rank, that holds any of its experts.
+
+    Between nodes ranks of equal place in their nodes exchange rows ("rail"), inside a node all do. Sums
+    are formed on the way back: first over a rank's experts, then over the ranks of the node, so that
+    one row per token and node returns. Routing weights and the names of experts travel with the rows.
+    After DeepSeek-V3's node-limited dispatch (arXiv 2412.19437) and Tutel's two-level all-to-all
+    (arXiv 2206.03382), which sends every assignment.
+
+    Args:
+        levels: one or two, outermost first; together they reach every rank of `group` in one way.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        group: dist.ProcessGroup,
+        ep: int,
+        etp: int,
+        chunks: int = 1,
+        overlap_shared: bool = True,
+        payload: str = "model",
+        levels: Sequence[Level] = (),
+    ):
+        super().__init__(experts, group, ep, etp, chunks, overlap_shared, payload)
+        self.levels = tuple(levels) or (Level("flat", group, tuple(range(group.size()))),)
+        self._destinations: dict[str, Tensor] = {}
+        self._path = torch.empty(0)
+
+    def journeys(
+        self,
+        x_TH: Tensor,
+        token_A: Tensor,
+        place_A: Tensor,
+        weight_A: Tensor | None,
+        chunks: int,
+        experts: ExpertsFunction,
+    ) -> list[Journey]:
+        self._remember(token_A.device)
+        tokens = len(x_TH)
+        sizes, assigned = self._sizes(token_A, place_A // self.local, tokens, chunks)
+        parts = zip(
+            pairwise(bounds(tokens, chunks)),
+            token_A.split(assigned),
+            place_A.split(assigned),
+            [None] * chunks if weight_A is None else weight_A.split(assigned),
+            sizes,
+            strict=True,
+        )
+        return [
+            self._journey(x_TH[a:b], token - a, place, weight, self.levels, size, experts)
+            for (a, b), token, place, weight, size in parts
+        ]
+
+    def _remember(self, device: torch.device) -> None:
+        """Destinations of every rank, on the device: of each level, and of all as one number."""
+        if self._path.device != device or not self._destinations:
+            self._destinations = {level.name: torch.tensor(level.destination, device=device) for level in self.levels}
+            path = torch.zeros(self.group.size(), dtype=torch.int64, device=device)
+            for level in self.levels:
+                path = path * level.group.size() + self._destinations[level.name]
+            self._path = path
+
+    def _sizes(self, token_A: Tensor, rank_A: Tensor, tokens: int, chunks: int) -> tuple[list[list[Sizes]], list[int]]:
+        """What each chunk moves on each level, and its assignments: exchanged level by level, then read once."""
+        tables = self._tables(token_A, self._path[rank_A], tokens, chunks)
+        known, received = [tables[-1].flatten(1).sum(1, keepdim=True)], []
+        for level in self.levels:
+            arrived = _exchange(tables, level)
+            received.append((arrived[0], _by_first(arrived[-1])))
+            known += [tables[0], _by_first(tables[-1]), *received[-1]]
+            # What came from all ranks of this level together is what goes on to the next.
+            tables = [table.sum(1) for table in arrived[1:]]
+        # The one synchronisation of the layer: split sizes are needed on the host.
+        widths = [part.shape[1] for part in known]
+        sizes, assigned = [], []
+        for c, row in enumerate(torch.cat(known, 1).cpu()):
+            (count,), *told = (part.tolist() for part in row.split(widths))
+            assigned.append(count)
+            levels = enumerate(received)
+            sizes.append([Sizes.of(told[4 * i : 4 * i + 4], rows[c], named[c]) for i, (rows, named) in levels])
+        return sizes, assigned
+
+    def _tables(self, token_A: Tensor, path_A: Tensor, tokens: int, chunks: int) -> list[Tensor]:
+        """Counts by chunk and destinations: rows of each level [C, D₁], [C, D₁, D₂], …, then assignments."""
+        ways = [level.group.size() for level in self.levels]
+        chunk_T = chunk_of(torch.arange(tokens, device=token_A.device), tokens, chunks)
+        tables = []
+        for depth in range(1, len(ways) + 1):
+            reach, rest = prod(ways[:depth]), prod(ways[depth:])
+            wanted = torch.zeros(tokens * reach, dtype=torch.int64, device=token_A.device)
+            wanted.index_fill_(0, token_A * reach + path_A // rest, 1)
+            table = wanted.new_zeros(chunks, reach).index_add_(0, chunk_T, wanted.view(tokens, reach))
+            tables.append(table.view(chunks, *ways[:depth]))
+        key_A = chunk_of(token_A, tokens, chunks) * prod(ways) + path_A
+        assigned = torch.zeros(chunks * prod(ways), dtype=torch.int64, device=token_A.device)
+        assigned.scatter_add_(0, key_A, torch.ones_like(key_A))
+        return [*tables, assigned.view(chunks, *ways)]
+
+    def _journey(
+        self,
+        x_TH: Tensor,
+        token_A: Tensor,
+        place_A: Tensor,
+        weight_A: Tensor | None,
+        levels: Sequence[Level],
+        sizes: Sequence[Sizes],
+        experts: ExpertsFunction,
+    ) -> Journey:
+        if not levels:
+            return compute(x_TH, token_A, place_A % self.local, weight_A, self.local, experts)
+        level, size = levels[0], sizes[0]
+        hop = Hop(level, size, token_A, self._destinations[level.name][place_A // self.local], len(x_TH))
+        rows = hop.send(permute(x_TH, hop.p), self.codec(x_TH))
+        names = Names(hop.row_A * self.places + place_A[hop.order_A])
+        weights = hop.row_A.new_ones(len(hop.row_A), dtype=torch.float32) if weight_A is None else weight_A[hop.order_A]
+        labels = hop.label(weights, names)
+        yield
+        arrived, weight, packed = rows.wait(), labels.wait(), names.received
+        row, place = hop.rows_of(packed // self.places), packed % self.places
+        sums = yield from self._journey(arrived, row, place, weight, levels[1:], sizes[1:], experts)
+        back = comm.fly(sums, size.receive, size.send, level.group, "all_to_all", level.name)
+        yield
+        return unpermute(back.wait(), hop.p)
+
+
+class Hop:
+    """One level of a chunk's way: rows by destination, and for each assignment the row that carries it.
+
+    Attributes:
+        p: tokens to rows, which are sorted by destination, then token.
+        order_A, row_A: assignments by row, and the row of each, counted within what its destination gets.
+    """
+
+    def __init__(self, level: Level, size: Sizes, token_A: Tensor, destination_A: Tensor, tokens: int):
+        self.level, self.size = level, size
+        ways = level.group.size()
+        pair_A = token_A * ways + destination_A
+        wanted_TD = torch.zeros(tokens * ways, dtype=torch.bool, device=token_A.device)
+        wanted_TD = wanted_TD.index_fill_(0, pair_A, True).view(tokens, ways)
+        pair_token, pair_destination = torch.nonzero_static(wanted_TD, size=sum(size.send)).unbind(1)
+        self.p = sort_by_expert(pair_token, pair_destination, tokens, ways)
+        number_A = wanted_TD.flatten().cumsum(0)[pair_A] - 1
+        row_A, self.order_A = self.p.row_A[number_A].sort(stable=True)
+        self.row_A = row_A - (self.p.counts_E.cumsum(0) - self.p.counts_E)[destination_A[self.order_A]]
+
+    def send(self, rows: Tensor, codec: comm.Codec | None) -> comm.Flight:
+        size, level = self.size, self.level
+        return comm.fly(rows, size.send, size.receive, level.group, "all_to_all", level.name, codec)
+
+    def label(self, weight_A: Tensor, names: Names) -> comm.Flight:
+        size, level = self.size, self.level
+        send, receive = size.send_assigned, size.receive_assigned
+        return comm.fly(weight_A, send, receive, level.group, "all_to_all_weights", level.name, names)
+
+    def rows_of(self, received_A: Tensor) -> Tensor:
+        """The row among all that arrived, of rows counted within what one source sent."""
+        rows, assigned = self.size.received
+        starts = rows.cumsum(0) - rows
+        return received_A + starts.repeat_interleave(assigned, output_size=len(received_A))
+
+
+class Names:
+    """Writes routing weights [A] beside the numbers `sent` int64 [A], as int32 [A, 3] (float32) or [A, 4]."""
+
+    def __init__(self, sent: Tensor):
+        self.sent = self.received = sent
+        self.dtype = torch.float32
+
+    def encode(self, weight_A: Tensor) -> Tensor:
+        self.dtype = weight_A.dtype
+        return torch.cat([x.unsqueeze(1).view(torch.int32) for x in (self.sent, weight_A)], 1)
+
+    def decode(self, arrived: Tensor) -> Tensor:
+        self.received = arrived[:, :2].contiguous().view(torch.int64).squeeze(1)
+        return arrived[:, 2:].contiguous().view(self.dtype).squeeze(1)
+
+
+def _by_first(table: Tensor) -> Tensor:
+    """[C, D, …] → [C, D], summed over what follows."""
+    return table.flatten(2).sum(2) if table.dim() > 2 else table
+
+
+def _exchange(tables: Sequence[Tensor], level: Level) -> list[Tensor]:
+    """Each table [C, D, …], of which every rank of the level gets its part from each: [C, D, …], D sources."""
+    moved = [table.movedim(1, 0) for table in tables]
+    flat = torch.cat([table.flatten(1) for table in moved], 1)
+    received = comm.start_counts(flat, level.group, level.name).wait()
+    parts = received.split([table[0].numel() for table in moved], 1)
+    return [part.view(table.shape).movedim(0, 1) for part, table in zip(parts, moved, strict=True)]
