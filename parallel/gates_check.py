@@ -1,0 +1,120 @@
+"""Rules between the keys of gates, their losses and capacity. Needs no torch."""
+
+from __future__ import annotations
+
+from moesys.config.schema import GateConfig, MoEConfig
+from moesys.errors import Problem
+from moesys.parallel.degrees import divisors
+
+RANDOM = {"noise", "jitter"}
+GROUPS = {"groups", "groups_kept", "group_score"}
+USES: dict[str, set[str]] = {
+    "top_k": {"score", "bias", "second"} | RANDOM | GROUPS,
+    "cosine": {"score", "dim", "second"} | RANDOM | GROUPS,
+    "prototype": {"bias"} | RANDOM,
+}
+"""The keys of model.moe.gate that each kind uses."""
+
+ZERO = {"zero_experts", "copy_experts", "constant_experts", "zero_variant", "zero_tau"}
+IGNORES: dict[str, set[str]] = {"top_k": set(), "cosine": set(), "prototype": {"bias_rate", "load_loss"} | ZERO}
+"""The keys of model.moe about routing that each kind does not use."""
+
+
+def check(moe: MoEConfig) -> list[Problem]:
+    """Every rule between them that `moe` breaks."""
+    problems = [*_unused(moe), *_choices(moe), *_losses(moe), *_capacity(moe), *_zero(moe)]
+    return problems
+
+
+def _unused(moe: MoEConfig) -> list[Problem]:
+    kind, problems = moe.gate.kind, []
+    for key, field in GateConfig.model_fields.items():
+        if key != "kind" and key not in USES[kind] and getattr(moe.gate, key) != field.default:
+            others = [name for name, keys in USES.items() if key in keys]
+            rule = f"gate {kind} does not use it; {', '.join(others)} do" if others else f"gate {kind} does not use it"
+            problems.append(Problem(f"model.moe.gate.{key}", rule, "remove it, or choose another gate"))
+    for key in sorted(IGNORES[kind]):
+        if getattr(moe, key) != MoEConfig.model_fields[key].default:
+            rule = f"gate {kind} does not use it"
+            problems.append(Problem(f"model.moe.{key}", rule, "remove it, or choose another gate"))
+    return problems
+
+
+def _choices(moe: MoEConfig) -> list[Problem]:
+    gate, problems = moe.gate, []
+    candidates = moe.experts + moe.zero_computation
+    if moe.top_k > candidates:
+        rule = f"must be at most model.moe.experts({moe.experts})"
+        if moe.zero_computation:
+            rule += f" + zero-computation experts({moe.zero_computation})"
+        problems.append(Problem("model.moe.top_k", rule, f"choose 1 to {candidates}"))
+    if gate.kind == "prototype" and moe.experts % moe.top_k:
+        rule = f"gate prototype makes top_k({moe.top_k}) groups: it must divide model.moe.experts({moe.experts})"
+        problems.append(Problem("model.moe.top_k", rule, f"one of {divisors(moe.experts)}"))
+    if gate.second == "random" and moe.top_k != 2:
+        rule = f"random is about the second of two experts, and model.moe.top_k is {moe.top_k}"
+        problems.append(Problem("model.moe.gate.second", rule, "set model.moe.top_k: 2"))
+    return problems + _groups(moe)
+
+
+def _groups(moe: MoEConfig) -> list[Problem]:
+    gate, problems = moe.gate, []
+    if gate.groups_kept > gate.groups:
+        rule = f"must be at most model.moe.gate.groups({gate.groups})"
+        problems.append(Problem("model.moe.gate.groups_kept", rule, f"choose 1 to {gate.groups}"))
+    if gate.groups == 1:
+        return problems
+    if moe.zero_computation:
+        rule = f"zero-computation experts({moe.zero_computation}) belong to no group"
+        problems.append(Problem("model.moe.gate.groups", rule, "use either"))
+    if moe.experts % gate.groups:
+        rule = f"must divide model.moe.experts({moe.experts})"
+        return [*problems, Problem("model.moe.gate.groups", rule, f"one of {divisors(moe.experts)}")]
+    size = moe.experts // gate.groups
+    if moe.top_k > gate.groups_kept * size:
+        most = gate.groups_kept * size
+        rule = f"must be at most groups_kept({gate.groups_kept}) · experts per group({size}) = {most}"
+        problems.append(Problem("model.moe.top_k", rule, "keep more groups, or choose fewer experts"))
+    if gate.group_score == "top2" and size < 2:
+        rule = f"needs two experts per group, and experts({moe.experts}) / groups({gate.groups}) is {size}"
+        problems.append(Problem("model.moe.gate.group_score", rule, "use max, or fewer groups"))
+    return problems
+
+
+def _losses(moe: MoEConfig) -> list[Problem]:
+    if not moe.load_loss:
+        return []
+    reasons = []
+    if moe.gate.noise != "gaussian":
+        reasons.append(("is the chance of a choice under noise", "set model.moe.gate.noise: gaussian"))
+    if moe.gate.groups > 1 or moe.bias_rate:
+        reasons.append(("is defined for the k largest logits alone", "use neither gate.groups nor bias_rate"))
+    if moe.top_k >= moe.experts + moe.zero_computation:
+        reasons.append((f"top_k({moe.top_k}) takes every expert: there is no choice", "lower model.moe.top_k"))
+    return [Problem("model.moe.load_loss", rule, remedy) for rule, remedy in reasons]
+
+
+def _capacity(moe: MoEConfig) -> list[Problem]:
+    if moe.capacity_factor is not None:
+        return []
+    keys = ["pad_to_capacity"] if moe.pad_to_capacity else []
+    if moe.min_capacity and moe.eval_capacity_factor is None:
+        keys.append("min_capacity")
+    rule = "needs model.moe.capacity_factor, which is null: experts have no capacity"
+    return [Problem(f"model.moe.{key}", rule, "set capacity_factor") for key in keys]
+
+
+def _zero(moe: MoEConfig) -> list[Problem]:
+    problems = []
+    if not moe.zero_computation:
+        for key in ("zero_variant", "zero_tau"):
+            if getattr(moe, key) != MoEConfig.model_fields[key].default:
+                rule = "needs zero_experts, copy_experts or constant_experts"
+                problems.append(Problem(f"model.moe.{key}", rule, "remove it, or add some"))
+    elif moe.zero_variant == "adamoe":
+        if computing := moe.copy_experts + moe.constant_experts:
+            rule = f"adamoe has zero_experts alone, and copy_experts + constant_experts is {computing}"
+            problems.append(Problem("model.moe.zero_variant", rule, "use moe++, or zero_experts alone"))
+        if moe.zero_tau != 1.0:
+            problems.append(Problem("model.moe.zero_tau", "adamoe does not use it", "remove it, or use moe++"))
+    return problems

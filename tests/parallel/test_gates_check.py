@@ -1,0 +1,88 @@
+"""What gates' keys must not say together."""
+
+from __future__ import annotations
+
+import pytest
+
+from moesys.config.schema import MoEConfig
+from moesys.parallel.gates_check import IGNORES, USES, check
+
+MISTAKES = {
+    "a key of another kind": ({"gate": {"groups": 2, "kind": "prototype"}}, "groups", "top_k, cosine do"),
+    "bias of cosines": ({"gate": {"bias": True, "kind": "cosine"}}, "gate.bias", "gate cosine does not use it"),
+    "a loss-free prototype": ({"gate": "prototype", "bias_rate": 0.1}, "bias_rate", "gate prototype does not use it"),
+    "prototypes that do not divide": (
+        {"gate": "prototype", "top_k": 3},
+        "top_k",
+        "makes top_k(3) groups: it must divide model.moe.experts(8)",
+    ),
+    "k beyond all candidates": (
+        {"top_k": 11, "zero_experts": 2},
+        "top_k",
+        "at most model.moe.experts(8) + zero-computation experts(2)",
+    ),
+    "random second of three": ({"top_k": 3, "gate": {"second": "random"}}, "gate.second", "model.moe.top_k is 3"),
+    "more groups kept than there are": ({"gate": {"groups": 2, "groups_kept": 3}}, "groups_kept", "groups(2)"),
+    "groups that do not divide": ({"gate": {"groups": 3}}, "groups", "must divide model.moe.experts(8)"),
+    "k beyond the groups kept": (
+        {"top_k": 3, "gate": {"groups": 4}},
+        "top_k",
+        "groups_kept(1) · experts per group(2) = 2",
+    ),
+    "no two best": (
+        {"top_k": 1, "gate": {"groups": 8, "group_score": "top2"}},
+        "group_score",
+        "experts(8) / groups(8) is 1",
+    ),
+    "zero experts in groups": ({"zero_experts": 2, "gate": {"groups": 2}}, "gate.groups", "experts(2) belong to no"),
+    "load without noise": ({"load_loss": 0.1}, "load_loss", "chance of a choice under noise"),
+    "load without choice": ({"load_loss": 0.1, "top_k": 8, "gate": {"noise": "gaussian"}}, "load_loss", "top_k(8)"),
+    "load with a bias": (
+        {"load_loss": 0.1, "bias_rate": 0.1, "gate": {"noise": "gaussian"}},
+        "load_loss",
+        "k largest logits alone",
+    ),
+    "padding without capacity": ({"pad_to_capacity": True}, "pad_to_capacity", "capacity_factor, which is null"),
+    "minimum without capacity": ({"min_capacity": 4}, "min_capacity", "capacity_factor, which is null"),
+    "a variant of nothing": ({"zero_variant": "adamoe"}, "zero_variant", "needs zero_experts"),
+    "adamoe that copies": ({"zero_variant": "adamoe", "copy_experts": 1}, "zero_variant", "constant_experts is 1"),
+    "adamoe with tau": ({"zero_variant": "adamoe", "zero_experts": 1, "zero_tau": 0.5}, "zero_tau", "adamoe does not"),
+}
+
+
+def problems(**change) -> list[str]:
+    return [str(p) for p in check(MoEConfig.model_validate({"experts": 8, "ffn_hidden": 4, **change}))]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_with_its_key_and_numbers(name):
+    change, key, rule = MISTAKES[name]
+    (told,) = problems(**change)
+    assert key in told.split(":")[0] and rule in told
+
+
+GOOD = [
+    {},
+    {"gate": {"noise": "gaussian"}, "load_loss": 0.1, "importance_loss": 0.1},
+    {"gate": {"score": "sigmoid", "groups": 4, "groups_kept": 2, "group_score": "top2"}, "bias_rate": 1e-3},
+    {"gate": {"kind": "cosine", "dim": 4, "second": "random"}},
+    {"gate": {"kind": "prototype", "bias": True, "jitter": 0.01}, "normalize": False},
+    {"top_k": 10, "zero_experts": 1, "copy_experts": 1, "constant_experts": 1, "zero_tau": 0.75},
+    {"eval_capacity_factor": 1.0, "min_capacity": 2},
+]
+
+
+@pytest.mark.parametrize("change", GOOD, ids=str)
+def test_what_goes_together_is_let_through(change):
+    assert problems(**change) == []
+
+
+def test_every_kind_has_its_tables():
+    from typing import get_args
+
+    from moesys.config.schema import GateConfig
+
+    assert set(get_args(GateConfig.model_fields["kind"].annotation)) == set(USES) == set(IGNORES)
+    keys = set(GateConfig.model_fields) - {"kind"}
+    assert set().union(*USES.values()) <= keys
+    assert set().union(*IGNORES.values()) <= set(MoEConfig.model_fields)
