@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moesys.kernels import activation
+from moesys.kernels import expert_ffn_small as small
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
 from moesys.kernels.choose import choose
@@ -164,6 +165,8 @@ def _blocked(
 ) -> tuple[Tensor, Tensor]:
     """(output, in the shape of x; h [N, G, F]). `index_N`: the token of each row, None if x are the rows."""
     wide, rows = _type(x_TH), len(x_TH) if index_N is None else len(index_N)
+    if small.fits(x_TH, fc1, rows, BLOCK):
+        return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
     out = torch.empty_like(x_TH) if index_N is None else torch.zeros_like(x_TH, dtype=wide)
     h = x_TH.new_empty(rows, *fc1.shape[2:])
     for block in _blocks(counts_E.tolist(), fc2.shape[1]):
@@ -237,6 +240,10 @@ def _blocked_backward(
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, fc1, fc2, weight and bias1; the last two are empty without their inputs."""
+    if weight_N is not None:
+        weight_N = _not_zero(weight_N)
+    if small.fits(x_TH, fc1, len(h_NGF), BLOCK):
+        return small.backward(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind)
     wide, counts = _type(x_TH), counts_E.tolist()
     grad_x = torch.empty_like(x_TH) if index_N is None else torch.zeros_like(x_TH, dtype=wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
@@ -247,7 +254,7 @@ def _blocked_backward(
     for block in _blocks(counts, fc2.shape[1]):
         experts, h = block.experts, _as(h_NGF[block.rows], wide)
         x, dy = (_rows(t, block, index_N, wide) for t in (x_TH, grad_TH))
-        weight = None if weight_N is None else _not_zero(weight_N[block.rows])
+        weight = None if weight_N is None else weight_N[block.rows]
         if weight is not None:
             dy = dy * weight.to(wide).unsqueeze(-1)
         d_inner = _products(dy, fc2[experts].mT, _scratch("inner", (len(x), fc2.shape[1]), wide), block.counts)

@@ -59,6 +59,25 @@ def test_equals_a_loop_over_experts(monkeypatch, counts, kind, block):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 9, 0, 0], [0, 0, 0, 0]])
+def test_few_rows_go_through_grouped_products_all_at_once(monkeypatch, counts, kind, indexed):
+    torch.manual_seed(0)
+    rows, parts = sum(counts), activation.KINDS[kind].parts
+    shapes = [(rows, 8), (4, 8, parts, 12), (4, 12, 8), (4, parts, 12), (rows,)]
+    inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+    p = sort_by_expert(torch.arange(rows), torch.arange(4).repeat_interleave(torch.tensor(counts)), rows, 4)
+    target, found = torch.randn(rows, 8), []
+    for block in (2**18, 0):
+        monkeypatch.setattr(expert_ffn, "BLOCK", block)
+        x, fc1, fc2, bias, weight = inputs
+        out = expert_ffn.expert_ffn(x, fc1, fc2, p.counts_E, kind, weight, bias, p if indexed else None)
+        found.append((out, *torch.autograd.grad((out * target).sum(), inputs)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("block", [1, 2**18], ids=["each", "all"])
 @pytest.mark.parametrize("tokens", [[0, 0, 1, 2, 2, 2], [], [4], [0, 2, 4]])
 def test_gathers_its_rows_and_sums_them_by_token(monkeypatch, tokens, block):
