@@ -18,7 +18,7 @@ def fits(x_TH: Tensor, fc1: Tensor, rows: int, most: int) -> bool:
 
     They need float32 and rows whose size is a multiple of 16 bytes.
     """
-    hidden, parts, inner = fc1.shape[1:]
+    hidden, _, inner = fc1.shape[1:]
     aligned = hidden % 4 == 0 and inner % 4 == 0 and fc1.is_contiguous()
     return x_TH.dtype == torch.float32 and aligned and 0 < rows * inner <= most
 
