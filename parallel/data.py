@@ -87,9 +87,10 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     )
     unmanaged: set[Parameter] = set()
     for layer in moe_layers(model).values():
-        if config.train.dtype != "float32" and any(True for _ in layer.gate.parameters()):
-            # Routing is float32 arithmetic: its weights must not be rounded on the way.
-            _shard(layer.gate, dense, exact)
+        for router in (layer.gate, layer.mix):
+            if config.train.dtype != "float32" and any(True for _ in router.parameters()):
+                # Routing is float32 arithmetic: its weights must not be rounded on the way.
+                _shard(router, dense, exact)
         if experts is None:
             unmanaged.update(layer.experts.parameters())
         else:

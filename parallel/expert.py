@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.size import Weight
-from moesys.parallel import gates_check
+from moesys.parallel import experts_check, gates_check
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees, divisors
 
@@ -43,7 +43,7 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
     if moe.first_dense >= config.model.layers:
         rule = f"must be less than model.layers({config.model.layers}), or no layer is MoE"
         problems.append(Problem("model.moe.first_dense", rule))
-    return problems
+    return problems + experts_check.check(moe)
 
 
 def shards(weight: Weight, degrees: Degrees) -> int:

@@ -100,7 +100,7 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
     # came back for the gradient of the routing weights.
     rows = 0 if shape.degrees.ep * shape.degrees.etp == 1 else 2
     routed = moe.mean_choices * (rows * m.hidden + (2 if moe.gated else 1) * moe.ffn_hidden)
-    return (routed + 4 * moe.experts + inner * moe.shared_width) / tp
+    return (routed + 4 * moe.experts + inner * (1 if moe.gated else 0.5) * moe.shared_width) / tp
 
 
 def _head(shape: StepShape) -> float:

@@ -85,9 +85,9 @@ def _block(block: Any, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
             **{name: _over_tokens() for name in _used_by_tokens(ffn)},
         }
         if ffn.shared is not None:
-            plan |= _feed_forward("ffn.shared", Shard(1))
+            plan |= _feed_forward("ffn.shared", ffn.shared, Shard(1))
     else:
-        plan |= _feed_forward("ffn", stream)
+        plan |= _feed_forward("ffn", ffn, stream)
     return plan
 
 
@@ -98,7 +98,7 @@ def _over_tokens() -> ParallelStyle:
 
 def _used_by_tokens(layer: MoELayer) -> list[str]:
     """Modules with parameters in the gate and beside it, each called with the layer's tokens."""
-    parents = {"ffn.gate": layer.gate, "ffn.zero": layer.zero}
+    parents = {"ffn.gate": layer.gate, "ffn.zero": layer.zero, "ffn.mix": layer.mix}
     return [
         f"{name}.{child}"
         for name, parent in parents.items()
@@ -128,10 +128,10 @@ def _projections(attention: Any) -> dict[str, ParallelStyle]:
     return plan
 
 
-def _feed_forward(name: str, stream: Placement) -> dict[str, ParallelStyle]:
+def _feed_forward(name: str, module: nn.Module, stream: Placement) -> dict[str, ParallelStyle]:
+    inner = [child for child, _ in module.named_children() if child in ("gate_proj", "up_proj")]
     return {
         name: PrepareModuleInput(input_layouts=stream, desired_input_layouts=Replicate()),
-        f"{name}.gate_proj": ColwiseParallel(),
-        f"{name}.up_proj": ColwiseParallel(),
+        **{f"{name}.{child}": ColwiseParallel() for child in inner},
         f"{name}.down_proj": RowwiseParallel(output_layouts=stream),
     }

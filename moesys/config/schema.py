@@ -149,7 +149,16 @@ class MoEConfig(Section):
     shared_experts: NonNegative = 0
     """Experts that every token passes through, beside the routed ones."""
     shared_ffn_hidden: Positive | None = None
-    """Inner size of one shared expert; default: ffn_hidden."""
+    """Inner size of one shared expert; default: ffn_hidden. Shared experts have the routed ones' activation, and
+    no biases."""
+    shared_mix: Literal["add", "gate", "residual", "cmr"] = "add"
+    """How the shared experts' output joins the routed one: added (DeepSeekMoE); added, times a sigmoid of the token
+    (gate: Qwen2-MoE); both weighed by a softmax of the token (residual: DeepSpeed's Residual-MoE); g and 1 − g of
+    the routed and the shared output, g a sigmoid of the token (cmr: NLLB's conditional MoE routing)."""
+    cmr_budget: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """shared_mix cmr: share p of the output that should come from the routed experts."""
+    cmr_loss: NonNegativeFloat = 0.1
+    """shared_mix cmr: coefficient of |mean of g over a micro-batch − p|."""
 
     @property
     def gated(self) -> bool:
@@ -165,6 +174,11 @@ class MoEConfig(Section):
     def mean_choices(self) -> float:
         """Routed experts that compute for one token: k, or on average what balance leaves of it beside Z."""
         return self.top_k * self.experts / (self.experts + self.zero_computation)
+
+    @property
+    def cmr_coefficient(self) -> float:
+        """Coefficient of the loss of conditional MoE routing; 0 where there is none."""
+        return self.cmr_loss if self.shared_mix == "cmr" else 0.0
 
     @property
     def shared_width(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moesys.kernels.activation import KINDS
 from moesys.kernels.rms_norm import rms_norm
 
 
@@ -33,16 +34,25 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward `down(silu(gate(x)) · up(x))` (SwiGLU, arXiv 2002.05202): [B, S, H] → same."""
+    """Feed-forward `down(act(gate(x)) · up(x))`, by default SwiGLU (arXiv 2002.05202): [B, S, H] → same.
 
-    def __init__(self, hidden: int, ffn_hidden: int):
+    Without a gate it is `down(act(up(x)))`. `activation` is a kind of `moesys.kernels.activation`.
+    """
+
+    def __init__(self, hidden: int, ffn_hidden: int, activation: str = "swiglu"):
         super().__init__()
-        self.gate_proj = Linear(hidden, ffn_hidden, bias=False)
+        self.kind = KINDS[activation]
+        if self.kind.gated:
+            self.gate_proj = Linear(hidden, ffn_hidden, bias=False)
         self.up_proj = Linear(hidden, ffn_hidden, bias=False)
         self.down_proj = Linear(ffn_hidden, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        up = self.up_proj(x)
+        if not self.kind.gated:
+            return self.down_proj(self.kind.value(up))
+        up = up if self.kind.linear is None else self.kind.linear(up)
+        return self.down_proj(self.kind.value(self.gate_proj(x)) * up)
 
 
 def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:

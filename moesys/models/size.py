@@ -59,7 +59,8 @@ def _block(model: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...
         yield "ffn.zero.mix.weight", (2 * m.constant_experts, h)
         yield "ffn.zero.constant.weight", (h, m.constant_experts)
     if m.shared_experts:
-        yield from _feed_forward("ffn.shared", h, m.shared_width)
+        yield from _feed_forward("ffn.shared", h, m.shared_width, m.gated)
+        yield from _mix(m, h)
 
 
 def _gate(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -86,8 +87,17 @@ def _experts(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]
         yield "ffn.experts.fc2_bias", (m.experts, hidden)
 
 
-def _feed_forward(name: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.gate_proj.weight", (inner, hidden)
+def _mix(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    outputs = {"add": 0, "gate": 1, "residual": 2, "cmr": 1}[m.shared_mix]
+    if outputs:
+        yield "ffn.mix.projection.weight", (outputs, hidden)
+    if m.shared_mix in ("residual", "cmr"):
+        yield "ffn.mix.projection.bias", (outputs,)
+
+
+def _feed_forward(name: str, hidden: int, inner: int, gated: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if gated:
+        yield f"{name}.gate_proj.weight", (inner, hidden)
     yield f"{name}.up_proj.weight", (inner, hidden)
     yield f"{name}.down_proj.weight", (hidden, inner)
 

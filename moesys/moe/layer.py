@@ -16,6 +16,7 @@ from moesys.moe.dispatch import Dispatcher
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
 from moesys.moe.routing import Decision, MicroBatch
+from moesys.moe.shared import Mix
 from moesys.moe.zero import ZeroExperts
 
 
@@ -68,6 +69,7 @@ class MoELayer(nn.Module):
         experts: the routed experts.
         shared: a module [B, S, H] → [B, S, H] that takes every token, or None.
         zero: the zero-computation experts that the gate names beside the routed ones, where any compute.
+        mix: how the output of `shared` joins the routed one; default: they are added.
 
     Attributes:
         dispatcher: moves tokens to experts and back; one device only permutes.
@@ -78,10 +80,16 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, gate: Gate, experts: Experts, shared: nn.Module | None = None, zero: ZeroExperts | None = None
+        self,
+        gate: Gate,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        zero: ZeroExperts | None = None,
+        mix: Mix | None = None,
     ):
         super().__init__()
         self.gate, self.experts, self.shared, self.zero = gate, experts, shared, zero
+        self.mix = Mix() if mix is None else mix
         self.dispatcher = Dispatcher(gate.experts)
         self.scope = MicroBatch()
         self.loss_scale = 1.0
@@ -96,7 +104,8 @@ class MoELayer(nn.Module):
         batch, sequence, hidden = x_BSH.shape
         x_TH = x_BSH.reshape(-1, hidden)
         tokens = self.scope.mark(tokens_BS2, batch, sequence, x_BSH.device)
-        decision = self.gate(x_TH, tokens, self.scope)
+        decision, mixture = self.gate(x_TH, tokens, self.scope), self.mix(x_TH, self.scope)
+        decision.losses |= mixture.losses
         self.statistics.add(decision, x_BSH.device)
         if decision.losses:
             decision.attach(torch.stack(list(decision.losses.values())).sum() * self.loss_scale)
@@ -106,7 +115,7 @@ class MoELayer(nn.Module):
         self.dispatcher.meanwhile = None
         if self.zero is not None and decision.zero_TZ is not None:
             out = out + self.zero(x_TH, decision.zero_TZ).view_as(x_BSH)
-        return out if shared is None else out + shared()
+        return out if shared is None else mixture.join(out, shared())
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

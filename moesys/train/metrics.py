@@ -22,8 +22,9 @@ LOSSES = {
     "z": "z_loss",
     "importance": "importance_loss",
     "load_loss": "load_loss",
+    "cmr": "cmr_coefficient",
 }
-"""The losses that gates report, and the keys of model.moe with their coefficients."""
+"""The losses that layers report, and where model.moe has their coefficients."""
 
 COUNTS = ("calls", "dropped", "zero")
 """What layers count beside losses and load: passes, and assignments dropped or to zero-computation experts."""

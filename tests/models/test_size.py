@@ -20,6 +20,13 @@ MODELS = {
         "ffn_hidden": 96,
         "moe": {"experts": 8, "ffn_hidden": 32, "every": 2, "first_dense": 1, "shared_experts": 2},
     },
+    "gated": {
+        "moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_ffn_hidden": 48, "shared_mix": "gate"}
+    },
+    "residual": {"moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_mix": "residual"}},
+    "cmr": {
+        "moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_mix": "cmr", "activation": "relu2"},
+    },
     "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
 }
 
