@@ -73,7 +73,8 @@ def _rank(shapes: list[StepShape]) -> dict[str, Any]:
     for shape in shapes:
         for move in traffic(shape):
             axes = [axis for axis in move.axes if getattr(shape.degrees, axis) > 1]
-            entry = moved.setdefault(f"{move.kind} over {'·'.join(axes)}", {"bytes": 0.0, "calls": 0})
+            kind = f"{move.kind} {move.level}".rstrip()
+            entry = moved.setdefault(f"{kind} over {'·'.join(axes)}", {"bytes": 0.0, "calls": 0})
             entry["bytes"] += move.bytes * move.calls
             entry["calls"] += move.calls
     return {

@@ -44,13 +44,15 @@ class Collective:
     """`calls` collectives per step over the group along `axes`.
 
     `bytes` is what one rank contributes to one call, its own part included (nccl-tests' S): the
-    buffer of an all-reduce or all-to-all, the gathered size of an all-gather or reduce-scatter.
+    buffer of an all-reduce or all-to-all, the gathered size of an all-gather or reduce-scatter. `level`:
+    "inter" nodes or "intra" a node, where a part of the group takes part at a time.
     """
 
     kind: str
     axes: tuple[str, ...]
     bytes: float
     calls: int
+    level: str = ""
 
 
 def counting_passes(config: Config, dp: int) -> int:

@@ -13,6 +13,7 @@ from moesys.models.size import Weight
 from moesys.parallel import experts_check, gates_check
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees, divisors
+from moesys.parallel.dispatchers import plan
 
 if TYPE_CHECKING:
     from moesys.models.decoder import Decoder
@@ -43,7 +44,7 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
     if moe.first_dense >= config.model.layers:
         rule = f"must be less than model.layers({config.model.layers}), or no layer is MoE"
         problems.append(Problem("model.moe.first_dense", rule))
-    return problems + experts_check.check(moe)
+    return problems + experts_check.check(moe) + plan.check(config, degrees)
 
 
 def shards(weight: Weight, degrees: Degrees) -> int:
@@ -52,14 +53,8 @@ def shards(weight: Weight, degrees: Degrees) -> int:
 
 
 def cost(shape: StepShape) -> list[Collective]:
-    """Dispatch and combine, forward and backward, of every MoE layer: k·etp rows per token."""
-    m = shape.config.model
-    if m.moe is None:
-        return []
-    d, layers = shape.degrees, sum(m.is_moe(i) for i in shape.stage.layers)
-    tokens = shape.sequence_tokens / (d.cp * d.tp)
-    size = tokens * m.moe.mean_choices * d.etp * m.hidden * shape.width
-    return [Collective("all_to_all", ("ep", "etp"), size, 2 * (shape.forwards + 1) * layers * shape.micro_batches)]
+    """Dispatch and combine, forward and backward, of every MoE layer."""
+    return plan.cost(shape)
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from moesys.config.schema import Config
 from moesys.parallel.cost import StepShape
+from moesys.parallel.dispatchers.plan import kept_rows
 from moesys.parallel.pipeline import MULTI
 
 
@@ -96,10 +97,8 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
     if m.moe is None or not m.is_moe(layer):
         return inner * (m.ffn_hidden or 0) / tp
     moe = m.moe
-    # Of each row the experts keep the products of fc1; where rows travel, also what arrived, and what
-    # came back for the gradient of the routing weights.
-    rows = 0 if shape.degrees.ep * shape.degrees.etp == 1 else 2
-    routed = moe.mean_choices * (rows * m.hidden + (2 if moe.gated else 1) * moe.ffn_hidden)
+    # Of each row the experts keep the products of fc1; where rows travel, also what arrived.
+    routed = moe.mean_choices * (2 if moe.gated else 1) * moe.ffn_hidden + kept_rows(shape) * m.hidden
     return (routed + 4 * moe.experts + inner * (1 if moe.gated else 0.5) * moe.shared_width) / tp
 
 
