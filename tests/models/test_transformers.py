@@ -1,6 +1,6 @@
 """The native model against transformers' models of the same weights: logits and every gradient."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -69,25 +69,52 @@ def deepseek_v2():
     return transformers.DeepseekV2ForCausalLM(theirs), ours
 
 
+def deepseek_v3():
+    theirs = transformers.DeepseekV3Config(
+        **COMMON, num_key_value_heads=4, intermediate_size=48, n_routed_experts=8, moe_intermediate_size=16,
+        first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=16, kv_lora_rank=24, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=12, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
+    )  # fmt: skip
+    gate = {"score": "sigmoid", "groups": 4, "groups_kept": 2, "group_score": "top2"}
+    moe = {"experts": 8, "ffn_hidden": 16, "first_dense": 1, "shared_experts": 1, "gate": gate, "scale": 2.5}
+    return transformers.DeepseekV3ForCausalLM(theirs), {**deepseek_v2()[1], "moe": {**MOE, **moe}}
+
+
+def qwen2_moe():
+    theirs = transformers.Qwen2MoeConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=48, num_experts=4, moe_intermediate_size=16,
+        shared_expert_intermediate_size=40, norm_topk_prob=False, qkv_bias=False,
+    )  # fmt: skip
+    shared = {"shared_experts": 1, "shared_ffn_hidden": 40, "shared_mix": "gate"}
+    ours = {
+        "attention": {"heads": 4, "kv_heads": 2},
+        "moe": {**MOE, "ffn_hidden": 16, "normalize": False, **shared},
+    }
+    return transformers.Qwen2MoeForCausalLM(theirs), ours
+
+
 RENAMED = {
     "embed.": "model.embed_tokens.", "head.": "lm_head.", "norm.weight": "model.norm.weight",
     "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa", "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm", "attention.": "self_attn.",
-    "ffn.gate.projection": "mlp.gate", "ffn.shared": "mlp.shared_experts", "ffn.": "mlp.",
+    "ffn.gate.projection": "mlp.gate", "ffn.shared": "mlp.shared_experts",
+    "ffn.mix.projection": "mlp.shared_expert_gate", "ffn.": "mlp.",
 }  # fmt: skip
 
 
-def theirs_of(name: str, source: Callable[[str], Tensor]) -> Tensor:
+def theirs_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """The tensor of transformers' model (or its gradient) that corresponds to our parameter `name`."""
     path = f"model.{name}" if name.startswith("layers") else name
     for ours, renamed in RENAMED.items():
         path = renamed + path[len(ours) :] if path.startswith(ours) else path.replace(f".{ours}", f".{renamed}")
     path = path.replace("_a_norm", "_a_layernorm")
+    if path not in tensors:
+        path = path.replace("shared_experts.", "shared_expert.")  # Qwen2-MoE has one
     if path.endswith("experts.fc1"):
-        return source(path[: -len("fc1")] + "gate_up_proj").transpose(1, 2).unflatten(2, (2, -1))
+        return tensors[path[: -len("fc1")] + "gate_up_proj"].transpose(1, 2).unflatten(2, (2, -1))
     if path.endswith("experts.fc2"):
-        return source(path[: -len("fc2")] + "down_proj").transpose(1, 2)
-    return rotary_halves(source(path), path)
+        return tensors[path[: -len("fc2")] + "down_proj"].transpose(1, 2)
+    return rotary_halves(tensors[path], path)
 
 
 def rotary_halves(weight: Tensor, path: str) -> Tensor:
@@ -100,7 +127,9 @@ def rotary_halves(weight: Tensor, path: str) -> Tensor:
     return weight
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen3_moe, olmoe, deepseek_v2], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make", [mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3], ids=lambda f: f.__name__
+)
 def test_logits_and_gradients_equal_transformers(make):
     torch.manual_seed(0)
     theirs, ours = make()
@@ -109,7 +138,7 @@ def test_logits_and_gradients_equal_transformers(make):
     state = theirs.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(theirs_of(name, state.__getitem__))
+            parameter.copy_(theirs_of(name, state))
     tokens = torch.randint(0, V, (2, S))
     labels = torch.randint(0, V, (2 * S,))
     logits, expected = model(tokens), theirs(input_ids=tokens).logits
@@ -118,6 +147,6 @@ def test_logits_and_gradients_equal_transformers(make):
         torch.nn.functional.cross_entropy(output.flatten(0, 1), labels).backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
     for name, parameter in model.named_parameters():
-        other = theirs_of(name, gradients.__getitem__)
+        other = theirs_of(name, gradients)
         relative = (parameter.grad - other).norm() / other.norm()
         assert relative < 2e-5, name
