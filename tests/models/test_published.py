@@ -13,6 +13,7 @@ import transformers
 
 from moesys.config.load import load
 from moesys.config.schema import ModelConfig
+from moesys.kernels import activation
 from moesys.models.size import parameters
 
 MODELS = {path.stem: path for path in (Path(__file__).parents[2] / "configs" / "models").glob("*.yaml")}
@@ -102,7 +103,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
             num_hidden_layers=61, num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536,
             kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=256,
             n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, norm_topk_prob=True,
-            routed_scaling_factor=2.5, rms_norm_eps=1e-6, rope_theta=10000.0,
+            routed_scaling_factor=2.5, n_group=8, topk_group=4, rms_norm_eps=1e-6, rope_theta=10000.0,
         ),
     ),
     "gpt-oss-120b": (
@@ -119,7 +120,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-ABSENT = ("sinks", "router.bias", "experts.gate_up_proj_bias", "experts.down_proj_bias")
+ABSENT = ("sinks",)
 """GPT-OSS's parameters that moesys does not represent, as its YAML says."""
 
 
@@ -190,3 +191,17 @@ def test_what_no_parameter_shows_is_the_same_in_transformers(name):
     # Mixtral and GPT-OSS have no key for it and always normalise; only DeepSeek scales.
     assert model.moe.normalize == getattr(config, "norm_topk_prob", True)
     assert model.moe.scale == getattr(config, "routed_scaling_factor", 1.0)
+
+
+def test_the_gate_of_deepseek_v3_is_that_of_transformers():
+    # That the gate of these keys computes what transformers' does is tested in test_transformers.
+    config, _ = theirs("deepseek-v3")
+    gate = ours("deepseek-v3").moe.gate
+    assert (gate.groups, gate.groups_kept) == (config.n_group, config.topk_group)
+    assert (gate.score, gate.group_score) == ("sigmoid", "top2")
+
+
+def test_the_experts_of_gpt_oss_are_those_of_transformers():
+    config, _ = theirs("gpt-oss-120b")
+    assert ours("gpt-oss-120b").moe.activation == "clipped_swiglu"
+    assert (config.swiglu_alpha, config.swiglu_limit) == (activation.ALPHA, activation.LIMIT)
