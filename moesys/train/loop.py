@@ -46,6 +46,8 @@ class Trainer:
         self.step, self.seen = 0, 0
         self.events: list[comm.Event] = []
         """The project's own collectives in the last step, on this rank."""
+        self.load: list[list[float]] | None = None
+        """Assignments of the last step, over all ranks, per MoE layer and expert."""
         self.before_update: Callable[[], None] | None = None
         """Called in every step when gradients are complete, before clipping."""
 
@@ -73,6 +75,7 @@ class Trainer:
         self._synchronise()
         travel = sum(e.exposed for e in self.events if e.level)
         values = collect(self.model, loss, travel)
+        self.load = values.pop("load", None)
         seconds = perf_counter() - begin
         return {
             "step": self.step,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from math import ceil
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,8 @@ def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict
     Returns loss (mean of the global batch), all_to_all_seconds (mean over ranks), and with MoE layers:
     imbalance (largest expert's load / mean, mean over layers), rank_imbalance (the same of the ep
     ranks' loads), dropped (share of assignments), zero_share (assignments to zero-computation experts,
-    where there are any) and each of `LOSSES` that is on (unscaled, mean over layers and micro-batches).
+    where there are any), each of `LOSSES` that is on (unscaled, mean over layers and micro-batches), and
+    load: assignments per MoE layer and expert, lists of numbers.
     """
     config, degrees, device = composed.config, composed.mesh.degrees, composed.mesh.device
     moe = config.model.moe
@@ -58,12 +60,13 @@ def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict
     return values
 
 
-def _routing(table: Tensor, moe, degrees) -> dict[str, float]:
+def _routing(table: Tensor, moe, degrees) -> dict[str, Any]:
     counted = dict(zip((*COUNTS, *LOSSES), table.T, strict=False))
     load = table[:, len(counted) :]
     per_rank = load.view(len(load), degrees.ep, -1).sum(-1)
     micro_batches = counted["calls"] / (degrees.cp * degrees.tp)
-    values = {
+    values: dict[str, Any] = {
+        "load": load.round(decimals=3).tolist(),
         "imbalance": (load.amax(1) / load.mean(1)).mean().item(),
         "rank_imbalance": (per_rank.amax(1) / per_rank.mean(1)).mean().item(),
         "dropped": (counted["dropped"].sum() / load.sum()).item(),
@@ -77,8 +80,12 @@ def _routing(table: Tensor, moe, degrees) -> dict[str, float]:
     return values
 
 
+LOADS = 200
+"""Most records of every expert's load that a run keeps: thousands of experts at every step would be too many."""
+
+
 class MetricsLog:
-    """metrics.jsonl, TensorBoard and Weights & Biases of a run; does nothing except on rank 0.
+    """metrics.jsonl, load.jsonl (assignments per layer and expert), TensorBoard and Weights & Biases of a run; does nothing except on rank 0.
 
     Records of steps after `resumed` (left by a run that ended after its last checkpoint) are removed:
     they will be written again.
@@ -88,9 +95,8 @@ class MetricsLog:
         self.active = dist.get_rank() == 0
         if not self.active:
             return
-        path = run_dir / "metrics.jsonl"
-        _truncate(path, resumed)
-        self._file = path.open("a", buffering=1)
+        self._file, self._loads = (_continued(run_dir / f"{name}.jsonl", resumed) for name in ("metrics", "load"))
+        self._every = max(1, ceil(config.train.steps / LOADS))
         self._board = self._wandb = None
         if config.output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -115,6 +121,11 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
+    def write_load(self, step: int, load: list[list[float]] | None) -> None:
+        """One line with every expert's load, of every so many steps only."""
+        if self.active and load is not None and step % self._every == 0:
+            self._loads.write(json.dumps({"step": step, "load": load}) + "\n")
+
     def __enter__(self) -> MetricsLog:
         return self
 
@@ -124,10 +135,17 @@ class MetricsLog:
         if not self.active:
             return
         self._file.close()
+        self._loads.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=1 if error else 0)
+
+
+def _continued(path: Path, last: int) -> TextIO:
+    """A file of records to append to, without those of steps after `last`."""
+    _truncate(path, last)
+    return path.open("a", buffering=1)
 
 
 def _truncate(path: Path, last: int) -> None:

@@ -116,6 +116,7 @@ def _steps(trainer: Trainer, log: MetricsLog, folder: Path) -> dict[str, Any]:
         if step % o.log_every == 0 or step == t.steps:
             eta = spent / (step - first) * (t.steps - step)
             log.write({**record, "steps": t.steps, "eta_s": eta, "time": time()})
+        log.write_load(step, trainer.load)
         if t.eval_every and step % t.eval_every == 0 and step < t.steps:
             log.write({"step": step, "heldout_loss": trainer.evaluate()})
         if o.checkpoint_every and step % o.checkpoint_every == 0 and step < t.steps:

@@ -111,6 +111,12 @@ def test_a_run_leaves_what_it_promises(whole):
     assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step-00000025", "step-00000030"]
     ranks = json.loads((whole / "ranks.json").read_text())
     assert [r["rank"] for r in ranks] == [0, 1] and {"host", "pid", "ep"} <= ranks[0].keys()
+    loads = [json.loads(line) for line in (whole / "load.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in loads] == list(range(1, STEPS + 1))
+    # 8 sequences of 16 tokens, 2 experts each, in both layers.
+    assert {sum(layer) for record in loads for layer in record["load"]} == {8 * 16 * 2}
+    shares = [max(layer) / (sum(layer) / 4) for layer in loads[-1]["load"]]
+    assert sum(shares) / 2 == pytest.approx(records(whole)[STEPS]["imbalance"])
     assert yaml.safe_load((whole / "config.yaml").read_text())["parallel"]["ep"] == 2
     assert list((whole / "tensorboard").iterdir())
 
