@@ -85,7 +85,9 @@ LOADS = 200
 
 
 class MetricsLog:
-    """metrics.jsonl, load.jsonl (assignments per layer and expert), TensorBoard and Weights & Biases of a run; does nothing except on rank 0.
+    """metrics.jsonl, load.jsonl (assignments per layer and expert), TensorBoard and Weights & Biases of a run.
+
+    Does nothing except on rank 0.
 
     Records of steps after `resumed` (left by a run that ended after its last checkpoint) are removed:
     they will be written again.
