@@ -31,7 +31,7 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
             for key in ("ep", "etp")
             if getattr(degrees, key) > 1
         ]
-    problems += gates_check.check(moe)
+    problems += gates_check.check(moe) + gates_check.spread(moe, degrees)
     if moe.experts % degrees.ep:
         rule = f"ep({degrees.ep}) must divide model.moe.experts({moe.experts})"
         problems.append(Problem("parallel.ep", rule, f"one of {divisors(moe.experts)}"))

@@ -4,19 +4,47 @@ from __future__ import annotations
 
 from moesys.config.schema import GateConfig, MoEConfig
 from moesys.errors import Problem
-from moesys.parallel.degrees import divisors
+from moesys.parallel.degrees import Degrees, divisors
 
 RANDOM = {"noise", "jitter"}
 GROUPS = {"groups", "groups_kept", "group_score"}
+FORCED = {"force", "skew", "seed"}
 USES: dict[str, set[str]] = {
-    "top_k": {"score", "bias", "second"} | RANDOM | GROUPS,
-    "cosine": {"score", "dim", "second"} | RANDOM | GROUPS,
-    "prototype": {"bias"} | RANDOM,
+    "top_k": {"score", "bias", "second"} | RANDOM | GROUPS | FORCED,
+    "cosine": {"score", "dim", "second"} | RANDOM | GROUPS | FORCED,
+    "prototype": {"bias"} | RANDOM | FORCED,
+    "expert_choice": {"causal"},
+    "sinkhorn": FORCED,
+    "base": FORCED,
+    "hash": {"table"} | FORCED,
+    "random": FORCED,
+    "dense": set(),
+    "soft": {"slots"},
+    "smear": set(),
+    "replay": {"path"},
 }
 """The keys of model.moe.gate that each kind uses."""
 
 ZERO = {"zero_experts", "copy_experts", "constant_experts", "zero_variant", "zero_tau"}
-IGNORES: dict[str, set[str]] = {"top_k": set(), "cosine": set(), "prototype": {"bias_rate", "load_loss"} | ZERO}
+CAPACITY = {"eval_capacity_factor", "min_capacity", "drop", "pad_to_capacity"}
+BALANCE = {"balance_loss", "sequence_balance_loss", "global_balance_loss", "importance_loss", "load_loss", "bias_rate"}
+WEIGHTS = {"normalize", "scale"}
+FIXED = {"capacity_factor"} | CAPACITY | BALANCE | ZERO
+NOT_LEARNED = {"z_loss"} | FIXED | WEIGHTS
+IGNORES: dict[str, set[str]] = {
+    "top_k": set(),
+    "cosine": set(),
+    "prototype": {"bias_rate", "load_loss"} | ZERO,
+    "expert_choice": CAPACITY | BALANCE | ZERO | WEIGHTS,
+    "sinkhorn": FIXED | WEIGHTS,
+    "base": FIXED | WEIGHTS,
+    "hash": NOT_LEARNED,
+    "random": NOT_LEARNED,
+    "dense": {"top_k"} | FIXED | WEIGHTS,
+    "soft": {"top_k"} | NOT_LEARNED,
+    "smear": {"top_k"} | NOT_LEARNED,
+    "replay": FIXED,
+}
 """The keys of model.moe about routing that each kind does not use."""
 
 
@@ -24,6 +52,21 @@ def check(moe: MoEConfig) -> list[Problem]:
     """Every rule between them that `moe` breaks."""
     problems = [*_unused(moe), *_choices(moe), *_losses(moe), *_capacity(moe), *_zero(moe)]
     return problems
+
+
+def spread(moe: MoEConfig, degrees: Degrees) -> list[Problem]:
+    """What gates that need whole sequences, or all experts' weights, cannot be combined with."""
+    kind = moe.gate.kind
+    if kind not in ("soft", "smear"):
+        return []
+    reasons = {axis: "computes over whole sequences" for axis in ("cp", "tp")}
+    if kind == "smear":
+        reasons |= {axis: "merges the weights of all experts" for axis in ("ep", "etp")}
+    return [
+        Problem(f"parallel.{axis}", f"gate {kind} {reason}, which {axis}({size}) splits", f"set {axis}: 1")
+        for axis, reason in reasons.items()
+        if (size := getattr(degrees, axis)) > 1
+    ]
 
 
 def _unused(moe: MoEConfig) -> list[Problem]:
@@ -43,6 +86,17 @@ def _unused(moe: MoEConfig) -> list[Problem]:
 def _choices(moe: MoEConfig) -> list[Problem]:
     gate, problems = moe.gate, []
     candidates = moe.experts + moe.zero_computation
+    if gate.force != "skewed" and gate.skew != GateConfig.model_fields["skew"].default:
+        problems.append(Problem("model.moe.gate.skew", f"force {gate.force} does not use it", "set force: skewed"))
+    if gate.seed and gate.kind not in ("hash", "random") and gate.force != "skewed":
+        rule = f"nothing is random by the token's number or id with gate {gate.kind} and force {gate.force}"
+        problems.append(Problem("model.moe.gate.seed", rule, "remove it, or set force: skewed"))
+    if gate.kind == "base" and moe.top_k != 1:
+        rule = f"gate base assigns each token to one expert, and top_k is {moe.top_k}"
+        problems.append(Problem("model.moe.top_k", rule, "set it to 1, or use gate sinkhorn"))
+    if gate.kind == "replay" and gate.path is None:
+        rule = "gate replay needs a recording"
+        problems.append(Problem("model.moe.gate.path", rule, "set it to the folder runs/NAME/routing"))
     if moe.top_k > candidates:
         rule = f"must be at most model.moe.experts({moe.experts})"
         if moe.zero_computation:

@@ -99,6 +99,7 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
     moe = m.moe
     # Of each row the experts keep the products of fc1; where rows travel, also what arrived.
     routed = moe.mean_choices * (2 if moe.gated else 1) * moe.ffn_hidden + kept_rows(shape) * m.hidden
+    routed *= moe.rows_per_token(shape.config.train.seq_len)
     return (routed + 4 * moe.experts + inner * (1 if moe.gated else 0.5) * moe.shared_width) / tp
 
 

@@ -53,10 +53,28 @@ class AttentionConfig(Section):
 class GateConfig(Section):
     """How tokens are routed; the kind alone, as a word, stands for the section."""
 
-    kind: Literal["top_k", "cosine", "prototype"] = "top_k"
+    kind: Literal[
+        "top_k",
+        "cosine",
+        "prototype",
+        "expert_choice",
+        "sinkhorn",
+        "base",
+        "hash",
+        "random",
+        "dense",
+        "soft",
+        "smear",
+        "replay",
+    ] = "top_k"
     """top_k: each token goes to its k best experts. cosine: the same by cosines in a low dimension, with a
     learned temperature (X-MoE). prototype: the experts in top_k groups, the best of each is used (M6-T; its
-    weights are those of normalize: false)."""
+    weights are those of normalize: false). expert_choice: each expert takes its best tokens of the micro-batch.
+    sinkhorn: k experts per token, balanced by Sinkhorn's algorithm in training (Megatron-Core). base: one expert
+    per token, the best balanced assignment in training (BASE). hash: by the token's id. random: by the token's
+    number. dense: every expert. soft: experts compute mixtures of a sequence's tokens (Soft MoE). smear: one
+    expert per sequence, merged from all (SMEAR). replay: as recorded by output.record_routing. Not causal, thus not
+    for autoregressive models but for comparison: soft, smear, and expert_choice unless `causal`."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """top_k, cosine: what makes logits scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
     is softmax with normalize: true."""
@@ -78,6 +96,22 @@ class GateConfig(Section):
     share of the two weights (GShard)."""
     dim: Positive | None = None
     """cosine: the low dimension; default: half the number of experts, at least 2."""
+    causal: bool = False
+    """expert_choice: experts take the tokens above a threshold that follows the quantile of earlier steps, so that
+    no token's routing depends on later tokens; load is balanced on average."""
+    table: Literal["random", "balanced"] = "random"
+    """hash: ids to experts at random, or such that each expert has as many of the training data's tokens."""
+    slots: Positive = 1
+    """soft: slots per expert and sequence."""
+    path: str | None = None
+    """replay: the folder of the recording, runs/NAME/routing; relative to the working directory."""
+    force: Literal["none", "balanced", "skewed"] = "none"
+    """For benchmarks, gates that send each token to top_k experts: balanced chooses them in turn, skewed at random
+    with expert e's chance ∝ 1 / (e + 1)^skew, both by the token's number. Weights stay the gate's own."""
+    skew: NonNegativeFloat = 1.0
+    """force skewed: Zipf's exponent."""
+    seed: NonNegative = 0
+    """hash, random, force skewed: another seed chooses other experts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -171,9 +205,19 @@ class MoEConfig(Section):
         return self.zero_experts + self.copy_experts + self.constant_experts
 
     @property
+    def choices(self) -> int:
+        """Candidates that each row is sent to."""
+        return {"dense": self.experts, "soft": 1, "smear": 1}.get(self.gate.kind, self.top_k)
+
+    @property
     def mean_choices(self) -> float:
-        """Routed experts that compute for one token: k, or on average what balance leaves of it beside Z."""
-        return self.top_k * self.experts / (self.experts + self.zero_computation)
+        """Routed experts that compute for one row: k, or on average what balance leaves of it beside Z."""
+        factor = (self.capacity_factor or 1.0) if self.gate.kind == "expert_choice" else 1.0
+        return factor * self.choices * self.experts / (self.experts + self.zero_computation)
+
+    def rows_per_token(self, seq_len: int) -> float:
+        """Rows per token: 1, for a row is a token; but soft's experts get slots, as many for every sequence."""
+        return self.experts * self.gate.slots / seq_len if self.gate.kind == "soft" else 1.0
 
     @property
     def cmr_coefficient(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from moesys.config.schema import MoEConfig
+from moesys.models import gates
 from moesys.models.layers import FeedForward
 from moesys.moe import MoELayer
 from moesys.moe.capacity import Capacity
@@ -30,6 +31,12 @@ def build_moe(m: MoEConfig, hidden: int, layer: int) -> MoELayer:
 
 def build_gate(m: MoEConfig, hidden: int, layer: int) -> Gate:
     """The gate of block `layer`."""
+    gate = gates.BUILDERS.get(m.gate.kind, _token_choice)(m, hidden, layer)
+    gate.forced = gates.forced(m, layer)
+    return gate
+
+
+def _token_choice(m: MoEConfig, hidden: int, layer: int) -> Gate:
     g = m.gate
     zero = _zero_rule(m)
     candidates = m.experts + m.zero_computation

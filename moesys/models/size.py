@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -65,13 +65,15 @@ def _block(model: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...
 
 def _gate(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     candidates = m.experts + m.zero_computation
+    if m.gate.kind in ("hash", "random"):
+        return
     if m.gate.kind == "cosine":
         dim = m.gate.dim or max(2, candidates // 2)
         yield "ffn.gate.projection.down", (dim, hidden)
         yield "ffn.gate.projection.weight", (candidates, dim)
         yield "ffn.gate.projection.log_temperature", (1,)
     else:
-        yield "ffn.gate.projection.weight", (candidates, hidden)
+        yield "ffn.gate.projection.weight", (candidates * m.gate.slots, hidden)
     if m.gate.bias:
         yield "ffn.gate.projection.bias", (candidates,)
     if m.gate.noise == "gaussian":
@@ -132,8 +134,21 @@ def _attention(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def active_share(model: ModelConfig, weight: Weight) -> float:
-    """Share of a weight that one token uses: k / E of the routed experts (or / (E + Z)), all of the others."""
-    return model.moe.mean_choices / model.moe.experts if weight.routed and model.moe is not None else 1.0
+    """Share of a weight that one token uses: k / E of the routed experts (or / (E + Z)), all of the others.
+
+    Slots and merged experts use all experts for every token.
+    """
+    if model.moe is None or not weight.routed or model.moe.gate.kind in ("soft", "smear"):
+        return 1.0
+    return model.moe.mean_choices / model.moe.experts
+
+
+def computed_share(model: ModelConfig, weight: Weight, seq_len: int) -> float:
+    """Multiply-adds per token and element of a weight."""
+    if model.moe is None or not weight.routed:
+        return 1.0
+    merging = 1 / seq_len if model.moe.gate.kind == "smear" else 0.0
+    return model.moe.rows_per_token(seq_len) * model.moe.mean_choices / model.moe.experts + merging
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
@@ -153,11 +168,14 @@ def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[s
     for weight in weights(model, vocab_size):
         part = f"layers.{weight.layer}" if weight.layer is not None else "head"
         if len(weight.shape) > 1 and weight.name != "embed.weight":
-            flops[part] = flops.get(part, 0.0) + 2 * weight.numel * active_share(model, weight)
+            flops[part] = flops.get(part, 0.0) + 2 * weight.numel * computed_share(model, weight, seq_len)
     a = model.attention
     size = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim if a.kind == "mla" else 2 * model.head_dim
     for layer in range(model.layers):
         flops[f"layers.{layer}"] += a.heads * size * seq_len
+        if model.moe is not None and model.is_moe(layer) and model.moe.gate.kind == "soft":
+            # From tokens to slots and back.
+            flops[f"layers.{layer}"] += 4 * model.moe.experts * model.moe.gate.slots * model.hidden
     if model.tie_embeddings:
         flops["head"] = flops.get("head", 0.0) + 2.0 * model.hidden * vocab_size
     return flops

@@ -16,6 +16,12 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+def _mixed(weight: Tensor, share_GE: Tensor | None) -> Tensor:
+    """The weight [E, …] of this device, or its mixtures [G, …] by shares."""
+    own = local(weight)
+    return own if share_GE is None else torch.tensordot(share_GE.to(own.dtype), own, 1)
+
+
 class Experts(nn.Module):
     """E feed-forwards `fc2(act(fc1(x)))`, by default SwiGLU without biases.
 
@@ -47,6 +53,7 @@ class Experts(nn.Module):
         tokens_per_expert: Tensor,
         weight_N: Tensor | None = None,
         p: Permutation | None = None,
+        share_GE: Tensor | None = None,
     ) -> Tensor:
         """Outputs [N, H], times `weight_N`, of rows [N, H] sorted by expert.
 
@@ -54,18 +61,20 @@ class Experts(nn.Module):
         [T, H] whose rows `p` names, and each token's outputs are summed: [T, H]. Any count, and N itself,
         may be 0: gradients of the weights are then zeros, not None, so that every device takes part in
         every collective that follows.
+
+        With `share_GE` float32 [G, E], rows are computed not by the E experts but by G mixtures of them, to
+        which `tokens_per_expert` [G] then refers.
         """
-        fc1, fc2 = (local(w).to(x_NH.dtype) for w in (self.fc1, self.fc2))
-        bias1 = None if self.fc1_bias is None else local(self.fc1_bias).to(x_NH.dtype)
+        fc1, fc2 = (_mixed(w, share_GE).to(x_NH.dtype) for w in (self.fc1, self.fc2))
+        bias1 = None if self.fc1_bias is None else _mixed(self.fc1_bias, share_GE).to(x_NH.dtype)
         out = expert_ffn(x_NH, fc1, fc2, tokens_per_expert, self.activation, weight_N, bias1, p)
         if self.fc2_bias is None:
             return out
-        rows = self._output_bias(out, tokens_per_expert, weight_N)
+        bias2 = _mixed(self.fc2_bias, share_GE).to(x_NH.dtype)
+        rows = self._output_bias(bias2, out, tokens_per_expert, weight_N)
         return out + (rows if p is None else unpermute(rows, p))
 
-    def _output_bias(self, out: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None) -> Tensor:
-        assert self.fc2_bias is not None
-        bias = local(self.fc2_bias).to(out.dtype)
+    def _output_bias(self, bias: Tensor, out: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None) -> Tensor:
         rows = bias.repeat_interleave(tokens_per_expert, 0)
         if weight_N is not None:
             rows = rows * weight_N.unsqueeze(-1).to(rows.dtype)

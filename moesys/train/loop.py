@@ -18,7 +18,7 @@ from moesys.data.samples import Samples
 from moesys.parallel import comm
 from moesys.parallel.compose import Composed, compose
 from moesys.parallel.mesh import ParallelMesh
-from moesys.train import checkpoint, optimizer
+from moesys.train import checkpoint, gates, optimizer
 from moesys.train.metrics import collect
 
 IGNORED = -100
@@ -39,6 +39,7 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.vocab_size = corpus.vocab_size
         self.model: Composed = compose(config, mesh, corpus.vocab_size, dtype)
+        gates.prepare(self.model, corpus)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moesys.config.schema import Config
 from moesys.parallel.compose import Composed
+from moesys.parallel.gates_check import IGNORES
 
 LOSSES = {
     "balance": "balance_loss",
@@ -75,7 +76,7 @@ def _routing(table: Tensor, moe, degrees) -> dict[str, Any]:
         zero = counted["zero"].sum()
         values["zero_share"] = (zero / (zero + load.sum())).item()
     for name, key in LOSSES.items():
-        if factor := getattr(moe, key):
+        if (factor := getattr(moe, key)) and key not in IGNORES[moe.gate.kind]:
             values[name] = (counted[name] / micro_batches).mean().item() / factor
     return values
 

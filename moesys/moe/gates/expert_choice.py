@@ -1,0 +1,116 @@
+"""Expert choice: experts choose their tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesys.moe.capacity import capacity, rounded
+from moesys.moe.gates.scored import ScoredGate
+from moesys.moe.routing import MicroBatch, Routing, Tokens
+
+
+class ExpertChoiceGate(ScoredGate):
+    """Each expert takes the C = ceil(capacity_factor · T · k / E) tokens of the micro-batch that score best.
+
+    The score, softmax(x·w) over experts, is the weight too (Zhou et al. 2022, arXiv 2202.09368). Load is
+    balanced by construction; a token may go to any number of experts, none included.
+
+    **Not causal**: whether a token is taken depends on those that follow it, so an autoregressive model
+    trained this way is told about its future and cannot generate as it was trained. `CausalExpertChoiceGate`
+    is for those.
+
+    Args:
+        hidden, experts, z_loss: see `ScoredGate`.
+        top_k: k, the experts that a token goes to on average.
+        capacity_factor: factor on that average.
+    """
+
+    def __init__(self, hidden: int, experts: int, top_k: int, capacity_factor: float = 1.0, z_loss: float = 0.0):
+        super().__init__(hidden, experts, z_loss)
+        self.top_k, self.capacity_factor = top_k, capacity_factor
+
+    def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
+        logits_TE = self.projection(x_TH)
+        score_TE = logits_TE.softmax(-1)
+        taken_TE = self.taken(score_TE.detach(), tokens.number_T, scope)
+        token_A, expert_A = taken_TE.nonzero(as_tuple=True)
+        routing = Routing(token_A, expert_A, score_TE[token_A, expert_A], load_E=taken_TE.sum(0))
+        return self.with_losses(routing, logits_TE, scope)
+
+    def taken(self, score_TE: Tensor, number_T: Tensor, scope: MicroBatch) -> Tensor:
+        """Which experts take which of this device's tokens: bool [T, E].
+
+        Scores are compared to 12 bits, ties go to the earliest token: of tokens that are alike, which one
+        is taken must not depend on the layout of the run.
+        """
+        score, number = scope.gather(score_TE), scope.gather(number_T)
+        limit = min(capacity(self.capacity_factor, len(score), self.top_k, self.experts), len(score))
+        order = number.argsort()
+        best_CE = rounded(score[order]).argsort(dim=0, descending=True, stable=True)[:limit]
+        taken = torch.zeros_like(score, dtype=torch.bool).scatter_(0, order[best_CE], True)
+        return taken[scope.mine(len(score_TE))]
+
+
+class CausalExpertChoiceGate(ExpertChoiceGate):
+    """Each expert takes every token whose score passes its threshold.
+
+    The threshold follows the score above which C / T = capacity_factor · k / E of the global batch's tokens
+    lay, one step behind: after each step the logarithm of the threshold moves by a tenth towards that
+    quantile, read from a histogram over the global batch. So a token's experts depend on that token and on
+    earlier *steps* alone: nothing of its future is told, and generation routes as training did. The price:
+    a micro-batch's load is balanced on average only. Before the first step, every token takes its k best
+    experts. In the manner of the causal variants of expert choice; no paper fixes one.
+
+    Buffers:
+        threshold_E: float32 [E], −1 before the first step.
+    """
+
+    BINS, OCTAVES, PACE = 128, 16, 0.1
+    """Of the histogram: bins of equal ratio over the scores from 2^−OCTAVES to 1. Share of one step."""
+
+    threshold_E: Tensor
+
+    def __init__(self, hidden: int, experts: int, top_k: int, capacity_factor: float = 1.0, z_loss: float = 0.0):
+        super().__init__(hidden, experts, top_k, capacity_factor, z_loss)
+        self.register_buffer("threshold_E", torch.empty(experts))
+        self.histogram_EB: Tensor | None = None
+
+    def reset_state(self) -> None:
+        self.threshold_E.fill_(-1.0)
+
+    def taken(self, score_TE: Tensor, number_T: Tensor, scope: MicroBatch) -> Tensor:
+        if self.training:
+            seen_EB = self._counts(score_TE)
+            self.histogram_EB = seen_EB if self.histogram_EB is None else self.histogram_EB + seen_EB
+        best_Tk = score_TE.topk(self.top_k).indices
+        best_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter_(1, best_Tk, True)
+        return torch.where(self.threshold_E < 0, best_TE, score_TE > self.threshold_E)
+
+    def _counts(self, score_TE: Tensor) -> Tensor:
+        """Tokens per expert and bin: int64 [E, BINS]."""
+        place = ((score_TE.log2() / self.OCTAVES + 1) * self.BINS).clamp(0, self.BINS - 1).long()
+        row = torch.arange(self.experts, device=score_TE.device) * self.BINS
+        return torch.bincount((place + row).flatten(), minlength=self.experts * self.BINS).view(-1, self.BINS)
+
+    def step_statistics(self) -> Tensor:
+        found, self.histogram_EB = self.histogram_EB, None
+        if found is None:
+            return self.threshold_E.new_zeros(self.experts * self.BINS)
+        return found.flatten()
+
+    def after_step(self, total: Tensor) -> None:
+        passed = self._quantile(total.view(self.experts, self.BINS).double())
+        old = self.threshold_E.double()
+        moved = torch.exp2(old.clamp(min=1e-30).log2().lerp(passed.log2(), self.PACE))
+        self.threshold_E.copy_(torch.where(old < 0, passed, moved))
+
+    def _quantile(self, count_EB: Tensor) -> Tensor:
+        """The score that the wanted share of tokens exceeds, linear in its logarithm inside a bin: [E]."""
+        share = min(1.0, self.capacity_factor * self.top_k / self.experts)
+        below_EB = count_EB.cumsum(1)
+        wanted_E1 = (1 - share) * below_EB[:, -1:]
+        bin_E1 = torch.searchsorted(below_EB, wanted_E1).clamp(max=self.BINS - 1)
+        inside_E1 = count_EB.gather(1, bin_E1)
+        part = (wanted_E1 - below_EB.gather(1, bin_E1) + inside_E1) / inside_E1.clamp(min=1)
+        return torch.exp2(((bin_E1 + part) / self.BINS - 1) * self.OCTAVES).squeeze(1)

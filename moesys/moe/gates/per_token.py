@@ -1,0 +1,27 @@
+"""What gates share that send every token to the same number of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moesys.moe.routing import Routing, Tokens
+
+Choice = Callable[[Tokens], Tensor]
+"""Experts [T, k], int64 and distinct in a row, from what is known of tokens beside their vectors."""
+
+
+def route(expert_Tk: Tensor, weight_Tk: Tensor, experts: int) -> Routing:
+    """Every token to its row of `expert_Tk` (int64), with the weights (float32) of the same place."""
+    tokens, top_k = expert_Tk.shape
+    token_A = torch.arange(tokens, device=expert_Tk.device).repeat_interleave(top_k)
+    expert_A = expert_Tk.flatten()
+    return Routing(token_A, expert_A, weight_Tk.flatten(), load_E=torch.bincount(expert_A, minlength=experts))
+
+
+def route_evenly(expert_Tk: Tensor, experts: int) -> Routing:
+    """`route` with weights 1/k."""
+    top_k = expert_Tk.shape[1]
+    return route(expert_Tk, expert_Tk.new_full((), 1 / top_k, dtype=torch.float32).expand(expert_Tk.shape), experts)

@@ -1,0 +1,35 @@
+"""What gates share that compute one logit per token and expert."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor
+
+from moesys.moe import losses
+from moesys.moe.gates.gate import Gate
+from moesys.moe.gates.projection import GateProjection
+from moesys.moe.routing import Decision, MicroBatch
+
+D = TypeVar("D", bound=Decision)
+
+
+class ScoredGate(Gate):
+    """A gate with logits x · w, float32.
+
+    Args:
+        hidden: size of a token.
+        experts: E.
+        z_loss: coefficient of the router z-loss; 0 turns it off.
+    """
+
+    def __init__(self, hidden: int, experts: int, z_loss: float = 0.0):
+        super().__init__()
+        self.projection = GateProjection(hidden, experts)
+        self.experts, self.z_loss = experts, z_loss
+
+    def with_losses(self, decision: D, logits_TE: Tensor, scope: MicroBatch) -> D:
+        """`decision` with the losses on its logits."""
+        if self.z_loss:
+            decision.losses["z"] = self.z_loss * losses.router_z(logits_TE, scope)
+        return decision
