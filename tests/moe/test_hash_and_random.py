@@ -76,7 +76,9 @@ def test_balanced_hash_gives_experts_equally_many_tokens(k):
     assert (table != balanced_table(counts, E, k, key=8)).any()
     gate = HashGate(E, k, 7, balanced=True)
     gate.fit(counts)
-    assert torch.equal(gate(torch.zeros(300, 1), Tokens(IDS[:300], id_T=IDS[:300]), MicroBatch()).expert_A.view(-1, k), table)
+    assert torch.equal(
+        gate(torch.zeros(300, 1), Tokens(IDS[:300], id_T=IDS[:300]), MicroBatch()).expert_A.view(-1, k), table
+    )
     assert dict(gate.state_dict_buffers()).keys() == {"table_Vk"}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.gates.per_token import route
+from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 
 

@@ -9,6 +9,9 @@ from moesys.moe.capacity import capacity, rounded
 from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 
+NONE = 1e-30
+"""A threshold that every token passes; its logarithm is finite."""
+
 
 class ExpertChoiceGate(ScoredGate):
     """Each expert takes the C = ceil(capacity_factor · T · k / E) tokens of the micro-batch that score best.
@@ -102,12 +105,14 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
     def after_step(self, total: Tensor) -> None:
         passed = self._quantile(total.view(self.experts, self.BINS).double())
         old = self.threshold_E.double()
-        moved = torch.exp2(old.clamp(min=1e-30).log2().lerp(passed.log2(), self.PACE))
+        moved = torch.exp2(old.clamp(min=NONE).log2().lerp(passed.log2(), self.PACE))
         self.threshold_E.copy_(torch.where(old < 0, passed, moved))
 
     def _quantile(self, count_EB: Tensor) -> Tensor:
         """The score that the wanted share of tokens exceeds, linear in its logarithm inside a bin: [E]."""
-        share = min(1.0, self.capacity_factor * self.top_k / self.experts)
+        share = self.capacity_factor * self.top_k / self.experts
+        if share >= 1:
+            return torch.full_like(count_EB[:, 0], NONE)
         below_EB = count_EB.cumsum(1)
         wanted_E1 = (1 - share) * below_EB[:, -1:]
         bin_E1 = torch.searchsorted(below_EB, wanted_E1).clamp(max=self.BINS - 1)

@@ -29,7 +29,7 @@ class Merge(Decision):
     def run(self, x_TH: Tensor, dispatcher: Dispatcher, experts: Experts) -> Tensor:
         sequences = len(self.share_BE)
         counts_B = torch.full((sequences,), len(x_TH) // sequences, device=x_TH.device)
-        return experts(x_TH, counts_B, share_BE=self.share_BE)
+        return experts(x_TH, counts_B, share_GE=self.share_BE)
 
 
 class SmearGate(Gate):
