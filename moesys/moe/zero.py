@@ -66,8 +66,8 @@ class ZeroExperts(nn.Module):
         super().__init__()
         self.zeros, self.copies, self.constants = zeros, copies, constants
         if constants:
-            self.mix = nn.Linear(hidden, 2 * constants, bias=False)
-            self.constant = nn.Linear(constants, hidden, bias=False)
+            self.mix = _Wide(hidden, 2 * constants, bias=False)
+            self.constant = _Wide(constants, hidden, bias=False)
 
     def forward(self, x_TH: Tensor, weight_TZ: Tensor) -> Tensor:
         """[T, H] in the type of x, for the weights float32 [T, Z] of each token's experts."""
@@ -75,7 +75,14 @@ class ZeroExperts(nn.Module):
         share_T1 = copy_TC.sum(-1, keepdim=True)
         if not self.constants:
             return x_TH * share_T1.to(x_TH.dtype)
-        alpha_TC2 = self.mix(x_TH).to(weight_TZ.dtype).unflatten(-1, (self.constants, 2)).softmax(-1)
+        alpha_TC2 = self.mix(x_TH).unflatten(-1, (self.constants, 2)).softmax(-1)
         share_T1 = share_T1 + (constant_TC * alpha_TC2[..., 0]).sum(-1, keepdim=True)
-        vectors_TH = self.constant((constant_TC * alpha_TC2[..., 1]).to(x_TH.dtype))
-        return x_TH * share_T1.to(x_TH.dtype) + vectors_TH
+        return (x_TH * share_T1 + self.constant(constant_TC * alpha_TC2[..., 1])).to(x_TH.dtype)
+
+
+class _Wide(nn.Linear):
+    """A product in float32 or wider, whatever the types of the weight and of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        return nn.functional.linear(x.to(wide), self.weight.to(wide))

@@ -124,3 +124,10 @@ def test_padding_holds_true_experts_alone():
     layer = build(ZeroRule(E, Z), (ZEROS, COPIES, CONSTANTS), Capacity(0.5, pad=True))
     routing = layer.gate(torch.randn(T, H).double(), Tokens(torch.arange(T)), MicroBatch())
     assert routing.expert_A.bincount().tolist() == [ceil(0.5 * T * K / (E + Z))] * E
+
+
+def test_the_model_may_be_bfloat16():
+    layer = build(ZeroRule(E, Z), (ZEROS, COPIES, CONSTANTS)).to(torch.bfloat16)
+    assert layer(torch.randn(1, T, H, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    layer.float()
+    assert layer(torch.randn(1, T, H, dtype=torch.bfloat16)).dtype == torch.bfloat16
