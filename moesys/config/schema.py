@@ -414,6 +414,8 @@ class OutputConfig(Section):
     """Log to Weights & Biases, where it is installed."""
     log_every: Positive = 1
     """Steps between records in metrics.jsonl."""
+    record_routing: NonNegative = 0
+    """Steps, from the first, whose routing is written to runs/NAME/routing, for gate replay; 0: none."""
 
 
 class Config(Section):

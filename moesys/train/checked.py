@@ -11,6 +11,7 @@ from moesys.config.schema import Config, TrainConfig
 from moesys.data import check as data
 from moesys.errors import ConfigError, Problem
 from moesys.parallel import dimension
+from moesys.train import routing_files
 
 
 def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = None, with_data: bool = True) -> Config:
@@ -24,7 +25,7 @@ def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = 
     loaded = load(path, overrides)
     problems = dimension.check(loaded.config, world) + training(loaded.config.train) + output(loaded.config)
     if with_data:
-        problems += data.check(loaded.config)
+        problems += data.check(loaded.config) + replay(loaded.config)
     if problems:
         raise ConfigError(locate(problems, loaded.sources, loaded.config))
     return loaded.config
@@ -39,7 +40,32 @@ def output(config: Config) -> list[Problem]:
     runs = Path(config.output.runs)
     if runs.exists() and not runs.is_dir():
         problems.append(Problem("output.runs", "must be a folder, and a file is there", "choose another folder"))
-    return problems
+    return problems + recording(config)
+
+
+def recording(config: Config) -> list[Problem]:
+    """Whether there is routing to record."""
+    moe = config.model.moe
+    if not config.output.record_routing:
+        return []
+    if moe is None:
+        rule = "needs MoE layers, and model.moe is absent"
+    elif moe.gate.kind in ("soft", "smear"):
+        rule = f"gate {moe.gate.kind} sends no token to an expert: there is nothing to record"
+    else:
+        return []
+    return [Problem("output.record_routing", rule, "set it to 0")]
+
+
+def replay(config: Config) -> list[Problem]:
+    """Whether what gate replay needs is there and fits the model."""
+    model = config.model
+    if model.moe is None or model.moe.gate.kind != "replay" or model.moe.gate.path is None:
+        return []
+    layers = [layer for layer in range(model.layers) if model.is_moe(layer)]
+    rule = routing_files.wrong(Path(model.moe.gate.path), layers, model.moe.experts)
+    remedy = "record a run of this model with output.record_routing"
+    return [Problem("model.moe.gate.path", rule, remedy)] if rule else []
 
 
 def decay_steps(config: TrainConfig) -> int:

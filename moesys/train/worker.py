@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -30,7 +31,8 @@ from moesys.errors import DataError, MoesysError
 from moesys.models.size import parameters
 from moesys.parallel.degrees import resolve
 from moesys.parallel.mesh import ParallelMesh
-from moesys.train import report
+from moesys.train import checkpoint, report
+from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog, write_whole
 
@@ -81,12 +83,16 @@ def _train(config: Config, run_dir: Path) -> None:
     mesh = connect(config)
     _write_ranks(mesh, run_dir)
     corpus = open_corpus(config)
+    folder = run_dir / "checkpoints"
+    if mesh.rank == 0 and checkpoint.newest(folder) is None:
+        # Of an earlier run of this name, perhaps with other ranks.
+        shutil.rmtree(run_dir / "routing", ignore_errors=True)
     _agree(corpus)
     trainer = Trainer(config, mesh, corpus)
-    folder = run_dir / "checkpoints"
     trainer.resume(folder)
+    routing = RoutingLog(trainer.model, run_dir / "routing")
     with MetricsLog(config, run_dir, trainer.step) as log:
-        summary = _steps(trainer, log, folder)
+        summary = _steps(trainer, log, routing, folder)
     if dist.get_rank() == 0:
         _write_summary(summary, trainer, run_dir, corpus)
 
@@ -103,13 +109,14 @@ def _agree(corpus: Corpus) -> None:
         raise DataError(f"{rule}: {everyone[0][1]:,} training tokens there; put the same files on every node")
 
 
-def _steps(trainer: Trainer, log: MetricsLog, folder: Path) -> dict[str, Any]:
+def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, folder: Path) -> dict[str, Any]:
     t, o = trainer.config.train, trainer.config.output
     begin, first = perf_counter(), trainer.step
     steady: list[dict[str, Any]] = []
     saved = None
     while trainer.step < t.steps:
         record = trainer.train_step()
+        routing.write(trainer.step)
         step, spent = trainer.step, perf_counter() - begin
         if step > first + 1:
             steady.append(record)

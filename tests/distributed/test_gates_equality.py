@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cases import Case
+from records import first_records
 from test_equality import STEPS, TOLERANCE, configuration, expected
 
 from moesys.train import verify
@@ -61,3 +62,29 @@ def test_equals_one_process(small, case):
     config = configuration(small, case)
     report = verify.compare(verify.trace(config, case.world, STEPS), expected(config), case.world, TOLERANCE)
     assert report.passed, report
+
+
+REPORTED = {
+    "moe": {
+        **NOISY["moe"], "zero_experts": 2, "capacity_factor": 0.8, "sequence_balance_loss": 0.01,
+        "importance_loss": 0.1,
+    }
+}  # fmt: skip
+
+
+def test_what_is_reported_is_the_same(small, tmp_path):
+    """Every loss unscaled, and what was dropped or computed nothing, whatever the layout and the coefficients."""
+    config = configuration(small, Case("reported", 4, {"tp": 2, "ep": 2}, REPORTED, {"recompute": "full"}))
+    found = first_records(config, 4, tmp_path / "four")
+    alone = first_records(verify.reference(config), 1, tmp_path / "one")
+    names = (
+        "balance", "sequence_balance", "global_balance", "z", "importance", "load_loss", "dropped", "zero_share",
+        "imbalance",
+    )  # fmt: skip
+    for ours, reference in zip(found, alone, strict=True):
+        assert {name: ours[name] for name in names} == pytest.approx({n: reference[n] for n in names}, rel=1e-5)
+    first = alone[0]
+    # At the start routing is nearly even, where balance is 1; no coefficient is left in it.
+    assert all(0.9 < first[name] < 1.2 for name in ("balance", "sequence_balance", "global_balance"))
+    assert 0 < first["dropped"] < 0.5 and 0.1 < first["zero_share"] < 0.3
+    assert 0.1 < first["importance"] < 1 and 0.1 < first["load_loss"] < 1
