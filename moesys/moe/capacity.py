@@ -55,13 +55,13 @@ class Capacity:
 class Wish:
     """What tokens chose: `expert_Tk` int64, different ones per token, first choices first; `weight_Tk`.
 
-    `score_T` is what a token's priority is by. Choices not `wanted_Tk` (bool; None: all are) are no
+    A token's priority is by the best of its `scores_TE`. Choices not `wanted_Tk` (bool; None: all are) are no
     assignments, and take nobody's place.
     """
 
     expert_Tk: Tensor
     weight_Tk: Tensor
-    score_T: Tensor
+    scores_TE: Tensor
     wanted_Tk: Tensor | None = None
 
 
@@ -100,7 +100,7 @@ def _fitting(
     elif drop == "choice":
         keys.append(choice_A)
     elif drop == "priority":
-        keys += [-rounded(wish.score_T.detach()).repeat_interleave(top_k), choice_A]
+        keys += [-rounded(wish.scores_TE.detach().amax(-1)).repeat_interleave(top_k), choice_A]
     keys.append(torch.where(wanted_A, wish.expert_Tk.flatten(), experts))
     return (places([scope.gather(key) for key in keys]) < limit)[scope.mine(tokens * top_k)] & wanted_A
 

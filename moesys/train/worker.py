@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -31,7 +30,7 @@ from moesys.errors import DataError, MoesysError
 from moesys.models.size import parameters
 from moesys.parallel.degrees import resolve
 from moesys.parallel.mesh import ParallelMesh
-from moesys.train import checkpoint, report
+from moesys.train import report
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog, write_whole
@@ -83,14 +82,11 @@ def _train(config: Config, run_dir: Path) -> None:
     mesh = connect(config)
     _write_ranks(mesh, run_dir)
     corpus = open_corpus(config)
-    folder = run_dir / "checkpoints"
-    if mesh.rank == 0 and checkpoint.newest(folder) is None:
-        # Of an earlier run of this name, perhaps with other ranks.
-        shutil.rmtree(run_dir / "routing", ignore_errors=True)
     _agree(corpus)
     trainer = Trainer(config, mesh, corpus)
+    folder = run_dir / "checkpoints"
     trainer.resume(folder)
-    routing = RoutingLog(trainer.model, run_dir / "routing")
+    routing = RoutingLog(trainer.model, run_dir / "routing", trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
         summary = _steps(trainer, log, routing, folder)
     if dist.get_rank() == 0:

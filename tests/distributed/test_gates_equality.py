@@ -45,7 +45,7 @@ COSINE = {"moe": {"gate": "cosine", "experts": 8}}
 PROTOTYPE = {"moe": {"gate": {"kind": "prototype", "bias": True, "noise": "gaussian"}, "experts": 8}}
 
 CASES = [
-    Case("everything-tp-ep", 4, {"tp": 2, "ep": 2}, EVERYTHING),
+    Case("everything-shard-tp-ep", 4, {"dp_shard": "full", "tp": 2, "ep": 2}, EVERYTHING),
     Case("everything-pp-accumulating", 4, {"pp": 2, "ep": 2}, EVERYTHING, {"recompute": "selective"}),
     Case("everything-cp-full", 4, {"cp": 2, "ep": 2}, EVERYTHING, {"recompute": "full", "micro_batch": 2}),
     Case("noisy-shard-one-micro-batch", 4, {"dp_shard": "full", "tp": 2, "ep": 2}, NOISY, {"micro_batch": 4}),
@@ -87,4 +87,4 @@ def test_what_is_reported_is_the_same(small, tmp_path):
     # At the start routing is nearly even, where balance is 1; no coefficient is left in it.
     assert all(0.9 < first[name] < 1.2 for name in ("balance", "sequence_balance", "global_balance"))
     assert 0 < first["dropped"] < 0.5 and 0.1 < first["zero_share"] < 0.3
-    assert 0.1 < first["importance"] < 1 and 0.1 < first["load_loss"] < 1
+    assert 0.1 < first["importance"] < 1 and 0.001 < first["load_loss"] < 1

@@ -28,6 +28,10 @@ MODELS = {
         "moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_mix": "cmr", "activation": "relu2"},
     },
     "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
+    "cosine": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": {"kind": "cosine", "noise": "gaussian"}}},
+    "zero-computation": {
+        "moe": {"experts": 8, "ffn_hidden": 32, "zero_experts": 1, "constant_experts": 2, "gate": {"bias": True}}
+    },
 }
 
 

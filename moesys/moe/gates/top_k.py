@@ -204,7 +204,7 @@ class TopKGate(Gate):
             experts = self.zero.places
             wanted_Tk = (expert_Tk < self.experts) if wanted_Tk is None else wanted_Tk & (expert_Tk < self.experts)
         limit = self.capacity.limit(self.training, len(number_T) * scope.size, self.top_k, experts)
-        wish = Wish(expert_Tk, weight_Tk, chosen.probabilities_TE.amax(-1), wanted_Tk)
+        wish = Wish(expert_Tk, weight_Tk, chosen.probabilities_TE, wanted_Tk)
         routing = assign(wish, number_T, self.experts, limit, self.capacity, scope)
         routing.load_E = chosen.load_E[: self.experts]
         if self.zero is not None:
