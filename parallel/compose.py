@@ -25,7 +25,7 @@ from moesys.config.schema import Config
 from moesys.models.decoder import Decoder
 from moesys.moe.gates import Gate
 from moesys.moe.layer import MoELayer, moe_layers
-from moesys.parallel import context, data, expert, pipeline, tensor
+from moesys.parallel import context, data, expert, freeze, pipeline, tensor
 from moesys.parallel.cost import Stage, counting_passes
 from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
@@ -164,6 +164,7 @@ def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dty
     model = context.apply(model, mesh, config)
     model = tensor.apply(model, mesh, config)
     model = expert.apply(model, mesh, config)
+    freeze.apply(model, config)
     for name, block in model.layers.items():
         if config.train.recompute != "none":
             model.layers[name] = wrap(block, config.train.recompute)

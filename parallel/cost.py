@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moesys.config.schema import Config
-from moesys.models.size import Weight, weights
+from moesys.models.size import Weight, frozen, weights
 from moesys.parallel.degrees import Degrees
 
 
@@ -114,13 +114,21 @@ class StepShape:
         every = weights(self.config.model, self.vocab_size)
         return [w for w in every if self.stage.holds(w, tied)]
 
-    def held(self, routed: bool | None = None, layer: int | None = None, unsharded: bool = False) -> float:
+    def held(
+        self,
+        routed: bool | None = None,
+        layer: int | None = None,
+        unsharded: bool = False,
+        trained: bool = False,
+    ) -> float:
         """Elements of weights on one rank, of all or of routed experts or others, of all layers or one.
 
-        `unsharded`: before data sharding.
+        `unsharded`: before data sharding. `trained`: without those that are frozen.
         """
         total = 0.0
         for weight in self.weights():
+            if trained and frozen(weight.name, self.config.train.freeze):
+                continue
             if routed in (None, weight.routed) and layer in (None, weight.layer):
                 ways = self.model_shards(weight, self.degrees)
                 total += weight.numel / ways / (1 if unsharded else self.data_shards(weight, self.degrees))

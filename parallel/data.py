@@ -41,6 +41,9 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
             rule = f"the experts' data ranks edp_shard({shards}) must divide model.hidden({config.model.hidden})"
             remedy = f"choose ep({degrees.ep}) or dp_shard so that edp_shard divides it (ffn_hidden is {inner})"
             problems.append(Problem("parallel.dp_shard", rule, remedy))
+        if moe.lora_rank is not None and inner % shards:
+            rule = f"the experts' data ranks edp_shard({shards}) must divide model.moe.ffn_hidden({inner})"
+            problems.append(Problem("parallel.dp_shard", rule, f"choose ep({degrees.ep}) or dp_shard so that it does"))
     return problems
 
 
@@ -58,14 +61,15 @@ def cost(shape: StepShape) -> list[Collective]:
     )
     for routed, sharded, every, inner, outer in spans:
         size = shape.held(routed=routed, unsharded=True)
+        gradients = 4 * shape.held(routed=routed, unsharded=True, trained=True)
         if not sharded:
-            moves.append(Collective("all_reduce", every, 4 * size, 1))
+            moves.append(Collective("all_reduce", every, gradients, 1))
             continue
         # Alone, forward and backward gather for every micro-batch; torch's pipeline keeps weights between backwards.
         passes = 2 * shape.micro_batches if shape.config.parallel.pp == 1 else shape.micro_batches + 1
         moves.append(Collective("all_gather", inner, shape.width * size, passes))
-        moves.append(Collective("reduce_scatter", inner, 4 * size, 1))
-        moves.append(Collective("all_reduce", outer, 4 * size / shape.size(inner), 1))
+        moves.append(Collective("reduce_scatter", inner, gradients, 1))
+        moves.append(Collective("all_reduce", outer, gradients / shape.size(inner), 1))
     return moves
 
 
@@ -80,6 +84,7 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
     from moesys.moe.layer import moe_layers
+    from moesys.moe.lora import LoRAExperts
 
     precision, exact = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -91,8 +96,11 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
             if config.train.dtype != "float32" and any(True for _ in router.parameters()):
                 # Routing is float32 arithmetic: its weights must not be rounded on the way.
                 _shard(router, dense, exact)
+        if isinstance(layer.experts, LoRAExperts):
+            for dense_product in layer.experts.base.values():
+                _shard(dense_product, dense, precision)
         if experts is None:
-            unmanaged.update(layer.experts.parameters())
+            unmanaged.update(layer.experts.parameters(recurse=False))
         else:
             _shard(layer.experts, experts, precision)
     edges = [] if config.model.tie_embeddings else [model.embed, model.head]

@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.size import Weight
-from moesys.parallel import context, data, expert, pipeline, tensor
+from moesys.parallel import context, data, expert, freeze, pipeline, tensor
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees, divisors, resolve
 
@@ -66,7 +66,7 @@ def _model(config: Config) -> list[Problem]:
     if m.ffn_hidden is None and not all(m.is_moe(i) for i in range(m.layers)):
         rule = "is needed: some layers are dense"
         problems.append(Problem("model.ffn_hidden", rule, "set it, or make every layer MoE"))
-    return problems
+    return problems + freeze.check(config)
 
 
 def model_shards(weight: Weight, degrees: Degrees) -> int:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from moesys.models.decoder import Decoder
     from moesys.parallel.mesh import ParallelMesh
 
-WEIGHT_DIMS = {"fc1": (0, 3), "fc2": (0, 1), "fc1_bias": (0, 2), "fc2_bias": (0, 1)}
-"""Of each weight of the experts, the dims that ep and etp split."""
+WEIGHT_DIMS = {"fc1": (0, 3), "fc2": (0, 1), "fc1_bias": (0, 2), "fc2_bias": (0, 1)} | {
+    f"fc{n}_lora_{factor}": (0, None) for n in (1, 2) for factor in "ab"
+}
+"""Of each weight of the experts, the dims that ep and etp split; None: never split."""
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
@@ -44,7 +46,7 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
     if moe.first_dense >= config.model.layers:
         rule = f"must be less than model.layers({config.model.layers}), or no layer is MoE"
         problems.append(Problem("model.moe.first_dense", rule))
-    return problems + experts_check.check(moe) + plan.check(config, degrees)
+    return problems + experts_check.check(config, degrees) + plan.check(config, degrees)
 
 
 def shards(weight: Weight, degrees: Degrees) -> int:
@@ -77,9 +79,9 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
         if make is None or experts_mesh is None:
             continue
         layer.dispatcher = make(layer.gate.experts)
-        for name, weight in list(layer.experts.named_parameters()):
+        for name, weight in list(layer.experts.named_parameters(recurse=False)):
             dims = zip(("ep", "etp"), WEIGHT_DIMS[name], strict=True)
-            placements = [Shard(dim) for axis, dim in dims if axis in active]
+            placements = [Shard(dim) for axis, dim in dims if axis in active and dim is not None]
             setattr(layer.experts, name, torch.nn.Parameter(distribute_tensor(weight.data, experts_mesh, placements)))
         share = config.model.hidden // mesh.degrees.etp
         layer.experts.fc2_bias_start = mesh.expert_place["etp"] * share

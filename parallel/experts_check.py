@@ -1,13 +1,19 @@
-"""Rules between the keys of shared experts; needs no torch."""
+"""Rules between the keys of shared experts and of LoRA experts; needs no torch."""
 
 from __future__ import annotations
 
-from moesys.config.schema import MoEConfig
+from moesys.config.schema import Config, MoEConfig
 from moesys.errors import Problem
+from moesys.parallel.degrees import Degrees
 
 
-def check(moe: MoEConfig) -> list[Problem]:
-    """Keys of shared experts that have no meaning beside the others."""
+def check(config: Config, degrees: Degrees) -> list[Problem]:
+    """Every rule between them that a configuration with MoE layers breaks."""
+    moe = config.model.moe
+    return [] if moe is None else _shared(moe) + _lora(moe, config.model.hidden, degrees)
+
+
+def _shared(moe: MoEConfig) -> list[Problem]:
     problems = []
     if moe.shared_mix != "add" and not moe.shared_experts:
         rule = f"{moe.shared_mix} needs shared experts, and model.moe.shared_experts is 0"
@@ -20,4 +26,30 @@ def check(moe: MoEConfig) -> list[Problem]:
         if moe.shared_mix != "cmr" and value != MoEConfig.model_fields[key].default:
             rule = f"({value}) belongs to shared_mix: cmr, and shared_mix is {moe.shared_mix}"
             problems.append(Problem(f"model.moe.{key}", rule, "set shared_mix: cmr, or remove it"))
+    return problems
+
+
+def _lora(moe: MoEConfig, hidden: int, degrees: Degrees) -> list[Problem]:
+    problems = []
+    if moe.lora_rank is None:
+        if moe.lora_alpha is not None:
+            rule = f"({moe.lora_alpha:g}) has no meaning: model.moe.lora_rank is not set"
+            problems.append(Problem("model.moe.lora_alpha", rule, "set lora_rank, or remove it"))
+        return problems
+    smallest = min(hidden, moe.ffn_hidden)
+    if moe.lora_rank > smallest:
+        rule = f"({moe.lora_rank}) must be at most {smallest}, the smaller size of the matrices that it changes"
+        problems.append(Problem("model.moe.lora_rank", rule, f"choose 1 to {smallest}"))
+    if moe.bias:
+        rule = "true has no meaning with lora_rank: LoRA experts change matrices, and have no biases"
+        problems.append(Problem("model.moe.bias", rule, "set it to false, or remove lora_rank"))
+    if moe.gate.kind == "smear":
+        rule = f"smear mixes whole experts: a mixture of changes of rank {moe.lora_rank} has a higher rank"
+        problems.append(Problem("model.moe.lora_rank", rule, "remove it, or choose another gate"))
+    if degrees.etp > 1:
+        rule = (
+            f"etp({degrees.etp}) cannot split LoRA experts (lora_rank {moe.lora_rank}): half of their factors have no"
+            " inner size to split, and their gradients would have to be summed over etp"
+        )
+        problems.append(Problem("parallel.etp", rule, "set etp: 1"))
     return problems

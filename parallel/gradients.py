@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from moesys.moe.experts import Experts
+from moesys.moe.layer import moe_layers
 from moesys.parallel.mesh import ParallelMesh
 
 BUCKET_BYTES = 64 * 2**20
@@ -23,7 +23,7 @@ def local(x: Tensor) -> Tensor:
 
 
 class Gradients:
-    """The gradients of the parts of a model on this rank.
+    """The gradients of the parts of a model on this rank; frozen parameters have none.
 
     Args:
         parts: the model's stages on this rank, after `compose`.
@@ -35,8 +35,10 @@ class Gradients:
         self, parts: list[nn.Module], mesh: ParallelMesh, tied: tuple[nn.Parameter, dist.ProcessGroup] | None = None
     ):
         self.mesh, self.tied = mesh, tied
-        experts = {id(p) for part in parts for m in part.modules() if isinstance(m, Experts) for p in m.parameters()}
-        self.parameters = list({id(p): p for part in parts for p in part.parameters()}.values())
+        layers = (layer for part in parts for layer in moe_layers(part).values())
+        experts = {id(p) for layer in layers for p in layer.experts.parameters()}
+        every = {id(p): p for part in parts for p in part.parameters()}.values()
+        self.parameters = [p for p in every if p.requires_grad]
         d = mesh.degrees
         dense_axes = () if d.dp_shard > 1 else ("dp_replicate", "dp_shard", "cp")
         expert_axes = () if d.edp_shard > 1 else ("edp_replicate", "edp_shard")
@@ -89,9 +91,10 @@ class Gradients:
     def clip(self, limit: float | None) -> float:
         """Scale the gradients so that their global norm is at most `limit`; the norm before that."""
         norm = self.norm()
-        if limit is not None and limit < inf:
+        grads = [local(p.grad) for p in self.parameters if p.grad is not None]
+        if grads and limit is not None and limit < inf:
             scale = (limit / (norm + 1e-12)).clamp(max=1.0)
-            torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], scale.item())
+            torch._foreach_mul_(grads, scale.item())
         return norm.item()
 
 

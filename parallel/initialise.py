@@ -26,7 +26,7 @@ def canonical(name: str, tied: bool) -> str:
 def initialise(part: nn.Module, seed: int, std: float, tied: bool) -> None:
     """Fill every parameter of `part` and reset its gates.
 
-    Norms get ones, biases zeros, temperatures their start, all others N(0, std²).
+    Norms get ones, biases and LoRA's second factors zeros, temperatures their start, all others N(0, std²).
     """
     with torch.no_grad():
         for name, param in part.named_parameters():
@@ -38,7 +38,7 @@ def initialise(part: nn.Module, seed: int, std: float, tied: bool) -> None:
 def _fill(param: nn.Parameter, name: str, seed: int, std: float) -> None:
     if "norm" in name.split(".")[-2]:
         param.fill_(1.0)
-    elif name.endswith("bias"):
+    elif name.endswith(("bias", "lora_b")):
         param.zero_()
     elif name.endswith("log_temperature"):
         param.fill_(cosine.START)

@@ -34,14 +34,15 @@ def estimate(shapes: list[StepShape]) -> Memory:
     """Memory of a rank that holds these stages of the model."""
     held = sum(s.held() for s in shapes)
     sharded = shapes[0].degrees.dp_shard > 1
-    unsharded = sum(s.held(unsharded=True) for s in shapes) - held if sharded else 0.0
+    trained = sum(s.held(trained=True) for s in shapes)
+    unsharded = sum(s.held(unsharded=True, trained=True) for s in shapes) - trained if sharded else 0.0
     # While micro-batches accumulate, FSDP keeps gradients whole, in float32.
     accumulating = unsharded * 4 if shapes[0].micro_batches > 1 else 0.0
     blocks = [s.held(layer=s.stage.layers[0], unsharded=True) for s in shapes]
     # torch's pipeline keeps the weights of a stage whole between backward passes.
     whole = sum(s.held(unsharded=True) for s in shapes) if shapes[0].degrees.pp > 1 else max(blocks)
     gathered = whole * shapes[0].width if sharded else 0.0
-    return Memory(4 * held, 4 * held + accumulating, 8 * held, activations(shapes), gathered)
+    return Memory(4 * held, 4 * trained + accumulating, 8 * trained, activations(shapes), gathered)
 
 
 def activations(shapes: list[StepShape]) -> float:
@@ -98,7 +99,12 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
         return inner * (m.ffn_hidden or 0) / tp
     moe = m.moe
     # Of each row the experts keep the products of fc1; where rows travel, also what arrived.
-    routed = moe.mean_choices * (2 if moe.gated else 1) * moe.ffn_hidden + kept_rows(shape) * m.hidden
+    parts = 2 if moe.gated else 1
+    kept = parts * moe.ffn_hidden
+    if moe.lora_rank is not None:
+        # Also the rows, what the second product takes, and both products of low rank.
+        kept += m.hidden + moe.ffn_hidden + (parts + 1) * moe.lora_rank
+    routed = moe.mean_choices * kept + kept_rows(shape) * m.hidden
     routed *= moe.rows_per_token(shape.config.train.seq_len)
     return (routed + 4 * moe.experts + inner * (1 if moe.gated else 0.5) * moe.shared_width) / tp
 

@@ -180,6 +180,11 @@ class MoEConfig(Section):
     zero_tau: Annotated[float, Field(gt=0, le=1)] = 1.0
     """moe++: weight τ of zero-computation experts in balancing losses; a true expert's capacity is γ·τ·T·k / (τ·E + Z)
     (the paper has 0.75)."""
+    lora_rank: Positive | None = None
+    """Rank r of experts that are changes W + lora_alpha / r · A·B of one frozen dense feed-forward, A and B each
+    expert's own (MoLoRA, LoRAMoE); null: whole experts."""
+    lora_alpha: PositiveFloat | None = None
+    """Numerator of the factor on these changes; default: lora_rank, a factor of 1."""
     shared_experts: NonNegative = 0
     """Experts that every token passes through, beside the routed ones."""
     shared_ffn_hidden: Positive | None = None
@@ -345,6 +350,9 @@ class TrainConfig(Section):
     """Sequences that one data-parallel rank passes through the model at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of computation; weights of the optimizer are float32 in either case."""
+    freeze: list[str] = []
+    """Parameters that are not trained, by patterns of their names: ["embed.weight", "layers.*.attention.*"]. The
+    frozen weights of LoRA experts need not be named."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     recompute: Literal["none", "selective", "full"] = "none"

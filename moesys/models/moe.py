@@ -14,6 +14,7 @@ from moesys.moe.gates import Gate, PrototypeGate, TopKGate
 from moesys.moe.gates.cosine import CosineProjection
 from moesys.moe.gates.projection import GateProjection
 from moesys.moe.gates.top_k import Groups, Randomness
+from moesys.moe.lora import LoRAExperts
 from moesys.moe.losses import Balance
 from moesys.moe.shared import build_mix
 from moesys.moe.zero import ZeroExperts, ZeroRule
@@ -22,11 +23,18 @@ from moesys.moe.zero import ZeroExperts, ZeroRule
 def build_moe(m: MoEConfig, hidden: int, layer: int) -> MoELayer:
     """The MoE layer of block `layer`; its number makes random routing differ between layers."""
     shared = FeedForward(hidden, m.shared_width, m.activation) if m.shared_experts else None
-    experts = Experts(m.experts, hidden, m.ffn_hidden, m.activation, m.bias)
+    experts = build_experts(m, hidden)
     computed = m.copy_experts + m.constant_experts
     zero = ZeroExperts(hidden, m.zero_experts, m.copy_experts, m.constant_experts) if computed else None
     mix = build_mix(m.shared_mix, hidden, m.cmr_budget, m.cmr_loss)
     return MoELayer(build_gate(m, hidden, layer), experts, shared, zero, mix)
+
+
+def build_experts(m: MoEConfig, hidden: int) -> Experts | LoRAExperts:
+    """The routed experts."""
+    if m.lora_rank is not None:
+        return LoRAExperts(m.experts, hidden, m.ffn_hidden, m.lora_rank, m.lora_alpha, m.activation)
+    return Experts(m.experts, hidden, m.ffn_hidden, m.activation, m.bias)
 
 
 def build_gate(m: MoEConfig, hidden: int, layer: int) -> Gate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 
 from moesys.config.schema import ModelConfig, MoEConfig
@@ -80,8 +81,21 @@ def _gate(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "ffn.gate.noise.weight", (candidates, hidden)
 
 
+def frozen(name: str, patterns: Sequence[str]) -> bool:
+    """Whether the parameter `name` is not trained, with `patterns` of `train.freeze`."""
+    return ".experts.base." in name or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _experts(m: MoEConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     parts = 2 if m.gated else 1
+    if m.lora_rank is not None:
+        yield "ffn.experts.fc1_lora_a", (m.experts, hidden, parts, m.lora_rank)
+        yield "ffn.experts.fc1_lora_b", (m.experts, parts, m.lora_rank, m.ffn_hidden)
+        yield "ffn.experts.fc2_lora_a", (m.experts, m.ffn_hidden, m.lora_rank)
+        yield "ffn.experts.fc2_lora_b", (m.experts, m.lora_rank, hidden)
+        yield "ffn.experts.base.fc1.weight", (parts * m.ffn_hidden, hidden)
+        yield "ffn.experts.base.fc2.weight", (hidden, m.ffn_hidden)
+        return
     yield "ffn.experts.fc1", (m.experts, hidden, parts, m.ffn_hidden)
     yield "ffn.experts.fc2", (m.experts, m.ffn_hidden, hidden)
     if m.bias:

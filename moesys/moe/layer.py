@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moesys.moe.dispatch import Dispatcher
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
+from moesys.moe.lora import LoRAExperts
 from moesys.moe.routing import Decision, MicroBatch
 from moesys.moe.shared import Mix
 from moesys.moe.zero import ZeroExperts
@@ -82,7 +83,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         gate: Gate,
-        experts: Experts,
+        experts: Experts | LoRAExperts,
         shared: nn.Module | None = None,
         zero: ZeroExperts | None = None,
         mix: Mix | None = None,

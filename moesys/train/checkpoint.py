@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moesys.config.schema import Config
 from moesys.errors import CheckpointError
+from moesys.parallel.freeze import frozen_names
 
 META = "moesys.json"
 
@@ -69,6 +70,7 @@ def save(
     dist.barrier()
     if first:
         meta = {"step": step, "samples": samples, "model": config.model.model_dump(), "seed": config.seed}
+        meta["freeze"] = config.train.freeze
         (partial / META).write_text(json.dumps(meta, indent=1))
         if final.exists():
             shutil.rmtree(final)
@@ -96,6 +98,12 @@ def check(path: Path, config: Config) -> dict[str, Any]:
         rows = "".join(f"\n  model.{key}: saved {saved.get(key)}, now {asked.get(key)}" for key in different)
         raise CheckpointError(
             f"{path} is of another model:{rows}\n    remedy: restore these keys, or choose another run name"
+        )
+    thawed = frozen_names(config.model, meta.get("freeze", [])) - frozen_names(config.model, config.train.freeze)
+    if thawed:
+        raise CheckpointError(
+            f"{path} has no optimizer state of {min(thawed)}, which was frozen when it was written"
+            f"\n    remedy: restore train.freeze: {meta['freeze']}, or choose another run name"
         )
     return meta
 

@@ -17,14 +17,17 @@ from moesys.train.checked import decay_steps
 def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with decay on matrices only.
 
-    Parameters may be plain or DTensors of any mesh; states are laid out as they are.
+    Parameters may be plain or DTensors of any mesh; states are laid out as they are. Those that need no
+    gradient are left out.
     """
     # One group per kind and mesh: the fused update takes tensors of one mesh at a time.
     groups: dict[tuple[bool, Any], dict[str, Any]] = {}
-    for p in parameters.values():
+    for p in (p for p in parameters.values() if p.requires_grad):
         decay = config.weight_decay if p.ndim > 1 else 0.0
         key = (p.ndim > 1, p.device_mesh if isinstance(p, DTensor) else None)
         groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(p)
+    if not groups:  # a pipeline stage whose parameters are all frozen
+        groups[False, None] = {"params": [], "weight_decay": 0.0}
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.kind == "apex":
         from apex.optimizers import FusedAdam

@@ -151,9 +151,11 @@ def _work(
 
 
 def _whole(trainer: Any, attribute: str) -> dict[str, Tensor]:
-    """Every parameter of this rank's stages, or its gradient, in full. Collective over the stage."""
+    """Every parameter of this rank's stages, or its gradient, in full (none if frozen). Collective over the stage."""
     whole = {}
     for name, parameter in trainer.model.named_parameters().items():
+        if attribute == "grad" and not parameter.requires_grad:
+            continue
         value = getattr(parameter, attribute)
         whole[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
     return whole

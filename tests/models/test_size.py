@@ -23,6 +23,8 @@ MODELS = {
     "gated": {
         "moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_ffn_hidden": 48, "shared_mix": "gate"}
     },
+    "lora": {"moe": {"experts": 4, "ffn_hidden": 32, "lora_rank": 4}},
+    "lora-gelu": {"moe": {"experts": 4, "ffn_hidden": 32, "lora_rank": 4, "activation": "gelu"}},
     "residual": {"moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_mix": "residual"}},
     "cmr": {
         "moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_mix": "cmr", "activation": "relu2"},

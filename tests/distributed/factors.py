@@ -1,0 +1,17 @@
+"""What tests of LoRA experts do inside worker processes, importable by name."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+
+def draw_all_factors() -> None:
+    """Let LoRA's second factors start as the first ones do: as zeros they would hide the first ones' gradients."""
+    from moesys.parallel import initialise
+
+    initialise._fill = partial(_fill, initialise._fill)  # type: ignore[assignment]
+
+
+def _fill(plain: Any, parameter: Any, name: str, seed: int, std: float) -> None:
+    plain(parameter, name.replace("lora_b", "lora_second"), seed, std)
