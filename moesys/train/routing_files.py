@@ -1,0 +1,94 @@
+"""Recorded routing on disk: one .npz file per step and rank. Needs no torch.
+
+For each MoE layer of the rank, by its block's number: `N.number` int64 [T] of tokens, `N.expert` int16 [T, K],
+−1 where a token has fewer assignments, `N.weight` float16 [T, K]. `experts`: how many a layer has.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesys.errors import DataError
+
+PATTERN = "step-*-rank-*.npz"
+Arrays = tuple[Any, Any, Any]
+"""number [T], expert [T, K] and weight [T, K] of one layer."""
+
+
+def write(folder: Path, step: int, rank: int, layers: dict[int, Arrays], experts: int) -> None:
+    """Write what `rank` saw in `step`."""
+    arrays: dict[str, Any] = {"experts": np.int64(experts)}
+    for layer, parts in layers.items():
+        arrays |= {f"{layer}.{key}": part for key, part in zip(("number", "expert", "weight"), parts, strict=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:06d}-rank-{rank:05d}.npz"
+    temporary = path.with_suffix(".part")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
+
+
+def forget(folder: Path, step: int) -> None:
+    """Remove what was recorded after `step`."""
+    for path in folder.glob(PATTERN):
+        if int(path.name.split("-")[1]) > step:
+            path.unlink()
+
+
+def read(folder: Path, layer: int) -> tuple[int, np.ndarray]:
+    """The first token's number, and the experts int16 [N, K] of it and all that follow, in a layer.
+
+    Raises:
+        DataError: there is no recording, or not of every token of this layer.
+    """
+    number, parts = numbers(folder, layer)
+    width = max(part.shape[1] for part in parts)
+    padded = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts]
+    return int(number.min()), np.concatenate(padded)[number.argsort()]
+
+
+def numbers(folder: Path, layer: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Numbers of all tokens, and their experts, file by file. Raises DataError as `read`."""
+    found = [(file[f"{layer}.number"], file[f"{layer}.expert"]) for file in _files(folder) if f"{layer}.number" in file]
+    if not found:
+        raise DataError(f"{folder} holds no routing of layer {layer}: it was recorded with another model")
+    number = np.concatenate([part for part, _ in found])
+    if len(np.unique(number)) != len(number) or int(np.ptp(number)) + 1 != len(number):
+        raise DataError(f"{folder} lacks tokens of layer {layer}, or has some twice: files are missing, or of two runs")
+    return number, [part for _, part in found]
+
+
+def wrong(folder: Path, layers: Iterable[int], experts: int) -> str | None:
+    """What is wrong with a recording for a model with these MoE layers; None if nothing is."""
+    try:
+        recorded = {int(file["experts"]) for file in _files(folder)}
+        if recorded != {experts}:
+            told = ", ".join(map(str, sorted(recorded)))
+            return f"{folder} was recorded with {told} experts per layer, and model.moe.experts is {experts}"
+        for layer in layers:
+            numbers(folder, layer)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _files(folder: Path) -> Iterator[Any]:
+    """All files of a recording, opened one by one."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
+    paths = sorted(folder.glob(PATTERN))
+    if not paths:
+        raise DataError(f"{folder} holds no recorded routing ({PATTERN})")
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                file["experts"]
+                yield file
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            raise DataError(f"{path} is no recorded routing, or was cut short") from None
