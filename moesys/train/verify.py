@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import Config, ParallelConfig
+from moesys.parallel.mesh import ParallelMesh
 
 FLOOR = 1e-3
 """A tensor whose gradient's root-mean-square is under this share of the model's is rounding noise
@@ -91,6 +92,15 @@ def reference(config: Config) -> Config:
     )
 
 
+def comparable(config: Config, dtype: str = "float32") -> Config:
+    """The run in the type to compare in, with an optimizer that does not enlarge rounding."""
+    optimizer = config.train.optimizer
+    steady = optimizer.model_copy(update={"eps": max(optimizer.eps, EPS)})
+    compute = "bfloat16" if dtype == "bfloat16" else "float32"
+    train = config.train.model_copy(update={"dtype": compute, "optimizer": steady})
+    return config.model_copy(update={"train": train})
+
+
 def trace(
     config: Config, world: int, steps: int, dtype: str = "float32", prepare: Callable[[], None] | None = None
 ) -> Trace:
@@ -99,11 +109,7 @@ def trace(
     `dtype`: float32, float64, or bfloat16, which is the run's own mixed precision: bfloat16 computation
     on float32 weights. `prepare`, importable by name, is called in every process first.
     """
-    optimizer = config.train.optimizer
-    steady = optimizer.model_copy(update={"eps": max(optimizer.eps, EPS)})
-    compute = "bfloat16" if dtype == "bfloat16" else "float32"
-    train = config.train.model_copy(update={"dtype": compute, "optimizer": steady})
-    config = config.model_copy(update={"train": train})
+    config = comparable(config, dtype)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
     with tempfile.TemporaryDirectory(prefix="moesys-verify-") as folder:
@@ -118,8 +124,6 @@ def trace(
 def _work(
     rank: int, world: int, config: Config, steps: int, dtype: str, folder: str, prepare: Callable[[], None] | None
 ) -> None:
-    from moesys.data.corpus import open_corpus
-    from moesys.train.loop import Trainer
     from moesys.train.worker import connect
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
@@ -135,7 +139,18 @@ def _work(
         timeout=timedelta(seconds=config.launch.timeout_s),
     )
     mesh = connect(config)
-    weights = torch.float64 if dtype == "float64" else torch.float32
+    found = observe(config, mesh, steps, torch.float64 if dtype == "float64" else torch.float32)
+    if not any(place for axis, place in mesh.place.items() if axis != "pp"):
+        torch.save(found, f"{folder}/trace-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def observe(config: Config, mesh: ParallelMesh, steps: int, weights: torch.dtype) -> Trace:
+    """What the stages of this rank compute in `steps` steps from the start. Collective."""
+    from moesys.data.corpus import open_corpus
+    from moesys.train.loop import Trainer
+
     trainer = Trainer(config, mesh, open_corpus(config), weights)
     found = Trace()
     trainer.before_update = lambda: found.gradients.append(_whole(trainer, "grad"))
@@ -144,10 +159,7 @@ def _work(
         found.losses.append(record["loss"])
         found.norms.append(record["grad_norm"])
     found.parameters = _whole(trainer, "data") | {k: v.cpu() for k, v in trainer.model.named_buffers().items()}
-    if not any(place for axis, place in mesh.place.items() if axis != "pp"):
-        torch.save(found, f"{folder}/trace-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 def _whole(trainer: Any, attribute: str) -> dict[str, Tensor]:
