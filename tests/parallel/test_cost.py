@@ -53,6 +53,12 @@ MODELS = {
     "dense": {"ffn_hidden": 1024, "attention": {"heads": 4, "kv_heads": 2}},
     "moe": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512}},
     "fine": {"moe": {"experts": 16, "top_k": 4, "ffn_hidden": 64, "shared_experts": 2}},
+    "lora": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512, "lora_rank": 8}},
+    "mixed": {
+        "moe": {
+            "experts": 8, "ffn_hidden": 256, "shared_experts": 2, "shared_mix": "residual", "activation": "gelu",
+        }
+    },
     "latent": {
         "ffn_hidden": 1024,
         "attention": {
