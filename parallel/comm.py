@@ -100,6 +100,10 @@ class Pending:
     def __init__(self, out: Tensor, event: Event | None):
         self.out, self.event = out, event
 
+    def abandon(self) -> None:
+        """`wait` where the result is not wanted."""
+        self.wait()
+
     def wait(self) -> Tensor:
         if self.event is None:
             return _functional.wait_tensor(self.out)
@@ -236,6 +240,11 @@ class Flight:
 
     def wait(self) -> Tensor:
         return _Arrive.apply(self._token, self._trip)
+
+    def abandon(self) -> None:
+        """Let nothing stay in the air where the result is not wanted: torch keeps what is never waited for."""
+        if self._trip.pending is not None:
+            self._trip.land()
 
 
 def fly(

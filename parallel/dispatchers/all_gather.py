@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
-from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, bounds, chunk_of, compute
+from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, compute
 
 LEVEL = "flat"
 
@@ -72,7 +72,7 @@ class AllGatherDispatcher(TravellingDispatcher):
         weights = None
         if weight_A is not None:
             weights = comm.fly_everywhere(pad(weight_A, fill), self.group, "_weights", LEVEL)
-        yield
+        yield from aloft(rows, named, weights)
         every_TH, packed, weight = rows.wait(), named.wait(), None if weights is None else weights.wait()
         rank, place = self.group.rank(), packed % self.places
         chosen = torch.nonzero_static((packed >= 0) & (place // self.local == rank), size=mine).squeeze(1)
@@ -81,5 +81,5 @@ class AllGatherDispatcher(TravellingDispatcher):
             weight = weight.index_select(0, chosen)
         sums = compute(every_TH, token, place[chosen] - rank * self.local, weight, self.local, experts)
         home = comm.fly_home(sums, self.group, LEVEL)
-        yield
+        yield from aloft(home)
         return home.wait()[:tokens]

@@ -10,7 +10,7 @@ from torch import Tensor
 from moesys.kernels.permute import Permutation, permute, sort_by_expert, unpermute
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
-from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, bounds, chunk_of, cut
+from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, cut
 
 LEVEL = "flat"
 
@@ -65,14 +65,14 @@ class AllToAllDispatcher(TravellingDispatcher):
         weights = None
         if weight_A is not None:
             weights = comm.fly(weight_A, send, receive, self.group, "all_to_all_weights", LEVEL)
-        yield
+        yield from aloft(rows, weights)
         arrived, weight = rows.wait(), None if weights is None else weights.wait()
         order = None if self.local == 1 else by_expert(received_RE, len(arrived))
         if weight is not None and order is not None:
             weight = weight.index_select(0, order.token_A)
         out = experts(arrived, received_RE.sum(0), weight, order)
         back = comm.fly(out, receive, send, self.group, level=LEVEL)
-        yield
+        yield from aloft(back)
         return unpermute(back.wait(), p)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from moesys.kernels.permute import permute, sort_by_expert, unpermute
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
-from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, bounds, chunk_of, compute
+from moesys.parallel.dispatchers.payload import dense
+from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, compute
 
 
 @dataclass(frozen=True)
@@ -166,12 +167,12 @@ class HierarchicalDispatcher(TravellingDispatcher):
         names = Names(hop.row_A * self.places + place_A[hop.order_A])
         weights = hop.row_A.new_ones(len(hop.row_A), dtype=torch.float32) if weight_A is None else weight_A[hop.order_A]
         labels = hop.label(weights, names)
-        yield
+        yield from aloft(rows, labels)
         arrived, weight, packed = rows.wait(), labels.wait(), names.received
         row, place = hop.rows_of(packed // self.places), packed % self.places
         sums = yield from self._journey(arrived, row, place, weight, levels[1:], sizes[1:], experts)
         back = comm.fly(sums, size.receive, size.send, level.group, "all_to_all", level.name)
-        yield
+        yield from aloft(back)
         return unpermute(back.wait(), hop.p)
 
 
@@ -189,7 +190,7 @@ class Hop:
         pair_A = token_A * ways + destination_A
         wanted_TD = torch.zeros(tokens * ways, dtype=torch.bool, device=token_A.device)
         wanted_TD = wanted_TD.index_fill_(0, pair_A, True).view(tokens, ways)
-        pair_token, pair_destination = torch.nonzero_static(wanted_TD, size=sum(size.send)).unbind(1)
+        pair_token, pair_destination = torch.nonzero_static(wanted_TD, size=sum(size.send)).t().contiguous()
         self.p = sort_by_expert(pair_token, pair_destination, tokens, ways)
         number_A = wanted_TD.flatten().cumsum(0)[pair_A] - 1
         row_A, self.order_A = self.p.row_A[number_A].sort(stable=True)
@@ -223,8 +224,8 @@ class Names:
         return torch.cat([x.unsqueeze(1).view(torch.int32) for x in (self.sent, weight_A)], 1)
 
     def decode(self, arrived: Tensor) -> Tensor:
-        self.received = arrived[:, :2].contiguous().view(torch.int64).squeeze(1)
-        return arrived[:, 2:].contiguous().view(self.dtype).squeeze(1)
+        self.received = dense(arrived[:, :2]).view(torch.int64).squeeze(1)
+        return dense(arrived[:, 2:]).view(self.dtype).squeeze(1)
 
 
 def _by_first(table: Tensor) -> Tensor:

@@ -32,6 +32,14 @@ class Fp8Rows:
         return torch.cat((values.view(torch.uint8), scale.squeeze(-1).view(torch.uint8)), 1)
 
     def decode(self, arrived: Tensor) -> Tensor:
-        values = arrived[:, : self.hidden].contiguous().view(torch.float8_e4m3fn).float()
-        scale = arrived[:, self.hidden :].contiguous().view(torch.float32)
+        values = dense(arrived[:, : self.hidden]).view(torch.float8_e4m3fn).float()
+        scale = dense(arrived[:, self.hidden :]).view(torch.float32)
         return (values * scale.repeat_interleave(self.block, 1)[:, : self.hidden]).to(self.dtype)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x with its elements side by side, so that their bytes can be read as another type.
+
+    `contiguous` leaves the stride of a single row as it is.
+    """
+    return x.clone(memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ from torch import Tensor
 from moesys.kernels.permute import Permutation, sort_by_expert
 from moesys.moe.dispatch import Dispatcher, ExpertsFunction
 from moesys.moe.routing import Routing
-from moesys.parallel.comm import Codec
+from moesys.parallel.comm import Codec, Flight, Pending
 from moesys.parallel.dispatchers.payload import Fp8Rows
 
 Journey = Generator[None, None, Tensor]
@@ -105,18 +105,37 @@ class TravellingDispatcher(Dispatcher):
     def _travel(self, journeys: Sequence[Journey]) -> Tensor:
         """Take all journeys in turn, step by step, and do `meanwhile` after the first."""
         parts: dict[int, Tensor] = {}
-        first = True
-        while len(parts) < len(journeys):
-            for number, journey in enumerate(journeys):
-                if number not in parts:
-                    try:
-                        next(journey)
-                    except StopIteration as arrived:
-                        parts[number] = arrived.value
-            if first and self.overlap_shared and self.meanwhile is not None:
+        try:
+            _step(journeys, parts)
+            if self.overlap_shared and self.meanwhile is not None:
                 self.meanwhile()
-            first = False
+            while len(parts) < len(journeys):
+                _step(journeys, parts)
+        finally:
+            # Recomputation in backward ends by an exception once it has what it needs.
+            for journey in journeys:
+                journey.close()
         return parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in range(len(journeys))])
+
+
+def _step(journeys: Sequence[Journey], parts: dict[int, Tensor]) -> None:
+    for number, journey in enumerate(journeys):
+        if number not in parts:
+            try:
+                next(journey)
+            except StopIteration as arrived:
+                parts[number] = arrived.value
+
+
+def aloft(*flights: Flight | Pending | None) -> Generator[None, None, None]:
+    """Yield while these are on their way."""
+    try:
+        yield
+    except GeneratorExit:
+        for flight in flights:
+            if flight is not None:
+                flight.abandon()
+        raise
 
 
 def bounds(tokens: int, chunks: int) -> list[int]:

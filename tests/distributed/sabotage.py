@@ -51,8 +51,8 @@ def stall_the_second_rank() -> None:
     Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
-def report_layout(config: Any, world: int, folder: Path) -> dict[int, tuple[int, int]]:
-    """Per rank of one real training step: elements of parameters held, bytes of rows sent to experts."""
+def report_layout(config: Any, world: int, folder: Path) -> dict[int, tuple[int, dict[str, int]]]:
+    """Per rank of one real training step: elements of parameters held, bytes of rows by operation and level."""
     import torch.multiprocessing as mp
 
     mp.start_processes(_report, (world, config, str(folder)), nprocs=world, start_method="forkserver")
@@ -70,7 +70,11 @@ def _report(rank: int, world: int, config: Any, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     trainer = Trainer(config, connect(config), open_corpus(config))
     trainer.train_step()
-    sent = sum(event.bytes for event in trainer.events if event.kind == "all_to_all")
+    sent: dict[str, int] = {}
+    for event in trainer.events:
+        if event.level and event.kind in ("all_to_all", "all_gather", "reduce_scatter"):
+            key = f"{event.kind} {event.level}"
+            sent[key] = sent.get(key, 0) + event.bytes
     elements = sum(local(p).numel() for p in trainer.model.named_parameters().values())
     Path(f"{folder}/layout-{rank}.json").write_text(json.dumps([elements, sent]))
     dist.barrier()

@@ -1,0 +1,1 @@
+"""Measuring what MoE layers and their communication cost."""

@@ -1,0 +1,220 @@
+"""What one MoE layer costs beside its arithmetic: forward and backward, everything in one interleaved run.
+
+moesys bench layer
+moesys bench layer --shape qwen3-30b-a3b --dtype bfloat16
+moesys bench layer --ranks 2
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from moesys.kernels.expert_ffn import expert_ffn
+from moesys.kernels.permute import permute, sort_by_expert, unpermute
+from moesys.measure.interleave import Step, interleave, ratio
+from moesys.measure.memory import peak_bytes
+from moesys.models.layers import FeedForward
+from moesys.moe import MoELayer, Routing, Tokens
+from moesys.moe.experts import Experts
+from moesys.moe.gates import TopKGate
+
+
+@dataclass(frozen=True)
+class Shape:
+    """T tokens of size H, E experts of inner size F, k of them per token."""
+
+    tokens: int
+    hidden: int
+    ffn_hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def flops(self) -> int:
+        """Of the experts' products, forward and backward."""
+        return 18 * self.tokens * self.top_k * self.hidden * self.ffn_hidden
+
+    def kept_bytes(self, size: int) -> int:
+        """What must be kept for backward: tokens and first products of `size` bytes per element, routing."""
+        products = 2 * self.tokens * self.top_k * self.ffn_hidden
+        routing = self.tokens * (4 * self.experts + self.top_k * (4 + 8 + 8))
+        return size * (self.tokens * self.hidden + products) + routing
+
+
+SHAPES = {
+    "laptop": Shape(4096, 512, 1024, 16, 2),
+    "two-ranks": Shape(1024, 256, 512, 8, 2),
+    "mixtral-8x7b": Shape(8192, 4096, 14336, 8, 2),
+    "qwen3-30b-a3b": Shape(32768, 2048, 768, 128, 8),
+    "deepseek-v3": Shape(8192, 7168, 2048, 256, 8),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Median milliseconds of every side, ratios of medians by round, and memory."""
+
+    shape: Shape
+    dtype: str
+    milliseconds: dict[str, float]
+    ratios: dict[str, float]
+    teraflops: float
+    peak_bytes: int
+    kept_bytes: int
+    rounds: int
+    device: str
+    date: str = field(default_factory=lambda: date.today().isoformat())
+
+    @property
+    def memory_ratio(self) -> float:
+        return self.peak_bytes / self.kept_bytes
+
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "memory_ratio": self.memory_ratio}
+
+
+def run(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Result:
+    """Time the layer beside a dense feed-forward, transformers' block, and its own parts."""
+    torch.manual_seed(0)
+    layer = build(shape, dtype, device)
+    x = torch.randn(1, shape.tokens, shape.hidden, device=device, dtype=dtype)
+    grad = torch.randn_like(x)
+    sides: dict[str, Step] = {
+        "layer": both(layer, x, grad),
+        "dense": both(dense(shape, dtype, device), x, grad),
+        "product": product(shape, dtype, device),
+        **{f"transformers {name}": both(block, x, grad) for name, block in transformers_blocks(layer, shape).items()},
+        **parts(layer, shape, x[0]),
+    }
+    seconds = interleave(sides, rounds, device)
+    medians = {name: median(values) for name, values in seconds.items()}
+    theirs = min((n for n in sides if n.startswith("transformers")), key=medians.__getitem__)
+    ratios = {f"layer / {name}": ratio(seconds, "layer", name) for name in ("dense", "product", theirs)}
+    weights = sum(p.nbytes for p in layer.parameters())
+    peak = peak_bytes(both(layer, x, grad), device) - weights + x.nbytes
+    return Result(
+        shape, str(dtype).removeprefix("torch."), {n: 1e3 * s for n, s in medians.items()}, ratios,
+        shape.flops / medians["layer"] / 1e12, peak, shape.kept_bytes(x.element_size()), rounds, describe(device),
+    )  # fmt: skip
+
+
+def describe(device: torch.device) -> str:
+    """The device and torch's version, in words."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return f"{name}, torch {torch.__version__}"
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> MoELayer:
+    """Our layer: top-k softmax gate, dropless, SwiGLU experts, no auxiliary losses."""
+    gate = TopKGate(shape.hidden, shape.experts, shape.top_k)
+    layer = MoELayer(gate, Experts(shape.experts, shape.hidden, shape.ffn_hidden)).to(device, dtype)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return layer
+
+
+def dense(shape: Shape, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A dense feed-forward of the same arithmetic: inner size k · F."""
+    return FeedForward(shape.hidden, shape.top_k * shape.ffn_hidden).to(device, dtype)
+
+
+def both(module: nn.Module, x: Tensor, grad: Tensor) -> Step:
+    """One forward and backward pass of `module`, with respect to its input and its weights."""
+
+    def step() -> None:
+        given = x.detach().requires_grad_()
+        module(given).backward(grad)
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def product(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
+    """The experts' multiply-adds as three square-ish products of dense matrices."""
+    rows = shape.tokens * shape.top_k
+    a = torch.randn(rows, shape.hidden, device=device, dtype=dtype)
+    b = torch.randn(shape.hidden, 3 * shape.ffn_hidden, device=device, dtype=dtype)
+    out = torch.empty(rows, 3 * shape.ffn_hidden, device=device, dtype=dtype)
+
+    def step() -> None:
+        for _ in range(3):
+            torch.mm(a, b, out=out)
+
+    return step
+
+
+def transformers_blocks(layer: MoELayer, shape: Shape) -> dict[str, nn.Module]:
+    """transformers' Mixtral block with the layer's weights, one per implementation; empty without it."""
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError:
+        return {}
+    blocks: dict[str, nn.Module] = {}
+    for way in ("eager", "grouped_mm"):
+        config = MixtralConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn_hidden,
+            num_local_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            experts_implementation=way,
+        )
+        block = MixtralSparseMoeBlock(config).to(layer.experts.fc1.device, layer.experts.fc1.dtype)
+        with torch.no_grad():
+            block.gate.weight.copy_(layer.gate.get_parameter("projection.weight"))
+            block.experts.gate_up_proj.copy_(layer.experts.fc1.flatten(2).mT)
+            block.experts.down_proj.copy_(layer.experts.fc2.mT)
+        blocks[way] = block
+    return blocks
+
+
+def parts(layer: MoELayer, shape: Shape, x_TH: Tensor) -> dict[str, Step]:
+    """Forward and backward of each part of the layer alone, on what the layer would give it."""
+    tokens = Tokens(torch.arange(shape.tokens, device=x_TH.device))
+    routing = layer.gate(x_TH, tokens, layer.scope)
+    assert isinstance(routing, Routing)
+    weight = routing.weight_A.detach()
+    p = sort_by_expert(routing.token_A, routing.expert_A, shape.tokens, shape.experts)
+    rows = permute(x_TH, p).detach()
+    fc1, fc2, kind = layer.experts.fc1, layer.experts.fc2, layer.experts.activation
+
+    def gate(x: Tensor) -> Tensor:
+        return layer.gate(x, tokens, layer.scope).weight_A
+
+    def encode(x: Tensor) -> Tensor:
+        return permute(x, sort_by_expert(routing.token_A, routing.expert_A, shape.tokens, shape.experts))
+
+    def experts(x: Tensor) -> Tensor:
+        return expert_ffn(x, fc1, fc2, p.counts_E, kind, weight)
+
+    def decode(x: Tensor) -> Tensor:
+        return unpermute(x, p)
+
+    inputs: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "gate": (gate, x_TH),
+        "permute": (encode, x_TH),
+        "experts": (experts, rows),
+        "unpermute": (decode, rows),
+    }
+    return {f"part {name}": _alone(function, x, layer) for name, (function, x) in inputs.items()}
+
+
+def _alone(function: Callable[[Tensor], Tensor], x: Tensor, layer: MoELayer) -> Step:
+    with torch.no_grad():
+        grad = torch.randn_like(function(x))
+
+    def step() -> None:
+        function(x.detach().requires_grad_()).backward(grad)
+        for parameter in layer.parameters():
+            parameter.grad = None
+
+    return step

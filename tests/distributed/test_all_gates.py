@@ -1,0 +1,120 @@
+"""Every gate under every dispatcher, with experts over four ranks: equal to one process, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from all_gates import traces
+from support import changed
+
+from moesys.config import Config
+from moesys.config.schema import DispatchConfig, GateConfig
+from moesys.parallel import dimension
+from moesys.train import routing_files, verify
+
+EXPERTS, LAYERS, WORLD, STEPS, TOLERANCE = 4, 2, 4, 2, 1e-5
+KINDS = get_args(GateConfig.model_fields["kind"].annotation)
+DISPATCHERS = get_args(DispatchConfig.model_fields["kind"].annotation)
+
+GATES: dict[str, dict] = {
+    "top_k": {"gate": "top_k", "global_balance_loss": 0.05},
+    "cosine": {"gate": "cosine"},
+    "prototype": {"gate": "prototype"},
+    "expert_choice": {"gate": "expert_choice", "z_loss": 0.001},
+    "expert_choice causal": {"gate": {"kind": "expert_choice", "causal": True}, "capacity_factor": 1.5},
+    "sinkhorn": {"gate": "sinkhorn", "z_loss": 0.001},
+    "base": {"gate": "base", "top_k": 1},
+    "hash": {"gate": "hash"},
+    "hash balanced": {"gate": {"kind": "hash", "table": "balanced"}},
+    "random": {"gate": "random"},
+    "dense": {"gate": "dense"},
+    "soft": {"gate": {"kind": "soft", "slots": 3}},
+    "smear": {"gate": "smear"},
+    "replay": {"gate": {"kind": "replay"}},
+    "balanced by force": {"gate": {"kind": "top_k", "force": "balanced"}},
+    "skewed by force": {"gate": {"kind": "sinkhorn", "force": "skewed", "skew": 2.0}},
+}
+"""Changes to model.moe, by the gate's kind and more."""
+
+LAYOUTS: dict[str, dict] = {kind: {"ep": 4, "dispatch": kind} for kind in DISPATCHERS}
+LAYOUTS["spread"] = {"ep": 4, "cp": 2, "tp": 2}
+"""Each dispatcher, and each micro-batch over all four ranks."""
+
+ILLEGAL: dict[tuple[str, str], dict[str, str]] = {
+    ("soft", "spread"): {
+        "parallel.cp": "gate soft computes over whole sequences, which cp(2) splits",
+        "parallel.tp": "gate soft computes over whole sequences, which tp(2) splits",
+    },
+    ("smear", "spread"): {
+        "parallel.cp": "gate smear computes over whole sequences, which cp(2) splits",
+        "parallel.tp": "gate smear computes over whole sequences, which tp(2) splits",
+        "parallel.ep": "gate smear merges the weights of all experts, which ep(4) splits",
+    },
+    **{
+        ("smear", kind): {"parallel.ep": "gate smear merges the weights of all experts, which ep(4) splits"}
+        for kind in DISPATCHERS
+    },
+}
+PAIRS = [(gate, layout) for gate in GATES for layout in LAYOUTS if (gate, layout) not in ILLEGAL]
+
+
+def config(small: dict, gate: str, layout: str, folder: Path) -> Config:
+    raw = changed(
+        small,
+        {
+            "model": {"hidden": 32, "layers": LAYERS, "attention": {"heads": 2, "kv_heads": 2}},
+            "train": {"global_batch": 8, "micro_batch": 2 if layout != "spread" else 4},
+            "parallel": LAYOUTS[layout],
+            "cluster": {"nodes": 2, "ranks_per_node": 2},
+        },
+    )
+    raw["model"]["moe"] = changed({"experts": EXPERTS, "ffn_hidden": 16}, GATES[gate])
+    if gate == "replay":
+        raw["model"]["moe"]["gate"] = {"kind": "replay", "path": str(folder)}
+    return Config.model_validate(raw)
+
+
+def record(folder: Path, tokens: int) -> None:
+    """Any routing, with one to three experts per token, in a file for every layer."""
+    generator = np.random.default_rng(0)
+    expert = generator.permuted(np.tile(np.arange(EXPERTS), (tokens, 1)), axis=1)[:, :3].astype(np.int16)
+    expert[generator.random(expert.shape) < [0, 0.5, 0.5]] = -1
+    parts = (np.arange(tokens), expert, np.zeros(expert.shape, dtype=np.float16))
+    routing_files.write(folder, 1, 0, {layer: parts for layer in range(LAYERS)}, EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def found(small, tmp_path_factory) -> dict[str, verify.Trace]:
+    """Every legal pair's trace, and for each gate and size of micro-batch that of one process."""
+    folder = tmp_path_factory.mktemp("gates")
+    record(folder / "routing", tokens=100)
+    configs = {f"{gate} {layout}": config(small, gate, layout, folder / "routing") for gate, layout in PAIRS}
+    for c in configs.values():
+        assert dimension.check(c) == []
+    alone = {
+        f"{gate} {layout}": verify.reference(configs[f"{gate} {layout}"])
+        for gate, layout in PAIRS
+        if layout in ("all_to_all", "spread")
+    }
+    expected = traces(alone, 1, STEPS, folder / "alone")
+    return traces(configs, WORLD, STEPS, folder / "together") | {f"{name} alone": t for name, t in expected.items()}
+
+
+@pytest.mark.parametrize(("gate", "layout"), PAIRS)
+def test_equals_one_process(found, gate, layout):
+    like = "spread" if layout == "spread" else "all_to_all"
+    report = verify.compare(found[f"{gate} {layout}"], found[f"{gate} {like} alone"], WORLD, TOLERANCE)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(("gate", "layout"), ILLEGAL)
+def test_others_are_refused(small, tmp_path, gate, layout):
+    problems = dimension.check(config(small, gate, layout, tmp_path))
+    assert {problem.key: problem.rule for problem in problems} == ILLEGAL[gate, layout]
+
+
+def test_every_gate_is_here():
+    assert {gate.split()[0] for gate in GATES} >= set(KINDS)
