@@ -45,15 +45,15 @@ def _bits(number_T: Tensor, columns: int, key: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser; products wrap around."""
-    x = (x ^ _shift(x, 30)) * _signed(_FIRST)
-    x = (x ^ _shift(x, 27)) * _signed(_SECOND)
-    return x ^ _shift(x, 31)
+    """splitmix64's finaliser; products wrap around. Of tensors as wide as tokens: in place where it can be."""
+    x = _shift(x, 30).bitwise_xor_(x).mul_(_signed(_FIRST))
+    x = _shift(x, 27).bitwise_xor_(x).mul_(_signed(_SECOND))
+    return _shift(x, 31).bitwise_xor_(x)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Shift right that fills with zeros; torch's own repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
