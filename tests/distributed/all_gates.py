@@ -13,7 +13,10 @@ from moesys.train import verify
 
 
 def traces(configs: dict[str, Config], world: int, steps: int, folder: Path) -> dict[str, verify.Trace]:
-    """What each run computes on `world` processes, without pipeline stages; runs of one layout share its groups."""
+    """What each run computes in float64 on `world` processes.
+
+    None has pipeline stages; those of one layout share its groups.
+    """
     folder.mkdir(exist_ok=True)
     comparable = {name: verify.comparable(config) for name, config in configs.items()}
     context = mp.get_context("forkserver")
@@ -34,7 +37,7 @@ def _work(rank: int, world: int, configs: dict[str, Config], steps: int, folder:
         layout = str(config.parallel.model_dump(exclude={"dispatch"}))
         if layout not in meshes:
             meshes[layout] = connect(config)
-        found[name] = verify.observe(config, meshes[layout], steps, torch.float32)
+        found[name] = verify.observe(config, meshes[layout], steps, torch.float64)
     if rank == 0:
         torch.save(found, folder / "traces.pt")
     dist.barrier()
