@@ -159,9 +159,12 @@ def active_share(model: ModelConfig, weight: Weight) -> float:
 
 def computed_share(model: ModelConfig, weight: Weight, seq_len: int) -> float:
     """Multiply-adds per token and element of a weight."""
+    merged = model.moe is not None and model.moe.gate.kind == "smear"
+    if merged and ".ffn.gate." in weight.name:
+        return 1 / seq_len
     if model.moe is None or not weight.routed:
         return 1.0
-    merging = 1 / seq_len if model.moe.gate.kind == "smear" else 0.0
+    merging = 1 / seq_len if merged else 0.0
     return model.moe.rows_per_token(seq_len) * model.moe.mean_choices / model.moe.experts + merging
 
 

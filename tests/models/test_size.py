@@ -31,6 +31,9 @@ MODELS = {
     },
     "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
     "cosine": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": {"kind": "cosine", "noise": "gaussian"}}},
+    "hash": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": "hash"}},
+    "soft": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": {"kind": "soft", "slots": 3}}},
+    "smear": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": "smear"}},
     "zero-computation": {
         "moe": {"experts": 8, "ffn_hidden": 32, "zero_experts": 1, "constant_experts": 2, "gate": {"bias": True}}
     },
@@ -47,16 +50,29 @@ def test_weights_are_those_of_the_built_model(model):
     assert parameters(config, 320)[0] == sum(p.numel() for p in built.parameters())
 
 
-def test_flops_are_what_torch_counts():
-    # k = E, so that every expert sees every token and the count does not depend on the routing
-    raw = {"hidden": 64, "layers": 2, "attention": {"heads": 4}, "moe": {"experts": 2, "top_k": 2, "ffn_hidden": 32}}
+# k = E, so that every expert sees every token and the count does not depend on the routing
+COUNTED = {
+    "top_k": {"experts": 2},
+    "dense": {"experts": 3, "gate": "dense"},
+    "soft": {"experts": 4, "gate": {"kind": "soft", "slots": 3}},
+    "smear": {"experts": 4, "gate": "smear"},
+    "hash": {"experts": 2, "gate": "hash"},
+    "expert_choice": {"experts": 4, "gate": "expert_choice", "capacity_factor": 1.5},
+}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_flops_are_what_torch_counts(kind):
+    raw = {"hidden": 64, "layers": 2, "attention": {"heads": 4}, "moe": {"ffn_hidden": 32, **COUNTED[kind]}}
     config = Config.model_validate({"model": raw}).model
     model = Decoder(config, 320)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     sequence = 64
     # The fused attention is not counted by torch: use the plain one, which computes both triangles.
+    tokens = torch.zeros(1, sequence, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, sequence, dtype=torch.int64))
-    without, told = (sum(flops_per_token(config, 320, s).values()) * sequence for s in (0, sequence))
-    assert without + 2 * (told - without) == counter.get_total_flops()
+        model(tokens, torch.stack([torch.arange(sequence)[None], tokens], -1))
+    told = sum(flops_per_token(config, 320, sequence).values()) * sequence
+    attention = 2 * 4 * 2 * 16 * sequence * sequence  # layers, heads, products, the size of a head
+    assert told + attention == counter.get_total_flops()

@@ -46,6 +46,20 @@ MISTAKES = {
     "minimum without capacity": ({"min_capacity": 4}, "min_capacity", "capacity_factor, which is null"),
     "a variant of nothing": ({"zero_variant": "adamoe"}, "zero_variant", "needs zero_experts"),
     "adamoe that copies": ({"zero_variant": "adamoe", "copy_experts": 1}, "zero_variant", "constant_experts is 1"),
+    "a causal top_k": ({"gate": {"causal": True}}, "gate.causal", "gate top_k does not use it; expert_choice do"),
+    "slots of hashes": ({"gate": {"kind": "hash", "slots": 2}}, "gate.slots", "gate hash does not use it; soft do"),
+    "a loss without logits": ({"gate": "random", "z_loss": 0.1}, "z_loss", "gate random does not use it"),
+    "a balanced balance": ({"gate": "sinkhorn", "balance_loss": 0.1}, "balance_loss", "gate sinkhorn does not use it"),
+    "k of all": ({"gate": "dense", "top_k": 3}, "top_k", "gate dense does not use it"),
+    "base for two": ({"gate": "base"}, "top_k", "assigns each token to one expert, and top_k is 2"),
+    "nothing to replay": ({"gate": "replay"}, "gate.path", "gate replay needs a recording"),
+    "force without a choice": (
+        {"gate": {"kind": "expert_choice", "force": "balanced"}},
+        "gate.force",
+        "gate expert_choice does not use it",
+    ),
+    "skew in balance": ({"gate": {"force": "balanced", "skew": 2.0}}, "gate.skew", "force balanced does not use it"),
+    "a seed of nothing": ({"gate": {"seed": 3}}, "gate.seed", "nothing is random by the token's number"),
     "adamoe with tau": ({"zero_variant": "adamoe", "zero_experts": 1, "zero_tau": 0.5}, "zero_tau", "adamoe does not"),
 }
 
@@ -69,6 +83,11 @@ GOOD = [
     {"gate": {"kind": "prototype", "bias": True, "jitter": 0.01}, "normalize": False},
     {"top_k": 10, "zero_experts": 1, "copy_experts": 1, "constant_experts": 1, "zero_tau": 0.75},
     {"eval_capacity_factor": 1.0, "min_capacity": 2},
+    {"gate": {"kind": "expert_choice", "causal": True}, "capacity_factor": 1.25, "z_loss": 0.1},
+    {"gate": {"kind": "base", "force": "skewed", "skew": 0.5, "seed": 2}, "top_k": 1},
+    {"gate": {"kind": "hash", "table": "balanced", "seed": 1}},
+    {"gate": {"kind": "soft", "slots": 4}},
+    {"gate": {"kind": "replay", "path": "runs/a/routing"}, "normalize": False, "scale": 2.5},
 ]
 
 
