@@ -122,6 +122,16 @@ def bench_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench_layer(arguments: argparse.Namespace) -> int:
+    """Time one MoE layer beside its arithmetic and beside other systems' layers."""
+    from moesys.measure import bench_command
+    from moesys.megatron.own_layer import peers
+
+    results = bench_command.run(arguments, peers)
+    _write_json(arguments.json, lambda: [result.as_json() for result in results])
+    return 0
+
+
 def _write_json(path: Path | None, facts: Callable[[], object]) -> None:
     if path is not None:
         path.write_text(json.dumps(facts(), indent=1) + "\n")
@@ -164,6 +174,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=5, help="training steps per round")
     sub.add_argument("--json", type=Path, help="write the figures here")
     sub.set_defaults(run=bench_train)
+    sub = bench.add_parser("layer", help="one MoE layer beside dense products, transformers, Megatron-Core, DeepSpeed")
+    sub.add_argument("--shape", help="a published shape; default: laptop, with --ranks two-ranks")
+    for name in ("tokens", "hidden", "ffn-hidden", "experts", "top-k"):
+        sub.add_argument(f"--{name}", type=int, help="instead of the shape's")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: both")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    sub.add_argument("--ranks", type=int, default=1, help="processes on this machine that share the experts")
+    sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.set_defaults(run=bench_layer, overrides=[])
     return top
 
 

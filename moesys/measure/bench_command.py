@@ -1,0 +1,63 @@
+"""What `moesys bench layer` is asked for, checked, and run."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+import torch
+
+from moesys.errors import MoesysError
+from moesys.measure import bench_layer, bench_ranks
+from moesys.measure.bench_layer import SHAPES, Shape
+
+Result = bench_layer.Result | bench_ranks.Result
+
+
+class BenchError(MoesysError):
+    """A benchmark that was asked for cannot be run."""
+
+    exit_code = 2
+
+
+def run(arguments: argparse.Namespace, peers: bench_ranks.Peers) -> list[Result]:
+    """Run the benchmark that the command line asks for, and print each result as it comes.
+
+    Raises:
+        BenchError: what is asked for cannot be run.
+    """
+    shape = shape_of(arguments)
+    device = device_of(arguments.device)
+    results: list[Result] = []
+    print(bench_layer.describe(device), flush=True)
+    for name in (arguments.dtype,) if arguments.dtype else ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        if arguments.ranks > 1:
+            results.append(bench_ranks.run(shape, dtype, arguments.ranks, arguments.rounds, peers))
+        else:
+            results.append(bench_layer.run(shape, dtype, device, arguments.rounds))
+        print("\n".join(results[-1].lines()), flush=True)
+    return results
+
+
+def shape_of(arguments: argparse.Namespace) -> Shape:
+    """The shape that is named, with what is given in its place."""
+    name = arguments.shape or ("two-ranks" if arguments.ranks > 1 else "laptop")
+    if name not in SHAPES:
+        raise BenchError(f"--shape {name}: there is no such shape; one of {', '.join(SHAPES)}")
+    given = {key: getattr(arguments, key) for key in asdict(SHAPES[name]) if getattr(arguments, key) is not None}
+    shape = Shape(**(asdict(SHAPES[name]) | given))
+    if min(asdict(shape).values()) < 1 or arguments.ranks < 1 or arguments.rounds < 1:
+        raise BenchError("every size, --ranks and --rounds must be at least 1")
+    if shape.top_k > shape.experts:
+        raise BenchError(f"--top-k {shape.top_k} must be at most --experts {shape.experts}")
+    if shape.experts % arguments.ranks:
+        raise BenchError(f"--ranks {arguments.ranks} must divide --experts {shape.experts}")
+    return shape
+
+
+def device_of(name: str) -> torch.device:
+    """The device to run on; auto: a GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device cuda: torch finds no GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,47 @@
+"""DeepSpeed's MoE layer, to be compared with where it is installed; the project does not depend on it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moesys.models.layers import FeedForward
+
+
+def installed() -> bool:
+    """Whether DeepSpeed can be imported."""
+    return find_spec("deepspeed") is not None
+
+
+class DeepSpeedLayer(nn.Module):
+    """`deepspeed.moe.layer.MoE`: k choices, nothing dropped, SwiGLU experts over all ranks; weights of its own.
+
+    Collective over the world, whose process group must exist: [1, T, H] → same.
+    """
+
+    def __init__(self, hidden: int, ffn_hidden: int, experts: int, top_k: int, dtype: torch.dtype):
+        super().__init__()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+            from deepspeed.moe.layer import MoE
+
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+            expert = FeedForward(hidden, ffn_hidden)
+            self.layer = MoE(
+                hidden, expert, num_experts=experts, ep_size=dist.get_world_size(), k=top_k, drop_tokens=False,
+                use_rts=False,
+            )  # fmt: skip
+            self.layer.set_deepspeed_parallelism()
+        self.layer.to(dtype)
+        for parameter in self.layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]

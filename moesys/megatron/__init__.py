@@ -1,0 +1,1 @@
+"""What concerns Megatron-Core; nothing else in the package imports it."""

@@ -1,0 +1,63 @@
+"""Stand-ins for the CUDA calls that Megatron-Core 0.16.1 makes whether there is a GPU or not.
+
+Its MoE layer creates a stream, asks for the current device and moves split sizes to the host from a GPU
+only. Inside `stand_ins()` such calls find what does as well on CPU; with a GPU nothing is changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+class _Stream:
+    """A stream, or an event, where everything happens in the order of the program."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, other: Any) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Stream:
+        return self
+
+
+_ONLY = _Stream()
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's `maybe_move_tensor_to_cpu`, which leaves split sizes on CPU as tensors no collective takes."""
+    return tensor.numpy() if isinstance(tensor, Tensor) and as_numpy else tensor
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """Let Megatron-Core's layers be built and run on CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    if torch.cuda.is_available():
+        yield
+        return
+    cuda: dict[str, Callable[..., Any]] = {
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *_: _ONLY,
+        "current_device": lambda: torch.device("cpu"),
+        "stream": lambda *_: nullcontext(),
+        "synchronize": lambda *_: None,
+    }
+    with ExitStack() as replaced:
+        for name, stand_in in cuda.items():
+            replaced.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        replaced.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_host))
+        # Without Transformer Engine 0.16.1 forgets to define it.
+        replaced.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
+        yield

@@ -1,0 +1,119 @@
+"""The benchmark of one layer: its sides compute the same, its figures mean what they say."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from layer_sides import agree, gradients
+
+from moesys import cli
+from moesys.measure import bench_layer, bench_ranks
+from moesys.measure.bench_layer import Shape
+from moesys.measure.interleave import interleave, ratio
+from moesys.measure.memory import peak_bytes
+from moesys.megatron.own_layer import peers
+
+TINY = Shape(tokens=24, hidden=16, ffn_hidden=12, experts=4, top_k=2)
+CPU = torch.device("cpu")
+WORDS = [f"--{name}={value}" for name, value in zip(("tokens", "hidden", "ffn-hidden", "experts"), (24, 16, 12, 4))]  # noqa: B905
+
+
+def test_transformers_block_computes_what_the_layer_does():
+    torch.manual_seed(0)
+    layer = bench_layer.build(TINY, torch.float32, CPU)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, grad = torch.randn(1, 24, 16), torch.randn(1, 24, 16)
+    expected = gradients(layer, x, grad)
+    blocks = bench_layer.transformers_blocks(layer, TINY)
+    assert set(blocks) == {"eager", "grouped_mm"}
+    for block in blocks.values():
+        for a, b in zip(gradients(block, x, grad), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_must_be_kept_is_what_autograd_keeps_but_for_small_change():
+    shape = Shape(tokens=256, hidden=64, ffn_hidden=128, experts=8, top_k=2)
+    layer = bench_layer.build(shape, torch.float32, CPU)
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = layer(torch.randn(1, 256, 64, requires_grad=True))
+    assert out.requires_grad
+    weights = sum(p.nbytes for p in layer.parameters())
+    assert sum(kept.values()) - weights == pytest.approx(shape.kept_bytes(4), rel=0.1)
+
+
+def test_peak_is_the_most_that_lives_at_once():
+    def step() -> None:
+        first = torch.zeros(1000)
+        second = torch.zeros(3000)
+        del first
+        third = torch.zeros(500)
+        del second, third
+
+    assert peak_bytes(step, CPU) == pytest.approx(4 * 4000, rel=0.05)
+
+
+def test_sides_take_turns():
+    order: list[str] = []
+    seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, CPU, warmup=1)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert ratio(seconds, "a", "b") > 0 and len(seconds["a"]) == 2
+
+
+def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
+    path = tmp_path / "layer.json"
+    assert cli.main(["bench", "layer", *WORDS, "--dtype=float32", "--rounds=1", f"--json={path}"]) == 0
+    out = capsys.readouterr().out
+    for part in ("layer", "dense", "transformers grouped_mm", "part gate", "part unpermute", "TFLOP/s", "memory:"):
+        assert part in out, part
+    (facts,) = json.loads(path.read_text())
+    assert facts["milliseconds"]["layer"] > 0 and facts["ratios"]["layer / dense"] > 0
+    assert facts["shape"] == {"tokens": 24, "hidden": 16, "ffn_hidden": 12, "experts": 4, "top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shape=mixtral"], "there is no such shape; one of laptop"),
+        (["--experts=1"], "--top-k 2 must be at most --experts 1"),
+        (["--ranks=3"], "--ranks 3 must divide --experts 8"),
+        (["--tokens=0"], "must be at least 1"),
+        pytest.param(
+            ["--device=cuda"], "torch finds no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_one_message(words, said, capsys):
+    assert cli.main(["bench", "layer", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_megatrons_own_layer_on_two_ranks_computes_what_ours_does(tmp_path):
+    mp.start_processes(
+        agree,
+        (
+            TINY,
+            str(tmp_path),
+        ),
+        nprocs=2,
+        start_method="forkserver",
+    )
+
+
+def test_ranks_are_compared_beyond_their_arithmetic():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = bench_ranks.run(TINY, torch.float32, 2, 1, peers)
+    assert {"moesys all_to_all", "megatron alltoall"} <= result.beyond.keys() < result.milliseconds.keys()
+    assert any("beyond it" in line for line in result.lines())
