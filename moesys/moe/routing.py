@@ -128,7 +128,8 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(loss)
-        return x.view_as(x)
+        # Not a view: a compiled graph that ends here would differentiate x in its place, without the loss.
+        return x.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
