@@ -38,7 +38,8 @@ class OwnLayer(nn.Module):
             config = TransformerConfig(
                 num_layers=1, hidden_size=hidden, num_attention_heads=1, ffn_hidden_size=inner,
                 moe_ffn_hidden_size=inner, num_moe_experts=experts, moe_router_topk=top_k,
-                moe_token_dispatcher_type=dispatcher, moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0, add_bias_linear=False,
+                moe_token_dispatcher_type=dispatcher,
+                moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0, add_bias_linear=False,
                 gated_linear_unit=True, activation_func=nn.functional.silu, use_cpu_initialization=True,
                 expert_model_parallel_size=experts // local, params_dtype=experts_module.fc1.dtype,
                 moe_router_dtype="fp32",
