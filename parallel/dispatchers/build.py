@@ -25,8 +25,8 @@ KINDS: dict[str, type[TravellingDispatcher]] = {
 }
 
 
-_LEVELS: WeakKeyDictionary[ParallelMesh, list[Level]] = WeakKeyDictionary()
-"""All layers on a mesh share their groups."""
+_LEVELS: WeakKeyDictionary[ParallelMesh, dict[tuple[str, ...], list[Level]]] = WeakKeyDictionary()
+"""All layers on a mesh share their groups: by the nodes of the expert group's ranks."""
 
 
 def builder(config: Config, mesh: ParallelMesh) -> Callable[[int], TravellingDispatcher] | None:
@@ -40,16 +40,17 @@ def builder(config: Config, mesh: ParallelMesh) -> Callable[[int], TravellingDis
     d = config.parallel.dispatch
     more: dict[str, Any] = {"chunks": d.chunks, "overlap_shared": d.overlap_shared, "payload": d.payload}
     if d.kind == "hierarchical":
-        if mesh not in _LEVELS:
-            _LEVELS[mesh] = _find_levels(config, mesh, group)
-        more["levels"] = _LEVELS[mesh]
+        more["levels"] = _shared_levels(config, mesh, group)
     return lambda experts: KINDS[d.kind](experts, group, mesh.degrees.ep, mesh.degrees.etp, **more)
 
 
-def _find_levels(config: Config, mesh: ParallelMesh, group: dist.ProcessGroup) -> list[Level]:
+def _shared_levels(config: Config, mesh: ParallelMesh, group: dist.ProcessGroup) -> list[Level]:
     names: list[Any] = [None] * group.size()
     dist.all_gather_object(names, nodes.here(mesh.rank, mesh.degrees.world, config.cluster), group=group)
-    return levels(group, names, mesh.device, timedelta(seconds=config.launch.timeout_s))
+    known = _LEVELS.setdefault(mesh, {})
+    if tuple(names) not in known:
+        known[tuple(names)] = levels(group, names, mesh.device, timedelta(seconds=config.launch.timeout_s))
+    return known[tuple(names)]
 
 
 def levels(group: dist.ProcessGroup, names: list[str], device: torch.device, timeout: timedelta) -> list[Level]:

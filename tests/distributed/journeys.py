@@ -6,13 +6,17 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from moesys.moe.layer import Once
 from moesys.moe.routing import Routing
+from moesys.parallel import comm
 from moesys.parallel.dispatchers.build import KINDS, levels
 from moesys.parallel.dispatchers.travelling import TravellingDispatcher
 
@@ -140,8 +144,82 @@ WAYS = {
 ROUTINGS = [("top_k", 13), ("ragged", 13), ("one", 3), ("top_k", 1), ("ragged", 0)]
 
 
-def everything(rank: int, folder: Path) -> dict:
+def dispatcher_of(name: str, **more) -> TravellingDispatcher:
+    kind, nodes, ep, etp = WAYS[name]
+    return make(kind, dist.group.WORLD, ep, etp, nodes, **more)
+
+
+def travelled(name: str) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
+    """The collectives of one forward and backward pass in float32."""
+    with comm.record() as events:
+        one(dist.get_rank(), dispatcher_of(name), 13, "top_k", torch.float32)
+    return [(event.kind, event.level, event.ranks, event.sent) for event in events]
+
+
+class Timed(torch.autograd.Function):
+    """Notes when it runs."""
+
+    @staticmethod
+    def forward(ctx, x, times):
+        ctx.times = times
+        times.append(perf_counter())
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.times.append(perf_counter())
+        return grad * 2, None
+
+
+def overlapped(name: str) -> dict:
+    """When something beside the experts ran, with overlap and without, and what came of it."""
     found = {}
+    for overlap in (True, False):
+        dispatcher = dispatcher_of(name, overlap_shared=overlap)
+        times: list[float] = []
+        x, grad = tokens(dist.get_rank(), 13)
+        x.requires_grad_()
+        once = Once(lambda x=x, times=times: Timed.apply(x, times))
+        dispatcher.meanwhile = once
+        token, expert, weight = routing(dist.get_rank(), 13, "top_k")
+        with comm.record() as events:
+            out = dispatcher(x, Routing(token, expert, weight), PlainExperts(*_mine(dispatcher))) + once()
+            out.backward(grad)
+        spans = [(event.kind, event.begin, event.waited) for event in events]
+        found[overlap] = {"times": times, "spans": spans, "out": out.detach(), "x": x.grad}
+    return found
+
+
+def _mine(dispatcher: TravellingDispatcher) -> list[Tensor]:
+    return slices(dispatcher.group.rank(), dispatcher.ep, dispatcher.etp, torch.float64)
+
+
+def recomputed(name: str) -> tuple[int, list[str], Tensor, Tensor]:
+    """Chunks with full recomputation, which ends early: collectives left in the air, those recorded; gradients."""
+    dispatcher = dispatcher_of(name, chunks=3)
+    x, grad = tokens(dist.get_rank(), 13)
+    x.requires_grad_()
+    token, expert, weight = routing(dist.get_rank(), 13, "top_k")
+    experts = PlainExperts(*_mine(dispatcher))
+    with comm.record() as events:
+        out = checkpoint(lambda x: dispatcher(x, Routing(token, expert, weight), experts), x, use_reentrant=False)
+        out.backward(grad)
+    return torch._C._distributed_c10d._get_work_registry_size(), [e.kind for e in events], x.grad, experts.fc1.grad
+
+
+def rounded(name: str) -> dict[str, dict[str, Tensor]]:
+    """The same pass with rows in their own type and in eight bits."""
+    rank = dist.get_rank()
+    return {p: one(rank, dispatcher_of(name, payload=p), 13, "top_k", torch.float32) for p in ("model", "fp8")}
+
+
+def everything(rank: int, folder: Path) -> dict:
+    found: dict = {
+        "events": {name: travelled(name) for name in WAYS},
+        "shared": {name: overlapped(name) for name in ("all_to_all", "all_gather", "2 nodes of 2")},
+        "air": {name: recomputed(name) for name in ("all_to_all", "all_gather", "2 nodes of 2")},
+        "fp8": {name: rounded(name) for name in ("all_to_all", "all_gather", "2 nodes of 2")},
+    }
     for (name, (kind, nodes, ep, etp)), chunks in product(WAYS.items(), (1, 3)):
         dispatcher = make(kind, dist.group.WORLD, ep, etp, nodes, chunks=chunks)
         for routing, count in ROUTINGS:

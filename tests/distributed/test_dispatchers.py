@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from journeys import ROUTINGS, WAYS, E, F, everything, together, whole
+from all_gates import traces
+from journeys import ROUTINGS, WAYS, E, F, H, everything, routing, together, whole
+from support import changed
+
+from moesys.config import Config
+from moesys.parallel import dimension
+from moesys.train import verify
 
 
 @pytest.fixture(scope="module")
@@ -12,15 +20,15 @@ def found(tmp_path_factory) -> list[dict]:
     return together(everything, 4, tmp_path_factory.mktemp("everything"))
 
 
-@pytest.mark.parametrize("routing,count", ROUTINGS)
+@pytest.mark.parametrize("kind,count", ROUTINGS)
 @pytest.mark.parametrize("name", WAYS)
-def test_computes_the_definition(found, name, routing, count):
-    expected = whole(4, count, routing)
+def test_computes_the_definition(found, name, kind, count):
+    expected = whole(4, count, kind)
     _, _, ep, etp = WAYS[name]
     for chunks in (1, 3):
         fc1, fc2 = torch.zeros_like(expected["fc1"]), torch.zeros_like(expected["fc2"])
         for rank, every in enumerate(found):
-            mine = every[name, chunks, routing, count]
+            mine = every[name, chunks, kind, count]
             for key in ("out", "x", "weight"):
                 torch.testing.assert_close(mine[key], expected[f"{key} {rank}"], rtol=1e-12, atol=1e-12)
             i, j = divmod(rank, etp)
@@ -28,3 +36,125 @@ def test_computes_the_definition(found, name, routing, count):
             fc1[experts, :, :, inner], fc2[experts, inner] = mine["fc1"], mine["fc2"]
         torch.testing.assert_close(fc1, expected["fc1"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(fc2, expected["fc2"], rtol=1e-12, atol=1e-12)
+
+
+def between_nodes(found: list[dict], name: str, node: str) -> int:
+    """Bytes of rows that left the node of their rank in one forward and backward pass."""
+    total = 0
+    for rank, every in enumerate(found):
+        for kind, _, ranks, sent in every["events"][name]:
+            if kind == "all_to_all":
+                total += sum(n for peer, n in zip(ranks, sent, strict=True) if node[peer] != node[rank])
+    return total
+
+
+@pytest.mark.parametrize("node", ["0011", "0123"])
+def test_a_token_crosses_between_nodes_once_per_node(found, node):
+    flat = hierarchical = 0
+    for rank in range(4):
+        token, expert, _ = routing(rank, 13, "top_k")
+        there = [(t, node[e // (E // 4)]) for t, e in zip(token.tolist(), expert.tolist(), strict=True)]
+        away = [pair for pair in there if pair[1] != node[rank]]
+        flat, hierarchical = flat + len(away), hierarchical + len(set(away))
+    # A row goes there and its result returns; so do their gradients.
+    row = 4 * 4 * H
+    assert between_nodes(found, "all_to_all", node) == flat * row
+    levels = "2 nodes of 2" if node == "0011" else "4 nodes"
+    assert between_nodes(found, levels, node) == hierarchical * row < flat * row
+
+
+def test_levels_are_named_by_where_rows_go(found):
+    names = {name: Counter(e[1] for e in found[0]["events"][name] if e[0] == "all_to_all") for name in WAYS}
+    assert names["all_to_all"] == names["uneven nodes"] == {"flat": 4}
+    assert names["2 nodes of 2"] == names["slices on 2 nodes"] == {"inter": 4, "intra": 4}
+    assert names["4 nodes"] == {"inter": 4} and names["1 node"] == {"intra": 4}
+    gathered = Counter(e[0] for e in found[0]["events"]["all_gather"])
+    assert gathered["all_gather"] == gathered["reduce_scatter"] == 2
+
+
+def test_counts_are_exchanged_once_per_level_whatever_the_chunks(found):
+    for every in found:
+        _, kinds, _, _ = every["air"]["2 nodes of 2"]
+        assert kinds.count("all_to_all_counts") == 2 * 2, "two levels, forward and recomputed"
+
+
+@pytest.mark.parametrize("name", ["all_to_all", "all_gather", "2 nodes of 2"])
+def test_shared_work_runs_while_rows_travel_in_both_directions(found, name):
+    for every in found:
+        beside, after = every["shared"][name][True], every["shared"][name][False]
+        assert torch.equal(beside["out"], after["out"])
+        torch.testing.assert_close(beside["x"], after["x"], rtol=1e-14, atol=1e-14)
+        for moment in beside["times"]:
+            flying = [kind for kind, begin, waited in beside["spans"] if begin < moment < waited]
+            assert flying, f"nothing travels while the shared part runs: {beside}"
+        assert len(beside["times"]) == 2
+        assert not [kind for kind, begin, waited in after["spans"] if begin < after["times"][0] < waited]
+
+
+@pytest.mark.parametrize("name", ["all_to_all", "all_gather", "2 nodes of 2"])
+def test_recomputation_that_ends_early_leaves_nothing_in_the_air(found, name):
+    expected = whole(4, 13, "top_k")
+    for rank, every in enumerate(found):
+        left, _, x, fc1 = every["air"][name]
+        assert left == 0
+        torch.testing.assert_close(x, expected[f"x {rank}"], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(fc1, expected["fc1"][rank * E // 4 : (rank + 1) * E // 4], rtol=1e-12, atol=1e-12)
+
+
+def test_eight_bits_change_results_by_little_and_alike_on_every_way(found):
+    for every in found:
+        exact = every["fp8"]["all_to_all"]["model"]
+        flat = every["fp8"]["all_to_all"]["fp8"]
+        # A ReLU's derivative jumps where rounding turns a sign: the gradient of x bears more.
+        for key, most in (("out", 0.06), ("weight", 0.06), ("x", 0.25)):
+            error = (flat[key] - exact[key]).norm() / exact[key].norm()
+            assert 1e-3 < error < most, (key, error)
+        for other in ("all_gather", "2 nodes of 2"):
+            # Rows that are written twice, once per level, are rounded once.
+            for key, value in every["fp8"][other]["fp8"].items():
+                torch.testing.assert_close(value, flat[key], rtol=1e-4, atol=1e-5)
+
+
+MODEL = {"experts": 8, "ffn_hidden": 16, "capacity_factor": 1.0, "shared_experts": 1, "balance_loss": 0.02}
+RUNS: dict[str, tuple[int, dict, str]] = {
+    "chunks on 2 nodes": (2, {"ep": 4, "dispatch": {"kind": "hierarchical", "chunks": 3}}, "selective"),
+    "slices of 2 nodes": (2, {"tp": 2, "ep": 2, "etp": 2, "dispatch": "hierarchical"}, "none"),
+    "4 nodes": (4, {"ep": 4, "dispatch": {"kind": "hierarchical", "chunks": 2}}, "full"),
+    "1 node": (1, {"cp": 2, "ep": 4, "dispatch": "hierarchical"}, "selective"),
+    "gathered chunks": (1, {"tp": 2, "ep": 2, "etp": 2, "dispatch": {"kind": "all_gather", "chunks": 2}}, "selective"),
+    "chunks": (1, {"ep": 2, "dispatch": {"chunks": 3, "overlap_shared": False}}, "full"),
+}
+"""Nodes that four ranks play, changes to parallel, and what is recomputed."""
+
+
+def run(small: dict, nodes: int, parallel: dict, recompute: str) -> Config:
+    change = {
+        "model": {"hidden": 32, "layers": 2, "attention": {"heads": 2, "kv_heads": 2}, "moe": MODEL},
+        "train": {"global_batch": 4, "micro_batch": 1, "recompute": recompute},
+        "parallel": parallel,
+        "cluster": {"nodes": nodes, "ranks_per_node": 4 // nodes},
+    }
+    config = Config.model_validate(changed(small, change))
+    assert dimension.check(config) == []
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory) -> dict[str, verify.Trace]:
+    folder = tmp_path_factory.mktemp("runs")
+    configs = {name: run(small, *case) for name, case in RUNS.items()}
+    alone = {"alone": verify.reference(configs["chunks"])}
+    return traces(configs, 4, 2, folder / "together") | traces(alone, 1, 2, folder / "alone")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_equals_one_process(runs, name):
+    report = verify.compare(runs[name], runs["alone"], 4, verify.TOLERANCES["float64"])
+    assert report.passed, report
+
+
+def test_a_pipeline_of_two_levels_equals_one_process(small):
+    parallel = {"pp": 2, "pp_schedule": "zero-bubble", "ep": 2, "dispatch": {"kind": "hierarchical", "chunks": 2}}
+    config = run(small, 4, parallel, "none")
+    report = verify.verify(config, 4, 2, verify.TOLERANCES["float32"])
+    assert report.passed, report
