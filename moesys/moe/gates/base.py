@@ -47,6 +47,8 @@ class BaseGate(ScoredGate):
         return torch.empty_like(ranked).scatter_(0, order, ranked)[scope.mine(len(logits_TE))]
 
 
+# It asks the device after every step how to go on: there is nothing to compile.
+@torch.compiler.disable
 def balanced_assignment(score_TE: Tensor) -> Tensor:
     """Experts int64 [T] that maximise the sum of `score_TE` (int64), at most ⌈T / E⌉ tokens each: exactly.
 

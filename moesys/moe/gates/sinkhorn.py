@@ -44,6 +44,8 @@ class SinkhornGate(ScoredGate):
         return logits_TE.topk(self.top_k).indices
 
 
+# Many rounds of one small step: unrolled they take a compiler minutes.
+@torch.compiler.disable
 def expert_factors(logits_TE: Tensor) -> Tensor:
     """Logarithms [E] of the factors that, with one per token, give exp(logits) equal sums per token and expert."""
     factor_E = torch.zeros_like(logits_TE[0])
