@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moesys import __version__
-from moesys.errors import MoesysError
+from moesys.errors import ConfigError, MoesysError
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -86,8 +86,11 @@ def verify(arguments: argparse.Namespace) -> int:
     world = config.cluster.nodes * config.cluster.ranks_per_node
     # One thread pool per process is enough: the processes share this machine's cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
-    from moesys.train.verify import TOLERANCES
+    from moesys.train.verify import TOLERANCES, unprovable
     from moesys.train.verify import verify as prove
+
+    if arguments.tolerance is None and (problems := unprovable(config, TOLERANCES[arguments.dtype])):
+        raise ConfigError(problems)
 
     steps = "1 step" if arguments.steps == 1 else f"{arguments.steps} steps"
     print(f"{config.name}: {steps} in 1 process and in {world}, {arguments.dtype}", flush=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import Config, ParallelConfig
+from moesys.errors import Problem
 from moesys.parallel.mesh import ParallelMesh
 
 FLOOR = 1e-3
@@ -90,6 +91,16 @@ def reference(config: Config) -> Config:
             "train": config.train.model_copy(update={"recompute": "none", "compile": False}),
         }
     )
+
+
+def unprovable(config: Config, tolerance: float) -> list[Problem]:
+    """What makes a run differ from one process by more than rounding explains, on purpose."""
+    p = config.parallel
+    if p.dispatch.payload == "model" or p.ep * p.etp == 1:
+        return []
+    rule = f"rounds rows to 4 significant bits on their way to experts: nothing equals one process to {tolerance:g}"
+    remedy = "add parallel.dispatch.payload=model, which proves all but that rounding, or choose a --tolerance"
+    return [Problem("parallel.dispatch.payload", rule, remedy, given="fp8")]
 
 
 def comparable(config: Config, dtype: str = "float32") -> Config:

@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+import yaml
 from all_gates import traces
 from journeys import ROUTINGS, WAYS, E, F, H, everything, routing, together, whole
 from support import changed
 
+from moesys import cli
 from moesys.config import Config
 from moesys.parallel import dimension
 from moesys.train import verify
@@ -158,3 +160,15 @@ def test_a_pipeline_of_two_levels_equals_one_process(small):
     config = run(small, 4, parallel, "none")
     report = verify.verify(config, 4, 2, verify.TOLERANCES["float32"])
     assert report.passed, report
+
+
+def test_what_eight_bits_change_is_not_called_equal(small, tmp_path, capsys):
+    raw = changed(small, {"cluster": {"ranks_per_node": 2}, "parallel": {"ep": 2, "dispatch": {"payload": "fp8"}}})
+    path = tmp_path / "fp8.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert cli.main(["verify", str(path), "--steps", "1"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "parallel.dispatch.payload is fp8: rounds rows to 4 significant bits" in told
+    assert "remedy: add parallel.dispatch.payload=model" in told
+    assert cli.main(["verify", str(path), "--steps", "1", "--tolerance", "0.3"]) == 0
+    assert cli.main(["verify", str(path), "parallel.dispatch.payload=model", "--steps", "1"]) == 0
