@@ -77,7 +77,8 @@ def _unused(moe: MoEConfig) -> list[Problem]:
             rule = f"gate {kind} does not use it; {', '.join(others)} do" if others else f"gate {kind} does not use it"
             problems.append(Problem(f"model.moe.gate.{key}", rule, "remove it, or choose another gate"))
     for key in sorted(IGNORES[kind]):
-        if getattr(moe, key) != MoEConfig.model_fields[key].default:
+        # A coefficient of 0 asks for nothing.
+        if getattr(moe, key) not in (MoEConfig.model_fields[key].default, 0):
             rule = f"gate {kind} does not use it"
             problems.append(Problem(f"model.moe.{key}", rule, "remove it, or choose another gate"))
     return problems
