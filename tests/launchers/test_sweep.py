@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -72,3 +73,9 @@ def test_a_wrong_file_is_one_message(file, content, said, capsys):
 def test_a_missing_file_is_one_message(tmp_path, capsys):
     assert cli.main(["sweep", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_the_shipped_sweep_is_legal():
+    sweep = Sweep.load(Path(__file__).parents[2] / "configs" / "sweeps" / "gates.yaml")
+    assert len(sweep.configs) == 6
+    assert len({c.model.moe.gate.kind for c in sweep.configs.values() if c.model.moe is not None}) == 4
