@@ -82,6 +82,8 @@ def test_balanced_hash_gives_experts_equally_many_tokens(k):
     assert dict(gate.state_dict_buffers()).keys() == {"table_Vk"}
 
 
-def test_a_hash_gate_needs_ids():
+def test_a_hash_gate_needs_ids_and_a_balanced_one_their_counts():
     with pytest.raises(ValueError, match="needs the tokens' ids"):
         routed(HashGate(E, K, 7), vectors(3))
+    with pytest.raises(ValueError, match="needs the counts of ids"):
+        routed(HashGate(E, K, 7, balanced=True), vectors(3), Tokens(IDS[:3], id_T=IDS[:3]))

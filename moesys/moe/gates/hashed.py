@@ -43,6 +43,8 @@ class HashGate(Gate):
             raise ValueError("a hash gate needs the tokens' ids: pass tokens_BS2 to the layer")
         if self.table_Vk is not None:
             return self.table_Vk[tokens.id_T]
+        if self.balanced:
+            raise ValueError("a balanced hash gate needs the counts of ids: call fit")
         return noise.uniform(tokens.id_T, self.experts, self.key).topk(self.top_k).indices
 
     def fit(self, count_V: Tensor) -> None:
