@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from moesys.kernels.expert_ffn import expert_ffn
 from moesys.kernels.permute import permute, sort_by_expert, unpermute
@@ -161,7 +162,9 @@ def both(module: nn.Module, x: Tensor, grad: Tensor) -> Step:
 
     def step() -> None:
         given = x.detach().requires_grad_()
-        module(given).backward(grad)
+        # As in a model, whose next layer consumes the output: nothing holds it during backward.
+        edge = get_gradient_edge(module(given))
+        torch.autograd.backward(edge, grad)
         for parameter in module.parameters():
             parameter.grad = None
 
