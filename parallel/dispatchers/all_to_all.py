@@ -36,8 +36,9 @@ class AllToAllDispatcher(TravellingDispatcher):
         p = sort_by_expert(token_A, key_A, tokens, chunks * self.places)
         sent_RCE = p.counts_E.view(chunks, ranks, self.local).transpose(0, 1)
         counts = comm.start_counts(sent_RCE, self.group, LEVEL)
-        if weight_A is not None:
-            weight_A = weight_A.index_select(0, p.order_A)
+        # What can be done meanwhile; the rows of chunks are not known yet.
+        weight_A = None if weight_A is None else weight_A.index_select(0, p.order_A)
+        whole = permute(x_TH, p) if chunks == 1 else None
         received_RCE = counts.wait()
         # The one synchronisation of the layer: split sizes are needed on the host.
         send, receive = torch.stack((sent_RCE.sum(2), received_RCE.sum(2))).mT.tolist()
@@ -47,13 +48,14 @@ class AllToAllDispatcher(TravellingDispatcher):
         pieces = cut(p, starts, [0, *accumulate(rows)])
         weights = [None] * chunks if weight_A is None else weight_A.split(rows)
         return [
-            self._journey(x[c], pieces[c], weights[c], send[c], receive[c], received_RCE[:, c], experts)
+            self._journey(x[c], whole, pieces[c], weights[c], send[c], receive[c], received_RCE[:, c], experts)
             for c in range(chunks)
         ]
 
     def _journey(
         self,
         x_TH: Tensor,
+        rows_AH: Tensor | None,
         p: Permutation,
         weight_A: Tensor | None,
         send: list[int],
@@ -61,16 +63,18 @@ class AllToAllDispatcher(TravellingDispatcher):
         received_RE: Tensor,
         experts: ExpertsFunction,
     ) -> Journey:
-        rows = comm.fly(permute(x_TH, p), send, receive, self.group, level=LEVEL, codec=self.codec(x_TH))
+        rows_AH = permute(x_TH, p) if rows_AH is None else rows_AH
+        rows = comm.fly(rows_AH, send, receive, self.group, level=LEVEL, codec=self.codec(x_TH))
+        del rows_AH
         weights = None
         if weight_A is not None:
             weights = comm.fly(weight_A, send, receive, self.group, "all_to_all_weights", LEVEL)
+        order = None if self.local == 1 else by_expert(received_RE, sum(receive))
         yield from aloft(rows, weights)
-        arrived, weight = rows.wait(), None if weights is None else weights.wait()
-        order = None if self.local == 1 else by_expert(received_RE, len(arrived))
+        weight = None if weights is None else weights.wait()
         if weight is not None and order is not None:
             weight = weight.index_select(0, order.token_A)
-        out = experts(arrived, received_RE.sum(0), weight, order)
+        out = experts(rows.wait(), received_RE.sum(0), weight, order)
         back = comm.fly(out, receive, send, self.group, level=LEVEL)
         yield from aloft(back)
         return unpermute(back.wait(), p)
