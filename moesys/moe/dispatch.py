@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
@@ -38,6 +39,15 @@ class Dispatcher:
     def __init__(self, experts: int):
         self.experts = experts
         self.meanwhile: Callable[[], object] | None = None
+
+    @contextmanager
+    def beside(self, work: Callable[[], object] | None) -> Iterator[None]:
+        """Inside, `work` is what may be done meanwhile; nothing of it is kept, however this ends."""
+        self.meanwhile = work
+        try:
+            yield
+        finally:
+            self.meanwhile = None
 
     def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
         """Σ over a token's assignments of weight · expert(x): [T, H] in the type of x."""

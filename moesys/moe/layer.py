@@ -111,9 +111,8 @@ class MoELayer(nn.Module):
         if decision.losses:
             decision.attach(torch.stack(list(decision.losses.values())).sum() * self.loss_scale)
         shared = None if self.shared is None else Once(partial(self.shared, x_BSH))
-        self.dispatcher.meanwhile = shared
-        out = decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
-        self.dispatcher.meanwhile = None
+        with self.dispatcher.beside(shared):
+            out = decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
         if self.zero is not None and decision.zero_TZ is not None:
             out = out + self.zero(x_TH, decision.zero_TZ).view_as(x_BSH)
         return out if shared is None else mixture.join(out, shared())

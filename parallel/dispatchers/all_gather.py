@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
 from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, compute
+from moesys.parallel.flight import fly_everywhere, fly_home
 
 LEVEL = "flat"
 
@@ -66,12 +67,12 @@ class AllGatherDispatcher(TravellingDispatcher):
     ) -> Journey:
         """`packed_A`: token · places + place; `room`: the most assignments of a rank, and those for this one."""
         most, mine = room
-        rows = comm.fly_everywhere(x_TH, self.group, level=LEVEL, codec=self.codec(x_TH))
+        rows = fly_everywhere(x_TH, self.group, level=LEVEL, codec=self.codec(x_TH))
         fill = (0, most - len(packed_A))
         named = comm.start_gather(pad(packed_A, fill, value=-1), self.group, "all_gather_names", LEVEL)
         weights = None
         if weight_A is not None:
-            weights = comm.fly_everywhere(pad(weight_A, fill), self.group, "_weights", LEVEL)
+            weights = fly_everywhere(pad(weight_A, fill), self.group, "_weights", LEVEL)
         yield from aloft(rows, named, weights)
         every_TH, packed, weight = rows.wait(), named.wait(), None if weights is None else weights.wait()
         rank, place = self.group.rank(), packed % self.places
@@ -80,6 +81,6 @@ class AllGatherDispatcher(TravellingDispatcher):
         if weight is not None:
             weight = weight.index_select(0, chosen)
         sums = compute(every_TH, token, place[chosen] - rank * self.local, weight, self.local, experts)
-        home = comm.fly_home(sums, self.group, LEVEL)
+        home = fly_home(sums, self.group, LEVEL)
         yield from aloft(home)
         return home.wait()[:tokens]

@@ -11,6 +11,7 @@ from moesys.kernels.permute import Permutation, permute, sort_by_expert, unpermu
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
 from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, cut
+from moesys.parallel.flight import fly
 
 LEVEL = "flat"
 
@@ -64,18 +65,18 @@ class AllToAllDispatcher(TravellingDispatcher):
         experts: ExpertsFunction,
     ) -> Journey:
         rows_AH = permute(x_TH, p) if rows_AH is None else rows_AH
-        rows = comm.fly(rows_AH, send, receive, self.group, level=LEVEL, codec=self.codec(x_TH))
+        rows = fly(rows_AH, send, receive, self.group, level=LEVEL, codec=self.codec(x_TH))
         del rows_AH
         weights = None
         if weight_A is not None:
-            weights = comm.fly(weight_A, send, receive, self.group, "all_to_all_weights", LEVEL)
+            weights = fly(weight_A, send, receive, self.group, "all_to_all_weights", LEVEL)
         order = None if self.local == 1 else by_expert(received_RE, sum(receive))
         yield from aloft(rows, weights)
         weight = None if weights is None else weights.wait()
         if weight is not None and order is not None:
             weight = weight.index_select(0, order.token_A)
         out = experts(rows.wait(), received_RE.sum(0), weight, order)
-        back = comm.fly(out, receive, send, self.group, level=LEVEL)
+        back = fly(out, receive, send, self.group, level=LEVEL)
         yield from aloft(back)
         return unpermute(back.wait(), p)
 

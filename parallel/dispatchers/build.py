@@ -14,7 +14,8 @@ from moesys.config.schema import Config
 from moesys.parallel import nodes
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
-from moesys.parallel.dispatchers.hierarchical import HierarchicalDispatcher, Level
+from moesys.parallel.dispatchers.hierarchical import HierarchicalDispatcher
+from moesys.parallel.dispatchers.hop import Level
 from moesys.parallel.dispatchers.travelling import TravellingDispatcher
 from moesys.parallel.mesh import ParallelMesh
 

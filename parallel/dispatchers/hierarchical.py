@@ -6,7 +6,6 @@ N nodes of L ranks each, T tokens, A assignments, H hidden, C chunks, D destinat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
@@ -14,40 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesys.kernels.permute import permute, sort_by_expert, unpermute
+from moesys.kernels.permute import permute, unpermute
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
-from moesys.parallel.dispatchers.payload import dense
+from moesys.parallel.dispatchers.hop import Hop, Level, Names, Sizes
 from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, compute
-
-
-@dataclass(frozen=True)
-class Level:
-    """One step of the way: to which rank of `group` goes what belongs to rank r of the experts' group.
-
-    `name` is "inter" nodes, "intra" a node, or "flat" where there is one level only.
-    """
-
-    name: str
-    group: dist.ProcessGroup
-    destination: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Rows and assignments that a chunk sends to, and receives from, each rank of a level."""
-
-    send: list[int]
-    send_assigned: list[int]
-    receive: list[int]
-    receive_assigned: list[int]
-    received: tuple[Tensor, Tensor]
-    """The last two, on the device."""
-
-    @classmethod
-    def of(cls, told: list[list[int]], rows: Tensor, assigned: Tensor) -> Sizes:
-        send, send_assigned, receive, receive_assigned = told
-        return cls(send, send_assigned, receive, receive_assigned, (rows, assigned))
+from moesys.parallel.flight import fly
 
 
 class HierarchicalDispatcher(TravellingDispatcher):
@@ -165,67 +136,17 @@ class HierarchicalDispatcher(TravellingDispatcher):
         hop = Hop(level, size, token_A, self._destinations[level.name][place_A // self.local], len(x_TH))
         rows = hop.send(permute(x_TH, hop.p), self.codec(x_TH))
         names = Names(hop.row_A * self.places + place_A[hop.order_A])
-        weights = hop.row_A.new_ones(len(hop.row_A), dtype=torch.float32) if weight_A is None else weight_A[hop.order_A]
-        labels = hop.label(weights, names)
+        if weight_A is None:
+            weight_A = torch.ones(len(place_A), device=place_A.device)
+        labels = hop.label(weight_A.index_select(0, hop.order_A), names)
+        del x_TH  # kept by nobody while its copies go on
         yield from aloft(rows, labels)
-        arrived, weight, packed = rows.wait(), labels.wait(), names.received
+        weight, packed = labels.wait(), names.received
         row, place = hop.rows_of(packed // self.places), packed % self.places
-        sums = yield from self._journey(arrived, row, place, weight, levels[1:], sizes[1:], experts)
-        back = comm.fly(sums, size.receive, size.send, level.group, "all_to_all", level.name)
+        sums = yield from self._journey(rows.wait(), row, place, weight, levels[1:], sizes[1:], experts)
+        back = fly(sums, size.receive, size.send, level.group, "all_to_all", level.name)
         yield from aloft(back)
         return unpermute(back.wait(), hop.p)
-
-
-class Hop:
-    """One level of a chunk's way: rows by destination, and for each assignment the row that carries it.
-
-    Attributes:
-        p: tokens to rows, which are sorted by destination, then token.
-        order_A, row_A: assignments by row, and the row of each, counted within what its destination gets.
-    """
-
-    def __init__(self, level: Level, size: Sizes, token_A: Tensor, destination_A: Tensor, tokens: int):
-        self.level, self.size = level, size
-        ways = level.group.size()
-        pair_A = token_A * ways + destination_A
-        wanted_TD = torch.zeros(tokens * ways, dtype=torch.bool, device=token_A.device)
-        wanted_TD = wanted_TD.index_fill_(0, pair_A, True).view(tokens, ways)
-        pair_token, pair_destination = torch.nonzero_static(wanted_TD, size=sum(size.send)).t().contiguous()
-        self.p = sort_by_expert(pair_token, pair_destination, tokens, ways)
-        number_A = wanted_TD.flatten().cumsum(0)[pair_A] - 1
-        row_A, self.order_A = self.p.row_A[number_A].sort(stable=True)
-        self.row_A = row_A - (self.p.counts_E.cumsum(0) - self.p.counts_E)[destination_A[self.order_A]]
-
-    def send(self, rows: Tensor, codec: comm.Codec | None) -> comm.Flight:
-        size, level = self.size, self.level
-        return comm.fly(rows, size.send, size.receive, level.group, "all_to_all", level.name, codec)
-
-    def label(self, weight_A: Tensor, names: Names) -> comm.Flight:
-        size, level = self.size, self.level
-        send, receive = size.send_assigned, size.receive_assigned
-        return comm.fly(weight_A, send, receive, level.group, "all_to_all_weights", level.name, names)
-
-    def rows_of(self, received_A: Tensor) -> Tensor:
-        """The row among all that arrived, of rows counted within what one source sent."""
-        rows, assigned = self.size.received
-        starts = rows.cumsum(0) - rows
-        return received_A + starts.repeat_interleave(assigned, output_size=len(received_A))
-
-
-class Names:
-    """Writes routing weights [A] beside the numbers `sent` int64 [A], as int32 [A, 3] (float32) or [A, 4]."""
-
-    def __init__(self, sent: Tensor):
-        self.sent = self.received = sent
-        self.dtype = torch.float32
-
-    def encode(self, weight_A: Tensor) -> Tensor:
-        self.dtype = weight_A.dtype
-        return torch.cat([x.unsqueeze(1).view(torch.int32) for x in (self.sent, weight_A)], 1)
-
-    def decode(self, arrived: Tensor) -> Tensor:
-        self.received = dense(arrived[:, :2]).view(torch.int64).squeeze(1)
-        return dense(arrived[:, 2:]).view(self.dtype).squeeze(1)
 
 
 def _by_first(table: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 from moesys.kernels.permute import Permutation, sort_by_expert
 from moesys.moe.dispatch import Dispatcher, ExpertsFunction
 from moesys.moe.routing import Routing
-from moesys.parallel.comm import Codec, Flight, Pending
+from moesys.parallel.comm import Pending
 from moesys.parallel.dispatchers.payload import Fp8Rows
+from moesys.parallel.flight import Codec, Flight
 
 Journey = Generator[None, None, Tensor]
 """The way of a chunk's tokens: it yields when something travels and others may use the time, and
