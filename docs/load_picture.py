@@ -35,8 +35,8 @@ def draw(sweep: Path) -> Figure:
     rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "moesys"})
     columns = 3
     figure = Figure(figsize=(9.6, 0.5 + 1.75 * -(-len(rows) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(rows) // columns), columns, sharex=True, squeeze=False).flat
-    for panel in list(panels)[len(rows) :]:
+    panels = figure.subplots(-(-len(rows) // columns), columns, sharex=True, squeeze=False).flatten()
+    for panel in panels[len(rows) :]:
         panel.axis("off")
     for panel, (name, figures) in zip(panels, rows.items(), strict=False):
         steps, loads = history(sweep.parent / f"{sweep.name}-{name}")

@@ -115,6 +115,15 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def _widened(name: str, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """`w` in the type to compute in; a transposed matrix stays one."""
+    if w.dtype == dtype:
+        return w
+    if w.is_contiguous():
+        return _scratch(name, tuple(w.shape), dtype).copy_(w)
+    return _widened(name, w.mT, dtype).mT
+
+
 class _Scratch(threading.local):
     """Memory of a thread that is used again by every layer: fresh pages cost more than the arithmetic on them."""
 
@@ -167,7 +176,7 @@ def _blocked(
     wide, rows = _type(x_TH), len(x_TH) if index_N is None else len(index_N)
     if small.fits(x_TH, fc1, rows, BLOCK):
         return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
-    out = torch.empty_like(x_TH) if index_N is None else torch.zeros_like(x_TH, dtype=wide)
+    out = torch.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
     h = x_TH.new_empty(rows, *fc1.shape[2:])
     for block in _blocks(counts_E.tolist(), fc2.shape[1]):
         x = _rows(x_TH, block, index_N, wide)
@@ -197,6 +206,11 @@ def _give(out: Tensor, y: Tensor, block: _Block, index_N: Tensor | None) -> None
         out.index_add_(0, index_N[block.rows], y)
 
 
+def _sums(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of x's shape to sum rows into: memory of their own if they are given away as they are."""
+    return torch.zeros_like(x) if x.dtype == dtype else _scratch(name, tuple(x.shape), dtype).zero_()
+
+
 def _not_zero(weight: Tensor) -> Tensor:
     """Routing weights to divide by: one of zero becomes too small to matter, and keeps its own gradient."""
     return weight.masked_fill(weight == 0, 1e-30)
@@ -206,7 +220,7 @@ def _products(x: Tensor, w_EKM: Tensor, out: Tensor, counts: list[int]) -> Tenso
     """out = x · w, each expert's rows with its own matrix."""
     for x_e, w, out_e in zip(x.split(counts), w_EKM.unbind(), out.split(counts), strict=True):
         if len(x_e):
-            torch.mm(x_e, _as(w, x.dtype), out=out_e)
+            torch.mm(x_e, _widened("w", w, x.dtype), out=out_e)
     return out
 
 
@@ -218,7 +232,8 @@ def _weight_grads(x: Tensor, grad: Tensor, out_EKM: Tensor, counts: list[int]) -
         elif out_e.dtype == x.dtype:
             torch.mm(x_e.t(), grad_e, out=out_e)
         else:
-            out_e.copy_(x_e.t() @ grad_e)
+            wide = _scratch("w", tuple(out_e.shape), x.dtype)
+            out_e.copy_(torch.mm(x_e.t(), grad_e, out=wide))
 
 
 def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
@@ -245,14 +260,14 @@ def _blocked_backward(
     if small.fits(x_TH, fc1, len(h_NGF), BLOCK):
         return small.backward(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind)
     wide, counts = _type(x_TH), counts_E.tolist()
-    grad_x = torch.empty_like(x_TH) if index_N is None else torch.zeros_like(x_TH, dtype=wide)
+    grad_x = torch.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
     fresh = torch.empty_like if all(counts) else torch.zeros_like
     grad1, grad2 = fresh(fc1), fresh(fc2)
     grad_weight = x_TH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
     grad_bias = x_TH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)
     for block in _blocks(counts, fc2.shape[1]):
-        experts, h = block.experts, _as(h_NGF[block.rows], wide)
+        experts, h = block.experts, _widened("h", h_NGF[block.rows], wide)
         x, dy = (_rows(t, block, index_N, wide) for t in (x_TH, grad_TH))
         weight = None if weight_N is None else weight_N[block.rows]
         if weight is not None:
