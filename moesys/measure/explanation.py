@@ -1,0 +1,178 @@
+"""What recorded steps say: figures only, as they stand in summary.json and in every report.
+
+All seconds are per step, means over ranks and recorded steps unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the seconds of a step go. All but `hidden` and `step` add up to `step`.
+
+    Attributes:
+        step: length of the step.
+        compute: the rank computed, or did anything else that is not communication.
+        exposed: it waited for dispatch or combine of an MoE layer, and did nothing else.
+        others: the same for other communication, by purpose ("data", "tensor", "context", "pipeline").
+        bubble: it waited for a pipeline neighbour that was not done computing.
+        idle: it waited for other ranks in what all ranks of a step share, or (in traces of a GPU) did nothing.
+        hidden: dispatch or combine was on its way while the rank computed: part of `compute`. On CPU,
+            where nobody tells when bytes arrived before they were asked for, an upper bound.
+    """
+
+    step: float
+    compute: float
+    exposed: float
+    others: dict[str, float]
+    bubble: float
+    idle: float
+    hidden: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What adds up to `step`, by name, in the order of a stacked bar."""
+        others = {f"{name} communication": seconds for name, seconds in self.others.items()}
+        head = {"compute": self.compute, "exposed all-to-all": self.exposed}
+        return {**head, **others, "pipeline bubble": self.bubble, "idle": self.idle}
+
+
+@dataclass(frozen=True)
+class Causes:
+    """Why all-to-all was exposed: the three add up to the exposed seconds.
+
+    Attributes:
+        transfer: every rank had arrived, and bytes moved.
+        late: another rank had not arrived yet, for a reason other than its experts.
+        uneven: another rank had not arrived yet because its experts had more tokens than this rank's.
+    """
+
+    transfer: float = 0.0
+    late: float = 0.0
+    uneven: float = 0.0
+
+    @property
+    def exposed(self) -> float:
+        return self.transfer + self.late + self.uneven
+
+    def __add__(self, other: Causes) -> Causes:
+        return Causes(self.transfer + other.transfer, self.late + other.late, self.uneven + other.uneven)
+
+    def scaled(self, factor: float) -> Causes:
+        return Causes(self.transfer * factor, self.late * factor, self.uneven * factor)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One way of one MoE layer: dispatch or combine, forward or backward.
+
+    Attributes:
+        causes: of its exposed seconds.
+        hidden: seconds on its way while the rank computed.
+        bytes_inter, bytes_intra: bytes per step, of all ranks together, between nodes and inside
+            them; what a rank keeps for itself is in neither.
+        bandwidth: bytes per second: the most bytes that any rank sent to others, over the seconds from
+            the last rank's arrival to the end; None if nothing moved.
+        by_rank: causes of each rank.
+    """
+
+    layer: str
+    part: str
+    backward: bool
+    causes: Causes
+    hidden: float
+    bytes_inter: int
+    bytes_intra: int
+    bandwidth: float | None
+    by_rank: list[Causes] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer.
+
+    Attributes:
+        seconds: from dispatch's start to combine's end, forward and backward together.
+        even_seconds: an estimate of the same if every expert had received equally many tokens.
+        rank_imbalance: tokens that the busiest rank received / mean over ranks.
+        expert_imbalance: tokens of the busiest expert / mean over experts; None if not known.
+        busiest_rank, busiest_expert: who they are, None if not known.
+    """
+
+    name: str
+    seconds: float
+    even_seconds: float
+    rank_imbalance: float
+    expert_imbalance: float | None
+    busiest_rank: int | None
+    busiest_expert: int | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the recorded steps of a run say.
+
+    Attributes:
+        steps: numbers of the recorded steps.
+        sentence: the summary in plain words.
+        total: means over ranks and steps.
+        by_step, by_rank: the same per recorded step (mean over ranks) and per rank (mean over steps).
+        causes: of all exposed dispatch and combine.
+        legs, layers: per MoE layer.
+        waited_for: seconds per step that others waited for each rank, by rank.
+        hosts: of each rank.
+        bytes: [sender][receiver] per step of dispatch and combine; a rank's own part is 0.
+        load: [recorded step] of [layer][expert] assignments.
+        audit: whether barriers kept wait and transfer apart.
+    """
+
+    steps: list[int]
+    sentence: str
+    total: Breakdown
+    by_step: list[Breakdown]
+    by_rank: list[Breakdown]
+    causes: Causes
+    legs: list[Leg]
+    layers: list[Layer]
+    waited_for: list[float]
+    hosts: list[str]
+    bytes: list[list[int]]
+    load: list[dict[str, list[float]]]
+    audit: bool = False
+
+    @property
+    def exposed_share(self) -> float:
+        """Exposed all-to-all / step."""
+        return self.total.exposed / self.total.step
+
+    @property
+    def hidden_share(self) -> float:
+        """Hidden all-to-all / step."""
+        return self.total.hidden / self.total.step
+
+    @property
+    def wait_share(self) -> float:
+        """Waiting, for late ranks or for uneven experts, / exposed all-to-all; 0 if none is exposed."""
+        return 1 - self.causes.transfer / self.causes.exposed if self.causes.exposed > 0 else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with the three shares."""
+        shares = {name: getattr(self, name) for name in ("exposed_share", "hidden_share", "wait_share")}
+        return shares | asdict(self)
+
+    def headline(self) -> dict[str, Any]:
+        """What summary.json keeps: the shares, the parts of the step, and causes per layer."""
+        keys = ("exposed_share", "hidden_share", "wait_share")
+        return {
+            "sentence": self.sentence,
+            "steps": self.steps,
+            **{key: getattr(self, key) for key in keys},
+            "seconds": {"step": self.total.step, "hidden all-to-all": self.total.hidden, **self.total.parts},
+            "causes": asdict(self.causes),
+            "layers": [asdict(layer) for layer in self.layers],
+            "legs": [{k: v for k, v in asdict(leg).items() if k != "by_rank"} for leg in self.legs],
+            "audit": self.audit,
+        }
