@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,35 @@ Time = float | torch.cuda.Event
 """Seconds on the host's clock, or an event of a CUDA stream."""
 
 
+class Way(NamedTuple):
+    """What rows travel for.
+
+    `level`: "flat", "inter" nodes or "intra" a node for rows to experts and back, "" for anything else.
+    `layer`: the name of their MoE layer. `part`: "dispatch" to the experts, or "combine" back from them.
+    `backward`: whether they are gradients.
+    """
+
+    level: str = ""
+    layer: str = ""
+    part: str = ""
+    backward: bool = False
+
+    def back(self) -> Way:
+        """The way of the gradients."""
+        return self._replace(backward=True)
+
+
+NOWHERE = Way()
+
+
 @dataclass
 class Event:
     """One collective on this rank.
 
-    `begin` is when it was started, `waited` when its result was needed, `end` when it was there.
+    `begin` is when it was started, `waited` when its result was needed, `end` when it was there; `met` is
+    when all ranks had arrived, where an `audit` made them wait for each other before anything travelled.
     `bytes` is what this rank contributes, its own part included (the gathered size of an all-gather or a
     reduce-scatter); `sent` how much of it goes to each of `ranks`, in their order, where that is known.
-    `level` is the way of rows to experts: "flat", "inter" nodes, "intra" a node; else "".
     """
 
     kind: str
@@ -37,22 +58,30 @@ class Event:
     begin: Time
     waited: Time
     end: Time
-    level: str = ""
+    way: Way = NOWHERE
+    group: str = ""
     ranks: tuple[int, ...] = ()
     sent: tuple[int, ...] = ()
+    met: Time | None = None
+
+    @property
+    def level(self) -> str:
+        return self.way.level
 
     @property
     def seconds(self) -> float:
         """From start to end, whatever was computed meanwhile."""
-        return _between(self.begin, self.end)
+        return between(self.begin, self.end)
 
     @property
     def exposed(self) -> float:
         """Seconds in which this rank had nothing else to do."""
-        return _between(self.waited, self.end)
+        met = 0.0 if self.met is None else between(self.begin, self.met)
+        return met + between(self.waited, self.end)
 
 
-def _between(a: Time, b: Time) -> float:
+def between(a: Time, b: Time) -> float:
+    """Seconds from a to b; events of a stream must have happened."""
     if isinstance(a, torch.cuda.Event) or isinstance(b, torch.cuda.Event):
         assert isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event)
         return a.elapsed_time(b) / 1e3
@@ -61,17 +90,30 @@ def _between(a: Time, b: Time) -> float:
 
 _recording: list[Event] | None = None
 _kept: Collection[Any] = ()
+_audit = False
 
 
 @contextmanager
-def record() -> Iterator[list[Event]]:
-    """Collect an `Event` for every collective inside; on GPU, synchronise before reading their seconds."""
-    global _recording
-    outer, _recording = _recording, []
+def record(audit: bool = False) -> Iterator[list[Event]]:
+    """Collect an `Event` for every collective inside; on GPU, synchronise before reading their seconds.
+
+    A record around this one gets the events as well, when this one ends. `audit`: all ranks of a group meet
+    before rows travel to experts or back, which ends all overlap of these with computation.
+    """
+    global _recording, _audit
+    outer, _recording, audited, _audit = _recording, [], _audit, _audit or audit
     try:
         yield _recording
     finally:
-        _recording = outer
+        if outer is not None:
+            outer.extend(_recording)
+        _recording, _audit = outer, audited
+
+
+def note(event: Event) -> None:
+    """Add to the record what travelled past this module."""
+    if _recording is not None:
+        _recording.append(event)
 
 
 @contextmanager
@@ -85,7 +127,13 @@ def replayed(kept: Collection[Any]) -> Iterator[None]:
         _kept = outer
 
 
-def _now(device: torch.device) -> Time:
+def is_kept(op: Any) -> bool:
+    """Whether `op` only gives back what it gave before."""
+    return op in _kept
+
+
+def now(device: torch.device) -> Time:
+    """On a GPU, when its current stream gets here."""
     if device.type != "cuda":
         return perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -105,15 +153,18 @@ class Pending:
 
     def wait(self) -> Tensor:
         if self.event is None:
-            return _functional.wait_tensor(self.out)
-        self.event.waited = _now(self.out.device)
-        out = _functional.wait_tensor(self.out)
-        self.event.end = _now(self.out.device)
+            return _arrived(self.out)
+        self.event.waited = now(self.out.device)
+        out = _arrived(self.out)
+        self.event.end = now(self.out.device)
         return out
 
 
+_arrived = _functional.wait_tensor.default
+
+
 def _start(
-    kind: str, level: str, op: Any, x: Tensor, group: dist.ProcessGroup, *arguments: Any, rows: list[int] | None = None
+    kind: str, way: Way, op: Any, x: Tensor, group: dist.ProcessGroup, *arguments: Any, rows: list[int] | None = None
 ) -> Pending:
     """`op(x, *arguments, group)`; `rows`: how many of x go to each rank, None if they all go everywhere."""
     if _recording is None or op in _kept:
@@ -124,36 +175,50 @@ def _start(
     else:
         per_row = x.nbytes // max(1, len(x))
         sent = tuple(n * per_row for n in rows)
-    begin = _now(x.device)
-    event = Event(kind, sum(sent), begin, begin, begin, level, ranks, sent)
+    begin = now(x.device)
+    event = Event(kind, sum(sent), begin, begin, begin, way, group.group_name, ranks, sent)
     _recording.append(event)
+    if _audit and way.level:
+        _meet(group, x.device)
+        event.met = event.waited = now(x.device)
     return Pending(op(x, *arguments, group.group_name), event)
 
 
+def _meet(group: dist.ProcessGroup, device: torch.device) -> None:
+    _arrived(_functional.all_reduce.default(torch.zeros(1, device=device), "sum", group.group_name))
+
+
 def start_exchange(
-    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, kind: str = "all_to_all", level: str = ""
+    x: Tensor,
+    send: list[int],
+    receive: list[int],
+    group: dist.ProcessGroup,
+    kind: str = "all_to_all",
+    way: Way = NOWHERE,
 ) -> Pending:
     """All-to-all of rows, not differentiable: `send[i]` rows go to rank i, `receive[i]` come from it."""
     op = _functional.all_to_all_single.default
-    return _start(kind, level, op, x.contiguous(), group, receive, send, rows=send)
+    return _start(kind, way, op, x.contiguous(), group, receive, send, rows=send)
 
 
-def start_counts(x_R: Tensor, group: dist.ProcessGroup, level: str = "") -> Pending:
+def start_counts(x_R: Tensor, group: dist.ProcessGroup, way: Way = NOWHERE) -> Pending:
     """All-to-all of one row per rank: row i goes to rank i."""
     one = [1] * group.size()
-    return start_exchange(x_R, one, one, group, "all_to_all_counts", level)
+    return start_exchange(x_R, one, one, group, "all_to_all_counts", way)
 
 
-def start_gather(x: Tensor, group: dist.ProcessGroup, kind: str = "all_gather", level: str = "") -> Pending:
+def start_gather(x: Tensor, group: dist.ProcessGroup, kind: str = "all_gather", way: Way = NOWHERE) -> Pending:
     """Rows of all ranks in group order, not differentiable; every rank gives as many."""
     op = _functional.all_gather_into_tensor.default
-    return _start(kind, level, op, x.contiguous(), group, group.size())
+    return _start(kind, way, op, x.contiguous(), group, group.size())
 
 
-def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup, kind: str = "reduce_scatter", level: str = "") -> Pending:
+def start_reduce_scatter(
+    x: Tensor, group: dist.ProcessGroup, kind: str = "reduce_scatter", way: Way = NOWHERE
+) -> Pending:
     """Sum over the ranks, of which each gets an equal part of the rows, in group order."""
     op, ranks = _functional.reduce_scatter_tensor.default, group.size()
-    return _start(kind, level, op, x.contiguous(), group, "sum", ranks, rows=[len(x) // ranks] * ranks)
+    return _start(kind, way, op, x.contiguous(), group, "sum", ranks, rows=[len(x) // ranks] * ranks)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -163,9 +228,4 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over the ranks, not differentiable."""
-    event = None
-    if _recording is not None:
-        begin = _now(x.device)
-        event = Event("all_reduce", x.nbytes, begin, begin, begin)
-        _recording.append(event)
-    return Pending(_functional.all_reduce(x, "sum", group.group_name), event).wait()
+    return _start("all_reduce", NOWHERE, _functional.all_reduce.default, x, group, "sum").wait()

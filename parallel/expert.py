@@ -71,18 +71,19 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     spread, make = mesh.group("cp", "tp"), builder(config, mesh)
     data = mesh.group("dp_replicate", "dp_shard")
     experts_mesh, active = mesh.mesh("ep", "etp"), mesh.active("ep", "etp")
-    for layer in moe_layers(model).values():
+    for name, layer in moe_layers(model).items():
         layer.scope = WholeMicroBatch(data)
         if spread is not None:
             assert model.positions is not None
             layer.scope = SplitMicroBatch(data, spread, model.positions, mesh.degrees.tp, mesh.place["tp"])
         if make is None or experts_mesh is None:
             continue
-        layer.dispatcher = make(layer.gate.experts)
-        for name, weight in list(layer.experts.named_parameters(recurse=False)):
-            dims = zip(("ep", "etp"), WEIGHT_DIMS[name], strict=True)
+        layer.dispatcher = dispatcher = make(layer.gate.experts)
+        dispatcher.layer = name.rpartition(".")[0]
+        for key, weight in list(layer.experts.named_parameters(recurse=False)):
+            dims = zip(("ep", "etp"), WEIGHT_DIMS[key], strict=True)
             placements = [Shard(dim) for axis, dim in dims if axis in active and dim is not None]
-            setattr(layer.experts, name, torch.nn.Parameter(distribute_tensor(weight.data, experts_mesh, placements)))
+            setattr(layer.experts, key, torch.nn.Parameter(distribute_tensor(weight.data, experts_mesh, placements)))
         share = config.model.hidden // mesh.degrees.etp
         layer.experts.fc2_bias_start = mesh.expert_place["etp"] * share
     return model

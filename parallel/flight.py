@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesys.parallel.comm import Pending, start_exchange, start_gather, start_reduce_scatter
+from moesys.parallel.comm import NOWHERE, Pending, Way, start_exchange, start_gather, start_reduce_scatter
 
 
 class Codec(Protocol):
@@ -97,36 +97,36 @@ def fly(
     receive: list[int],
     group: dist.ProcessGroup,
     kind: str = "all_to_all",
-    level: str = "",
+    way: Way = NOWHERE,
     codec: Codec | None = None,
 ) -> Flight:
     """All-to-all of rows; gradients go back. Any number of rows may be 0."""
     return Flight(
         x,
-        lambda y: start_exchange(y, send, receive, group, kind, level),
-        lambda grad: start_exchange(grad, receive, send, group, kind, level),
+        lambda y: start_exchange(y, send, receive, group, kind, way),
+        lambda grad: start_exchange(grad, receive, send, group, kind, way.back()),
         codec,
     )
 
 
 def fly_everywhere(
-    x: Tensor, group: dist.ProcessGroup, what: str = "", level: str = "", codec: Codec | None = None
+    x: Tensor, group: dist.ProcessGroup, what: str = "", way: Way = NOWHERE, codec: Codec | None = None
 ) -> Flight:
     """All-gather of rows; the gradients of each rank's rows are summed there (reduce-scatter)."""
     return Flight(
         x,
-        lambda y: start_gather(y, group, "all_gather" + what, level),
-        lambda grad: start_reduce_scatter(grad, group, "reduce_scatter" + what, level),
+        lambda y: start_gather(y, group, "all_gather" + what, way),
+        lambda grad: start_reduce_scatter(grad, group, "reduce_scatter" + what, way.back()),
         codec,
     )
 
 
-def fly_home(x: Tensor, group: dist.ProcessGroup, level: str = "") -> Flight:
+def fly_home(x: Tensor, group: dist.ProcessGroup, way: Way = NOWHERE) -> Flight:
     """Reduce-scatter of rows; the gradients of its part go to every rank (all-gather)."""
     return Flight(
         x,
-        lambda y: start_reduce_scatter(y, group, level=level),
-        lambda grad: start_gather(grad, group, level=level),
+        lambda y: start_reduce_scatter(y, group, way=way),
+        lambda grad: start_gather(grad, group, way=way.back()),
         None,
     )
 

@@ -13,8 +13,6 @@ from moesys.parallel import comm
 from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, compute
 from moesys.parallel.flight import fly_everywhere, fly_home
 
-LEVEL = "flat"
-
 
 class AllGatherDispatcher(TravellingDispatcher):
     """Gathers the tokens of all ranks, and reduce-scatters what each rank's experts make of them.
@@ -37,7 +35,7 @@ class AllGatherDispatcher(TravellingDispatcher):
         count = torch.zeros(chunks * self.places + 1, dtype=torch.int64, device=key_A.device)
         count.scatter_add_(0, key_A, torch.ones_like(key_A))
         count[-1] = tokens
-        table = comm.start_gather(count, self.group, "all_gather_counts", LEVEL).wait().view(ranks, -1)
+        table = comm.start_gather(count, self.group, "all_gather_counts", self.way("dispatch")).wait().view(ranks, -1)
         count_RCP = table[:, :-1].view(ranks, chunks, ranks, self.local)
         # The one synchronisation: assignments of each rank and chunk, and those for this rank's experts.
         told = torch.stack((count_RCP.sum((2, 3)), count_RCP[:, :, rank].sum(2)), 1).flatten(1)
@@ -67,12 +65,13 @@ class AllGatherDispatcher(TravellingDispatcher):
     ) -> Journey:
         """`packed_A`: token · places + place; `room`: the most assignments of a rank, and those for this one."""
         most, mine = room
-        rows = fly_everywhere(x_TH, self.group, level=LEVEL, codec=self.codec(x_TH))
+        way = self.way("dispatch")
+        rows = fly_everywhere(x_TH, self.group, way=way, codec=self.codec(x_TH))
         fill = (0, most - len(packed_A))
-        named = comm.start_gather(pad(packed_A, fill, value=-1), self.group, "all_gather_names", LEVEL)
+        named = comm.start_gather(pad(packed_A, fill, value=-1), self.group, "all_gather_names", way)
         weights = None
         if weight_A is not None:
-            weights = fly_everywhere(pad(weight_A, fill), self.group, "_weights", LEVEL)
+            weights = fly_everywhere(pad(weight_A, fill), self.group, "_weights", way)
         yield from aloft(rows, named, weights)
         every_TH, packed, weight = rows.wait(), named.wait(), None if weights is None else weights.wait()
         rank, place = self.group.rank(), packed % self.places
@@ -81,6 +80,6 @@ class AllGatherDispatcher(TravellingDispatcher):
         if weight is not None:
             weight = weight.index_select(0, chosen)
         sums = compute(every_TH, token, place[chosen] - rank * self.local, weight, self.local, experts)
-        home = fly_home(sums, self.group, LEVEL)
+        home = fly_home(sums, self.group, self.way("combine"))
         yield from aloft(home)
         return home.wait()[:tokens]

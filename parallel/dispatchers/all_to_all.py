@@ -13,8 +13,6 @@ from moesys.parallel import comm
 from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, cut
 from moesys.parallel.flight import fly
 
-LEVEL = "flat"
-
 
 class AllToAllDispatcher(TravellingDispatcher):
     """Sends each row to the ranks that hold its expert (GShard, arXiv 2006.16668).
@@ -36,7 +34,7 @@ class AllToAllDispatcher(TravellingDispatcher):
         key_A = place_A if chunks == 1 else chunk_of(token_A, tokens, chunks) * self.places + place_A
         p = sort_by_expert(token_A, key_A, tokens, chunks * self.places)
         sent_RCE = p.counts_E.view(chunks, ranks, self.local).transpose(0, 1)
-        counts = comm.start_counts(sent_RCE, self.group, LEVEL)
+        counts = comm.start_counts(sent_RCE, self.group, self.way("dispatch"))
         # What can be done meanwhile; the rows of chunks are not known yet.
         weight_A = None if weight_A is None else weight_A.index_select(0, p.order_A)
         whole = permute(x_TH, p) if chunks == 1 else None
@@ -65,18 +63,19 @@ class AllToAllDispatcher(TravellingDispatcher):
         experts: ExpertsFunction,
     ) -> Journey:
         rows_AH = permute(x_TH, p) if rows_AH is None else rows_AH
-        rows = fly(rows_AH, send, receive, self.group, level=LEVEL, codec=self.codec(x_TH))
+        way = self.way("dispatch")
+        rows = fly(rows_AH, send, receive, self.group, way=way, codec=self.codec(x_TH))
         del rows_AH
         weights = None
         if weight_A is not None:
-            weights = fly(weight_A, send, receive, self.group, "all_to_all_weights", LEVEL)
+            weights = fly(weight_A, send, receive, self.group, "all_to_all_weights", way)
         order = None if self.local == 1 else by_expert(received_RE, sum(receive))
         yield from aloft(rows, weights)
         weight = None if weights is None else weights.wait()
         if weight is not None and order is not None:
             weight = weight.index_select(0, order.token_A)
         out = experts(rows.wait(), received_RE.sum(0), weight, order)
-        back = fly(out, receive, send, self.group, level=LEVEL)
+        back = fly(out, receive, send, self.group, way=self.way("combine"))
         yield from aloft(back)
         return unpermute(back.wait(), p)
 

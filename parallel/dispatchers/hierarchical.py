@@ -16,6 +16,7 @@ from torch import Tensor
 from moesys.kernels.permute import permute, unpermute
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
+from moesys.parallel.comm import Way
 from moesys.parallel.dispatchers.hop import Hop, Level, Names, Sizes
 from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, compute
 from moesys.parallel.flight import fly
@@ -89,7 +90,7 @@ class HierarchicalDispatcher(TravellingDispatcher):
         tables = self._tables(token_A, self._path[rank_A], tokens, chunks)
         known, received = [tables[-1].flatten(1).sum(1, keepdim=True)], []
         for level in self.levels:
-            arrived = _exchange(tables, level)
+            arrived = _exchange(tables, level, self.way("dispatch", level.name))
             received.append((arrived[0], _by_first(arrived[-1])))
             known += [tables[0], _by_first(tables[-1]), *received[-1]]
             # What came from all ranks of this level together is what goes on to the next.
@@ -134,17 +135,18 @@ class HierarchicalDispatcher(TravellingDispatcher):
             return compute(x_TH, token_A, place_A % self.local, weight_A, self.local, experts)
         level, size = levels[0], sizes[0]
         hop = Hop(level, size, token_A, self._destinations[level.name][place_A // self.local], len(x_TH))
-        rows = hop.send(permute(x_TH, hop.p), self.codec(x_TH))
+        way = self.way("dispatch", level.name)
+        rows = hop.send(permute(x_TH, hop.p), way, self.codec(x_TH))
         names = Names(hop.row_A * self.places + place_A[hop.order_A])
         if weight_A is None:
             weight_A = torch.ones(len(place_A), device=place_A.device)
-        labels = hop.label(weight_A.index_select(0, hop.order_A), names)
+        labels = hop.label(weight_A.index_select(0, hop.order_A), names, way)
         del x_TH  # kept by nobody while its copies go on
         yield from aloft(rows, labels)
         weight, packed = labels.wait(), names.received
         row, place = hop.rows_of(packed // self.places), packed % self.places
         sums = yield from self._journey(rows.wait(), row, place, weight, levels[1:], sizes[1:], experts)
-        back = fly(sums, size.receive, size.send, level.group, "all_to_all", level.name)
+        back = fly(sums, size.receive, size.send, level.group, "all_to_all", self.way("combine", level.name))
         yield from aloft(back)
         return unpermute(back.wait(), hop.p)
 
@@ -154,10 +156,10 @@ def _by_first(table: Tensor) -> Tensor:
     return table.flatten(2).sum(2) if table.dim() > 2 else table
 
 
-def _exchange(tables: Sequence[Tensor], level: Level) -> list[Tensor]:
+def _exchange(tables: Sequence[Tensor], level: Level, way: Way) -> list[Tensor]:
     """Each table [C, D, …], of which every rank of the level gets its part from each: [C, D, …], D sources."""
     moved = [table.movedim(1, 0) for table in tables]
     flat = torch.cat([table.flatten(1) for table in moved], 1)
-    received = comm.start_counts(flat, level.group, level.name).wait()
+    received = comm.start_counts(flat, level.group, way).wait()
     parts = received.split([table[0].numel() for table in moved], 1)
     return [part.view(table.shape).movedim(0, 1) for part, table in zip(parts, moved, strict=True)]

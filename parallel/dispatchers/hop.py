@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.kernels.permute import sort_by_expert
+from moesys.parallel.comm import Way
 from moesys.parallel.dispatchers.payload import dense
 from moesys.parallel.flight import Codec, Flight, fly
 
@@ -65,14 +66,14 @@ class Hop:
         row_A, self.order_A = self.p.row_A[number_A].sort(stable=True)
         self.row_A = row_A - (self.p.counts_E.cumsum(0) - self.p.counts_E)[destination_A[self.order_A]]
 
-    def send(self, rows: Tensor, codec: Codec | None) -> Flight:
+    def send(self, rows: Tensor, way: Way, codec: Codec | None) -> Flight:
         size, level = self.size, self.level
-        return fly(rows, size.send, size.receive, level.group, "all_to_all", level.name, codec)
+        return fly(rows, size.send, size.receive, level.group, "all_to_all", way, codec)
 
-    def label(self, weight_A: Tensor, names: Names) -> Flight:
+    def label(self, weight_A: Tensor, names: Names, way: Way) -> Flight:
         size, level = self.size, self.level
         send, receive = size.send_assigned, size.receive_assigned
-        return fly(weight_A, send, receive, level.group, "all_to_all_weights", level.name, names)
+        return fly(weight_A, send, receive, level.group, "all_to_all_weights", way, names)
 
     def rows_of(self, received_A: Tensor) -> Tensor:
         """The row among all that arrived, of rows counted within what one source sent."""

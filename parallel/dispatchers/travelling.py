@@ -16,7 +16,7 @@ from torch import Tensor
 from moesys.kernels.permute import Permutation, sort_by_expert
 from moesys.moe.dispatch import Dispatcher, ExpertsFunction
 from moesys.moe.routing import Routing
-from moesys.parallel.comm import Pending
+from moesys.parallel.comm import Pending, Way
 from moesys.parallel.dispatchers.payload import Fp8Rows
 from moesys.parallel.flight import Codec, Flight
 
@@ -57,6 +57,12 @@ class TravellingDispatcher(Dispatcher):
         self.chunks, self.overlap_shared, self.payload = chunks, overlap_shared, payload
         self.local = experts // ep
         self.places = ep * etp * self.local
+        self.layer = ""
+        """The name of the layer, for records of what travels."""
+
+    def way(self, part: str, level: str = "flat") -> Way:
+        """What rows of this layer travel for: "dispatch" or "combine"."""
+        return Way(level, self.layer, part)
 
     # Sizes are known to the host only when counts have travelled: there is nothing to compile.
     @torch.compiler.disable
