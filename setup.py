@@ -20,6 +20,7 @@ setup(
         "numpy>=1.26",
         "tensorboard>=2.16",
         "matplotlib>=3.9",
+        "prometheus-client>=0.20",
     ],
     extras_require={
         "ray": ["ray[train]>=2.60"],

@@ -77,6 +77,12 @@ class ParallelMesh:
         flat = self.flat(*axes)
         return None if flat is None else flat.get_group()
 
+    def groups(self) -> dict[tuple[str, ...], dist.ProcessGroup]:
+        """Every group of this rank with more than one rank, by its axes."""
+        single = [(axis,) for axes in self._meshes for axis in self.active(*axes)]
+        found = {axes: self._root(axes)[axes[0]].get_group() for axes in single}
+        return found | {axes: mesh.get_group() for axes, mesh in self._flat.items()}
+
     def data(self, replicate: tuple[str, ...], shard: tuple[str, ...]) -> DeviceMesh | None:
         """The mesh for FSDP2: (shard), or (replicate, shard) for hybrid sharding."""
         inner, outer = self.flat(*shard), self.flat(*replicate)
@@ -85,8 +91,7 @@ class ParallelMesh:
         return DeviceMesh._concatenate([outer, inner])
 
     def _connect(self, timeout: timedelta) -> None:
-        roots = [mesh[axis] for axes, mesh in self._meshes.items() for axis in self.active(*axes)]
-        groups = {g.group_name: g for g in (m.get_group() for m in roots + list(self._flat.values()))}
+        groups = {group.group_name: group for group in self.groups().values()}
         for name in sorted(groups):
             dist.all_reduce(torch.zeros(1, device=self.device), group=groups[name])
             _set_pg_timeout(timeout, groups[name])

@@ -426,6 +426,24 @@ class OutputConfig(Section):
     """Steps, from the first, whose routing is written to runs/NAME/routing, for gate replay; 0: none."""
 
 
+class MeasureConfig(Section):
+    """What is recorded of communication inside steps, on every rank."""
+
+    every: NonNegative = 0
+    """Record every n-th step; 0: none but those of `steps`. `launch --measure` chooses about twenty."""
+    steps: list[Positive] = []
+    """Steps to record, beside every n-th."""
+    audit: bool = False
+    """In recorded steps all ranks meet before each dispatch and combine, so that waiting and transfer are apart
+    exactly. This ends all overlap of communication with computation."""
+    profile: str | None = None
+    """Link model of the cluster, from `moesys bench a2a --profile`, for predictions."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port on which rank 0 tells the metrics of the run to Prometheus."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port; the default can be reached from its own machine only."""
+
+
 class Config(Section):
     """A run."""
 
@@ -439,3 +457,4 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     launch: LaunchConfig = LaunchConfig()
     output: OutputConfig = OutputConfig()
+    measure: MeasureConfig = MeasureConfig()

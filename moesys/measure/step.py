@@ -34,6 +34,7 @@ class Travel:
         part: "dispatch" to the experts (counts, rows, weights), "combine" back from them, or "".
         backward: whether gradients travel.
         level: "flat", "inter" nodes or "intra" a node for rows to experts and back; else "".
+        met: in an audit, when all ranks had arrived, before anything travelled.
     """
 
     kind: str
@@ -49,11 +50,17 @@ class Travel:
     part: str = ""
     backward: bool = False
     level: str = ""
+    met: float | None = None
 
     @property
-    def exposed(self) -> float:
-        """Seconds in which its rank did nothing else."""
-        return max(0.0, self.end - self.waited)
+    def exposed(self) -> tuple[tuple[float, float], ...]:
+        """When its rank did nothing else."""
+        arrival = () if self.met is None else ((self.begin, self.met),)
+        return (*arrival, (self.waited, self.end))
+
+    @property
+    def direction(self) -> str:
+        return "backward" if self.backward else "forward"
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Trainer:
         self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)
         self.step, self.seen = 0, 0
         self.events: list[comm.Event] = []
-        """The project's own collectives in the last step, on this rank."""
+        """The project's own collectives in the last step's passes through the model, on this rank."""
         self.load: list[list[float]] | None = None
         """Assignments of the last step, over all ranks, per MoE layer and expert."""
         self.before_update: Callable[[], None] | None = None

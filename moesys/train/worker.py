@@ -13,6 +13,8 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter, time
@@ -27,6 +29,9 @@ from moesys.config.schema import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
 from moesys.errors import DataError, MoesysError
+from moesys.measure.explain import explain
+from moesys.measure.recorder import Recorder
+from moesys.measure.step import Step
 from moesys.models.size import parameters
 from moesys.parallel.degrees import resolve
 from moesys.parallel.mesh import ParallelMesh
@@ -87,8 +92,9 @@ def _train(config: Config, run_dir: Path) -> None:
     folder = run_dir / "checkpoints"
     trainer.resume(folder)
     routing = RoutingLog(trainer.model, run_dir / "routing", trainer.step)
+    recorder = Recorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
-        summary = _steps(trainer, log, routing, folder)
+        summary = _steps(trainer, log, routing, recorder, folder)
     if dist.get_rank() == 0:
         _write_summary(summary, trainer, run_dir, corpus)
 
@@ -105,13 +111,15 @@ def _agree(corpus: Corpus) -> None:
         raise DataError(f"{rule}: {everyone[0][1]:,} training tokens there; put the same files on every node")
 
 
-def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, folder: Path) -> dict[str, Any]:
+def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Recorder, folder: Path) -> dict[str, Any]:
     t, o = trainer.config.train, trainer.config.output
     begin, first = perf_counter(), trainer.step
     steady: list[dict[str, Any]] = []
     saved = None
     while trainer.step < t.steps:
-        record = trainer.train_step()
+        with recorder.step(trainer.step + 1) as recording:
+            record = trainer.train_step()
+        _write_measured(recorder.keep(recording, trainer.load), log)
         routing.write(trainer.step)
         step, spent = trainer.step, perf_counter() - begin
         if step > first + 1:
@@ -123,7 +131,9 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, folder: Path)
         if t.eval_every and step % t.eval_every == 0 and step < t.steps:
             log.write({"step": step, "heldout_loss": trainer.evaluate()})
         if o.checkpoint_every and step % o.checkpoint_every == 0 and step < t.steps:
+            _write_measured(recorder.flush(), log)
             saved = trainer.save(folder)
+    _write_measured(recorder.flush(), log)
     heldout = trainer.evaluate()
     if trainer.step > first:
         log.write({"step": trainer.step, "heldout_loss": heldout})
@@ -136,7 +146,18 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, folder: Path)
         "tokens_per_second": tokens / seconds if seconds else None,
         "all_to_all_share": sum(shares) / seconds if seconds else None,
         "checkpoint": str(saved) if saved else None,
+        "communication": explanation.headline() if (explanation := recorder.explanation()) else None,
     }
+
+
+def _write_measured(steps: Sequence[Step], log: MetricsLog) -> None:
+    """What recorded steps say, among the metrics of these steps."""
+    for step in steps:
+        e = explain([step])
+        shares = {"exposed_share": e.exposed_share, "hidden_share": e.hidden_share, "wait_share": e.wait_share}
+        parts = {f"seconds/{name}": seconds for name, seconds in e.total.parts.items()}
+        causes = {f"seconds/all-to-all {name}": seconds for name, seconds in asdict(e.causes).items()}
+        log.write({"step": step.number, **shares, **parts, **causes})
 
 
 def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, corpus: Corpus) -> None:
