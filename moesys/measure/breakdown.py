@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean
@@ -16,41 +17,45 @@ OTHERS = tuple(p for p in PURPOSES if p not in ("expert", "step"))
 
 def breakdown(r: RankStep, mine: Sequence[Cost]) -> Breakdown:
     """Where one rank's step went; what overlaps is counted once, for what was waited for first."""
-    busy = None if r.compute is None else union(r.compute)
-    taken: list[Interval] = []
-    spent: dict[str, float] = defaultdict(float)
     whole = [(r.begin, r.end)]
-    first_common = True
-    for cost in mine:
-        t = cost.travel
-        own = without(common(union(t.exposed), whole), taken)
-        if busy is not None:
-            own = without(own, busy)
-        seconds = length(own)
-        taken = union([*taken, *own])
+    busy = None if r.compute is None else common(union(r.compute), whole)
+    spent: dict[str, float] = defaultdict(float)
+    piped = any(cost.travel.purpose == "pipeline" for cost in mine)
+    own = exposures(r, mine, busy or [])
+    for cost, seconds in zip(mine, map(length, own), strict=True):
         waited = seconds * cost.wait / (cost.wait + cost.transfer) if cost.wait > 0 else 0.0
-        if t.purpose == "step":
+        purpose = cost.travel.purpose
+        if purpose == "step":
             # With pipelining the first thing that all ranks share is where stages wait for the last one.
-            piped = first_common and any(u.purpose == "pipeline" for u in r.travels)
             spent["bubble" if piped else "idle"] += waited
             spent["idle"] += seconds - waited
-            first_common = False
-        elif t.purpose == "pipeline":
+            piped = False
+        elif purpose == "pipeline":
             spent["bubble"] += waited
             spent["pipeline"] += seconds - waited
         else:
-            spent[t.purpose] += seconds
-    air = union((t.begin, t.end) for t in r.travels if t.purpose == "expert")
-    everything = common(union((t.begin, t.end) for t in r.travels), whole)
-    if busy is None:
-        compute = r.seconds - length(taken)
-        hidden = length(without(common(air, whole), taken))
-    else:
-        compute = length(common(busy, whole))
-        hidden = length(common(air, busy))
-        spent["idle"] += r.seconds - length(union([*common(busy, whole), *everything]))
-    others: dict[str, float] = {name: spent[name] for name in OTHERS if any(t.purpose == name for t in r.travels)}
+            spent[purpose] += seconds
+    taken = union(i for pieces in own for i in pieces)
+    air = common(union((t.begin, t.end) for t in r.travels if t.purpose == "expert"), whole)
+    compute = r.seconds - length(taken) if busy is None else length(busy)
+    spent["idle"] += r.seconds - compute - length(taken)
+    hidden = length(without(air, taken) if busy is None else common(air, busy))
+    used = {cost.travel.purpose for cost in mine}
+    others: dict[str, float] = {name: spent[name] for name in OTHERS if name in used}
     return Breakdown(r.seconds, compute, spent["expert"], others, spent["bubble"], spent["idle"], hidden)
+
+
+def exposures(r: RankStep, mine: Sequence[Cost], busy: list[Interval]) -> list[list[Interval]]:
+    """When the rank waited for each of `mine` inside its step, and neither for one before nor was `busy`."""
+    found: list[list[Interval]] = [[] for _ in mine]
+    begins, ends = [b for b, _ in busy], [e for _, e in busy]
+    covered = r.begin
+    for begin, end, i in sorted((b, e, i) for i, cost in enumerate(mine) for b, e in cost.travel.exposed):
+        begin, end = max(begin, covered), min(end, r.end)
+        if end > begin:
+            found[i] += without([(begin, end)], busy[bisect_right(ends, begin) : bisect_left(begins, end)])
+            covered = end
+    return found
 
 
 def mean(parts: Iterable[Breakdown]) -> Breakdown:
