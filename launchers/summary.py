@@ -40,6 +40,8 @@ def table(summary: dict[str, Any], run_dir: Path) -> Table:
     for label, key, form in ROWS:
         if summary.get(key) is not None:
             result.add_row(label, form.format(summary[key]))
+    if summary.get("communication"):
+        result.add_row("communication", summary["communication"]["sentence"])
     result.add_row("summary", str(run_dir / "summary.json"))
     return result
 

@@ -30,7 +30,11 @@ def launch(arguments: argparse.Namespace) -> int:
         overrides.append(f"launch.launcher={arguments.launcher}")
     if arguments.ray_address:
         overrides.append(f"launch.ray_address={arguments.ray_address}")
+    if arguments.metrics_port:
+        overrides.append(f"measure.metrics_port={arguments.metrics_port}")
     config = load_checked(arguments.config, overrides, with_data=not arguments.dry_run)
+    if arguments.measure:
+        config = config.measured()
     if arguments.dry_run and config.launch.launcher == "slurm":
         from moesys.launchers.slurm import script
         from moesys.launchers.spec import RunSpec
@@ -158,6 +162,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("launch", launch, "train a configuration")
     sub.add_argument("--launcher", choices=("ray", "local", "slurm"), help="instead of launch.launcher")
     sub.add_argument("--ray-address", help="a running Ray cluster, instead of launch.ray_address")
+    sub.add_argument("--measure", action="store_true", help="record about twenty steps, unless measure says which")
+    sub.add_argument(
+        "--metrics-port", type=int, help="tell metrics to Prometheus here; instead of measure.metrics_port"
+    )
     sub.add_argument("--dry-run", action="store_true", help="show ranks, meshes, memory; start nothing")
     sub.add_argument("--json", type=Path, help="with --dry-run: write the same facts here")
     command("sweep", sweep, "train variations of a configuration and compare them")

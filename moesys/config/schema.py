@@ -458,3 +458,10 @@ class Config(Section):
     launch: LaunchConfig = LaunchConfig()
     output: OutputConfig = OutputConfig()
     measure: MeasureConfig = MeasureConfig()
+
+    def measured(self) -> Config:
+        """The same with about twenty recorded steps, unless `measure` says which."""
+        if self.measure.every or self.measure.steps:
+            return self
+        measure = self.measure.model_copy(update={"every": max(1, self.train.steps // 20)})
+        return self.model_copy(update={"measure": measure})

@@ -16,6 +16,7 @@ from torch import Tensor
 from moesys.config.schema import Config
 from moesys.parallel.compose import Composed
 from moesys.parallel.gates_check import IGNORES
+from moesys.train.exporter import Exporter
 
 LOSSES = {
     "balance": "balance_loss",
@@ -105,6 +106,8 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed + 1)
+        port = config.measure.metrics_port
+        self._exporter = None if port is None else Exporter(config.name, port, config.measure.metrics_host)
         if config.output.wandb:
             import wandb
 
@@ -121,6 +124,8 @@ class MetricsLog:
         if self._board is not None:
             for key, value in scalars.items():
                 self._board.add_scalar(key, value, record["step"])
+        if self._exporter is not None:
+            self._exporter.tell(scalars | {"step": record["step"]})
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
@@ -141,6 +146,8 @@ class MetricsLog:
         self._loads.close()
         if self._board is not None:
             self._board.close()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=1 if error else 0)
 
