@@ -26,7 +26,7 @@ class Way(NamedTuple):
     """What rows travel for.
 
     `level`: "flat", "inter" nodes or "intra" a node for rows to experts and back, "" for anything else.
-    `layer`: the name of their MoE layer. `part`: "dispatch" to the experts, or "combine" back from them.
+    `layer`: the name of their MoE layer. `part`: "dispatch" to the experts, "combine" back from them; "step" or "data".
     `backward`: whether they are gradients.
     """
 
@@ -41,6 +41,12 @@ class Way(NamedTuple):
 
 
 NOWHERE = Way()
+
+STEP = Way(part="step")
+"""Of what all ranks of a step share: the gradients' norm, metrics."""
+
+GRADIENTS = Way(part="data", backward=True)
+"""Of gradients that are summed over ranks with other data."""
 
 
 @dataclass
@@ -226,6 +232,13 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return start_gather(x, group).wait()
 
 
-def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the ranks, not differentiable."""
-    return _start("all_reduce", NOWHERE, _functional.all_reduce.default, x, group, "sum").wait()
+def start_total(x: Tensor, group: dist.ProcessGroup | None = None, way: Way = NOWHERE) -> Pending:
+    """Sum over the ranks, in place, not differentiable; None: all ranks."""
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    return _start("all_reduce", way, _functional.all_reduce_.default, x, group, "sum")
+
+
+def total(x: Tensor, group: dist.ProcessGroup | None = None, way: Way = NOWHERE) -> Tensor:
+    """`start_total` of a copy, waited for."""
+    return start_total(x.clone(), group, way).wait()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from moesys.moe.layer import moe_layers
+from moesys.parallel import comm
 from moesys.parallel.mesh import ParallelMesh
 
 BUCKET_BYTES = 64 * 2**20
@@ -85,8 +86,7 @@ class Gradients:
         if grads:
             copies = torch.tensor(self._copies, device=self.mesh.device, dtype=torch.float64)
             squares = (torch.stack(torch._foreach_norm(grads)).double().square() / copies).sum()
-        dist.all_reduce(squares)
-        return squares.sqrt()
+        return comm.total(squares, way=comm.STEP).sqrt()
 
     def clip(self, limit: float | None) -> float:
         """Scale the gradients so that their global norm is at most `limit`; the norm before that."""
@@ -109,8 +109,8 @@ def _sum(grads: Iterable[Tensor], group: dist.ProcessGroup) -> None:
         buckets[-1].append(grad)
         size += grad.nbytes
     flat = [torch.cat([g.reshape(-1) for g in bucket]) for bucket in buckets]
-    works = [dist.all_reduce(f, group=group, async_op=True) for f in flat]
-    for bucket, whole, work in zip(buckets, flat, works, strict=True):
-        work.wait()
+    started = [comm.start_total(f, group, comm.GRADIENTS) for f in flat]
+    for bucket, whole, pending in zip(buckets, flat, started, strict=True):
+        pending.wait()
         for grad, part in zip(bucket, whole.split([g.numel() for g in bucket]), strict=True):
             grad.copy_(part.view_as(grad))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesys.measure.explanation import Causes
 from moesys.measure.step import RankStep, Step, Travel
@@ -66,7 +66,7 @@ def matched(step: Step) -> dict[tuple[object, ...], dict[int, Travel]]:
 def _taken_apart(travels: Mapping[int, Travel], computed: Mapping[int, Mapping[int, float]]) -> Iterator[Cost]:
     last = max(travels, key=lambda rank: travels[rank].begin)
     whole, even = len(travels) > 1, evenness(travels)
-    for rank, t in travels.items():
+    for rank, t in _without_meeting(travels).items():
         seconds = sum(max(0.0, end - begin) for begin, end in t.exposed)
         wait, arrived = 0.0, travels[last].begin
         if t.met is not None:
@@ -75,9 +75,18 @@ def _taken_apart(travels: Mapping[int, Travel], computed: Mapping[int, Mapping[i
             wait = max(0.0, min(t.end, arrived) - t.waited)
         uneven = 0.0
         if rank != last and wait > 0 and (t.part, t.backward) in AFTER_EXPERTS:
-            here, there = computed[rank].get(id(t)), computed[last].get(id(travels[last]))
+            here, there = (computed[r].get(id(travels[r])) for r in (rank, last))
             uneven = min(wait, _longer(t, travels[last], here, there))
         yield Cost(rank, t, wait, seconds - wait, uneven, last if rank != last and wait > 0 else None, even)
+
+
+def _without_meeting(travels: Mapping[int, Travel]) -> Mapping[int, Travel]:
+    """In an audit: without what the meeting itself took, which the last rank to come tells."""
+    met = {rank: t.met - t.begin for rank, t in travels.items() if t.met is not None}
+    if len(met) < len(travels):
+        return travels
+    least = min(met.values())
+    return {rank: replace(t, met=t.begin + met[rank] - least) for rank, t in travels.items()}
 
 
 def evenness(travels: Mapping[int, Travel]) -> float:

@@ -9,7 +9,7 @@ recorder.keep(recording, load)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,7 +138,7 @@ class Recorder:
     def _travels(self, recording: Recording) -> Iterator[Travel]:
         numbers: Counter[tuple[Any, ...]] = Counter()
         for event in recording.events:
-            purpose = "expert" if event.way.level else self._purposes.get(event.group, "step")
+            purpose = purpose_of(event, self._purposes)
             message = event.kind if event.kind in ("send", "recv") else ""
             key = (purpose, event.ranks, message)
             numbers[key] += 1
@@ -169,15 +169,24 @@ class Recorder:
         return Step(first.number, ranks, self._loads.pop(first.number, {}), self.config.measure.audit)
 
 
+def purpose_of(event: Event, groups: Mapping[str, Purpose]) -> Purpose:
+    """What a collective says that it is for, else what its group is for."""
+    if event.way.level:
+        return "expert"
+    if event.way in (comm.STEP, comm.GRADIENTS):
+        return "step" if event.way == comm.STEP else "data"
+    return groups.get(event.group, "step")
+
+
 def purposes(mesh: ParallelMesh) -> dict[str, Purpose]:
     """The dimension that each process group of the run serves, by its name."""
     found: dict[str, Purpose] = {}
     for axes, group in mesh.groups().items():
         name = group.group_name
+        if axes[0] in ("ep", "etp"):
+            continue  # what goes to experts says so itself, and this may be the same group as another axis'
         if any("dp" in axis for axis in axes):
             found[name] = "data"
-        elif axes[0] in ("ep", "etp"):
-            found[name] = "expert"
         elif axes[0] == "pp":
             found[name] = "pipeline"
         else:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.config.schema import Config
+from moesys.parallel import comm
 from moesys.parallel.compose import Composed
 from moesys.parallel.gates_check import IGNORES
 from moesys.train.exporter import Exporter
@@ -54,8 +55,7 @@ def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict
         row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
     head = torch.tensor([0.0, all_to_all_seconds], dtype=torch.float64, device=device)
     head[0] = loss.double() / degrees.tp
-    packed = torch.cat([head, table.flatten()])
-    dist.all_reduce(packed)
+    packed = comm.total(torch.cat([head, table.flatten()]), way=comm.STEP)
     values = {"loss": packed[0].item(), "all_to_all_seconds": packed[1].item() / degrees.world}
     if moe is not None and layers:
         values |= _routing(packed[2:].view_as(table), moe, degrees)

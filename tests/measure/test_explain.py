@@ -116,13 +116,14 @@ def test_waiting_in_what_all_ranks_share_is_idle() -> None:
 
 
 def test_audited_waits_are_exact() -> None:
-    """Both met at 30; rank 0 came at 10, and its bytes then took 4."""
+    """Rank 0 came at 10, rank 1 at 29; they had met at 30, which itself took 1; bytes then took 4."""
     e = explain(
         [step((50, [dispatch((10, 30, 34), met=0.030)]), (50, [dispatch((29, 30, 34), met=0.030)]), audit=True)]
     )
+    assert [b.exposed for b in e.by_rank] == pytest.approx([0.019 + 0.004, 0.004])
     (leg,) = e.legs
-    assert (leg.by_rank[0].late, leg.by_rank[0].transfer) == (pytest.approx(0.020), pytest.approx(0.004))
-    assert (leg.by_rank[1].late, leg.by_rank[1].transfer) == (pytest.approx(0.001), pytest.approx(0.004))
+    assert (leg.by_rank[0].late, leg.by_rank[0].transfer) == (pytest.approx(0.019), pytest.approx(0.004))
+    assert (leg.by_rank[1].late, leg.by_rank[1].transfer) == (0.0, pytest.approx(0.004))
     assert e.audit
     assert leg.bandwidth == pytest.approx(10 / 0.004)
 

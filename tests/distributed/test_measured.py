@@ -1,0 +1,119 @@
+"""Recorded steps of real processes against what was done to them on purpose."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+from measured import DELAY_S, record
+from support import changed
+
+from moesys.measure.attribute import matched
+from moesys.measure.explain import explain
+from moesys.measure.explanation import Explanation
+from moesys.measure.step import Step, read_steps
+
+STEPS = 6
+
+LATE = "rank 1 late before layers.2"
+OVERLOADED = {
+    "model": {"moe": {"experts": 4, "top_k": 1, "ffn_hidden": 512, "gate": {"force": "skewed", "skew": 60.0}}},
+    "train": {"seq_len": 256, "global_batch": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Step]]:
+    """Recorded steps of two ranks that share the experts, by scenario; the first step is left out."""
+    measured = {"every": 1}
+    base = changed(small, {"parallel": {"ep": 2}, "train": {"global_batch": 2, "steps": STEPS}, "measure": measured})
+    one = {"train": {"global_batch": 1}}
+    scenarios = {
+        "late": (base, LATE),
+        "audited": (changed(base, {"measure": {"audit": True}}), LATE),
+        "overloaded": (changed(base, OVERLOADED), "nothing"),
+        "sharded": (changed(base, {"parallel": {"dp_shard": "full"}}), "nothing"),
+        "tensor": (changed(base, {"parallel": {"tp": 2, "sp": True}}, one), "nothing"),
+        "context": (changed(base, {"parallel": {"cp": 2}}, one), "nothing"),
+        "pipeline": (changed(base, {"parallel": {"pp": 2, "ep": 1}}), "nothing"),
+    }
+    folder = tmp_path_factory.mktemp("measured")
+    record(scenarios, 2, folder)
+    return {name: read_steps(folder / name)[1:] for name in scenarios}
+
+
+def middle(steps: list[Step], figure) -> float:
+    """Median over steps of a figure of each one's explanation: the machine is shared."""
+    return median(figure(explain([step])) for step in steps)
+
+
+def leg(e: Explanation, layer: str, part: str, backward: bool = False):
+    return next(x for x in e.legs if (x.layer, x.part, x.backward) == (layer, part, backward))
+
+
+@pytest.mark.parametrize("scenario", ["late", "audited"])
+def test_a_late_rank_is_found_with_its_layer_and_its_delay(recorded: dict, scenario: str) -> None:
+    steps = recorded[scenario]
+    late = middle(steps, lambda e: leg(e, "layers.2", "dispatch").by_rank[0].late)
+    assert late == pytest.approx(DELAY_S, rel=0.1)
+    assert middle(steps, lambda e: leg(e, "layers.2", "dispatch").by_rank[1].late) < 0.1 * DELAY_S
+    assert middle(steps, lambda e: sum(x.by_rank[0].uneven for x in e.legs)) < 0.1 * DELAY_S
+    elsewhere = middle(steps, lambda e: sum(x.by_rank[0].late for x in e.legs if x.layer != "layers.2"))
+    assert elsewhere < 0.6 * DELAY_S
+    e = explain(steps)
+    assert e.waited_for[1] > 0.7 * sum(e.waited_for)
+    assert "waiting for rank 1, which arrives late" in e.sentence
+    assert e.audit == (scenario == "audited")
+
+
+def test_a_gate_forced_onto_one_expert_is_imbalance(recorded: dict) -> None:
+    e = explain(recorded["overloaded"])
+    for layer in e.layers:
+        assert (layer.rank_imbalance, layer.expert_imbalance) == (2.0, 4.0)
+        assert (layer.busiest_rank, layer.busiest_expert) == (0, 0)
+        assert layer.even_seconds < layer.seconds
+    waits = middle(recorded["overloaded"], lambda e: leg(e, "layers.2", "combine").by_rank[1].uneven)
+    assert waits > 2 * middle(recorded["overloaded"], lambda e: leg(e, "layers.2", "combine").by_rank[0].uneven)
+    assert e.causes.uneven > e.causes.late
+    assert "expert 0 4 times" in e.sentence
+
+
+@pytest.mark.parametrize(
+    ("scenario", "kinds"),
+    [
+        ("late", {"data"}),
+        ("sharded", {"data"}),
+        ("tensor", {"tensor"}),
+        ("context", {"data", "context"}),
+        ("pipeline", {"pipeline"}),
+    ],
+)
+def test_other_communication_is_told_by_its_kind(recorded: dict, scenario: str, kinds: set[str]) -> None:
+    e = explain(recorded[scenario])
+    assert {kind for kind, seconds in e.total.others.items() if seconds > 0} == kinds
+    assert (e.total.bubble > 0) == (scenario == "pipeline")
+
+
+def test_the_parts_add_up_to_the_step(recorded: dict) -> None:
+    for steps in recorded.values():
+        for b in (*explain(steps).by_step, *explain(steps).by_rank):
+            assert sum(b.parts.values()) == pytest.approx(b.step, rel=0.02)
+            assert min(b.parts.values()) > -1e-12
+
+
+def test_every_collective_was_seen_by_all_its_ranks(recorded: dict) -> None:
+    for scenario, steps in recorded.items():
+        for step in steps:
+            for key, travels in matched(step).items():
+                assert set(travels) == set(next(iter(travels.values())).ranks), (scenario, key)
+                assert len({(t.layer, t.part, t.backward) for t in travels.values()}) == 1, (scenario, key)
+
+
+def test_bytes_are_those_of_the_routing(recorded: dict, small: dict) -> None:
+    """All tokens of both ranks go to expert 0: rank 1 sends every row in float32, and rank 0 sends it back."""
+    hidden, tokens = small["model"]["hidden"], 2 * 256
+    step = recorded["overloaded"][0]
+    rows = [t for t in step.ranks[1].travels if t.kind == "all_to_all" and t.part == "dispatch" and not t.backward]
+    assert sum(t.sent[0] for t in rows) == tokens * hidden * 4 * 4  # over four layers
+    back = [t for t in step.ranks[0].travels if t.kind == "all_to_all" and t.part == "combine" and not t.backward]
+    assert sum(t.sent[1] for t in back) == tokens * hidden * 4 * 4
