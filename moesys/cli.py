@@ -129,6 +129,19 @@ def bench_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench_measure(arguments: argparse.Namespace) -> int:
+    """Compare training steps with and without recording."""
+    from moesys.train.checked import load_checked
+
+    config = load_checked(arguments.config, arguments.overrides)
+    from moesys.train.bench_measure import run
+
+    result = run(config, arguments.rounds, arguments.steps)
+    print("\n".join(result.lines()))
+    _write_json(arguments.json, result.as_json)
+    return 0
+
+
 def bench_layer(arguments: argparse.Namespace) -> int:
     """Time one MoE layer beside its arithmetic and beside other systems' layers."""
     from moesys.measure import bench_command
@@ -185,6 +198,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=5, help="training steps per round")
     sub.add_argument("--json", type=Path, help="write the figures here")
     sub.set_defaults(run=bench_train)
+    sub = bench.add_parser("measure", help="what recording communication costs")
+    sub.add_argument("config", type=Path, help="a YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--steps", type=int, default=15, help="training steps per round of each side, at least")
+    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.set_defaults(run=bench_measure)
     sub = bench.add_parser("layer", help="one MoE layer beside dense products, transformers, Megatron-Core, DeepSpeed")
     sub.add_argument("--shape", help="a published shape; default: laptop, with --ranks two-ranks")
     for name in ("tokens", "hidden", "ffn-hidden", "experts", "top-k"):

@@ -6,24 +6,19 @@ every gradient of every step and every final parameter is compared.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import Config, ParallelConfig
 from moesys.errors import Problem
 from moesys.parallel.mesh import ParallelMesh
+from moesys.train import here
 
 FLOOR = 1e-3
 """A tensor whose gradient's root-mean-square is under this share of the model's is rounding noise
@@ -121,40 +116,22 @@ def trace(
     on float32 weights. `prepare`, importable by name, is called in every process first.
     """
     config = comparable(config, dtype)
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
-    with tempfile.TemporaryDirectory(prefix="moesys-verify-") as folder:
-        arguments = (world, config, steps, dtype, folder, prepare)
-        mp.start_processes(_work, arguments, nprocs=world, start_method="forkserver")
-        merged = Trace()
-        for path in sorted(Path(folder).glob("trace-*.pt")):
+    merged = Trace()
+    with here.started(_work, world, config, steps, dtype, prepare) as folder:
+        for path in sorted(folder.glob("trace-*.pt")):
             _merge(merged, torch.load(path, weights_only=False))
     return merged
 
 
 def _work(
-    rank: int, world: int, config: Config, steps: int, dtype: str, folder: str, prepare: Callable[[], None] | None
+    rank: int, world: int, config: Config, steps: int, dtype: str, prepare: Callable[[], None] | None, folder: str
 ) -> None:
-    from moesys.train.worker import connect
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     if prepare is not None:
         prepare()
-    backend = "nccl" if config.cluster.device == "cuda" else "gloo"
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group(
-        backend,
-        f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=config.launch.timeout_s),
-    )
-    mesh = connect(config)
-    found = observe(config, mesh, steps, torch.float64 if dtype == "float64" else torch.float32)
-    if not any(place for axis, place in mesh.place.items() if axis != "pp"):
-        torch.save(found, f"{folder}/trace-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with here.joined(rank, world, config, folder) as mesh:
+        found = observe(config, mesh, steps, torch.float64 if dtype == "float64" else torch.float32)
+        if not any(place for axis, place in mesh.place.items() if axis != "pp"):
+            torch.save(found, f"{folder}/trace-{rank}.pt")
 
 
 def observe(config: Config, mesh: ParallelMesh, steps: int, weights: torch.dtype) -> Trace:

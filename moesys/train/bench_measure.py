@@ -1,0 +1,138 @@
+"""What recording costs: training steps with it and without, in turn, in the same processes.
+
+moesys bench measure configs/quickstart.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from math import ceil
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from moesys.config.schema import Config
+from moesys.measure.explain import explain
+from moesys.measure.interleave import interleave, ratio
+from moesys.measure.recorder import Recorder
+from moesys.measure.step import Step
+from moesys.parallel import comm
+from moesys.train import here
+from moesys.train.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians over `rounds`, each of `steps` steps of each side.
+
+    Attributes:
+        seconds: of a step with collectives called bare.
+        off: seconds of the same step as every run makes it / bare.
+        on: seconds with every `every`-th step recorded on all ranks, brought together and explained / off.
+        all: seconds with every step recorded / off.
+        noise: median of bare rounds / the bare rounds before: what differs by itself.
+    """
+
+    seconds: float
+    off: float
+    on: float
+    all: float
+    every: int
+    noise: float
+    rounds: int
+    steps: int
+    world: int
+    machine: str
+    date: str
+
+    def lines(self) -> list[str]:
+        return [
+            f"{self.machine}, {self.date}, {self.world} ranks",
+            f"  medians of {self.rounds} interleaved rounds of {self.steps} steps of {self.seconds * 1e3:.1f} ms",
+            f"  recording off / collectives called bare  {self.off:.4f}",
+            f"  {f'step {self.every}, {2 * self.every}, … recorded / off':<40} {self.on:.4f}",
+            f"  every step recorded / off                {self.all:.4f}",
+            f"  bare / bare, one round after the other   {self.noise:.4f}",
+        ]
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def run(config: Config, rounds: int, steps: int) -> Result:
+    """Measure on this machine, in as many processes as the configuration has ranks; `steps` in a round at least."""
+    config = config.measured()
+    every = max(1, config.measure.every)
+    steps = ceil(steps / every) * every
+    world = config.cluster.nodes * config.cluster.ranks_per_node
+    with here.started(_work, world, config, rounds, steps) as folder:
+        seconds = json.loads((folder / "seconds.json").read_text())
+    return Result(
+        seconds=median(seconds["bare"]) / steps,
+        off=ratio(seconds, "off", "bare"),
+        on=ratio(seconds, "on", "off"),
+        all=ratio(seconds, "all", "off"),
+        every=config.measure.every,
+        noise=ratio(seconds, "again", "bare"),
+        rounds=rounds,
+        steps=steps,
+        world=world,
+        machine=f"{platform.machine()}, torch {torch.__version__}",
+        date=date.today().isoformat(),
+    )
+
+
+def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:
+    from moesys.data.corpus import open_corpus
+
+    with here.joined(rank, world, config, folder) as mesh:
+        trainer = Trainer(config, mesh, open_corpus(config))
+        recorders = [Recorder(_every(config, n), mesh, Path(folder), 0) for n in (config.measure.every, 1)]
+        seconds = interleave(_sides(trainer, recorders, steps), rounds, mesh.device, warmup=1)
+        if rank == 0:
+            (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+
+
+def _every(config: Config, steps: int) -> Config:
+    measure = config.measure.model_copy(update={"every": steps, "steps": [], "audit": False})
+    return config.model_copy(update={"measure": measure})
+
+
+def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str, Callable[[], object]]:
+    def off() -> None:
+        for _ in range(steps):
+            trainer.train_step()
+        dist.barrier()
+
+    def bare() -> None:
+        with patch.object(comm, "record", _nothing):
+            off()
+
+    def recorded(recorder: Recorder) -> None:
+        for _ in range(steps):
+            with recorder.step(trainer.step + 1) as recording:
+                trainer.train_step()
+            explained(recorder.keep(recording, trainer.load))
+        explained(recorder.flush())
+        dist.barrier()
+
+    def explained(steps: list[Step]) -> None:
+        for step in steps:
+            explain([step])
+
+    on, every = (partial(recorded, recorder) for recorder in recorders)
+    return {"bare": bare, "off": off, "on": on, "all": every, "again": bare}
+
+
+@contextmanager
+def _nothing(audit: bool = False) -> Iterator[list[comm.Event]]:
+    yield []

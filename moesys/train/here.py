@@ -1,0 +1,50 @@
+"""Worker processes on this machine for what is no run: proofs and benchmarks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moesys.config.schema import Config
+from moesys.parallel.mesh import ParallelMesh
+
+
+@contextmanager
+def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[Path]:
+    """Run `work(rank, world, *arguments, folder)`, importable by name, in `world` processes to its end.
+
+    Yields the folder, in which results may be left; it is removed afterwards.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
+    with tempfile.TemporaryDirectory(prefix="moesys-") as folder:
+        mp.start_processes(work, (world, *arguments, folder), nprocs=world, start_method="forkserver")
+        yield Path(folder)
+
+
+@contextmanager
+def joined(rank: int, world: int, config: Config, folder: str) -> Iterator[ParallelMesh]:
+    """In such a process: its meshes, connected through a file in `folder`."""
+    from moesys.train.worker import connect
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        "nccl" if config.cluster.device == "cuda" else "gloo",
+        f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=config.launch.timeout_s),
+    )
+    yield connect(config)
+    dist.barrier()
+    dist.destroy_process_group()
