@@ -50,11 +50,15 @@ def workers(spec: RunSpec, launcher: str) -> Workers:
         from moesys.launchers.local import LocalWorkers
 
         return LocalWorkers(spec)
+    if launcher == "hosts":
+        from moesys.launchers.hosts import HostWorkers
+
+        return HostWorkers(spec)
     if launcher == "ray":
         from moesys.launchers.ray import RayWorkers  # Ray takes half a second to import
 
         return RayWorkers(spec)
-    raise LaunchError(f"there is no launcher {launcher!r}: use ray, local or slurm")
+    raise LaunchError(f"there is no launcher {launcher!r}: use ray, local, hosts or slurm")
 
 
 def watch(started: Workers, spec: RunSpec, console: Console) -> int:

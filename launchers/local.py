@@ -50,11 +50,7 @@ class LocalWorkers:
 
         Raises `LaunchError` where the run does not fit on this machine.
         """
-        if self.spec.config.cluster.nodes > 1:
-            raise LaunchError(
-                f"cluster.nodes is {self.spec.config.cluster.nodes}, but the local launcher runs on this machine "
-                "alone\n    remedy: set cluster.nodes=1 and ranks_per_node to all ranks, or use --launcher ray"
-            )
+        self.refuse()
         phase(f"starting {self.spec.world} workers")
         clear_traces(self.spec.run_dir)
         self._attempts += 1
@@ -62,6 +58,14 @@ class LocalWorkers:
         environments = [self.environment(rank, self._port.number) for rank in range(self.spec.world)]
         logs = [log_file(self.spec.run_dir, rank) for rank in range(self.spec.world)]
         self._processes = Processes(self.command, environments, logs)
+
+    def refuse(self) -> None:
+        """Raise `LaunchError` if the run does not fit here."""
+        if self.spec.config.cluster.nodes > 1:
+            raise LaunchError(
+                f"cluster.nodes is {self.spec.config.cluster.nodes}, but the local launcher runs on this machine "
+                "alone\n    remedy: set cluster.nodes=1 and ranks_per_node to all ranks, or use --launcher ray"
+            )
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
         """The environment of the worker of `rank`; rank 0 will listen on `port`."""

@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("launch", launch, "train a configuration")
-    sub.add_argument("--launcher", choices=("ray", "local", "slurm"), help="instead of launch.launcher")
+    sub.add_argument("--launcher", choices=("ray", "local", "hosts", "slurm"), help="instead of launch.launcher")
     sub.add_argument("--ray-address", help="a running Ray cluster, instead of launch.ray_address")
     sub.add_argument("--measure", action="store_true", help="record about twenty steps, unless measure says which")
     sub.add_argument(

@@ -395,7 +395,11 @@ class ClusterConfig(Section):
 
 
 class LaunchConfig(Section):
-    launcher: Literal["ray", "local", "slurm"] = "ray"
+    launcher: Literal["ray", "local", "hosts", "slurm"] = "ray"
+    """ray; local: plain processes on this machine; hosts: the cluster's nodes pretended on this machine, as
+    network namespaces (Linux, root); slurm: a batch job."""
+    link_gbit: PositiveFloat | None = None
+    """hosts: 10⁹ bits per second that each pretended host sends, and receives, at most; default: no limit."""
     ray_address: str | None = None
     """Address of a running Ray cluster; default: start Ray on this machine."""
     timeout_s: PositiveFloat = 300.0
