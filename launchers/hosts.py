@@ -27,6 +27,9 @@ MTU = 9000
 BURST_S = 2e-3
 """Seconds of the rate that may pass at once: the kernel's timer is no finer."""
 
+WINDOW = 2**19
+"""Bytes that a connection may have under way: what queues before a slow link delays what comes back through it."""
+
 INSIDE = ["sh", "-c", 'exec ip netns exec "$MOESYS_NETNS" "$@"', "--"]
 """Before a command: run it on the host that the environment names."""
 
@@ -106,9 +109,11 @@ class Hosts:
         _run(f"{inside}ip address add {self.address(host)}/24 dev {INTERFACE}")
         _run(f"{inside}ip link set {INTERFACE} up")
         _run(f"{inside}ip link set lo up")
+        for buffer in ("tcp_rmem", "tcp_wmem"):
+            _run([*inside.split(), "sysctl", "-qw", f"net.ipv4.{buffer}=4096 {WINDOW} {WINDOW}"])
         if self.gbit is not None:
             burst = max(10 * MTU, round(self.gbit * 1e9 / 8 * BURST_S))
-            limit = f"root tbf rate {round(self.gbit * 1e9)}bit burst {burst} latency 50ms"
+            limit = f"root tbf rate {round(self.gbit * 1e9)}bit burst {burst} latency 2s"
             _run(f"{inside}tc qdisc add dev {INTERFACE} {limit}")
             _run(f"tc qdisc add dev {outside} {limit}")
 
@@ -141,10 +146,11 @@ class HostWorkers(LocalWorkers):
         return super().environment(rank, port) | own | self.hosts.environment(host)
 
 
-def _run(command: str) -> None:
-    done = subprocess.run(command.split(), capture_output=True, text=True)
+def _run(command: str | list[str]) -> None:
+    words = command.split() if isinstance(command, str) else command
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise LaunchError(f"pretended hosts: `{command}` failed: {done.stderr.strip()}")
+        raise LaunchError(f"pretended hosts: `{' '.join(words)}` failed: {done.stderr.strip()}")
 
 
 def _remove(name: str) -> None:

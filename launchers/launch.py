@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from rich.console import Console
@@ -18,6 +18,21 @@ from moesys.launchers.stop import STOPPED, StopRequests
 from moesys.parallel.degrees import resolve
 
 POLL_S = 0.1
+
+
+class Watcher(Protocol):
+    """Who is told how a run gets on."""
+
+    failed: bool
+
+    def phase(self, text: str) -> None:
+        """What is being waited for."""
+
+    def tell(self, lines: Iterable[str]) -> None:
+        """Lines for the user."""
+
+    def refresh(self) -> None:
+        """Show what is new."""
 
 
 class Workers(Protocol):
@@ -44,20 +59,24 @@ def launch(spec: RunSpec, launcher: str, console: Console | None = None) -> int:
     return watch(workers(spec, launcher), spec, console or Console())
 
 
-def workers(spec: RunSpec, launcher: str) -> Workers:
-    """The not yet started workers of `launcher`."""
+def workers(spec: RunSpec, launcher: str, program: str = "moesys.train.worker") -> Workers:
+    """The not yet started workers of `launcher`; each will run the module `program` on the run's folder.
+
+    In the module, `run(config, run_dir)` does the work of a rank, and `main()` that of a process.
+    """
+    command = [sys.executable, "-m", program, str(spec.run_dir)]
     if launcher == "local":
         from moesys.launchers.local import LocalWorkers
 
-        return LocalWorkers(spec)
+        return LocalWorkers(spec, command)
     if launcher == "hosts":
         from moesys.launchers.hosts import HostWorkers
 
-        return HostWorkers(spec)
+        return HostWorkers(spec, command)
     if launcher == "ray":
         from moesys.launchers.ray import RayWorkers  # Ray takes half a second to import
 
-        return RayWorkers(spec)
+        return RayWorkers(spec, f"{program}:run")
     raise LaunchError(f"there is no launcher {launcher!r}: use ray, local, hosts or slurm")
 
 
@@ -75,7 +94,7 @@ def watch(started: Workers, spec: RunSpec, console: Console) -> int:
     return outcome.exit_code
 
 
-def run(started: Workers, spec: RunSpec, progress: Progress, stop: StopRequests) -> Outcome:
+def run(started: Workers, spec: RunSpec, progress: Watcher, stop: StopRequests) -> Outcome:
     """The loop of `watch`; whatever happens in it, no worker is left running."""
     placed = False
     try:

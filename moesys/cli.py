@@ -142,6 +142,13 @@ def bench_measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench_a2a(arguments: argparse.Namespace) -> int:
+    """Time collectives on the ranks that the launcher places."""
+    from moesys.launchers.bench_a2a import command
+
+    return command(arguments)
+
+
 def bench_layer(arguments: argparse.Namespace) -> int:
     """Time one MoE layer beside its arithmetic and beside other systems' layers."""
     from moesys.measure import bench_command
@@ -198,6 +205,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=5, help="training steps per round")
     sub.add_argument("--json", type=Path, help="write the figures here")
     sub.set_defaults(run=bench_train)
+    sub = bench.add_parser("a2a", help="collectives on the ranks of a configuration, as nccl-tests does")
+    a2a_options(sub)
+    sub.set_defaults(run=bench_a2a)
     sub = bench.add_parser("measure", help="what recording communication costs")
     sub.add_argument("config", type=Path, help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -216,6 +226,30 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", type=Path, help="write the figures here")
     sub.set_defaults(run=bench_layer, overrides=[])
     return top
+
+
+def a2a_options(sub: argparse.ArgumentParser) -> None:
+    """The options of `moesys bench a2a`."""
+    from moesys.measure.sizes import COLLECTIVES, GROUPS, size
+
+    sub.add_argument("config", type=Path, help="a YAML file: its cluster, its launcher and its expert groups are used")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    sub.add_argument("--launcher", choices=("ray", "local", "hosts"), help="instead of launch.launcher")
+    sub.add_argument("--collectives", nargs="+", choices=COLLECTIVES, metavar="NAME", help=", ".join(COLLECTIVES))
+    text = "intra: a node's ranks; inter: one of each node; expert; world (default: all of them)"
+    sub.add_argument("--groups", nargs="+", choices=GROUPS, help=text)
+    sub.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
+    sub.add_argument("--min", type=size, default=2**10, metavar="SIZE", help="bytes that a rank sends (default 1K)")
+    sub.add_argument("--max", type=size, default=2**30, metavar="SIZE", help="(default 1G, or what memory allows)")
+    sub.add_argument("--factor", type=int, default=4, help="from one size to the next (default 4)")
+    sub.add_argument("--iterations", type=int, default=20)
+    sub.add_argument("--warmup", type=int, default=3)
+    sub.add_argument("--skew", type=float, help="also uneven all-to-alls: bytes to rank r ∝ 1 / (r + 1)^skew")
+    sub.add_argument("--matrix", type=Path, metavar="FILE", help="also uneven all-to-alls in this pattern of bytes")
+    sub.add_argument("--no-check", dest="check", action="store_false", help="do not validate results")
+    sub.add_argument("--plain", action="store_true", help="beside a bare loop around torch's all_to_all_single")
+    sub.add_argument("--json", type=Path, help="write the figures here, in the shape of nccl-tests' -J")
+    sub.add_argument("--profile", type=Path, metavar="FILE", help="write the fitted links here, for predictions")
 
 
 def main(words: Sequence[str] | None = None) -> int:

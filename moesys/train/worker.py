@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -61,7 +61,12 @@ def connect(config: Config) -> ParallelMesh:
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Train `config` to its end in `run_dir`, from the newest checkpoint there if there is one.
+    """Train `config` to its end in `run_dir`, from the newest checkpoint there if there is one."""
+    guarded(_train, config, run_dir)
+
+
+def guarded(work: Callable[[Config, Path], None], config: Config, run_dir: Path) -> None:
+    """`work(config, run_dir)`, then leave the process group.
 
     Writes errors/rank-N.txt and raises if anything fails.
     """
@@ -69,7 +74,7 @@ def run(config: Config, run_dir: Path) -> None:
     errors = run_dir / "errors"
     errors.mkdir(parents=True, exist_ok=True)
     try:
-        _train(config, run_dir)
+        work(config, run_dir)
     except BaseException as error:
         text = str(error) if isinstance(error, MoesysError) else traceback.format_exc()
         write_whole(errors / f"rank-{rank}.txt", text)
@@ -199,14 +204,14 @@ def _write_ranks(mesh: ParallelMesh, run_dir: Path) -> None:
         write_whole(run_dir / "ranks.json", json.dumps(everyone, indent=1) + "\n")
 
 
-def main() -> int:
+def main(work: Callable[[Config, Path], None] = run) -> int:
     """Run the folder named on the command line; 0, or the error's exit code."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     run_dir = Path(sys.argv[1])
     try:
-        run(load(run_dir / "config.yaml").config, run_dir)
+        work(load(run_dir / "config.yaml").config, run_dir)
     except Exception as error:
-        # `run` wrote the whole error to a file, which the launcher shows for the rank that failed first.
+        # `guarded` wrote the whole error to a file, which the launcher shows for the rank that failed first.
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"rank {os.environ.get('RANK', 0)} failed: {first_line}", file=sys.stderr)
         return error.exit_code if isinstance(error, MoesysError) else 1

@@ -1,0 +1,173 @@
+"""How long bytes take on a cluster's links: a latency and a bandwidth each, fitted to a benchmark. Needs no torch.
+
+The model is Hockney's (α–β, Parallel Computing 20, 1994): seconds = α + bytes / β. `moesys bench a2a
+--profile FILE` fits it and writes the profile that predictions read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from moesys.errors import MoesysError
+
+
+class ProfileError(MoesysError):
+    """A file is no cluster profile, or lacks what is asked of it."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Line:
+    """seconds = alpha + bytes · per_byte.
+
+    Attributes:
+        error: median over the points of |fitted − measured| / measured; `worst` the largest.
+        smallest, largest: bytes of the points. Beyond them the line is a guess.
+    """
+
+    alpha: float
+    per_byte: float
+    error: float
+    worst: float
+    smallest: float
+    largest: float
+
+    def seconds(self, size: float) -> float:
+        """Of so many bytes; 0 of none."""
+        return self.alpha + size * self.per_byte if size > 0 else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of very large messages."""
+        return 1 / self.per_byte if self.per_byte > 0 else float("inf")
+
+    def faster(self, factor: float) -> Line:
+        """The same latency, the bandwidth times `factor`."""
+        return Line(self.alpha, self.per_byte / factor, self.error, self.worst, self.smallest, self.largest)
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Line:
+    """The line through (bytes, seconds), each at least once and above 0, that makes Σ (relative error)² least.
+
+    Weighting by 1 / seconds lets a microsecond of a small message count as much as a millisecond of a large
+    one. Neither latency nor bandwidth comes out negative.
+
+    Raises:
+        ValueError: no points.
+    """
+    if not points:
+        raise ValueError("there is nothing to fit")
+    # With u = 1/t and v = b/t: least Σ (α·u + p·v − 1)².
+    rows = [(1 / t, b / t) for b, t in points]
+    uu, uv, vv = (sum(r[i] * r[j] for r in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    su, sv = sum(u for u, _ in rows), sum(v for _, v in rows)
+    determinant = uu * vv - uv * uv
+    alpha, per_byte = 0.0, sv / vv if vv > 0 else 0.0
+    if len({b for b, _ in points}) > 1 and determinant > 0:
+        alpha, per_byte = (su * vv - sv * uv) / determinant, (sv * uu - su * uv) / determinant
+    if alpha < 0:
+        alpha, per_byte = 0.0, sv / vv
+    if per_byte < 0:
+        alpha, per_byte = su / uu, 0.0
+    errors = [abs(alpha + b * per_byte - t) / t for b, t in points]
+    sizes = [b for b, _ in points]
+    return Line(alpha, per_byte, median(errors), max(errors), min(sizes), max(sizes))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The links of a cluster.
+
+    Attributes:
+        lines: by "collective group": "all_to_all intra" a node, "all_to_all inter" nodes (all ranks of a node at
+            once), "all_reduce world", …. Bytes are what a rank contributes; of all-to-all and send_recv, what limits
+            them: the bytes of a rank to others inside its node, and those of a *node* to others.
+        facts: where and when it was measured.
+    """
+
+    lines: Mapping[str, Line]
+    facts: Mapping[str, Any]
+
+    def exchange(self, sent: Sequence[Sequence[float]], nodes: Sequence[object]) -> float:
+        """Seconds of an all-to-all in which rank i sends `sent[i][j]` bytes to rank j of node `nodes[j]`.
+
+        The slower of two: the busiest rank inside its node, the busiest node to and from others.
+
+        Raises:
+            ProfileError: bytes travel where nothing was measured.
+        """
+        inside, between = limits(sent, nodes)
+        return max(self._line("all_to_all intra").seconds(inside) if inside else 0.0, self._inter(between))
+
+    def collective(self, kind: str, size: float, nodes: Sequence[object]) -> float:
+        """Seconds of another collective to which each rank of a group on `nodes` contributes `size` bytes."""
+        several = len(set(nodes))
+        group = "intra" if several == 1 else "inter" if several == len(nodes) else "world"
+        return self._line(f"{kind} {group}").seconds(size)
+
+    def faster(self, factor: float) -> Profile:
+        """The same with every link between nodes, or the only link there is, `factor` times as fast."""
+        several = any(name.endswith(" inter") for name in self.lines)
+        slow = {name: not several or not name.endswith(" intra") for name in self.lines}
+        return Profile(
+            {name: line.faster(factor) if slow[name] else line for name, line in self.lines.items()}, self.facts
+        )
+
+    def _inter(self, size: float) -> float:
+        return self._line("all_to_all inter").seconds(size) if size else 0.0
+
+    def _line(self, name: str) -> Line:
+        if name not in self.lines:
+            known = ", ".join(self.lines) or "nothing"
+            raise ProfileError(f"the cluster profile has no {name!r} (it has {known}); measure it: moesys bench a2a")
+        return self.lines[name]
+
+    def save(self, path: Path) -> None:
+        """Write YAML, at once."""
+        text = yaml.safe_dump(
+            {**self.facts, "lines": {name: asdict(line) for name, line in self.lines.items()}}, sort_keys=False
+        )
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("# Links of a cluster, from `moesys bench a2a --profile`: seconds, bytes.\n" + text)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Inverse of `save`.
+
+        Raises:
+            ProfileError: there is no such file, or it is no profile.
+        """
+        try:
+            facts = yaml.safe_load(path.read_text())
+            lines = {name: Line(**{k: float(v) for k, v in line.items()}) for name, line in facts.pop("lines").items()}
+        except OSError as error:
+            raise ProfileError(
+                f"measure.profile: {path}: {error.strerror}; write one: moesys bench a2a --profile {path}"
+            ) from None
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+            raise ProfileError(f"{path} is no cluster profile; write one: moesys bench a2a --profile {path}") from None
+        return cls(lines, facts)
+
+
+def limits(sent: Sequence[Sequence[float]], nodes: Sequence[object]) -> tuple[float, float]:
+    """Most bytes that any rank moves inside its node, and that any node moves to or from others."""
+    ranks = range(len(nodes))
+    inside: list[float] = []
+    for i in ranks:
+        peers = [j for j in ranks if j != i and nodes[j] == nodes[i]]
+        inside += [sum(sent[i][j] for j in peers), sum(sent[j][i] for j in peers)]
+    between: list[float] = []
+    for node in set(nodes):
+        mine = [i for i in ranks if nodes[i] == node]
+        others = [j for j in ranks if nodes[j] != node]
+        between += [sum(sent[i][j] for i in mine for j in others), sum(sent[j][i] for i in mine for j in others)]
+    return max(inside, default=0.0), max(between, default=0.0)

@@ -1,0 +1,56 @@
+"""What every rank does in `moesys bench a2a`: measure what its run's folder asks for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moesys.config.schema import Config
+from moesys.measure import bench_a2a
+from moesys.measure.bench_a2a import Options
+from moesys.measure.bench_result import Result
+from moesys.parallel import nodes
+from moesys.train import worker
+from moesys.train.metrics import write_whole
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Measure what run_dir/bench.json asks for; rank 0 writes results.json, and follow.jsonl as it goes."""
+    worker.guarded(_measure, config, run_dir)
+
+
+def _measure(config: Config, run_dir: Path) -> None:
+    mesh = worker.connect(config)
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, nodes.here(mesh.rank, dist.get_world_size(), config.cluster))
+    asked = json.loads((run_dir / "bench.json").read_text())
+    follow = (run_dir / "follow.jsonl").open("w", buffering=1) if mesh.rank == 0 else None
+
+    def tell(result: Result) -> None:
+        if follow is not None:
+            follow.write(json.dumps(result.as_json()) + "\n")
+
+    results = bench_a2a.run(mesh, Options(**asked), names, tell)
+    if mesh.rank == 0:
+        facts = {"hosts": names, "backend": dist.get_backend(), "device": _device(mesh.device), "ranks": len(names)}
+        found = {"results": [asdict(result) for result in results], "facts": facts}
+        write_whole(run_dir / "results.json", json.dumps(found))
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+
+
+def main() -> int:
+    """Run the folder named on the command line."""
+    return worker.main(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
