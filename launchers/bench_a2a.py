@@ -21,6 +21,7 @@ from rich.table import Table
 
 import moesys
 from moesys.config.load import dump
+from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.launchers.launch import run, workers
 from moesys.launchers.spec import RunSpec
@@ -43,7 +44,7 @@ class BenchError(MoesysError):
     exit_code = 2
 
 
-def options_of(arguments: argparse.Namespace, world: int) -> Options:
+def options_of(arguments: argparse.Namespace, config: Config) -> Options:
     """What the command line asks for.
 
     Raises:
@@ -53,13 +54,20 @@ def options_of(arguments: argparse.Namespace, world: int) -> Options:
         raise BenchError("--factor must be at least 2, --iterations at least 1, and --warmup at least 0")
     if arguments.max < arguments.min:
         raise BenchError(f"--max {arguments.max} is less than --min {arguments.min}")
-    groups = arguments.groups or GROUPS
+    groups, moe = arguments.groups or GROUPS, config.model.moe
+    world = config.cluster.nodes * config.cluster.ranks_per_node
     if arguments.matrix is not None:
         if arguments.groups not in (None, ["world"]):
             raise BenchError("--matrix is of all ranks: leave --groups out, or say --groups world")
         groups = ("world",)
+    if arguments.dispatch and (moe is None or config.parallel.ep * config.parallel.etp == 1):
+        raise BenchError("--dispatch needs experts over several ranks: set model.moe, and parallel.ep to more than 1")
+    if moe is not None and not 1 <= arguments.top_k <= moe.experts:
+        raise BenchError(f"--top-k {arguments.top_k}: there are model.moe.experts({moe.experts}) to choose from")
+    if min(arguments.tokens, arguments.hidden) < 1:
+        raise BenchError("--tokens and --hidden must be at least 1")
     return Options(
-        kinds=arguments.collectives or COLLECTIVES,
+        kinds=arguments.collectives or (() if arguments.dispatch else COLLECTIVES),
         groups=groups,
         dtypes=arguments.dtypes,
         smallest=arguments.min,
@@ -71,6 +79,10 @@ def options_of(arguments: argparse.Namespace, world: int) -> Options:
         matrix=None if arguments.matrix is None else traffic.read(arguments.matrix, world),
         check=arguments.check,
         plain=arguments.plain,
+        dispatch=arguments.dispatch or (),
+        tokens=arguments.tokens,
+        hidden=arguments.hidden,
+        top_k=arguments.top_k,
     )
 
 
@@ -83,7 +95,7 @@ def command(arguments: argparse.Namespace) -> int:
     world = config.cluster.nodes * config.cluster.ranks_per_node
     if world < 2:
         raise BenchError("one rank has nobody to send to: set cluster.ranks_per_node or cluster.nodes to more")
-    options = options_of(arguments, world)
+    options = options_of(arguments, config)
     base = Path(config.output.runs).expanduser()
     base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-a2a-", dir=base) as folder:

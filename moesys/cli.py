@@ -246,6 +246,12 @@ def a2a_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--warmup", type=int, default=3)
     sub.add_argument("--skew", type=float, help="also uneven all-to-alls: bytes to rank r ∝ 1 / (r + 1)^skew")
     sub.add_argument("--matrix", type=Path, metavar="FILE", help="also uneven all-to-alls in this pattern of bytes")
+    kinds = ("all_to_all", "all_gather", "hierarchical")
+    text = "time these dispatchers with batches of tokens (and no collectives, unless --collectives names them)"
+    sub.add_argument("--dispatch", nargs="+", choices=kinds, help=text)
+    sub.add_argument("--tokens", type=int, default=1024, help="--dispatch: of each rank")
+    sub.add_argument("--hidden", type=int, default=1024, help="--dispatch: elements of a token")
+    sub.add_argument("--top-k", type=int, default=2, help="--dispatch: experts of a token")
     sub.add_argument("--no-check", dest="check", action="store_false", help="do not validate results")
     sub.add_argument("--plain", action="store_true", help="beside a bare loop around torch's all_to_all_single")
     sub.add_argument("--json", type=Path, help="write the figures here, in the shape of nccl-tests' -J")

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.config.schema import Config
 from moesys.measure import clocks, traffic
 from moesys.measure.bench_result import Result, Samples
 from moesys.measure.sizes import COLLECTIVES, GROUPS
@@ -32,6 +33,7 @@ class Options:
         smallest, largest, factor: sizes in bytes, each `factor` times the one before.
         skew, matrix: also all-to-alls of uneven traffic, by Zipf's law or in this pattern.
         check: validate one result of every case.
+        dispatch: also these dispatchers, with `tokens` of `hidden` elements from each rank to `top_k` experts each.
         plain: interleave a bare loop around `torch.distributed.all_to_all_single`, for comparison.
     """
 
@@ -47,6 +49,10 @@ class Options:
     matrix: Matrix | None = None
     check: bool = True
     plain: bool = False
+    dispatch: Sequence[str] = ()
+    tokens: int = 1024
+    hidden: int = 1024
+    top_k: int = 2
 
     def sizes(self) -> Iterator[int]:
         size = self.smallest
@@ -83,8 +89,12 @@ def groups(mesh: ParallelMesh, names: Sequence[str], nodes: list[str]) -> list[G
     return made
 
 
-def run(mesh: ParallelMesh, options: Options, nodes: list[str], tell: Callable[[Result], None]) -> list[Result]:
+def run(
+    config: Config, mesh: ParallelMesh, options: Options, nodes: list[str], tell: Callable[[Result], None]
+) -> list[Result]:
     """Measure every case; `tell` gets each result on rank 0 as it comes. All results on rank 0, else none."""
+    from moesys.measure import bench_dispatch
+
     on_host = dist.group.WORLD if mesh.device.type == "cpu" else dist.new_group(backend="gloo")
     assert on_host is not None
     offset, results = clocks.offset(on_host), []
@@ -98,6 +108,13 @@ def run(mesh: ParallelMesh, options: Options, nodes: list[str], tell: Callable[[
                 if result is not None:
                     tell(result)
                     results.append(result)
+    for kind in options.dispatch:
+        for dtype in options.dtypes:
+            dispatching = bench_dispatch.Dispatching(kind, config, mesh, getattr(torch, dtype), options)
+            result = dispatching.measure(on_host, offset, nodes)
+            if result is not None:
+                tell(result)
+                results.append(result)
     return results
 
 
@@ -204,35 +221,47 @@ class Case:
     def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> Result | None:
         """Time it on all ranks; the result on rank 0, else None."""
         wrong = self.wrong() if self.options.check else 0
-        own: list[Stamp] = []
-        plain: list[Stamp] = []
-        sides: list[tuple[list[Stamp], Callable[[], None]]] = [(own, self.call)]
-        if self.options.plain and self.kind.startswith("all_to_all"):
-            sides.append((plain, self._plain))
-        for number in range(self.options.warmup + self.options.iterations):
-            for stamps, call in sides if number % 2 else sides[::-1]:
-                dist.barrier(on_host)
-                begin = comm.now(self.device)
-                call()
-                stamp = begin, comm.now(self.device)
-                if number >= self.options.warmup:
-                    stamps.append(stamp)
-        told = Samples(_seconds(own, offset, self.device), _seconds(plain, offset, self.device), wrong)
+        bare = self._bare if self.options.plain and self.kind.startswith("all_to_all") else None
+        told = timed(self.call, bare, self.options, on_host, offset, self.device)
         everyone: list[Any] = [None] * len(nodes)
-        dist.all_gather_object(everyone, told, group=on_host)
+        dist.all_gather_object(everyone, Samples(*told, wrong), group=on_host)
         if dist.get_rank() != 0:
             return None
         name = str(self.dtype).removeprefix("torch.")
         return Result.of(self.kind, self.group.name, self.group.all, self.size, name, self.grain, self.sent, everyone)
 
-    def _plain(self) -> None:
+    def _bare(self) -> None:
         dist.all_to_all_single(self.out, self.x, self.splits[1], self.splits[0], group=self.group.own)
 
 
+def timed(
+    call: Callable[[], object],
+    bare: Callable[[], object] | None,
+    options: Options,
+    on_host: dist.ProcessGroup,
+    offset: float,
+    device: torch.device,
+) -> tuple[list[Span], list[Span]]:
+    """Begins and ends of every iteration of `call`, and of `bare` in between, on rank 0's clock. Collective."""
+    own: list[Stamp] = []
+    plain: list[Stamp] = []
+    sides: list[tuple[list[Stamp], Callable[[], object]]] = [(own, call), *([] if bare is None else [(plain, bare)])]
+    for number in range(options.warmup + options.iterations):
+        for stamps, run_once in sides if number % 2 else sides[::-1]:
+            dist.barrier(on_host)
+            begin = comm.now(device)
+            run_once()
+            stamp = begin, comm.now(device)
+            if number >= options.warmup:
+                stamps.append(stamp)
+    return _seconds(own, offset, device), _seconds(plain, offset, device)
+
+
 Stamp = tuple[comm.Time, comm.Time]
+Span = tuple[float, float]
 
 
-def _seconds(stamps: list[Stamp], offset: float, device: torch.device) -> list[tuple[float, float]]:
+def _seconds(stamps: list[Stamp], offset: float, device: torch.device) -> list[Span]:
     """Begins and ends on rank 0's clock; on a GPU since the first begin, which a barrier has put at one time."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, pstdev
 from typing import Any
 
@@ -85,6 +85,21 @@ class Result:
             plain=median(slowest([s.plain for s in samples])) if samples[0].plain else None,
             wrong=sum(s.wrong for s in samples),
         )
+
+    @classmethod
+    def dispatch(
+        cls,
+        kind: str,
+        groups: Sequence[Sequence[int]],
+        dtype: str,
+        sent: Sequence[Sequence[int]],
+        samples: Sequence[Samples],
+        limit: tuple[float, float],
+    ) -> Result:
+        """Of a dispatcher, from what all ranks saw and sent; `limit` as `links.limits`."""
+        size = max(map(sum, sent))
+        found = cls.of(f"dispatch {kind}", "expert", groups, size, dtype, 1, sent, samples)
+        return replace(found, bytes=size, count=size, limit=limit[1] or limit[0])
 
     @property
     def seconds(self) -> float:
@@ -177,7 +192,7 @@ def lines(results: Sequence[Result]) -> dict[str, Line]:
     """The link model of every collective and group measured with more than one size, from transfers."""
     found: dict[str, list[tuple[float, float]]] = {}
     for r in results:
-        if r.kind != "all_to_all_uneven":
+        if r.kind != "all_to_all_uneven" and not r.kind.startswith("dispatch"):
             size = r.limit if r.kind in ("all_to_all", "send_recv") else r.bytes
             found.setdefault(f"{r.kind} {r.group}", []).append((size, r.transfer))
     return {name: fit(points) for name, points in found.items() if len({b for b, _ in points}) > 1}

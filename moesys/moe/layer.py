@@ -109,13 +109,17 @@ class MoELayer(nn.Module):
         decision.losses |= mixture.losses
         self.statistics.add(decision, x_BSH.device)
         if decision.losses:
-            decision.attach(torch.stack(list(decision.losses.values())).sum() * self.loss_scale)
+            decision.attach(self.objective(decision.losses))
         shared = None if self.shared is None else Once(partial(self.shared, x_BSH))
         with self.dispatcher.beside(shared):
             out = decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
         if self.zero is not None and decision.zero_TZ is not None:
             out = out + self.zero(x_TH, decision.zero_TZ).view_as(x_BSH)
         return out if shared is None else mixture.join(out, shared())
+
+    def objective(self, losses: dict[str, Tensor]) -> Tensor:
+        """What this device's shares of the losses add to what is minimised: a scalar."""
+        return torch.stack(list(losses.values())).sum() * self.loss_scale
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

@@ -36,7 +36,7 @@ def _measure(config: Config, run_dir: Path) -> None:
         if follow is not None:
             follow.write(json.dumps(result.as_json()) + "\n")
 
-    results = bench_a2a.run(mesh, Options(**asked), names, tell)
+    results = bench_a2a.run(config, mesh, Options(**asked), names, tell)
     if mesh.rank == 0:
         facts = {"hosts": names, "backend": dist.get_backend(), "device": _device(mesh.device), "ranks": len(names)}
         found = {"results": [asdict(result) for result in results], "facts": facts}

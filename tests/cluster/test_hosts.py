@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from statistics import median
 
 import pytest
 import yaml
@@ -12,6 +13,8 @@ from support import changed
 
 from moesys.cli import main
 from moesys.launchers.hosts import Hosts, unavailable
+from moesys.measure.explain import explain
+from moesys.measure.step import read_steps
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -67,3 +70,45 @@ def test_a_slow_link_shows_its_rate_between_nodes_and_not_inside(config: Path, t
     lines = yaml.safe_load(profile.read_text())["lines"]
     assert 1 / lines["send_recv inter"]["per_byte"] == pytest.approx(GBIT * 1e9 / 8, rel=0.1)
     assert "send_recv, inter groups of 2" in capsys.readouterr().out
+
+
+def test_hierarchical_dispatch_is_faster_by_what_it_does_not_send_between_nodes(config: Path, tmp_path: Path) -> None:
+    """Of four experts for each token two are on the other node: two rows cross, or one.
+
+    In eight chunks: gloo lets two ranks send to each other at the same time only if several messages are under way.
+    """
+    found = tmp_path / "dispatch.json"
+    words = ["--dispatch", "all_to_all", "hierarchical", "--tokens", "512", "--hidden", "512", "--top-k", "4"]
+    changes = ["parallel.dispatch.chunks=8", "model.moe.experts=8"]
+    factors = []
+    for _ in range(3):
+        assert main(["bench", "a2a", str(config), *changes, *words, "--iterations", "7", "--json", str(found)]) == 0
+        flat, hierarchical = json.loads(found.read_text())["results"]
+        predicted = flat["limiting_bytes"] / hierarchical["limiting_bytes"]
+        assert predicted == pytest.approx(2.0, rel=0.05)
+        factors.append(flat["out_of_place"]["time"] / hierarchical["out_of_place"]["time"] / predicted)
+        if factors[-1] == pytest.approx(1, rel=0.15):
+            return
+    pytest.fail(f"measured / predicted factors: {factors}")
+
+
+def test_overlap_leaves_less_exposed(config: Path, tmp_path: Path, small: dict) -> None:
+    """Shared experts computed while tokens travel, or before."""
+    moe = ["model.moe.shared_experts=1", "model.moe.shared_ffn_hidden=2048", "model.layers=2"]
+    train = [
+        "train.steps=8",
+        "train.seq_len=128",
+        "train.eval_sequences=1",
+        "measure.every=1",
+        "output.tensorboard=false",
+    ]
+    exposed, hidden = {}, {}
+    for overlap in ("true", "false"):
+        name = f"overlap-{overlap}"
+        changes = [f"parallel.dispatch.overlap_shared={overlap}", f"name={name}"]
+        assert main(["launch", str(config), *moe, *train, *changes]) == 0
+        steps = read_steps(tmp_path / "runs" / name)[1:]
+        exposed[overlap] = median(explain([step]).total.exposed for step in steps)
+        hidden[overlap] = median(explain([step]).total.hidden for step in steps)
+    assert exposed["true"] < 0.95 * exposed["false"]
+    assert hidden["true"] > hidden["false"]

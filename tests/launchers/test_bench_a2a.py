@@ -1,4 +1,4 @@
-"""`moesys bench a2a` in real processes: agrees with a bare loop, validates, and writes what readers of nccl-tests read."""
+"""`moesys bench a2a` in real processes: agrees with a bare loop, validates, and writes what is read elsewhere."""
 
 from __future__ import annotations
 
