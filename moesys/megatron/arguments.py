@@ -1,0 +1,194 @@
+"""The plug-in's options, and the layer that a Megatron-Core configuration describes.
+
+What Megatron has an option for is read from its `TransformerConfig`; `Options` holds the rest.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch.nn import functional
+
+from moesys.config.schema import DispatchConfig, GateConfig, MoEConfig
+from moesys.errors import ConfigError, Problem
+from moesys.parallel import gates_check
+
+GATES = ("top_k", "expert_choice", "sinkhorn", "base", "dense")
+"""Kinds that need neither the tokens' ids nor their numbers, and keep nothing from step to step."""
+
+KINDS = tuple(get_args(DispatchConfig.model_fields["kind"].annotation))
+PAYLOADS = tuple(get_args(DispatchConfig.model_fields["payload"].annotation))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What Megatron has no option for.
+
+    Attributes:
+        gate: one of `GATES`; "top_k" is Megatron's own token choice, by its definitions.
+        dispatch: how tokens travel; None: as `moe_token_dispatcher_type` says, "allgather" by all-gather and the
+            others by all-to-all.
+        chunks, payload: see `DispatchConfig`.
+    """
+
+    gate: str = "top_k"
+    dispatch: str | None = None
+    chunks: int = 1
+    payload: str = "model"
+
+    def dispatch_config(self, config: Any) -> DispatchConfig:
+        """How tokens of a model of this `TransformerConfig` travel."""
+        named = {"allgather": "all_gather"}.get(config.moe_token_dispatcher_type, "all_to_all")
+        given = {"kind": self.dispatch or named, "chunks": self.chunks, "payload": self.payload}
+        return DispatchConfig.model_validate(given | {"overlap_shared": config.moe_shared_expert_overlap})
+
+
+def moe_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add the plug-in's flags; to be handed to Megatron-LM as `extra_args_provider`."""
+    group = parser.add_argument_group("moesys")
+    group.add_argument("--moesys-gate", choices=GATES, default="top_k", help="how tokens are routed")
+    group.add_argument("--moesys-dispatch", choices=KINDS, help="default: as --moe-token-dispatcher-type says")
+    group.add_argument("--moesys-dispatch-chunks", type=_positive, default=1, help="pieces that travel in turn")
+    group.add_argument("--moesys-dispatch-payload", choices=PAYLOADS, default="model", help="how rows travel")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def from_args(args: Namespace) -> Options:
+    """The options of parsed flags."""
+    return Options(args.moesys_gate, args.moesys_dispatch, args.moesys_dispatch_chunks, args.moesys_dispatch_payload)
+
+
+def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
+    """The MoE layer that a Megatron-Core `TransformerConfig` describes.
+
+    Raises:
+        ConfigError: names every option that the plug-in cannot represent, and what to do.
+    """
+    problems = _refused(config, gate)
+    activation = _activation(config)
+    if activation is None:
+        given = getattr(config.activation_func, "__name__", repr(config.activation_func))
+        rule = "the plug-in's experts have silu, gelu and quick_gelu gated, or gelu, relu and squared_relu not gated"
+        problems.append(Problem("activation_func", rule, "choose one of these", given))
+    if problems:
+        raise ConfigError(problems)
+    coefficients = _coefficients(config)
+    moe = MoEConfig(
+        experts=config.num_moe_experts,
+        top_k=config.moe_router_topk,
+        ffn_hidden=config.moe_ffn_hidden_size,
+        activation=activation,
+        bias=config.add_bias_linear,
+        gate=_gate(config, gate),
+        normalize=_normalize(config),
+        scale=config.moe_router_topk_scaling_factor or 1.0,
+        capacity_factor=config.moe_expert_capacity_factor,
+        drop="weight" if config.moe_token_drop_policy == "probs" else "position",
+        pad_to_capacity=config.moe_pad_expert_input_to_capacity,
+        balance_loss=coefficients.get("aux_loss", 0.0),
+        sequence_balance_loss=coefficients.get("seq_aux_loss", 0.0),
+        global_balance_loss=coefficients.get("global_aux_loss", 0.0),
+        z_loss=config.moe_z_loss_coeff or 0.0,
+        bias_rate=config.moe_router_bias_update_rate if config.moe_router_enable_expert_bias else 0.0,
+        shared_experts=int(config.moe_shared_expert_intermediate_size is not None),
+        shared_ffn_hidden=config.moe_shared_expert_intermediate_size,
+        shared_mix="gate" if config.moe_shared_expert_gate else "add",
+    )
+    if gate != "top_k" and (problems := gates_check.check(moe)):
+        raise ConfigError(problems)
+    return moe
+
+
+def _gate(config: Any, kind: str) -> GateConfig:
+    if kind != "top_k":
+        return GateConfig.model_validate(kind)
+    more: dict[str, Any] = {}
+    if config.moe_router_group_topk:
+        score = "max" if config.moe_router_topk // config.moe_router_group_topk == 1 else "top2"
+        more = {"groups": config.moe_router_num_groups, "groups_kept": config.moe_router_group_topk}
+        more["group_score"] = score
+    return GateConfig(
+        score=config.moe_router_score_function,
+        bias=config.add_bias_linear,
+        jitter=config.moe_input_jitter_eps or 0.0,
+        **more,
+    )
+
+
+def _normalize(config: Any) -> bool:
+    """Whether weights are divided by their sum; Megatron leaves a single sigmoid as it is."""
+    if config.moe_router_score_function == "sigmoid":
+        return bool(config.moe_router_topk > 1)
+    return not config.moe_router_pre_softmax
+
+
+def _coefficients(config: Any) -> dict[str, float]:
+    """Coefficients of the balance losses by Megatron's types."""
+    kinds, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    return dict(zip(kinds, values, strict=True)) if isinstance(kinds, list) else {kinds: values}
+
+
+def _activation(config: Any) -> Any:
+    """The kind of `moesys.kernels.activation`, or None."""
+    name = getattr(config.activation_func, "__name__", "")
+    if config.gated_linear_unit:
+        limited = name == "quick_gelu" and (config.activation_func_clamp_value, config.glu_linear_offset) == (7.0, 1.0)
+        plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0
+        gated = {functional.silu: "swiglu", functional.gelu: "geglu"}.get(config.activation_func)
+        return "clipped_swiglu" if limited else gated if plain else None
+    known = {functional.gelu: "gelu", functional.relu: "relu"}
+    return "relu2" if name == "squared_relu" else known.get(config.activation_func)
+
+
+def _refused(config: Any, gate: str) -> list[Problem]:
+    """Options that are set and have no counterpart."""
+    off = {
+        "moe_latent_size": "experts work on the whole hidden size",
+        "moe_apply_probs_on_input": "weights multiply the experts' outputs",
+        "moe_enable_routing_replay": "routing is not replayed",
+        "moe_router_force_load_balancing": "logits are not random",
+        "moe_router_padding_for_quantization": "experts do not compute in eight bits",
+        "moe_router_topk_limited_devices": "Megatron replaced it by moe_router_num_groups and moe_router_group_topk",
+        "fp8": "experts do not compute in eight bits",
+        "fp4": "experts do not compute in four bits",
+        "overlap_moe_expert_parallel_comm": "tokens travel beside the shared experts and other chunks alone",
+        "delay_wgrad_compute": "gradients of weights are computed with those of inputs",
+    }
+    problems = [
+        Problem(name, f"not in the plug-in: {why}", "leave it unset, or use Megatron's own layer", repr(value))
+        for name, why in off.items()
+        if (value := getattr(config, name, None))
+    ]
+    if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
+        rule = "split sizes of dispatch are not known when a graph is captured"
+        problems.append(Problem("cuda_graph_impl", rule, "set it to none", str(config.cuda_graph_impl)))
+    return problems + _routing(config, gate)
+
+
+def _routing(config: Any, gate: str) -> list[Problem]:
+    problems = []
+    if gate not in GATES:
+        problems.append(Problem("moesys_gate", f"must be one of {', '.join(GATES)}", given=gate))
+    kinds = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+    if unknown := set(_coefficients(config)) - kinds:
+        rule, given = f"must be among {', '.join(sorted(kinds))}", ", ".join(sorted(unknown))
+        problems.append(Problem("moe_router_load_balancing_type", rule, "for sinkhorn: --moesys-gate sinkhorn", given))
+    kept, top_k = config.moe_router_group_topk, config.moe_router_topk
+    if kept and top_k // kept > 2:
+        rule = f"moe_router_topk({top_k}) // moe_router_group_topk({kept}) must be 1 or 2: a group is as good as its "
+        rule += "best expert or its two best"
+        problems.append(Problem("moe_router_group_topk", rule, f"at least {top_k // 2}"))
+    if config.moe_router_score_function not in ("softmax", "sigmoid"):
+        problems.append(
+            Problem("moe_router_score_function", "softmax or sigmoid", given=config.moe_router_score_function)
+        )
+    return problems

@@ -1,0 +1,146 @@
+"""Token choice by Megatron-Core's definitions, so that a model trains as with Megatron's own router.
+
+They differ from `TopKGate`'s in this: the balance losses count the plain k best scores, without selection
+bias and groups; the global loss is divided by the tokens of all data ranks, whose gradients are then averaged
+again, and uses the mean of the micro-batches so far; capacity is that of a rank's own tokens; the selection
+bias follows loads after drops; groups under softmax-after-selection are compared by logits.
+
+T tokens of this rank, E experts, k choices per token, S positions, B sequences, T = S · B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesys.kernels.gate import GateResult, best
+from moesys.megatron.scope import MegatronTokens
+from moesys.moe.gates.top_k import TopKGate
+from moesys.moe.routing import MicroBatch, Routing, Tokens
+
+
+class MegatronGate(TopKGate):
+    """`TopKGate` by the definitions of Megatron-Core's `TopKRouter`; see there for the arguments.
+
+    Args:
+        jitter: multiply the gate's input by uniform numbers from 1 ± jitter, drawn from torch's generator; in
+            evaluation too, as Megatron does.
+        options: those of `TopKGate`.
+
+    Attributes:
+        expert_bias, local_tokens_per_expert: float32 [E], with a bias alone: by these names Megatron's
+            `finalize_model_grads` finds the selection bias and what it follows.
+    """
+
+    local_tokens_per_expert: Tensor
+    seen: Tensor
+
+    def __init__(self, hidden: int, experts: int, top_k: int, *, jitter: float = 0.0, **options: Any):
+        super().__init__(hidden, experts, top_k, **options)
+        self.jitter, self.counts_first = jitter, False
+        for name, wanted in (("local_tokens_per_expert", self.bias_rate), ("seen", self.balance.global_balance)):
+            if wanted:
+                self.register_buffer(name, torch.zeros(experts), persistent=False)
+        self.passes = 0
+        """Forward passes that `seen` counts."""
+
+    @property
+    def expert_bias(self) -> Tensor:
+        if not self.bias_rate:
+            raise AttributeError("expert_bias")  # Megatron asks whether there is one
+        return self.selection_bias
+
+    def reset_global_aux_loss_tracker(self) -> None:
+        """Forget the loads of the global batch; Megatron calls it after each step."""
+        self.passes = 0
+        if self.balance.global_balance:
+            self.seen.zero_()
+
+    def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
+        assert isinstance(tokens, MegatronTokens)
+        logits_TE = self.projection(self._shaken(x_TH))
+        chosen = self.choose(logits_TE, tokens)
+        routing = self._route(chosen, tokens.number_T, MicroBatch())
+        if torch.is_grad_enabled():
+            if self.training:
+                routing.losses = self._shares(logits_TE, chosen, tokens, scope)
+            if self.bias_rate:
+                self._follow(routing, tokens.real_T)
+        return routing
+
+    def _shaken(self, x_TH: Tensor) -> Tensor:
+        if not self.jitter:
+            return x_TH
+        return x_TH * torch.empty_like(x_TH).uniform_(1 - self.jitter, 1 + self.jitter)
+
+    def _selection(self, logits_TE: Tensor) -> Tensor:
+        if self.score == "softmax" and self.normalize and self.groups is not None:
+            return self.groups.limit(logits_TE)
+        return super()._selection(logits_TE)
+
+    @torch.no_grad()
+    def _follow(self, routing: Routing, real_T: Tensor | None) -> None:
+        """Count assignments that were kept; fillers, whose weight is 0, and padding are none."""
+        counted_A = routing.weight_A.detach() != 0
+        if real_T is not None:
+            counted_A &= real_T[routing.token_A]
+        self.local_tokens_per_expert.scatter_add_(0, routing.expert_A, counted_A.to(torch.float32))
+
+    def _shares(
+        self, logits_TE: Tensor, chosen: GateResult, tokens: MegatronTokens, scope: MicroBatch
+    ) -> dict[str, Tensor]:
+        """This rank's share of each loss that is on, coefficient included."""
+        b, found = self.balance, {}
+        if b.balance or b.sequence_balance or b.global_balance:
+            found = self._balances(chosen, tokens, scope)
+        if b.z:
+            found["z"] = self._z(logits_TE, tokens.real_T) / scope.size
+        return {name: getattr(b, name) * loss for name, loss in found.items()}
+
+    def _balances(self, chosen: GateResult, tokens: MegatronTokens, scope: MicroBatch) -> dict[str, Tensor]:
+        scores_TE = self._normalized(chosen.probabilities_TE)
+        plain = not self.bias_rate and self.groups is None
+        expert_Tk = chosen.expert_Tk if plain else best(scores_TE.detach(), self.top_k)
+        map_TE = torch.zeros_like(scores_TE).scatter_(1, expert_Tk, 1.0)
+        if tokens.real_T is not None:
+            scores_TE, map_TE = (x * tokens.real_T[:, None] for x in (scores_TE, map_TE))
+        found, load_E = {}, map_TE.sum(0)
+        if self.balance.balance:
+            found["balance"] = self._balance(scores_TE.sum(0), scope.sum(load_E))
+        if self.balance.sequence_balance:
+            scores_BE, load_BE = (x.view(-1, tokens.sequences, x.shape[1]).sum(0) for x in (scores_TE, map_TE))
+            found["sequence_balance"] = self._sequences(scores_BE, scope.sum(load_BE))
+        if self.balance.global_balance:
+            now_E = scope.sum_global(load_E)
+            self.seen += now_E
+            self.passes += 1
+            found["global_balance"] = self._balance(scores_TE.sum(0), self.seen / self.passes)
+        return found
+
+    def _balance(self, score_E: Tensor, load_E: Tensor) -> Tensor:
+        """`E · Σ_e f_e · P_e`, f and P both over the tokens that `load_E` counts."""
+        count = load_E.sum() / self.top_k
+        return self.experts * (score_E * load_E).sum() / (self.top_k * count * count).clamp(min=1.0)
+
+    def _sequences(self, score_BE: Tensor, load_BE: Tensor) -> Tensor:
+        """The mean over sequences of their balance; a sequence's length is the mean of the real ones."""
+        length = load_BE.sum() / (self.top_k * len(load_BE))
+        return self.experts * (score_BE * load_BE).sum() / (self.top_k * length * length * len(load_BE)).clamp(min=1.0)
+
+    def _z(self, logits_TE: Tensor, real_T: Tensor | None) -> Tensor:
+        square_T = logits_TE.logsumexp(-1).square()
+        return square_T.mean() if real_T is None else (square_T * real_T).sum() / real_T.sum().clamp(min=1)
+
+    def _count(self, load_E: Tensor) -> None:
+        """Megatron keeps the counts itself."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MegatronGate:
+        super()._apply(fn, recurse)
+        for name in ("local_tokens_per_expert", "seen"):
+            if name in self._buffers:
+                # Counts are not exact in sixteen bits.
+                setattr(self, name, getattr(self, name).to(torch.float32))
+        return self

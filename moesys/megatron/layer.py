@@ -1,0 +1,96 @@
+"""This project's MoE layer where Megatron-Core expects its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moesys.errors import ConfigError, Problem
+from moesys.megatron.arguments import Options, from_transformer_config
+from moesys.megatron.build import build
+from moesys.megatron.scope import Groups
+from moesys.megatron.sharded import sharded
+
+
+class MoESysLayer(MegatronModule):
+    """Gate, dispatcher, experts and shared experts of this project behind Megatron-Core's MoE contract.
+
+    Args:
+        config: `TransformerConfig`; see `from_transformer_config` for what is read of it.
+        submodules: not used: all parts are the project's own.
+        layer_number: the block's, from 1.
+        pg_collection: process groups; default, as up to Megatron-Core 0.17, those of `parallel_state`.
+        is_mtp_layer, name: what versions from 0.18 on pass beside.
+        options: what Megatron has no option for.
+
+    Attributes:
+        moe: the layer itself, a `moesys.moe.MoELayer`.
+
+    Raises:
+        ConfigError: an option of `config` that the plug-in cannot represent.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any = None,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        options: Options | None = None,
+    ):
+        super().__init__(config)
+        options = options or Options()
+        self.groups = Groups.of(pg_collection)
+        m = from_transformer_config(config, options.gate)
+        self.moe = build(m, config, self.groups, options.dispatch_config(config))
+        again = config.recompute_modules if config.recompute_granularity == "selective" else ()
+        self.recompute = "moe" in (again or ())
+        if "shared_experts" in (again or ()) and not self.recompute:
+            rule = "the plug-in recomputes the whole MoE layer or nothing of it"
+            raise ConfigError([Problem("recompute_modules", rule, "moe in place of shared_experts", "shared_experts")])
+        self.layer_number: int | None = None
+        if layer_number is not None:
+            self.set_layer_number(layer_number)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Name the block, from 1 over all pipeline stages, in metrics and in records of what travels."""
+        self.layer_number = self.moe.layer_number = layer_number
+        if hasattr(self.moe.dispatcher, "layer"):
+            self.moe.dispatcher.layer = f"layers.{layer_number - 1}.mlp"
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, padding_mask: Tensor | None = None, **__: Any
+    ) -> tuple[Tensor, None]:
+        """Output [S, B, H] of `hidden_states` [S, B, H], S this tensor rank's part under sequence parallelism.
+
+        `padding_mask` bool [B, S] or [B, S of all tensor ranks], True for padding: such tokens are routed, but
+        count in no loss and in no load.
+        """
+        tp = self.groups.tp
+        if self.training and tp.size() > 1 and not self.config.sequence_parallel:
+            rule = f"must be on to train MoE layers with tensor_model_parallel_size({tp.size()})"
+            raise ConfigError([Problem("sequence_parallel", rule, "--sequence-parallel")])
+        real_SB = None if padding_mask is None else self._real(padding_mask, len(hidden_states))
+        if self.recompute and self.training and hidden_states.requires_grad:
+            # As Megatron does: the losses arise in the recomputation alone, so that they count once.
+            out = checkpoint(self.moe, hidden_states, real_SB, use_reentrant=True)
+        else:
+            out = self.moe(hidden_states, real_SB)
+        return out, None
+
+    def _real(self, padding_BS: Tensor, positions: int) -> Tensor:
+        real_SB = ~padding_BS.bool().t()
+        if len(real_SB) == positions:
+            return real_SB
+        return real_SB.chunk(self.groups.tp.size())[self.groups.tp.rank()]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What `megatron.core.dist_checkpointing` saves, under the names of Megatron's own layer."""
+        return sharded(self.moe, self.groups, f"{prefix}moe.", prefix, sharded_offsets, metadata)

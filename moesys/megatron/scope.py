@@ -1,0 +1,81 @@
+"""Megatron-Core's process groups as this project's layer sees them: who holds what of a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.moe.routing import MicroBatch, Tokens
+from moesys.parallel import comm
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups that an MoE layer needs, by Megatron's names.
+
+    `tp_ep` holds the ranks of an expert group: rank i · etp + j has slice j of the i-th share of the experts.
+    """
+
+    tp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    expt_tp: dist.ProcessGroup
+    expt_dp: dist.ProcessGroup
+    tp_ep: dist.ProcessGroup
+    tp_cp: dist.ProcessGroup
+    tp_dp_cp: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, collection: Any = None) -> Groups:
+        """Those of a `ProcessGroupCollection`; without one, or where it lacks some, `parallel_state`'s."""
+        from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+        names = cls.__dataclass_fields__
+        found: dict[str, Any] = {name: getattr(collection, name, None) for name in names}
+        if None in found.values():
+            default = get_default_pg_collection()
+            found = {name: getattr(default, name) if group is None else group for name, group in found.items()}
+        return cls(**found)
+
+
+@dataclass(frozen=True)
+class MegatronTokens(Tokens):
+    """Tokens in Megatron's order: `sequences` B of them at each of S positions, T = S · B rows.
+
+    `real_T` bool [T], False for padding; None where every token is real.
+    """
+
+    real_T: Tensor | None = None
+
+
+class MegatronScope(MicroBatch):
+    """A micro-batch whose sequences are spread over the tensor and context ranks of `groups`."""
+
+    def __init__(self, groups: Groups):
+        self.groups, self.size = groups, groups.tp_cp.size()
+        self.real: Tensor | int = 0
+        """How many real tokens the last input of this rank had."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x if self.size == 1 else comm.total(x, self.groups.tp_cp)
+
+    def sum_global(self, x: Tensor) -> Tensor:
+        return x if self.groups.tp_dp_cp.size() == 1 else comm.total(x, self.groups.tp_dp_cp)
+
+    def gather(self, x_T: Tensor) -> Tensor:
+        return x_T if self.size == 1 else comm.gather(x_T, self.groups.tp_cp)
+
+    def mine(self, rows: int) -> slice:
+        start = self.groups.tp_cp.rank() * rows
+        return slice(start, start + rows)
+
+    def mark(self, tokens: Tensor | None, batch: int, sequence: int, device: torch.device) -> MegatronTokens:
+        """The tokens of an input [S, B, H] (`batch` is S here); `tokens` bool [S, B] says which are real."""
+        rows = batch * sequence
+        number_T = torch.arange(rows, device=device) + self.mine(rows).start
+        real_T = None if tokens is None else tokens.reshape(-1)
+        self.real = rows if real_T is None else real_T.sum()
+        return MegatronTokens(number_T, sequence, real_T=real_T)

@@ -1,0 +1,34 @@
+"""Shared experts over Megatron-Core's tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.models.layers import FeedForward
+
+
+class SharedExperts(FeedForward):
+    """This rank's slice of the inner size of a feed-forward that every token takes: [S, B, H] → same.
+
+    Args:
+        hidden, width: H and the inner size of the whole.
+        activation: a kind of `moesys.kernels.activation`.
+        group: the tensor-parallel ranks, which must divide `width`.
+        sequence_parallel: whether each of them has a part of S.
+    """
+
+    def __init__(self, hidden: int, width: int, activation: str, group: dist.ProcessGroup, sequence_parallel: bool):
+        super().__init__(hidden, width // group.size(), activation)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group.size() == 1:
+            return super().forward(x)
+        from megatron.core.tensor_parallel import mappings
+
+        if self.sequence_parallel:
+            whole = mappings.gather_from_sequence_parallel_region(x, group=self.group)
+            return mappings.reduce_scatter_to_sequence_parallel_region(super().forward(whole), group=self.group)
+        copied = mappings.copy_to_tensor_model_parallel_region(x, group=self.group)
+        return mappings.reduce_from_tensor_model_parallel_region(super().forward(copied), group=self.group)
