@@ -142,6 +142,13 @@ def bench_measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def what_if(arguments: argparse.Namespace) -> int:
+    """Predict a recorded run's step with other settings."""
+    from moesys.launchers.what_if import command
+
+    return command(arguments)
+
+
 def bench_a2a(arguments: argparse.Namespace) -> int:
     """Time collectives on the ranks that the launcher places."""
     from moesys.launchers.bench_a2a import command
@@ -197,6 +204,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tolerance", type=float, help=text)
     sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     sub.add_argument("--json", type=Path, help="write the differences here")
+    sub = commands.add_parser("what-if", help="predict a recorded run's step with other settings")
+    sub.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run that recorded steps")
+    sub.add_argument("--profile", type=Path, metavar="FILE", help="links, from bench a2a; instead of measure.profile")
+    text = "a setting to predict, as in 'parallel.ep=2 parallel.dispatch.chunks=2'; default: a choice of them"
+    sub.add_argument("--change", action="append", metavar="'key=value …'", help=text)
+    sub.add_argument("--measure", action="store_true", help="run each setting as well, and show both")
+    sub.set_defaults(run=what_if, overrides=[])
     bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
     sub = bench.add_parser("train", help="training speed beside transformers, and time to the first step")
     sub.add_argument("config", type=Path, help="a YAML file")

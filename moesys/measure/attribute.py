@@ -129,6 +129,12 @@ def _computed(r: RankStep) -> Iterator[tuple[int, float]]:
                     yield id(t), t.begin - max(ended)
 
 
+def experts_seconds(steps: Iterable[Step]) -> float:
+    """Seconds that experts computed, per step and rank, as told by what travelled before and after."""
+    ranks = [r for step in steps for r in step.ranks]
+    return sum(seconds for r in ranks for _, seconds in _computed(r)) / max(1, len(ranks))
+
+
 def passes(travels: Iterable[Travel]) -> list[list[Travel]]:
     """Those of MoE layers, one list for each time that rows went to a layer's experts and came back."""
     found: list[list[Travel]] = []

@@ -178,6 +178,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
         "unigram_loss": unigram,
         "bigram_loss": bigram,
         "steps": trainer.step,
+        "vocab_size": corpus.vocab_size,
         "world_size": dist.get_world_size(),
         "parameters": total,
         "active_parameters": active,

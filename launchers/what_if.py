@@ -1,0 +1,103 @@
+"""`moesys what-if`: predictions from a recorded run, and, where asked for, runs that tell how good they are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from moesys.config.load import load
+from moesys.config.schema import Config
+from moesys.errors import MoesysError
+from moesys.launchers.launch import launch
+from moesys.launchers.spec import RunSpec
+from moesys.measure.links import Profile
+from moesys.measure.step import Step, read_steps
+from moesys.measure.what_if import Prediction, Predictor, variants
+from moesys.train.checked import load_checked
+from moesys.train.metrics import write_whole
+
+SKIPPED = 2
+"""Recorded steps that warm up what later ones find warm."""
+
+
+class WhatIfError(MoesysError):
+    """A run cannot be the base of predictions."""
+
+    exit_code = 2
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Predict, measure if asked to, show, and write RUN/measure/what_if.json."""
+    run_dir: Path = arguments.run_dir
+    config, steps = recorded(run_dir)
+    path = arguments.profile or config.measure.profile
+    if path is None:
+        raise WhatIfError("--profile: links are not known; measure them: moesys bench a2a CONFIG --profile FILE")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    predictor = Predictor(config, summary["vocab_size"], steps, Profile.load(Path(path)))
+    named = {" ".join(words): words for words in map(shlex.split, arguments.change or [])} or variants(config)
+    found: list[Prediction] = []
+    for name, changes in named.items():
+        changed = load_checked(run_dir / "config.yaml", changes, with_data=False)
+        faster = 2.0 if name == "links twice as fast" else 1.0
+        prediction = predictor.predict(name, changes, changed, faster)
+        if arguments.measure and changes:
+            prediction = replace(prediction, measured=measure(changed, run_dir, len(found)))
+        found.append(prediction)
+    base = Prediction("as recorded", [], predictor.recorded.total.step, predictor.recorded.total.exposed)
+    Console(width=max(100, Console().width)).print(table([base, *found]))
+    write_whole(
+        run_dir / "measure" / "what_if.json", json.dumps([p.as_json() for p in [base, *found]], indent=1) + "\n"
+    )
+    return 0
+
+
+def recorded(run_dir: Path) -> tuple[Config, list[Step]]:
+    """A run's configuration and recorded steps, the first ones left out.
+
+    Raises:
+        WhatIfError: it has none.
+    """
+    if not (run_dir / "summary.json").exists():
+        raise WhatIfError(f"{run_dir} is no finished run: give the folder that moesys launch made")
+    steps = read_steps(run_dir)
+    if not steps:
+        raise WhatIfError(f"{run_dir} recorded no steps: launch it with --measure")
+    return load(run_dir / "config.yaml").config, steps[SKIPPED:] or steps
+
+
+def measure(config: Config, run_dir: Path, number: int) -> float:
+    """Run the setting with the same launcher; the median seconds of its recorded steps."""
+    name = f"{run_dir.name}-what-if-{number}"
+    output = config.output.model_copy(update={"runs": str(run_dir.parent), "tensorboard": False})
+    spec = RunSpec.of(config.model_copy(update={"name": name, "output": output}))
+    spec.run_dir.mkdir(parents=True, exist_ok=True)
+    from moesys.config.load import dump
+
+    (spec.run_dir / "config.yaml").write_text(dump(spec.config))
+    if launch(spec, config.launch.launcher, Console(stderr=True, quiet=True)):
+        raise WhatIfError(f"the run of {name} failed: see {spec.run_dir / 'logs'}")
+    _, steps = recorded(spec.run_dir)
+    return median(step.seconds for step in steps)
+
+
+def table(predictions: list[Prediction]) -> Table:
+    """Seconds of a step as recorded, as predicted, and as measured where that was done."""
+    base = predictions[0]
+    shown = Table(title="what if: predictions from recorded steps and fitted links", title_justify="left")
+    measured = any(p.measured is not None for p in predictions)
+    for name in ("setting", "step ms", "of recorded", "exposed all-to-all ms", *(["measured ms", "error"] * measured)):
+        shown.add_column(name, justify="left" if name == "setting" else "right")
+    for p in predictions:
+        row = [p.name, f"{p.step * 1e3:.1f}", f"{p.step / base.step:.2f}", f"{p.exposed * 1e3:.1f}"]
+        if measured:
+            row += ["", ""] if p.measured is None or p.error is None else [f"{p.measured * 1e3:.1f}", f"{p.error:+.0%}"]
+        shown.add_row(*row)
+    return shown

@@ -1,0 +1,182 @@
+"""What a recorded run would have taken with another setting: predictions. Needs no torch.
+
+    step' = step + Σ (factor · (model' − model)) − what chunks hide
+
+over expert and data parallelism. The model of each is the planned bytes of every collective, spread over
+ranks as the recorded loads of experts say, on the fitted links; `factor` is how much longer the
+communication of the recorded run took than the model says, so that what the model does not know (how well
+the links serve both directions, waiting) cancels to first order. Computation is taken to stay as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from statistics import fmean
+from typing import Any
+
+from moesys.config.schema import Config
+from moesys.errors import MoesysError
+from moesys.measure.attribute import experts_seconds
+from moesys.measure.explain import explain
+from moesys.measure.links import Profile
+from moesys.measure.step import Step
+from moesys.parallel import dimension, nodes
+from moesys.parallel.cost import Collective, StepShape
+from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
+
+EXPERT = ("ep", "etp")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One setting: its predicted seconds of a step, exposed all-to-all in it, and the step's where it was run too."""
+
+    name: str
+    changes: list[str]
+    step: float
+    exposed: float
+    measured: float | None = None
+
+    @property
+    def error(self) -> float | None:
+        """(predicted − measured) / measured."""
+        return None if self.measured is None else self.step / self.measured - 1
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "error": self.error}
+
+
+def variants(config: Config) -> dict[str, list[str]]:
+    """Settings worth a prediction, as overrides of `config`."""
+    degrees = degrees_of(config)
+    found: dict[str, list[str]] = {}
+    if degrees.ep > 1:
+        found[f"experts over {degrees.ep // 2} ranks"] = [f"parallel.ep={degrees.ep // 2}"]
+        kind = config.parallel.dispatch.kind
+        if kind != "hierarchical" and config.cluster.nodes > 1:
+            found["hierarchical dispatch"] = ["parallel.dispatch.kind=hierarchical"]
+        if config.parallel.dispatch.chunks == 1:
+            found["four chunks that overlap"] = ["parallel.dispatch.chunks=4"]
+        found["capacity factor 1"] = ["model.moe.capacity_factor=1.0"]
+        rate = config.launch.link_gbit
+        found["links twice as fast"] = [] if rate is None else [f"launch.link_gbit={2 * rate:g}"]
+    return found
+
+
+def degrees_of(config: Config) -> Degrees:
+    """Raises MoesysError if the configuration has none."""
+    degrees, problems = resolve(config)
+    if degrees is None:
+        raise MoesysError("; ".join(map(str, problems)))
+    return degrees
+
+
+class Predictor:
+    """Predictions from `steps` recorded under `config`, on links as in `profile`."""
+
+    def __init__(self, config: Config, vocab_size: int, steps: Sequence[Step], profile: Profile):
+        self.config, self.vocab_size, self.profile = config, vocab_size, profile
+        self.recorded = explain(steps)
+        self.every_load = [load for step in steps for load in step.load.values()]
+        self.loads = _mean_loads(self.every_load)
+        self.computing = experts_seconds(steps)
+        observed = {"expert": self.recorded.total.exposed, "data": self.recorded.total.others.get("data", 0.0)}
+        self.base = self.seconds(config, profile)
+        self.factor = {k: observed[k] / self.base[k] if self.base[k] > 0 and observed[k] > 0 else 1.0 for k in observed}
+
+    def predict(self, name: str, changes: list[str], config: Config, faster: float = 1.0) -> Prediction:
+        """Of `config`, which is this run's with `changes`, on links `faster` times as fast."""
+        model = self.seconds(config, self.profile.faster(faster))
+        change = {kind: self.factor[kind] * (model[kind] - self.base[kind]) for kind in model}
+        hidden = self._hidden(config, self.factor["expert"] * model["expert"])
+        exposed = max(0.0, self.recorded.total.exposed + change["expert"] - hidden)
+        step = self.recorded.total.step + change["data"] + exposed - self.recorded.total.exposed
+        return Prediction(name, changes, step, exposed)
+
+    def _hidden(self, config: Config, travelling: float) -> float:
+        """What more chunks than the recorded run's hide: all but the first and last of the shorter of the two."""
+        before, after = self.config.parallel.dispatch.chunks, config.parallel.dispatch.chunks
+        return min(self.computing, travelling) * (1 / before - 1 / after)
+
+    def seconds(self, config: Config, profile: Profile) -> dict[str, float]:
+        """Of a step's collectives of expert and data parallelism on the busiest stage, by the model."""
+        degrees = degrees_of(config)
+        stages = [dimension.step_shape(config, degrees, self.vocab_size, pp) for pp in range(degrees.pp)]
+        totals = [self._stage(shape, profile) for shapes in stages for shape in shapes]
+        return {kind: max(total[kind] for total in totals) for kind in ("expert", "data")}
+
+    def _stage(self, shape: StepShape, profile: Profile) -> dict[str, float]:
+        total = {"expert": 0.0, "data": 0.0}
+        for move in dimension.traffic(shape):
+            if move.axes == EXPERT:
+                total["expert"] += move.calls * self._travel(move, shape, profile)
+            elif any("dp" in axis for axis in move.axes):
+                total["data"] += move.calls * profile.collective(move.kind, move.bytes, self._group(move, shape)[1])
+        return total
+
+    def _travel(self, move: Collective, shape: StepShape, profile: Profile) -> float:
+        ranks, places = self._group(move, shape)
+        if move.kind != "all_to_all":
+            return profile.collective(move.kind, move.bytes, places)
+        share = self._shares(shape, len(ranks)) if not move.level else None
+        kept = self._kept(shape.config)
+        world = range(shape.degrees.world)
+        where = nodes.planned(list(world), shape.config.cluster)
+        sent = [[0.0] * len(where) for _ in world]
+        for group in _groups(shape.degrees, EXPERT):
+            for i in group:
+                peers = _peers(group, i, where, move.level)
+                for j in peers:
+                    part = 1 / len(peers) if share is None else share[group.index(j)]
+                    sent[i][j] = move.bytes * kept * part
+        return profile.exchange(sent, where)
+
+    def _group(self, move: Collective, shape: StepShape) -> tuple[list[int], list[int]]:
+        """A group along the axes, and the nodes of its ranks."""
+        ranks = _groups(shape.degrees, move.axes)[0]
+        return ranks, nodes.planned(ranks, shape.config.cluster)
+
+    def _shares(self, shape: StepShape, ranks: int) -> list[float]:
+        """The share of all rows that each rank of an expert group gets."""
+        d, experts = shape.degrees, len(self.loads)
+        if not experts:
+            return [1 / ranks] * ranks
+        local, total = experts // d.ep, sum(self.loads)
+        shares = [sum(self.loads[i * local : (i + 1) * local]) / total / d.etp for i in range(d.ep)]
+        return [share for share in shares for _ in range(d.etp)]
+
+    def _kept(self, config: Config) -> float:
+        """The share of assignments that the capacity leaves of the recorded ones."""
+        return _fitting(self.every_load, config) / _fitting(self.every_load, self.config)
+
+
+def _fitting(loads: Sequence[Sequence[float]], config: Config) -> float:
+    """The share of assignments within the capacity, over layers and steps."""
+    moe = config.model.moe
+    if moe is None or moe.capacity_factor is None or not loads:
+        return 1.0
+    room = [ceil(moe.capacity_factor * fmean(layer)) for layer in loads]
+    fitting = sum(min(load, most) for layer, most in zip(loads, room, strict=True) for load in layer)
+    return fitting / sum(map(sum, loads))
+
+
+def _mean_loads(loads: Sequence[Sequence[float]]) -> list[float]:
+    """Per expert, over layers and steps."""
+    return [fmean(column) for column in zip(*loads, strict=True)] if loads else []
+
+
+def _groups(degrees: Degrees, axes: tuple[str, ...]) -> list[list[int]]:
+    return degrees.groups(axes, EXPERT_AXES if set(axes) <= set(EXPERT_AXES) and "pp" not in axes else DENSE_AXES)
+
+
+def _peers(group: Sequence[int], rank: int, where: Sequence[int], level: str) -> list[int]:
+    """To whom a rank sends on a level of hierarchical dispatch: a node's others, or its like on every node."""
+    if not level:
+        return list(group)
+    node = [r for r in group if where[r] == where[rank]]
+    if level == "intra":
+        return node
+    place = node.index(rank)
+    return [[r for r in group if where[r] == other][place] for other in dict.fromkeys(where[r] for r in group)]
