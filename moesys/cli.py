@@ -142,6 +142,13 @@ def bench_measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def report(arguments: argparse.Namespace) -> int:
+    """Explain a run, two runs, or traces."""
+    from moesys.launchers.report import command
+
+    return command(arguments)
+
+
 def what_if(arguments: argparse.Namespace) -> int:
     """Predict a recorded run's step with other settings."""
     from moesys.launchers.what_if import command
@@ -204,6 +211,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tolerance", type=float, help=text)
     sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     sub.add_argument("--json", type=Path, help="write the differences here")
+    sub = commands.add_parser("report", help="a run, two runs, or traces of any framework, explained")
+    sub.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="one run's folder, or two to compare")
+    sub.add_argument(
+        "--trace", type=Path, nargs="+", metavar="FILE", help="traces of torch's profiler, one a rank"
+    )
+    sub.add_argument("--out", type=Path, help="the page of two runs or of traces; default: in this folder")
+    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.add_argument(
+        "--perfetto", type=Path, metavar="FILE", help="write recorded steps as a trace (.json[.gz])"
+    )
+    sub.set_defaults(run=report, overrides=[])
     sub = commands.add_parser("what-if", help="predict a recorded run's step with other settings")
     sub.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run that recorded steps")
     sub.add_argument("--profile", type=Path, metavar="FILE", help="links, from bench a2a; instead of measure.profile")

@@ -31,11 +31,11 @@ from moesys.data.ngram import cross_entropies
 from moesys.errors import DataError, MoesysError
 from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
+from moesys.measure.report import run as report
 from moesys.measure.step import Step
 from moesys.models.size import parameters
 from moesys.parallel.degrees import resolve
 from moesys.parallel.mesh import ParallelMesh
-from moesys.train import report
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog, write_whole
@@ -184,6 +184,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
         "active_parameters": active,
         "metrics": str(run_dir / "metrics.jsonl"),
     }
+    summary["profile"] = trainer.config.measure.profile
     summary["report"] = str(report.write(run_dir, summary))
     write_whole(old, json.dumps(summary, indent=1) + "\n")
 

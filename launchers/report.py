@@ -1,0 +1,97 @@
+"""`moesys report`: of a run, of two runs, or of traces; on screen and as files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moesys.measure.explanation import Explanation
+from moesys.measure.report import run
+from moesys.measure.report.run import ReportError, Run
+from moesys.train.metrics import write_whole
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Write and show what is asked for."""
+    if arguments.trace:
+        return _traces(arguments)
+    if not 1 <= len(arguments.runs) <= 2:
+        raise ReportError("give one run's folder, or two to compare, or --trace FILE …")
+    if len(arguments.runs) == 2:
+        return _two(arguments)
+    folder = arguments.runs[0]
+    path = run.write(folder)
+    found = Run.read(folder).explanation
+    if arguments.perfetto is not None:
+        from moesys.measure.report.perfetto import write as export
+
+        export(_recorded(folder), arguments.perfetto)
+    if found is not None:
+        show(found, Console(width=max(100, Console().width)))
+    _json(arguments.json, None if found is None else found.as_json())
+    print(path)
+    return 0
+
+
+def _two(arguments: argparse.Namespace) -> int:
+    a, b = arguments.runs
+    path = arguments.out or Path(f"report-{a.name}-vs-{b.name}.html")
+    runs = run.write_comparison(a, b, path)
+    if all(r.explanation is not None for r in runs):
+        heads, rows = run.comparison(*runs)
+        Console(width=max(100, Console().width)).print(_table(heads, rows))
+    _json(arguments.json, {r.folder.name: None if r.explanation is None else r.explanation.as_json() for r in runs})
+    print(path)
+    return 0
+
+
+def _traces(arguments: argparse.Namespace) -> int:
+    from moesys.measure.explain import explain
+    from moesys.measure.report.trace import page_of
+    from moesys.measure.trace import read
+
+    steps = read(arguments.trace, lambda text: print(text, flush=True))
+    found = explain(steps)
+    show(found, Console(width=max(100, Console().width)))
+    path = arguments.out or Path("report-trace.html")
+    write_whole(path, page_of(found, arguments.trace))
+    _json(arguments.json, found.as_json())
+    print(path)
+    return 0
+
+
+def show(e: Explanation, console: Console) -> None:
+    """The sentence, and where a step goes."""
+    console.print(e.sentence)
+    rows = [(name, f"{s * 1e3:.2f}", f"{s / e.total.step:.1%}") for name, s in e.total.parts.items() if s > 0]
+    rows += [(f"all-to-all: {name}", f"{s * 1e3:.2f}", f"{s / e.total.step:.1%}") for name, s in vars(e.causes).items()]
+    rows.append(("all-to-all hidden", f"{e.total.hidden * 1e3:.2f}", f"{e.hidden_share:.1%}"))
+    console.print(_table(("of a step", "ms", "share"), rows))
+
+
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    shown = Table()
+    for i, head in enumerate(heads):
+        shown.add_column(head, justify="right" if i else "left")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def _recorded(folder: Path):  # type: ignore[no-untyped-def]
+    from moesys.measure.step import read_steps
+
+    steps = read_steps(folder)
+    if not steps:
+        raise ReportError(f"{folder} recorded no steps: launch it with --measure")
+    return steps
+
+
+def _json(path: Path | None, facts: object) -> None:
+    if path is not None:
+        write_whole(path, json.dumps(facts, indent=1) + "\n")

@@ -1,0 +1,258 @@
+"""The report of a run, or of two beside each other."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from moesys.errors import MoesysError
+from moesys.measure.explain import explain
+from moesys.measure.explanation import Explanation
+from moesys.measure.links import Profile
+from moesys.measure.report import figures
+from moesys.measure.report.page import figure, page, section, sentence, table
+from moesys.measure.step import read_steps
+
+CURVES = (
+    ("loss, nats per token", {"loss": "loss", "heldout_loss": "held-out loss"}),
+    ("tokens per second", {"tokens_per_second": "tokens per second"}),
+    ("load: largest / mean", {"imbalance": "of experts", "rank_imbalance": "of ranks"}),
+    ("share of time in all-to-all", {"all_to_all_share": "all-to-all"}),
+)
+"""Title, and metrics with their names, of each picture of curves."""
+
+SKIPPED = 2
+"""Recorded steps that warm up what later ones find warm: left out where there are more than twice as many."""
+
+
+class ReportError(MoesysError):
+    """A folder holds no run."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder; `explanation` is None if it recorded no steps."""
+
+    folder: Path
+    records: list[dict[str, Any]]
+    loads: list[dict[str, Any]]
+    summary: dict[str, Any]
+    explanation: Explanation | None
+
+    @classmethod
+    def read(cls, folder: Path, summary: dict[str, Any] | None = None) -> Run:
+        """From its folder; `summary` instead of its summary.json.
+
+        Raises:
+            ReportError: there is no run.
+        """
+        records = _lines(folder / "metrics.jsonl")
+        if not records:
+            raise ReportError(f"{folder} holds no metrics.jsonl of a run: give the folder that moesys launch made")
+        path = folder / "summary.json"
+        if summary is None:
+            summary = json.loads(path.read_text()) if path.exists() else {}
+        steps = read_steps(folder)
+        warm = steps[SKIPPED:] if len(steps) > 2 * SKIPPED else steps
+        return cls(folder, records, _lines(folder / "load.jsonl"), summary, explain(warm) if steps else None)
+
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of a metric."""
+        return [(r["step"], r[key]) for r in self.records if isinstance(r.get(key), (int, float))]
+
+
+def write(folder: Path, summary: dict[str, Any] | None = None) -> Path:
+    """Write report.html into a run's folder; returns its path."""
+    run = Run.read(folder, summary)
+    path = folder / "report.html"
+    _replace(path, page(f"run {folder.name}", _parts(run)))
+    return path
+
+
+def write_comparison(a: Path, b: Path, path: Path) -> tuple[Run, Run]:
+    """Write a page on two runs beside each other; returns both."""
+    runs = Run.read(a), Run.read(b)
+    _replace(path, page(f"{a.name} and {b.name}", _comparison(*runs)))
+    return runs
+
+
+def _parts(run: Run) -> list[str]:
+    e, parts = run.explanation, []
+    if e is not None:
+        parts += [sentence(e.sentence), *_communication(run, e)]
+    parts.append(section("Training", *(figure(svg) for svg in _curves([run]))))
+    if run.loads:
+        parts.append(section("Load of experts over time", *_loads(run), note="Assignments of each expert / mean."))
+    facts = [(k.replace("_", " "), _text(v)) for k, v in run.summary.items() if not isinstance(v, (dict, list))]
+    parts.append(section("Facts", table((), facts, text=True)))
+    return parts
+
+
+def _communication(run: Run, e: Explanation) -> list[str]:
+    names = [f"rank {i} · {host}" for i, host in enumerate(e.hosts)]
+    few = range(0, len(e.steps), max(1, len(e.steps) // 12))
+    audit = " Audited: ranks met before each dispatch and combine, so nothing was hidden." if e.audit else ""
+    note = "Mean over ranks and recorded steps; the parts add up to the step. On CPU, hidden is an upper bound." + audit
+    shown = [f"step {e.steps[i]}" for i in few], [e.by_step[i] for i in few]
+    steps = figures.stacked("recorded steps, mean over ranks", *shown)
+    ranks = figures.stacked("ranks, mean over recorded steps", names[:64], e.by_rank[:64])
+    parts = [section("Where a step goes", _step_table(e), figure(steps), figure(ranks), note=note)]
+    parts.append(section("All-to-all of each layer", _layer_table(e), _leg_table(e, run), note=LEGS))
+    if sum(map(sum, e.bytes)):
+        sizes, title = [[value / 2**20 for value in row] for row in e.bytes], "bytes per step from rank to rank"
+        svg = figures.heat(title, sizes, range(len(e.bytes)), "to rank", "from rank", "MiB")
+        parts.append(section("Who sends how much to whom", figure(svg)))
+    return parts + _links(run) + _what_if(run)
+
+
+LEGS = (
+    "Milliseconds per step, mean over the ranks that hold the layer. Exposed = transfer + late + uneven: bytes moving, "
+    "waiting for a rank that had not arrived, and for one whose experts had more tokens."
+)
+
+
+def _step_table(e: Explanation) -> str:
+    t = e.total
+    rows = [(name, _ms(seconds), f"{seconds / t.step:.1%}") for name, seconds in t.parts.items() if seconds > 0]
+    c = e.causes
+    causes = [(f"  of all-to-all: {name}", _ms(s), f"{s / t.step:.1%}") for name, s in vars(c).items()]
+    extra = [("all-to-all hidden behind compute", _ms(t.hidden), f"{t.hidden / t.step:.1%}")]
+    return table(("part", "ms", "of step"), [*rows[:2], *causes, *rows[2:], ("step", _ms(t.step), ""), *extra])
+
+
+def _layer_table(e: Explanation) -> str:
+    rows = [
+        (
+            layer.name, _ms(layer.seconds), _ms(layer.even_seconds), f"{layer.rank_imbalance:.2f}",
+            "" if layer.expert_imbalance is None else f"{layer.expert_imbalance:.2f}",
+            "" if layer.busiest_rank is None else str(layer.busiest_rank),
+            "" if layer.busiest_expert is None else str(layer.busiest_expert),
+        )
+        for layer in e.layers
+    ]  # fmt: skip
+    heads = ("layer", "ms", "ms if even", "rank max / mean", "expert max / mean", "busiest rank", "busiest expert")
+    return table(heads, rows)
+
+
+def _leg_table(e: Explanation, run: Run) -> str:
+    rows = []
+    for leg in e.legs:
+        c = leg.causes
+        rate = "" if leg.bandwidth is None else f"{leg.bandwidth / 1e9:.3f}"
+        sizes = f"{leg.bytes_intra / 2**20:.2f}", f"{leg.bytes_inter / 2**20:.2f}"
+        direction = "backward" if leg.backward else "forward"
+        times = (c.exposed, leg.hidden, c.transfer, c.late, c.uneven)
+        rows.append((f"{leg.layer} {leg.part} {direction}", *map(_ms, times), *sizes, rate))
+    heads = ("way", "exposed", "hidden", "transfer", "late", "uneven", "MiB inside", "MiB between nodes", "GB/s")
+    return table(heads, rows)
+
+
+def _links(run: Run) -> list[str]:
+    """The link model that the run names, if its file is there."""
+    path = run.summary.get("profile")
+    if not path or not Path(path).exists():
+        return []
+    profile = Profile.load(Path(path))
+    lines = {name: line for name, line in profile.lines.items() if name.startswith("all_to_all")}
+    return [section("Links", figure(figures.bandwidths("fitted bandwidth of all-to-all", {}, lines)))] if lines else []
+
+
+def _what_if(run: Run) -> list[str]:
+    path = run.folder / "measure" / "what_if.json"
+    if not path.exists():
+        return []
+    rows = []
+    for p in json.loads(path.read_text()):
+        measured = "" if p["measured"] is None else f"{_ms(p['measured'])} ({p['error']:+.0%})"
+        rows.append((p["name"], _ms(p["step"]), _ms(p["exposed"]), measured))
+    heads = ("setting", "step, ms", "exposed all-to-all, ms", "measured, ms (error)")
+    return [section("What if", table(heads, rows), note="Predictions, from the recorded steps and the fitted links.")]
+
+
+def _curves(runs: Sequence[Run]) -> list[str]:
+    found = []
+    for title, keys in CURVES:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for run in runs:
+            prefix = f"{run.folder.name}: " if len(runs) > 1 else ""
+            lines |= {prefix + name: run.curve(key) for key, name in keys.items() if run.curve(key)}
+        levels = {}
+        if "loss" in keys and len(runs) == 1:
+            models = ("unigram", "bigram")
+            levels = {f"{m} model": runs[0].summary[f"{m}_loss"] for m in models if f"{m}_loss" in runs[0].summary}
+        if lines:
+            found.append(figures.curves(title, lines, levels))
+    return found
+
+
+def _loads(run: Run) -> list[str]:
+    steps = [r["step"] for r in run.loads]
+    found = []
+    layers = range(len(run.loads[0]["load"]))
+    for layer in [*layers][:: max(1, len(layers) // 8)]:
+        loads = [r["load"][layer] for r in run.loads]
+        columns = [[value / (fmean(load) or 1) for value in load] for load in loads]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        found.append(figure(figures.heat(f"MoE layer {layer}", rows, steps, "step", "expert", "load / mean")))
+    return found
+
+
+def _comparison(a: Run, b: Run) -> list[str]:
+    parts = []
+    if a.explanation is not None and b.explanation is not None:
+        both = (a.explanation, b.explanation)
+        for run, e in zip((a, b), both, strict=True):
+            parts.append(sentence(f"{run.folder.name}: {e.sentence}"))
+        names = [a.folder.name, b.folder.name]
+        bars = figures.stacked("a step of each, mean over ranks", names, [e.total for e in both])
+        parts.append(section("Where a step goes", table(*comparison(a, b)), figure(bars)))
+    parts.append(section("Training", *(figure(svg) for svg in _curves([a, b]))))
+    return parts
+
+
+def comparison(a: Run, b: Run) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
+    """Heads and rows of a table: the parts of a step of each, in milliseconds, and their difference."""
+    assert a.explanation is not None
+    assert b.explanation is not None
+    s, t = a.explanation.total, b.explanation.total
+    names = list(dict.fromkeys([*s.parts, *t.parts]))
+    pairs = [(name, s.parts.get(name, 0.0), t.parts.get(name, 0.0)) for name in names]
+    pairs += [("step", s.step, t.step), ("all-to-all hidden behind compute", s.hidden, t.hidden)]
+    legs = {(x.layer, x.part, x.backward): x.causes.exposed for x in b.explanation.legs}
+    for leg in a.explanation.legs:
+        direction = "backward" if leg.backward else "forward"
+        other = legs.get((leg.layer, leg.part, leg.backward), 0.0)
+        pairs.append((f"{leg.layer} {leg.part} {direction}", leg.causes.exposed, other))
+    rows = [(name, _ms(x), _ms(y), f"{(y - x) * 1e3:+.2f}") for name, x, y in pairs if x or y]
+    return ("ms per step", a.folder.name, b.folder.name, "difference"), rows
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # cut short by the end of its writer
+    return found
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"
+
+
+def _text(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

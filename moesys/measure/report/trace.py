@@ -1,0 +1,32 @@
+"""The report of traces of another framework's run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesys.measure.explanation import Explanation
+from moesys.measure.report import figures
+from moesys.measure.report.page import figure, page, section, sentence, table
+
+NOTE = (
+    "Compute is when any kernel ran that is no communication; hidden communication ran beside such, exposed did not; "
+    "idle: no kernel ran. Means over ranks and steps."
+)
+
+
+def page_of(e: Explanation, files: Sequence[Path]) -> str:
+    """The page."""
+    t = e.total
+    rows = [(name, f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in t.parts.items() if s > 0]
+    rows.append(("all-to-all hidden", f"{t.hidden * 1e3:.2f}", f"{e.hidden_share:.1%}"))
+    rows += [(f"all-to-all: {name}", f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in vars(e.causes).items()]
+    ranks = figures.stacked("ranks", [f"rank {i} · {host}" for i, host in enumerate(e.hosts)], e.by_rank)
+    few = list(range(len(e.steps)))[:24]
+    steps = figures.stacked("steps", [f"step {e.steps[i]}" for i in few], [e.by_step[i] for i in few])
+    parts = [
+        sentence(e.sentence),
+        section("Where a step goes", table(("part", "ms", "of step"), rows), figure(steps), figure(ranks), note=NOTE),
+        section("Files", table((), [(str(path),) for path in files], text=True)),
+    ]
+    return page("traces", parts)
