@@ -1,0 +1,201 @@
+"""The report of a run: its figures, and how a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from moesys.cli import main
+from moesys.measure.report import run as report
+from moesys.measure.report.run import Run
+from moesys.measure.step import RankStep, Step, Travel, steps_file
+
+LAYERS = ("layers.0", "layers.1")
+
+
+def step(number: int, slow: float) -> Step:
+    """Two ranks of 100 ms, of which rank 1 comes to each dispatch so many ms after rank 0."""
+    ranks = []
+    for rank in (0, 1):
+        travels = []
+        for i, layer in enumerate(LAYERS):
+            begin = (10 + 40 * i + slow * rank) / 1e3
+            end = (10 + 40 * i + slow + 5) / 1e3
+            there = Travel(
+                "all_to_all",
+                "expert",
+                (0, 1),
+                2 * i,
+                begin,
+                begin,
+                end,
+                2000,
+                (800, 1200),
+                layer,
+                "dispatch",
+                False,
+                "flat",
+            )
+            back = Travel(
+                "all_to_all",
+                "expert",
+                (0, 1),
+                2 * i + 1,
+                end + 0.01,
+                end + 0.01,
+                end + 0.012,
+                2000,
+                (900, 1100),
+                layer,
+                "combine",
+                False,
+                "flat",
+            )
+            travels += [there, back]
+        ranks.append(RankStep(rank, "node<1>", 0.0, 0.1, tuple(travels)))
+    return Step(number, tuple(ranks), {layer: [30.0, 10.0] for layer in LAYERS})
+
+
+def write_run(folder: Path, slow: float) -> Path:
+    (folder / "measure").mkdir(parents=True)
+    steps = [step(n, slow) for n in (10, 20, 30)]
+    steps_file(folder).write_text("".join(s.to_json() + "\n" for s in steps))
+    metrics = [
+        {"step": n, "loss": 5 - n / 10, "tokens_per_second": 1000, "imbalance": 1.5, "all_to_all_share": 0.2}
+        for n in range(1, 31)
+    ]
+    metrics.append({"step": 30, "heldout_loss": 2.1})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics) + '{"cut sh')
+    loads = [{"step": n, "load": [[30, 10], [20, 20]]} for n in range(1, 31)]
+    (folder / "load.jsonl").write_text("".join(json.dumps(m) + "\n" for m in loads))
+    summary = {"unigram_loss": 3.3, "bigram_loss": 2.5, "checkpoint": "/a/long/" * 30, "steps": 30}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "one", 20)
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is closed in the wrong place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_figures_are_the_same_everywhere(run: Path, tmp_path: Path, capsys) -> None:
+    assert main(["report", str(run), "--json", str(tmp_path / "x.json"), "--perfetto", str(tmp_path / "p.json")]) == 0
+    told = json.loads((tmp_path / "x.json").read_text())
+    # In both layers rank 0 waits 20 ms, and everyone's bytes move for 5 + 2 ms.
+    assert told["exposed_share"] == pytest.approx((40 + 4 * 7) / 2 / 100)
+    assert told["wait_share"] == pytest.approx(40 / (40 + 4 * 7))
+    assert told["total"]["exposed"] == pytest.approx(0.034)
+    legs = {(leg["layer"], leg["part"]): leg for leg in told["legs"]}
+    assert legs["layers.1", "dispatch"]["causes"]["late"] == pytest.approx(0.010)
+    assert legs["layers.0", "combine"]["bytes_intra"] == 900 + 1100
+    assert told["bytes"] == [[0, 2 * (1200 + 1100)], [2 * (800 + 900), 0]]
+    text = (run / "report.html").read_text()
+    assert told["sentence"] in text
+    assert "rank 1, which arrives late" in text
+    assert "<td>34.00</td><td>34.0%</td>" in text
+    assert "34.0%" in capsys.readouterr().out
+    Balanced().feed(text)
+
+
+def test_nothing_comes_from_a_network_and_nothing_is_unescaped(run: Path) -> None:
+    text = report.write(run).read_text()
+    links = set(re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', text))
+    assert not [link for link in links if not link.startswith(("#", "data:"))]
+    assert "node<1>" not in text
+    assert "node&lt;1&gt;" in text
+
+
+def test_a_run_without_recorded_steps_has_a_report_too(run: Path) -> None:
+    steps_file(run).unlink()
+    text = report.write(run).read_text()
+    assert "loss, nats per token" in text
+    assert "Where a step goes" not in text
+
+
+def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys) -> None:
+    other = write_run(tmp_path / "two", 5)
+    assert main(["report", str(run), str(other), "--out", str(tmp_path / "both.html")]) == 0
+    _, rows = report.comparison(Run.read(run), Run.read(other))
+    assert ("exposed all-to-all", "34.00", "19.00", "-15.00") in rows
+    text = (tmp_path / "both.html").read_text()
+    assert "one: All-to-all is 34%" in text
+    assert "two: All-to-all is 19%" in text
+    assert "-15.00" in capsys.readouterr().out
+
+
+def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no metrics.jsonl of a run" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    assert "give one run's folder" in capsys.readouterr().err
+
+
+BROWSER = os.environ.get("CHROME") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+COPY = """<script>addEventListener("load", () => document.documentElement.setAttribute("data-told",
+  document.querySelector("iframe").contentDocument.documentElement.getAttribute("data-told")));</script>"""
+
+PROBE = """<script>
+window.problems = []; window.onerror = (m) => window.problems.push(m);
+addEventListener("load", () => {
+  const root = document.documentElement, p = document.querySelector("p.sentence");
+  const style = getComputedStyle(document.body);
+  const ink = getComputedStyle(document.querySelector("svg text")).fill;
+  root.setAttribute("data-told", JSON.stringify({problems: window.problems, page: root.scrollWidth,
+    window: innerWidth, sentence: p.getBoundingClientRect().height, paper: style.backgroundColor, ink: style.color,
+    drawn: ink, pictures: [...document.querySelectorAll("svg[role=img]")].map(s => s.getBoundingClientRect().height)}));
+});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_it_without_errors(run: Path, width: int, dark: bool) -> None:
+    page = report.write(run)
+    page.write_text(page.read_text().replace("<head>", "<head>" + PROBE, 1))
+    # A window cannot be as narrow as a phone; a frame can.
+    frame = run / "frame.html"
+    frame.write_text(f'<iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe>{COPY}')
+    words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--dump-dom"]
+    words += ["--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={int(not dark)}"]
+    done = subprocess.run([str(BROWSER), *words, frame.as_uri()], capture_output=True, text=True, timeout=60)
+    found = re.search(r'data-told="([^"]*)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    told = json.loads(found.group(1).replace("&quot;", '"'))
+    assert told["problems"] == []
+    assert told["window"] == width
+    assert told["page"] <= width
+    assert told["sentence"] > 20
+    assert len(told["pictures"]) >= 8
+    assert min(told["pictures"]) > 50
+    assert told["drawn"] == told["ink"]
+    bright = [sum(map(int, re.findall(r"\d+", told[key])[:3])) for key in ("paper", "ink")]
+    assert (bright[0] < bright[1]) == dark
