@@ -31,6 +31,7 @@ from moesys.measure.bench_a2a import Options
 from moesys.measure.bench_result import Result, lines
 from moesys.measure.links import Profile
 from moesys.measure.sizes import COLLECTIVES, GROUPS, human
+from moesys.train import routing_files
 from moesys.train.checked import load_checked
 from moesys.train.metrics import write_whole
 
@@ -56,10 +57,15 @@ def options_of(arguments: argparse.Namespace, config: Config) -> Options:
         raise BenchError(f"--max {arguments.max} is less than --min {arguments.min}")
     groups, moe = arguments.groups or GROUPS, config.model.moe
     world = config.cluster.nodes * config.cluster.ranks_per_node
-    if arguments.matrix is not None:
+    uneven = [f"--{name}" for name in ("skew", "matrix", "routing") if getattr(arguments, name) is not None]
+    if len(uneven) > 1:
+        raise BenchError(f"{' and '.join(uneven)}: give one pattern of uneven traffic")
+    matrix = None
+    if arguments.matrix is not None or arguments.routing is not None:
         if arguments.groups not in (None, ["world"]):
-            raise BenchError("--matrix is of all ranks: leave --groups out, or say --groups world")
+            raise BenchError(f"{uneven[0]} is of all ranks: leave --groups out, or say --groups world")
         groups = ("world",)
+        matrix = traffic.read(arguments.matrix, world) if arguments.matrix else routed(arguments.routing, config)
     if arguments.dispatch and (moe is None or config.parallel.ep * config.parallel.etp == 1):
         raise BenchError("--dispatch needs experts over several ranks: set model.moe, and parallel.ep to more than 1")
     if moe is not None and not 1 <= arguments.top_k <= moe.experts:
@@ -76,7 +82,7 @@ def options_of(arguments: argparse.Namespace, config: Config) -> Options:
         iterations=arguments.iterations,
         warmup=arguments.warmup,
         skew=arguments.skew,
-        matrix=None if arguments.matrix is None else traffic.read(arguments.matrix, world),
+        matrix=matrix,
         check=arguments.check,
         plain=arguments.plain,
         dispatch=arguments.dispatch or (),
@@ -84,6 +90,24 @@ def options_of(arguments: argparse.Namespace, config: Config) -> Options:
         hidden=arguments.hidden,
         top_k=arguments.top_k,
     )
+
+
+def routed(folder: Path, config: Config) -> traffic.Matrix:
+    """Rows that each rank sent to each in a recorded run, over its layers and steps.
+
+    Raises:
+        BenchError: it was recorded with another number of ranks or experts.
+    """
+    world, ep = config.cluster.nodes * config.cluster.ranks_per_node, max(1, config.parallel.ep)
+    matrix = [[0] * world for _ in range(world)]
+    for rank, experts, chosen in routing_files.assignments(folder):
+        if rank >= world or experts % ep or config.parallel.etp > 1:
+            rule = f"was recorded with at least {rank + 1} ranks and {experts} experts"
+            raise BenchError(f"--routing {folder} {rule}: give the configuration it was recorded with, without etp")
+        first = rank // ep * ep
+        for expert, rows in enumerate(chosen):
+            matrix[rank][first + expert // (experts // ep)] += rows
+    return matrix
 
 
 def command(arguments: argparse.Namespace) -> int:

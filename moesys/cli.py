@@ -213,14 +213,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", type=Path, help="write the differences here")
     sub = commands.add_parser("report", help="a run, two runs, or traces of any framework, explained")
     sub.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="one run's folder, or two to compare")
-    sub.add_argument(
-        "--trace", type=Path, nargs="+", metavar="FILE", help="traces of torch's profiler, one a rank"
-    )
+    sub.add_argument("--trace", type=Path, nargs="+", metavar="FILE", help="traces of torch's profiler, one a rank")
     sub.add_argument("--out", type=Path, help="the page of two runs or of traces; default: in this folder")
     sub.add_argument("--json", type=Path, help="write the figures here")
-    sub.add_argument(
-        "--perfetto", type=Path, metavar="FILE", help="write recorded steps as a trace (.json[.gz])"
-    )
+    sub.add_argument("--perfetto", type=Path, metavar="FILE", help="write recorded steps as a trace (.json[.gz])")
     sub.set_defaults(run=report, overrides=[])
     sub = commands.add_parser("what-if", help="predict a recorded run's step with other settings")
     sub.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run that recorded steps")
@@ -278,6 +274,8 @@ def a2a_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--warmup", type=int, default=3)
     sub.add_argument("--skew", type=float, help="also uneven all-to-alls: bytes to rank r ∝ 1 / (r + 1)^skew")
     sub.add_argument("--matrix", type=Path, metavar="FILE", help="also uneven all-to-alls in this pattern of bytes")
+    text = "also uneven all-to-alls as in a run that recorded its routing (output.record_routing)"
+    sub.add_argument("--routing", type=Path, metavar="FOLDER", help=text)
     kinds = ("all_to_all", "all_gather", "hierarchical")
     text = "time these dispatchers with batches of tokens (and no collectives, unless --collectives names them)"
     sub.add_argument("--dispatch", nargs="+", choices=kinds, help=text)

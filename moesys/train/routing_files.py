@@ -78,17 +78,34 @@ def wrong(folder: Path, layers: Iterable[int], experts: int) -> str | None:
     return None
 
 
+def assignments(folder: Path) -> Iterator[tuple[int, int, list[int]]]:
+    """Of each file: its rank, how many experts a layer has, and the rank's assignments of each, over layers.
+
+    Raises:
+        DataError: there is no recording.
+    """
+    for path, file in zip(_paths(folder), _files(folder), strict=True):
+        experts = int(file["experts"])
+        chosen = [file[name][file[name] >= 0] for name in file.files if name.endswith(".expert")]
+        counts = sum((np.bincount(part, minlength=experts) for part in chosen), np.zeros(experts, dtype=np.int64))
+        yield int(path.stem.split("-")[3]), experts, counts.tolist()
+
+
 def _files(folder: Path) -> Iterator[Any]:
     """All files of a recording, opened one by one."""
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}")
-    paths = sorted(folder.glob(PATTERN))
-    if not paths:
-        raise DataError(f"{folder} holds no recorded routing ({PATTERN})")
-    for path in paths:
+    for path in _paths(folder):
         try:
             with np.load(path, allow_pickle=False) as file:
                 file["experts"]
                 yield file
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             raise DataError(f"{path} is no recorded routing, or was cut short") from None
+
+
+def _paths(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
+    paths = sorted(folder.glob(PATTERN))
+    if not paths:
+        raise DataError(f"{folder} holds no recorded routing ({PATTERN})")
+    return paths

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from support import changed
 
 from moesys.cli import main
+from moesys.config.schema import Config
+from moesys.launchers.bench_a2a import routed
+from moesys.train import routing_files
 
 TRIES = 4
 """The machine is shared."""
@@ -62,6 +66,21 @@ def test_every_collective_is_right_and_its_bandwidths_are_nccl_tests(config: Pat
     # Both ranks send two thirds to rank 0, which receives that twice.
     assert [r["size"] for r in uneven] == pytest.approx([2 * 1024 * 2 / 3, 2 * 4096 * 2 / 3], abs=8)
     assert "all_reduce, world groups of 2, bfloat16" in capsys.readouterr().out
+
+
+def test_recorded_routing_becomes_a_byte_matrix(tmp_path: Path) -> None:
+    """Rank 0's tokens chose experts 0, 0, 1 and 3, rank 1's expert 2 twice; each rank holds two experts."""
+    tokens = np.arange(2), np.zeros((2, 2))
+    for rank, chosen in enumerate(([[0, 0], [1, 3]], [[2, -1], [2, -1]])):
+        routing_files.write(tmp_path, 1, rank, {0: (tokens[0], np.array(chosen, dtype=np.int16), tokens[1])}, 4)
+    config = Config.model_validate(
+        {
+            "model": {"hidden": 8, "layers": 1, "attention": {"heads": 2}, "moe": {"experts": 4, "ffn_hidden": 8}},
+            "parallel": {"ep": 2},
+            "cluster": {"ranks_per_node": 2},
+        }
+    )
+    assert routed(tmp_path, config) == [[3, 1], [0, 2]]
 
 
 @pytest.mark.parametrize(

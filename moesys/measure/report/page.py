@@ -14,7 +14,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 h1 { font-size: 1.5rem; margin: 0 0 .5rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem }
 p.sentence { font-size: 1.2rem; line-height: 1.45; background: var(--mark); padding: 1rem; border-radius: .5rem }
 p.note { color: var(--soft); font-size: .9rem; margin: .3rem 0 }
-.scroll { overflow-x: auto; margin: .6rem 0 1rem } .scroll > svg { display: block; max-width: none; min-width: 36rem; height: auto }
+.scroll { overflow-x: auto; margin: .6rem 0 1rem }
+.scroll > svg { display: block; max-width: none; min-width: 36rem; height: auto }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
