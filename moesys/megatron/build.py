@@ -37,8 +37,9 @@ def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -
         ConfigError: sizes that the groups do not divide.
     """
     _check(m, groups)
-    device = torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
-    with device:
+    device = torch.device("cpu" if config.use_cpu_initialization else f"cuda:{torch.cuda.current_device()}")
+    # torch's own initial values, which are thrown away, would draw more or less numbers by the layout.
+    with device, torch.random.fork_rng([] if device.type == "cpu" else [device]):
         layer = _parts(m, config, groups)
     layer.to(dtype=config.params_dtype)
     layer.scope = MegatronScope(groups)

@@ -1,7 +1,8 @@
 """Stand-ins for the CUDA calls that Megatron-Core 0.16.1 makes whether there is a GPU or not.
 
 Its MoE layer creates a stream, asks for the current device and moves split sizes to the host from a GPU
-only. Inside `stand_ins()` such calls find what does as well on CPU; with a GPU nothing is changed.
+only; its embedding draws from a GPU's generators. Inside `stand_ins()` such calls find what does as well on
+CPU; with a GPU nothing is changed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def stand_ins() -> Iterator[None]:
     """Let Megatron-Core's layers be built and run on CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
     if torch.cuda.is_available():
         yield
@@ -58,6 +60,8 @@ def stand_ins() -> Iterator[None]:
         for name, stand_in in cuda.items():
             replaced.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         replaced.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_host))
+        # All draw from torch's one generator.
+        replaced.enter_context(mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_, **__: nullcontext()))
         # Without Transformer Engine 0.16.1 forgets to define it.
         replaced.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
         yield

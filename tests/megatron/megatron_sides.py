@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from moesys.megatron.cpu import stand_ins
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import megatron.core
+
 HIDDEN, EXPERTS, INNER, VOCABULARY, SEQUENCE, BATCH = 16, 8, 12, 32, 8, 3
 
 
@@ -91,13 +95,14 @@ def gpt_model(config: Any, plug_in: bool, options: Any = None) -> nn.Module:
     )
 
 
-def moe_pairs(mine: nn.Module, theirs: nn.Module) -> list[tuple[Any, Any]]:
+def moe_pairs(mine: nn.Module, theirs: nn.Module, same: bool = False) -> list[tuple[Any, Any]]:
+    """Their MoE layers; `same`: both have the plug-in."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from moesys.megatron.layer import MoESysLayer
 
     found = [[m for m in model.modules() if isinstance(m, kind)] for model, kind in
-             ((mine, MoESysLayer), (theirs, MoELayer))]  # fmt: skip
+             ((mine, MoESysLayer), (theirs, MoESysLayer if same else MoELayer))]  # fmt: skip
     return list(zip(*found, strict=True))
 
 
@@ -147,10 +152,10 @@ def batch(seed: int = 3) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def run(model: nn.Module, seed: int = 3, padding_mask: Tensor | None = None) -> Tensor:
-    """Losses of tokens [B, S] after backward."""
+def run(model: nn.Module, seed: int = 3, padding_mask: Tensor | None = None, share: float = 1.0) -> Tensor:
+    """Losses of tokens [B, S], after backward of `share` of their mean."""
     ids, labels = batch(seed)
     positions = torch.arange(SEQUENCE).expand_as(ids)
     out = model(ids, positions, None, labels=labels, padding_mask=padding_mask)
-    out.mean().backward()
+    (out.mean() * share).backward()
     return out.detach()
