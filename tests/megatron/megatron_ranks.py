@@ -32,11 +32,11 @@ from moesys.megatron.arguments import Options
 from moesys.megatron.weights import Place, part
 
 SIZES = {
+    "tp 2, ep 2, etp 2": (2, 2, 2),
     "ep 2": (1, 2, 1),
     "ep 4": (1, 4, 1),
     "tp 2, ep 2": (2, 2, 1),
     "tp 2, ep 4": (2, 4, 1),
-    "tp 2, ep 2, etp 2": (2, 2, 2),
     "ep 2, etp 2": (1, 2, 2),
     "tp 2": (2, 1, 2),
     "tp 2, etp 1": (2, 1, 1),
@@ -137,34 +137,40 @@ JOURNEYS = (
     ("ep 2", False, "tp 2, ep 4", True),
     ("tp 2, ep 2, etp 2", True, "ep 2", False),
 )
-"""A checkpoint's (sizes, whether of the plug-in) when it is saved, and when it is loaded."""
+"""A checkpoint's (sizes, whether of the plug-in) when it is saved, and when it is loaded; in the order of
+`SIZES`."""
 
 
-def reshard(folder: Path, saved: str, saver: bool, loaded: str, loader: bool) -> None:
-    """What was saved in one layout computes the same in another."""
+def checkpointed(name: str, plug_in: bool) -> tuple[nn.Module, dict[str, Any]]:
+    model = gpt_model(config_of(name, **OPTIONS["sigmoid"], **WITH_SHARED), plug_in)
+    return model, model.sharded_state_dict(metadata={"singleton_local_shards": False})
+
+
+def save(folder: Path, name: str, plug_in: bool) -> Tensor:
+    """Write a checkpoint; what its model computes."""
     from megatron.core import dist_checkpointing
 
-    kept, folder = {}, folder / f"{saved} {saver} {loaded} {loader}"
+    folder = folder / f"{name} {plug_in}"
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    for name, plug_in in ((saved, saver), (loaded, loader)):
-        with megatron(**sizes(name)):
-            model = gpt_model(config_of(name, **OPTIONS["sigmoid"], **WITH_SHARED), plug_in)
-            state = model.sharded_state_dict(metadata={"singleton_local_shards": False})
-            if not kept:
-                disturb(model)
-                dist_checkpointing.save(state, str(folder))
-            else:
-                # Megatron's own experts ask for extra states, which are empty without Transformer Engine.
-                found = dist_checkpointing.load(
-                    state, str(folder), strict="assume_ok_unexpected" if plug_in else "log_all"
-                )
-                left = model.load_state_dict(found[0] if isinstance(found, tuple) else found, strict=False)
-                assert all(name.endswith("_extra_state") for name in left.missing_keys), left
-            losses()
-            kept[name] = run(model, seed=5)
-    torch.testing.assert_close(kept[loaded], kept[saved], rtol=1e-5, atol=1e-5)
+    model, state = checkpointed(name, plug_in)
+    disturb(model)
+    dist_checkpointing.save(state, str(folder))
+    return run(model, seed=5)
+
+
+def load(folder: Path, expected: Tensor, saved: str, saver: bool, loaded: str, loader: bool) -> None:
+    """What was saved in one layout computes the same in another."""
+    from megatron.core import dist_checkpointing
+
+    model, state = checkpointed(loaded, loader)
+    # Megatron's own experts ask for extra states, which are empty without Transformer Engine.
+    strict = "assume_ok_unexpected" if loader else "log_all"
+    found = dist_checkpointing.load(state, str(folder / f"{saved} {saver}"), strict=strict)
+    left = model.load_state_dict(found[0] if isinstance(found, tuple) else found, strict=False)
+    assert all(name.endswith("_extra_state") for name in left.missing_keys), left
+    torch.testing.assert_close(run(model, seed=5), expected, rtol=1e-5, atol=1e-5)
 
 
 def disturb(model: nn.Module) -> None:
@@ -182,14 +188,18 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # Megatron-Core's own
     found: dict[str, Any] = {}
+    kept: dict[tuple[str, bool], Tensor] = {}
     for name in SIZES:
         with megatron(**sizes(name)):
             if name not in ALONE:
                 for kind, options in OPTIONS.items():
                     found[f"{name}, {kind}"] = attempt(partial(agree, name, options))
             found[f"reduced {name}"] = reduced(name)
-    for journey in JOURNEYS:
-        found[f"reshard {journey}"] = attempt(partial(reshard, folder, *journey))
+            for journey in JOURNEYS:
+                if journey[0] == name and journey[:2] not in kept:
+                    kept[journey[:2]] = save(folder, *journey[:2])
+                if journey[2] == name:
+                    found[f"reshard {journey}"] = attempt(partial(load, folder, kept[journey[:2]], *journey))
     return found
 
 
