@@ -1,4 +1,4 @@
-"""`moesys report`: of a run, of two runs, or of traces; on screen and as files."""
+"""`moesys report`: of a run, of two runs, of a benchmark of collectives, or of traces; on screen and as files."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def command(arguments: argparse.Namespace) -> int:
     if len(arguments.runs) == 2:
         return _two(arguments)
     folder = arguments.runs[0]
+    if folder.is_file():
+        from moesys.measure.report.bench import page_of
+
+        path = arguments.out or folder.with_suffix(".html")
+        write_whole(path, page_of(folder))
+        print(path)
+        return 0
     path = run.write(folder)
     found = Run.read(folder).explanation
     if arguments.perfetto is not None:

@@ -212,7 +212,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     sub.add_argument("--json", type=Path, help="write the differences here")
     sub = commands.add_parser("report", help="a run, two runs, or traces of any framework, explained")
-    sub.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="one run's folder, or two to compare")
+    sub.add_argument(
+        "runs",
+        type=Path,
+        nargs="*",
+        metavar="RUN",
+        help="one run's folder, or two to compare, or what bench a2a --json wrote",
+    )
     sub.add_argument("--trace", type=Path, nargs="+", metavar="FILE", help="traces of torch's profiler, one a rank")
     sub.add_argument("--out", type=Path, help="the page of two runs or of traces; default: in this folder")
     sub.add_argument("--json", type=Path, help="write the figures here")

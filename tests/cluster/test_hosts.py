@@ -96,7 +96,7 @@ def test_overlap_leaves_less_exposed(config: Path, tmp_path: Path, small: dict) 
     """Shared experts computed while tokens travel, or before."""
     moe = ["model.moe.shared_experts=1", "model.moe.shared_ffn_hidden=2048", "model.layers=2"]
     train = [
-        "train.steps=8",
+        "train.steps=5",
         "train.seq_len=128",
         "train.eval_sequences=1",
         "measure.every=1",

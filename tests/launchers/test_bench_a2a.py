@@ -66,6 +66,10 @@ def test_every_collective_is_right_and_its_bandwidths_are_nccl_tests(config: Pat
     # Both ranks send two thirds to rank 0, which receives that twice.
     assert [r["size"] for r in uneven] == pytest.approx([2 * 1024 * 2 / 3, 2 * 4096 * 2 / 3], abs=8)
     assert "all_reduce, world groups of 2, bfloat16" in capsys.readouterr().out
+    assert main(["report", str(config.parent / "a2a.json")]) == 0
+    page = (config.parent / "a2a.html").read_text()
+    assert "all_reduce, world groups of 2, bfloat16" in page
+    assert f"<td>{uneven[0]['out_of_place']['alg_bw']:.3f}</td>" in page
 
 
 def test_recorded_routing_becomes_a_byte_matrix(tmp_path: Path) -> None:

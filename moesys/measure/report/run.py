@@ -22,6 +22,7 @@ CURVES = (
     ("loss, nats per token", {"loss": "loss", "heldout_loss": "held-out loss"}),
     ("tokens per second", {"tokens_per_second": "tokens per second"}),
     ("load: largest / mean", {"imbalance": "of experts", "rank_imbalance": "of ranks"}),
+    ("share of assignments dropped", {"dropped": "dropped"}),
     ("share of time in all-to-all", {"all_to_all_share": "all-to-all"}),
 )
 """Title, and metrics with their names, of each picture of curves."""
