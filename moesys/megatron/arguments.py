@@ -12,10 +12,11 @@ from typing import Any, get_args
 from torch.nn import functional
 
 from moesys.config.schema import DispatchConfig, GateConfig, MoEConfig
-from moesys.errors import ConfigError, Problem
+from moesys.errors import Problem
+from moesys.megatron.refusal import Refusal
 from moesys.parallel import gates_check
 
-GATES = ("top_k", "expert_choice", "sinkhorn", "base", "dense")
+GATES = ("top_k", "expert_choice", "sinkhorn", "base")
 """Kinds that need neither the tokens' ids nor their numbers, and keep nothing from step to step."""
 
 KINDS = tuple(get_args(DispatchConfig.model_fields["kind"].annotation))
@@ -71,7 +72,7 @@ def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
     """The MoE layer that a Megatron-Core `TransformerConfig` describes.
 
     Raises:
-        ConfigError: names every option that the plug-in cannot represent, and what to do.
+        Refusal: names every option that the plug-in cannot represent, and what to do.
     """
     problems = _refused(config, gate)
     activation = _activation(config)
@@ -80,7 +81,7 @@ def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
         rule = "the plug-in's experts have silu, gelu and quick_gelu gated, or gelu, relu and squared_relu not gated"
         problems.append(Problem("activation_func", rule, "choose one of these", given))
     if problems:
-        raise ConfigError(problems)
+        raise Refusal(problems)
     coefficients = _coefficients(config)
     moe = MoEConfig(
         experts=config.num_moe_experts,
@@ -104,7 +105,7 @@ def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
         shared_mix="gate" if config.moe_shared_expert_gate else "add",
     )
     if gate != "top_k" and (problems := gates_check.check(moe)):
-        raise ConfigError(problems)
+        raise Refusal(problems)
     return moe
 
 

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.config.schema import DispatchConfig, MoEConfig
-from moesys.errors import ConfigError, Problem
+from moesys.errors import Problem
 from moesys.megatron.gate import MegatronGate
 from moesys.megatron.objective import MegatronMoE
+from moesys.megatron.refusal import Refusal
 from moesys.megatron.scope import Groups, MegatronScope
 from moesys.megatron.shared import SharedExperts
 from moesys.models.moe import build_gate
@@ -34,7 +35,7 @@ def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -
     """The layer on this rank, with initial values; collective over `groups.tp_ep` if dispatch is hierarchical.
 
     Raises:
-        ConfigError: sizes that the groups do not divide.
+        Refusal: sizes that the groups do not divide.
     """
     _check(m, groups)
     device = torch.device("cpu" if config.use_cpu_initialization else f"cuda:{torch.cuda.current_device()}")
@@ -74,7 +75,7 @@ def _check(m: MoEConfig, groups: Groups) -> None:
         rule = "experts with biases are not split along their inner size"
         problems.append(Problem("expert_tensor_parallel_size", rule, "1, or add_bias_linear=False"))
     if problems:
-        raise ConfigError(problems)
+        raise Refusal(problems)
 
 
 def _parts(m: MoEConfig, config: Any, groups: Groups) -> MegatronMoE:

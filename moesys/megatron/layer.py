@@ -8,9 +8,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moesys.errors import ConfigError, Problem
+from moesys.errors import Problem
 from moesys.megatron.arguments import Options, from_transformer_config
 from moesys.megatron.build import build
+from moesys.megatron.refusal import Refusal
 from moesys.megatron.scope import Groups
 from moesys.megatron.sharded import sharded
 
@@ -30,7 +31,7 @@ class MoESysLayer(MegatronModule):
         moe: the layer itself, a `moesys.moe.MoELayer`.
 
     Raises:
-        ConfigError: an option of `config` that the plug-in cannot represent.
+        Refusal: an option of `config` that the plug-in cannot represent.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class MoESysLayer(MegatronModule):
         self.recompute = "moe" in (again or ())
         if "shared_experts" in (again or ()) and not self.recompute:
             rule = "the plug-in recomputes the whole MoE layer or nothing of it"
-            raise ConfigError([Problem("recompute_modules", rule, "moe in place of shared_experts", "shared_experts")])
+            raise Refusal([Problem("recompute_modules", rule, "moe in place of shared_experts", "shared_experts")])
         self.layer_number: int | None = None
         if layer_number is not None:
             self.set_layer_number(layer_number)
@@ -74,7 +75,7 @@ class MoESysLayer(MegatronModule):
         tp = self.groups.tp
         if self.training and tp.size() > 1 and not self.config.sequence_parallel:
             rule = f"must be on to train MoE layers with tensor_model_parallel_size({tp.size()})"
-            raise ConfigError([Problem("sequence_parallel", rule, "--sequence-parallel")])
+            raise Refusal([Problem("sequence_parallel", rule, "--sequence-parallel")])
         real_SB = None if padding_mask is None else self._real(padding_mask, len(hidden_states))
         if self.recompute and self.training and hidden_states.requires_grad:
             # As Megatron does: the losses arise in the recomputation alone, so that they count once.

@@ -12,10 +12,6 @@ from torch import Tensor, nn
 
 from moesys.megatron.cpu import stand_ins
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import megatron.core
-
 HIDDEN, EXPERTS, INNER, VOCABULARY, SEQUENCE, BATCH = 16, 8, 12, 32, 8, 3
 
 

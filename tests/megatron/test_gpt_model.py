@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_sides import (
     batch,
     compare_gradients,
@@ -21,10 +26,10 @@ from megatron_sides import (
 )
 from torch import nn
 
-# Megatron-Core's own.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}:megatron.*") for kind in ("DeprecationWarning", "UserWarning")
-]
+from moesys.errors import ConfigError
+from moesys.megatron.arguments import Options
+from moesys.megatron.layer import MoESysLayer
+from moesys.megatron.specs import gpt_layer_spec, moe_layer_spec, with_plug_in
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,6 +91,11 @@ CASES = {
     "losses": LOSSES,
     "losses, sigmoid and capacity": {**SIGMOID, **LOSSES, "moe_expert_capacity_factor": 0.75},
     "losses, bias and groups": {**BIASED, **LIMITED, **LOSSES, "moe_router_topk": 4},
+    "losses per token": {
+        "calculate_per_token_loss": True,
+        "moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"],
+        "moe_aux_loss_coeff": [0.1, 0.3],
+    },
     "all-gather": {"moe_token_dispatcher_type": "allgather"},
     "dense and MoE": {"moe_layer_freq": [0, 1], **LOSSES},
     "not gated": {"gated_linear_unit": False, "activation_func": nn.functional.gelu},
@@ -97,7 +107,8 @@ def test_equals_megatrons_own_layer(case: str) -> None:
     options = CASES[case]
     mine, theirs = both(**options)
     told = agree(mine, theirs)
-    assert len(told) == (4 if "moe_z_loss_coeff" in options else 0)
+    kinds = options.get("moe_router_load_balancing_type", [])
+    assert len(told) == len(kinds) + ("moe_z_loss_coeff" in options)
 
 
 def test_expert_biases_move_alike() -> None:
@@ -161,3 +172,86 @@ def test_recomputed_alike() -> None:
         torch.testing.assert_close(p.grad, mine.get_parameter(name).grad, msg=name)
     for (a, _), (b, _) in zip(moe_pairs(mine, theirs), moe_pairs(other, theirs), strict=True):
         assert torch.equal(a.moe.gate.local_tokens_per_expert, b.moe.gate.local_tokens_per_expert)
+
+
+def test_capacity_by_position(monkeypatch) -> None:
+    # Megatron takes the first rows by the largest of zeros and ones, and hopes that topk keeps their order.
+    monkeypatch.setattr(torch, "topk", first_of_equals)
+    agree(*both(moe_expert_capacity_factor=0.75, moe_token_drop_policy="position"))
+
+
+def first_of_equals(x: torch.Tensor, k: int, dim: int = -1, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    found = x.sort(dim=dim, descending=True, stable=True)
+    return found.values.narrow(dim, 0, k), found.indices.narrow(dim, 0, k)
+
+
+@pytest.mark.parametrize("gate", ["expert_choice", "sinkhorn", "base"])
+def test_other_gates_train(gate: str) -> None:
+    model = gpt_model(transformer_config(moe_router_topk=1, moe_router_pre_softmax=True), True, Options(gate=gate))
+    run(model)
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().max() > 0, name
+
+
+def test_jitter_changes_each_pass_and_stays_small() -> None:
+    model = gpt_model(transformer_config(moe_input_jitter_eps=0.01, moe_router_topk=8), plug_in=True)
+    plain = gpt_model(transformer_config(moe_router_topk=8), plug_in=True)
+    plain.load_state_dict(model.state_dict())
+    first, second, without = run(model), run(model), run(plain)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first, without, rtol=0.05, atol=0.05)
+
+
+def test_counts_and_bias_stay_wide() -> None:
+    gate = gpt_model(transformer_config(**BIASED, **LOSSES), plug_in=True).bfloat16().decoder.layers[0].mlp.moe.gate
+    assert gate.projection.weight.dtype == torch.bfloat16
+    assert {gate.expert_bias.dtype, gate.local_tokens_per_expert.dtype, gate.seen.dtype} == {torch.float32}
+
+
+def test_one_block_for_all() -> None:
+    block = gpt_layer_spec(transformer_config(), transformer_engine=False)
+    assert block.submodules.mlp == moe_layer_spec()
+    theirs = get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=False)
+    assert theirs.submodules.mlp.module is MoELayer
+    assert with_plug_in([theirs])[0].submodules.mlp == moe_layer_spec()
+    assert theirs.submodules.mlp.module is MoELayer
+
+
+def test_takes_what_later_versions_pass() -> None:
+    """From 0.18 on: process groups and a name; the layer's number comes later."""
+    config = transformer_config()
+    layer = MoESysLayer(config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False, name="mlp")
+    assert layer.layer_number is None
+    layer.set_layer_number(2)
+    out, bias = layer(torch.randn(4, 3, 16), intermediate_tensors=None, padding_mask=None)
+    assert out.shape == (4, 3, 16) and bias is None and layer.moe.layer_number == 2
+
+
+def test_what_the_groups_do_not_divide_is_refused() -> None:
+    groups = get_default_pg_collection()
+    groups.ep = SimpleNamespace(size=lambda: 3, rank=lambda: 0)
+    with pytest.raises(ConfigError, match=r"expert_model_parallel_size\(3\) must divide num_moe_experts\(8\)"):
+        MoESysLayer(transformer_config(), pg_collection=groups)
+
+
+def test_tensor_parallelism_without_sequence_parallelism_is_refused() -> None:
+    layer = MoESysLayer(transformer_config())
+    layer.groups = replace(layer.groups, tp=SimpleNamespace(size=lambda: 2))
+    with pytest.raises(ConfigError, match=r"sequence_parallel: must be on .* tensor_model_parallel_size\(2\)"):
+        layer(torch.randn(4, 3, 16))
+
+
+def test_a_refusal_arrives_whole_through_megatrons_builder() -> None:
+    with pytest.raises(ConfigError) as error:
+        gpt_model(transformer_config(moe_router_force_load_balancing=True), plug_in=True)
+    text = str(error.value)
+    assert text.startswith("1 problem in the configuration\n  moe_router_force_load_balancing is True: not in the plug")
+    assert text.endswith("or use Megatron's own layer")
+
+
+def test_shared_experts_are_not_recomputed_alone() -> None:
+    config = transformer_config(
+        recompute_granularity="selective", recompute_modules=["shared_experts"], moe_shared_expert_intermediate_size=12
+    )
+    with pytest.raises(ConfigError, match="recompute_modules is shared_experts"):
+        MoESysLayer(config)
