@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from moesys.config.load import load
+from moesys.config.load import dump, load
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.launchers.launch import launch
@@ -49,7 +50,7 @@ def command(arguments: argparse.Namespace) -> int:
         faster = 2.0 if name == "links twice as fast" else 1.0
         prediction = predictor.predict(name, changes, changed, faster)
         if arguments.measure and changes:
-            prediction = replace(prediction, measured=measure(changed, run_dir, len(found)))
+            prediction = replace(prediction, measured=measure(changed, run_dir.parent))
         found.append(prediction)
     base = Prediction("as recorded", [], predictor.recorded.total.step, predictor.recorded.total.exposed)
     Console(width=max(100, Console().width)).print(table([base, *found]))
@@ -73,18 +74,18 @@ def recorded(run_dir: Path) -> tuple[Config, list[Step]]:
     return load(run_dir / "config.yaml").config, steps[SKIPPED:] or steps
 
 
-def measure(config: Config, run_dir: Path, number: int) -> float:
-    """Run the setting with the same launcher; the median seconds of its recorded steps."""
-    name = f"{run_dir.name}-what-if-{number}"
-    output = config.output.model_copy(update={"runs": str(run_dir.parent), "tensorboard": False})
-    spec = RunSpec.of(config.model_copy(update={"name": name, "output": output}))
-    spec.run_dir.mkdir(parents=True, exist_ok=True)
-    from moesys.config.load import dump
+def measure(config: Config, runs: Path) -> float:
+    """Run the setting with the same launcher, in a folder beside the run that is removed again.
 
-    (spec.run_dir / "config.yaml").write_text(dump(spec.config))
-    if launch(spec, config.launch.launcher, Console(stderr=True, quiet=True)):
-        raise WhatIfError(f"the run of {name} failed: see {spec.run_dir / 'logs'}")
-    _, steps = recorded(spec.run_dir)
+    Returns the median seconds of its recorded steps.
+    """
+    output = config.output.model_copy(update={"tensorboard": False})
+    with tempfile.TemporaryDirectory(prefix="what-if-", dir=runs) as folder:
+        spec = RunSpec.of(config.model_copy(update={"output": output}), Path(folder))
+        (spec.run_dir / "config.yaml").write_text(dump(spec.config))
+        if launch(spec, config.launch.launcher, Console(stderr=True, quiet=True)):
+            raise WhatIfError(f"{config.name} did not run with this setting")
+        _, steps = recorded(spec.run_dir)
     return median(step.seconds for step in steps)
 
 

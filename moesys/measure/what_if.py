@@ -73,6 +73,13 @@ def degrees_of(config: Config) -> Degrees:
     return degrees
 
 
+def counts_seconds(steps: Sequence[Step]) -> float:
+    """Exposed seconds of exchanging how many rows will come, per step and rank: as long however many do."""
+    ranks = [r for step in steps for r in step.ranks]
+    counts = [t for r in ranks for t in r.travels if t.purpose == "expert" and t.kind.endswith("_counts")]
+    return sum(max(0.0, end - begin) for t in counts for begin, end in t.exposed) / max(1, len(ranks))
+
+
 class Predictor:
     """Predictions from `steps` recorded under `config`, on links as in `profile`."""
 
@@ -82,7 +89,8 @@ class Predictor:
         self.every_load = [load for step in steps for load in step.load.values()]
         self.loads = _mean_loads(self.every_load)
         self.computing = experts_seconds(steps)
-        observed = {"expert": self.recorded.total.exposed, "data": self.recorded.total.others.get("data", 0.0)}
+        rows = self.recorded.total.exposed - counts_seconds(steps)
+        observed = {"expert": rows, "data": self.recorded.total.others.get("data", 0.0)}
         self.base = self.seconds(config, profile)
         self.factor = {k: observed[k] / self.base[k] if self.base[k] > 0 and observed[k] > 0 else 1.0 for k in observed}
 
