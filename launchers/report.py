@@ -32,7 +32,7 @@ def command(arguments: argparse.Namespace) -> int:
         write_whole(path, page_of(folder))
         print(path)
         return 0
-    path = run.write(folder)
+    path = run.write(folder, profile=arguments.profile)
     found = Run.read(folder).explanation
     if arguments.perfetto is not None:
         from moesys.measure.report.perfetto import write as export

@@ -223,6 +223,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="the page of two runs or of traces; default: in this folder")
     sub.add_argument("--json", type=Path, help="write the figures here")
     sub.add_argument("--perfetto", type=Path, metavar="FILE", help="write recorded steps as a trace (.json[.gz])")
+    sub.add_argument("--profile", type=Path, metavar="FILE", help="links, from bench a2a; instead of measure.profile")
     sub.set_defaults(run=report, overrides=[])
     sub = commands.add_parser("what-if", help="predict a recorded run's step with other settings")
     sub.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run that recorded steps")

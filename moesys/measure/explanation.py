@@ -77,6 +77,8 @@ class Leg:
         bandwidth: bytes per second: the most bytes that any rank sent to others, over the seconds from
             the last rank's arrival to the end; None if nothing moved.
         by_rank: causes of each rank.
+        each, inside, between: of one collective of rows, means: seconds from the last arrival to the end, most bytes
+            that a rank moves inside its node, and that a node moves to or from others. None and 0 if not seen.
     """
 
     layer: str
@@ -88,6 +90,9 @@ class Leg:
     bytes_intra: int
     bandwidth: float | None
     by_rank: list[Causes] = field(default_factory=list)
+    each: float | None = None
+    inside: float = 0.0
+    between: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from moesys.measure.attribute import AFTER_EXPERTS, Cost, matched, passes
 from moesys.measure.explanation import Causes, Layer, Leg
+from moesys.measure.links import limits
 from moesys.measure.step import Step, Travel
 
 CLEAR_S = 20e-6
@@ -36,8 +37,11 @@ class _Sums:
     hidden: float = 0.0
     inter: int = 0
     intra: int = 0
+    rates: int = 0
     rate_bytes: int = 0
     rate_seconds: float = 0.0
+    inside: float = 0.0
+    between: float = 0.0
 
     def add(self, cost: Cost, hosts: Mapping[int, str]) -> None:
         t, rank = cost.travel, cost.rank
@@ -49,13 +53,18 @@ class _Sums:
             elif peer != rank:
                 self.intra += size
 
-    def add_rate(self, travels: Mapping[int, Travel]) -> None:
+    def add_rate(self, travels: Mapping[int, Travel], hosts: Mapping[int, str]) -> None:
         """Bytes of a collective of rows, and how long they took, where a rank saw when they arrived."""
         ends = [t.end for t in travels.values() if t.end - t.waited > CLEAR_S]
         arrived = max(t.begin if t.met is None else t.met for t in travels.values())
         if ends and max(ends) > arrived:
             self.rate_bytes += max(t.bytes - kept(rank, t) for rank, t in travels.items())
             self.rate_seconds += max(ends) - arrived
+            sent = [
+                [dict(zip(t.ranks, t.sent, strict=False)).get(peer, 0) for peer in travels] for t in travels.values()
+            ]
+            inside, between = limits(sent, [hosts[rank] for rank in travels])
+            self.rates, self.inside, self.between = self.rates + 1, self.inside + inside, self.between + between
 
 
 def legs(steps: Sequence[Step], taken: Sequence[Mapping[int, Sequence[Cost]]]) -> list[Leg]:
@@ -69,12 +78,12 @@ def legs(steps: Sequence[Step], taken: Sequence[Mapping[int, Sequence[Cost]]]) -
         for travels in matched(step).values():
             t = next(iter(travels.values()))
             if t.layer and t.kind in ROWS and len(travels) > 1:
-                sums[t.layer, t.part, t.backward].add_rate(travels)
+                sums[t.layer, t.part, t.backward].add_rate(travels, hosts)
     return [_leg(key, sums[key], steps) for key in sorted(sums, key=order)]
 
 
 def _leg(key: Key, s: _Sums, steps: Sequence[Step]) -> Leg:
-    n, holders = len(steps), len(s.by_rank)
+    n, holders, seen = len(steps), len(s.by_rank), max(1, s.rates)
     return Leg(
         *key,
         causes=sum(s.by_rank.values(), Causes()).scaled(1 / (n * holders)),
@@ -83,6 +92,9 @@ def _leg(key: Key, s: _Sums, steps: Sequence[Step]) -> Leg:
         bytes_intra=s.intra // n,
         bandwidth=s.rate_bytes / s.rate_seconds if s.rate_seconds > 0 else None,
         by_rank=[s.by_rank.get(r.rank, Causes()).scaled(1 / n) for r in steps[0].ranks],
+        each=s.rate_seconds / seen if s.rates else None,
+        inside=s.inside / seen,
+        between=s.between / seen,
     )
 
 

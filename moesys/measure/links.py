@@ -104,8 +104,12 @@ class Profile:
         Raises:
             ProfileError: bytes travel where nothing was measured.
         """
-        inside, between = limits(sent, nodes)
-        return max(self._line("all_to_all intra").seconds(inside) if inside else 0.0, self._inter(between))
+        return self.seconds(*limits(sent, nodes))
+
+    def seconds(self, inside: float, between: float) -> float:
+        """`exchange`, from what limits it: bytes of the busiest rank inside its node, and of the busiest node."""
+        within = self._line("all_to_all intra").seconds(inside) if inside else 0.0
+        return max(within, self._line("all_to_all inter").seconds(between) if between else 0.0)
 
     def collective(self, kind: str, size: float, nodes: Sequence[object]) -> float:
         """Seconds of another collective to which each rank of a group on `nodes` contributes `size` bytes."""
@@ -120,9 +124,6 @@ class Profile:
         return Profile(
             {name: line.faster(factor) if slow[name] else line for name, line in self.lines.items()}, self.facts
         )
-
-    def _inter(self, size: float) -> float:
-        return self._line("all_to_all inter").seconds(size) if size else 0.0
 
     def _line(self, name: str) -> Line:
         if name not in self.lines:

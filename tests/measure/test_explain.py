@@ -134,6 +134,8 @@ def test_bytes_between_and_inside_nodes() -> None:
     (leg,) = e.legs
     assert (leg.bytes_inter, leg.bytes_intra) == (2 * (3 + 4) + 2 * (1 + 2), 2 + 1 + 4 + 3)
     assert e.bytes == [[0, 2, 3, 4], [1, 0, 3, 4], [1, 2, 0, 4], [1, 2, 3, 0]]
+    assert (leg.inside, leg.between) == (4, 2 * (3 + 4))
+    assert leg.each == pytest.approx(0.010)
 
 
 def test_a_gpu_trace_says_when_it_computed() -> None:

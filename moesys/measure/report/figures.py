@@ -123,6 +123,9 @@ def bandwidths(title: str, points: Mapping[str, Sequence[tuple[float, float]]], 
             rates = [b / line.seconds(b) / 1e9 for b in sizes]
             known = list(points).index(name) if name in points else i
             axes.plot(sizes, rates, linewidth=1, color=SERIES[known % len(SERIES)], label=None if points else name)
+        drawn = [y for artist in axes.get_lines() for y in artist.get_ydata()]
+        reach = min(drawn) / 2, max(drawn) * 2  # also where all are the same
+        axes.set_ylim(*reach)
         axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="10⁹ bytes per second")
         axes.legend(fontsize=8)
 

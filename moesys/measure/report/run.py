@@ -46,10 +46,11 @@ class Run:
     loads: list[dict[str, Any]]
     summary: dict[str, Any]
     explanation: Explanation | None
+    profile: Profile | None
 
     @classmethod
-    def read(cls, folder: Path, summary: dict[str, Any] | None = None) -> Run:
-        """From its folder; `summary` instead of its summary.json.
+    def read(cls, folder: Path, summary: dict[str, Any] | None = None, profile: Path | None = None) -> Run:
+        """From its folder; `summary` instead of its summary.json, `profile` instead of the run's measure.profile.
 
         Raises:
             ReportError: there is no run.
@@ -62,16 +63,18 @@ class Run:
             summary = json.loads(path.read_text()) if path.exists() else {}
         steps = read_steps(folder)
         warm = steps[SKIPPED:] if len(steps) > 2 * SKIPPED else steps
-        return cls(folder, records, _lines(folder / "load.jsonl"), summary, explain(warm) if steps else None)
+        named = profile or (Path(summary["profile"]) if summary.get("profile") else None)
+        links = Profile.load(named) if named is not None and (profile or named.exists()) else None
+        return cls(folder, records, _lines(folder / "load.jsonl"), summary, explain(warm) if steps else None, links)
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric."""
         return [(r["step"], r[key]) for r in self.records if isinstance(r.get(key), (int, float))]
 
 
-def write(folder: Path, summary: dict[str, Any] | None = None) -> Path:
-    """Write report.html into a run's folder; returns its path."""
-    run = Run.read(folder, summary)
+def write(folder: Path, summary: dict[str, Any] | None = None, profile: Path | None = None) -> Path:
+    """Write report.html into a run's folder; returns its path. Arguments as of `Run.read`."""
+    run = Run.read(folder, summary, profile)
     path = folder / "report.html"
     _replace(path, page(f"run {folder.name}", _parts(run)))
     return path
@@ -115,7 +118,8 @@ def _communication(run: Run, e: Explanation) -> list[str]:
 
 LEGS = (
     "Milliseconds per step, mean over the ranks that hold the layer. Exposed = transfer + late + uneven: bytes moving, "
-    "waiting for a rank that had not arrived, and for one whose experts had more tokens."
+    "waiting for a rank that had not arrived, and for one whose experts had more tokens. GB/s: what the busiest rank "
+    "sent, from the last arrival on; of links: the time that the fitted links need / the time it took."
 )
 
 
@@ -150,18 +154,19 @@ def _leg_table(e: Explanation, run: Run) -> str:
         sizes = f"{leg.bytes_intra / 2**20:.2f}", f"{leg.bytes_inter / 2**20:.2f}"
         direction = "backward" if leg.backward else "forward"
         times = (c.exposed, leg.hidden, c.transfer, c.late, c.uneven)
-        rows.append((f"{leg.layer} {leg.part} {direction}", *map(_ms, times), *sizes, rate))
-    heads = ("way", "exposed", "hidden", "transfer", "late", "uneven", "MiB inside", "MiB between nodes", "GB/s")
+        links = ""
+        if run.profile is not None and leg.each is not None:
+            links = f"{run.profile.seconds(leg.inside, leg.between) / leg.each:.2f}"
+        rows.append((f"{leg.layer} {leg.part} {direction}", *map(_ms, times), *sizes, rate, links))
+    heads = ("way", "exposed", "hidden", "transfer", "late", "uneven", "MiB inside", "MiB between", "GB/s", "of links")
     return table(heads, rows)
 
 
 def _links(run: Run) -> list[str]:
     """The link model that the run names, if its file is there."""
-    path = run.summary.get("profile")
-    if not path or not Path(path).exists():
+    if run.profile is None:
         return []
-    profile = Profile.load(Path(path))
-    lines = {name: line for name, line in profile.lines.items() if name.startswith("all_to_all")}
+    lines = {name: line for name, line in run.profile.lines.items() if name.startswith("all_to_all")}
     return [section("Links", figure(figures.bandwidths("fitted bandwidth of all-to-all", {}, lines)))] if lines else []
 
 
