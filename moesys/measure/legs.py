@@ -25,8 +25,8 @@ Key = tuple[str, str, bool]
 def order(key: Key) -> tuple[object, ...]:
     """Layers by number; forward before backward, and the way there before the way back."""
     layer, part, backward = key
-    number = layer.rpartition(".")[2]
-    return (int(number) if number.isdigit() else 0, layer, backward, (part, backward) in AFTER_EXPERTS)
+    numbers = tuple(int(word) for word in layer.split(".") if word.isdigit())
+    return (numbers, layer, backward, (part, backward) in AFTER_EXPERTS)
 
 
 @dataclass
