@@ -17,7 +17,7 @@ STEPS = 6
 
 LATE = "rank 1 late before layers.2"
 OVERLOADED = {
-    "model": {"moe": {"experts": 4, "top_k": 1, "ffn_hidden": 512, "gate": {"force": "skewed", "skew": 60.0}}},
+    "model": {"moe": {"experts": 4, "top_k": 1, "ffn_hidden": 2048, "gate": {"force": "skewed", "skew": 60.0}}},
     "train": {"seq_len": 256, "global_batch": 4},
 }
 

@@ -40,5 +40,5 @@ def test_an_incomplete_map_is_not_judged(config, tmp_path):
 
 
 def test_an_unknown_launcher_is_refused(config, tmp_path):
-    with pytest.raises(LaunchError, match="there is no launcher 'mpi': use ray, local or slurm"):
+    with pytest.raises(LaunchError, match="there is no launcher 'mpi': use ray, local, hosts or slurm"):
         launch(spec(config, tmp_path), "mpi")
