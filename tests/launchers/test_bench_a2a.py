@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from moesys.config.schema import Config
 from moesys.launchers.bench_a2a import routed
 from moesys.train import routing_files
 
-TRIES = 4
-"""The machine is shared."""
+TRIES = 7
+"""The machine is shared: one run's medians scatter by several percent, so runs are added until theirs agree."""
 
 
 @pytest.fixture
@@ -35,14 +36,14 @@ def measure(config: Path, *words: str) -> dict:
 
 def test_agrees_with_a_bare_loop_from_a_mebibyte_on(config: Path) -> None:
     words = ["--collectives", "all_to_all", "--groups", "world", "--min", "1M", "--max", "16M", "--plain"]
-    ratios: list[float] = []
+    runs: list[list[float]] = []
     for _ in range(TRIES):
         results = measure(config, *words, "--iterations", "40")["results"]
         assert [r["size"] for r in results] == [2**20, 2**22, 2**24]
-        ratios = [r["out_of_place"]["time"] / r["plain_us"] for r in results]
-        if all(0.95 < ratio < 1.05 for ratio in ratios):
+        runs.append([r["out_of_place"]["time"] / r["plain_us"] for r in results])
+        if all(0.95 < median(ratios) < 1.05 for ratios in zip(*runs, strict=True)):
             return
-    pytest.fail(f"medians / those of the bare loop: {ratios}")
+    pytest.fail(f"medians / those of the bare loop, in {TRIES} runs: {runs}")
 
 
 def test_every_collective_is_right_and_its_bandwidths_are_nccl_tests(config: Path, capsys) -> None:
