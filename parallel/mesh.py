@@ -13,7 +13,25 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees
 
 
-class ParallelMesh:
+class Ranks:
+    """Where this rank lies on both meshes of `degrees`."""
+
+    def __init__(self, degrees: Degrees, device: torch.device):
+        self.degrees, self.device = degrees, device
+        self.rank = dist.get_rank()
+        self.place = degrees.coordinates(self.rank, DENSE_AXES)
+        self.expert_place = degrees.coordinates(self.rank, EXPERT_AXES)
+
+    def active(self, *axes: str) -> tuple[str, ...]:
+        """Those of `axes` with more than one rank."""
+        return tuple(axis for axis in axes if getattr(self.degrees, axis) > 1)
+
+    def groups(self) -> dict[tuple[str, ...], dist.ProcessGroup]:
+        """Every group of this rank with more than one rank, by its axes."""
+        raise NotImplementedError
+
+
+class ParallelMesh(Ranks):
     """Both meshes of `degrees`, every group of which is connected when this returns.
 
     Collective over the world. `timeout_s` holds for all groups: an axis' group does not inherit the
@@ -21,10 +39,7 @@ class ParallelMesh:
     """
 
     def __init__(self, degrees: Degrees, device: torch.device, timeout_s: float):
-        self.degrees, self.device = degrees, device
-        self.rank = dist.get_rank()
-        self.place = degrees.coordinates(self.rank, DENSE_AXES)
-        self.expert_place = degrees.coordinates(self.rank, EXPERT_AXES)
+        super().__init__(degrees, device)
         self._meshes = {axes: self._build(axes, device.type) for axes in (DENSE_AXES, EXPERT_AXES)}
         self._flat: dict[tuple[str, ...], DeviceMesh] = {}
         for axes in (
@@ -46,10 +61,6 @@ class ParallelMesh:
 
     def _root(self, axes: tuple[str, ...]) -> DeviceMesh:
         return self._meshes[DENSE_AXES if set(axes) <= set(DENSE_AXES) else EXPERT_AXES]
-
-    def active(self, *axes: str) -> tuple[str, ...]:
-        """Those of `axes` with more than one rank."""
-        return tuple(axis for axis in axes if getattr(self.degrees, axis) > 1)
 
     def size(self, *axes: str) -> int:
         size = 1
@@ -78,7 +89,6 @@ class ParallelMesh:
         return None if flat is None else flat.get_group()
 
     def groups(self) -> dict[tuple[str, ...], dist.ProcessGroup]:
-        """Every group of this rank with more than one rank, by its axes."""
         single = [(axis,) for axes in self._meshes for axis in self.active(*axes)]
         found = {axes: self._root(axes)[axes[0]].get_group() for axes in single}
         return found | {axes: mesh.get_group() for axes, mesh in self._flat.items()}

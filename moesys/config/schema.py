@@ -454,6 +454,9 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Name of the run and of its folder; default: the configuration file's name."""
     seed: NonNegative = 0
+    engine: Literal["native", "megatron"] = "native"
+    """native: this project's model and parallelism; megatron: Megatron-Core's GPTModel, schedules, gradient reduction
+    and optimizer, with this project's MoE layer."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()

@@ -27,7 +27,7 @@ from moesys.measure.step import Purpose, RankStep, Step, Travel, read_steps, ste
 from moesys.measure.watch import watched
 from moesys.parallel import comm, nodes
 from moesys.parallel.comm import Event, Time
-from moesys.parallel.mesh import ParallelMesh
+from moesys.parallel.mesh import Ranks
 
 HELD = 16
 """Recorded steps that ranks hold before they are brought together."""
@@ -65,7 +65,7 @@ class Recorder:
     Records of steps after `resumed`, left by a run that ended after its last checkpoint, are removed.
     """
 
-    def __init__(self, config: Config, mesh: ParallelMesh, run_dir: Path, resumed: int):
+    def __init__(self, config: Config, mesh: Ranks, run_dir: Path, resumed: int):
         self.config, self.mesh = config, mesh
         self.path = steps_file(run_dir)
         self._purposes = purposes(mesh)
@@ -178,7 +178,7 @@ def purpose_of(event: Event, groups: Mapping[str, Purpose]) -> Purpose:
     return groups.get(event.group, "step")
 
 
-def purposes(mesh: ParallelMesh) -> dict[str, Purpose]:
+def purposes(mesh: Ranks) -> dict[str, Purpose]:
     """The dimension that each process group of the run serves, by its name."""
     found: dict[str, Purpose] = {}
     for axes, group in mesh.groups().items():

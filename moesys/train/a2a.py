@@ -16,7 +16,7 @@ from moesys.measure import bench_a2a
 from moesys.measure.bench_a2a import Options
 from moesys.measure.bench_result import Result
 from moesys.parallel import nodes
-from moesys.train import worker
+from moesys.train import native, worker
 from moesys.train.metrics import write_whole
 
 
@@ -26,7 +26,7 @@ def run(config: Config, run_dir: Path) -> None:
 
 
 def _measure(config: Config, run_dir: Path) -> None:
-    mesh = worker.connect(config)
+    mesh = native.connect(config)
     names: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(names, nodes.here(mesh.rank, dist.get_world_size(), config.cluster))
     asked = json.loads((run_dir / "bench.json").read_text())

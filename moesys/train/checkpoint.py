@@ -1,8 +1,6 @@
 """Checkpoints: complete or absent, and independent of the layout they were written under.
 
-A checkpoint holds every parameter and its optimizer state by the parameter's name, through
-`torch.distributed.checkpoint`; DTensors carry their own placement. It is written beside its final
-name and renamed when all ranks are done.
+The engine writes its tensors beside the checkpoint's final name, which they get when all ranks are done.
 """
 
 from __future__ import annotations
@@ -10,18 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
 
 from moesys.config.schema import Config
 from moesys.errors import CheckpointError
 from moesys.parallel.freeze import frozen_names
+from moesys.train.engine import Engine
 
 META = "moesys.json"
 
@@ -32,30 +27,9 @@ def newest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def _state(
-    parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    slots = {
-        f"{name}/{slot}": value
-        for name, p in parameters.items()
-        if p.requires_grad
-        for slot, value in dict(optimizer.state)[p].items()  # a parameter without state is a bug: KeyError
-        if isinstance(value, Tensor)
-    }
-    return {"model": {name: p.detach() for name, p in parameters.items()} | buffers, "optimizer": slots}
-
-
-def save(
-    folder: Path,
-    config: Config,
-    parameters: dict[str, nn.Parameter],
-    buffers: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    samples: int,
-    keep: int,
-) -> Path:
-    """Write `folder`/step-N and remove all but the newest `keep`. Collective over the world."""
+def save(folder: Path, engine: Engine, step: int, samples: int) -> Path:
+    """Write `folder`/step-N and remove all but the newest `output.keep`. Collective over the world."""
+    config = engine.config
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
     first = dist.get_rank() == 0
@@ -63,36 +37,51 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".partial-*"):
             shutil.rmtree(left)
+        partial.mkdir()
     dist.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.save(_state(parameters, buffers, optimizer), checkpoint_id=partial)
+    engine.save(partial)
     dist.barrier()
     if first:
         meta = {"step": step, "samples": samples, "model": config.model.model_dump(), "seed": config.seed}
-        meta["freeze"] = config.train.freeze
+        meta |= {"freeze": config.train.freeze, "engine": config.engine}
         (partial / META).write_text(json.dumps(meta, indent=1))
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
         complete = sorted(path for path in folder.glob("step-*") if (path / META).exists())
-        for old in complete[:-keep]:
+        for old in complete[: -config.output.keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def load(path: Path, engine: Engine) -> tuple[int, int]:
+    """Restore the engine from a checkpoint: (step, samples seen). Collective over the world.
+
+    Raises:
+        CheckpointError: as `check`.
+    """
+    meta = check(path, engine.config)
+    engine.load(path)
+    return meta["step"], meta["samples"]
 
 
 def check(path: Path, config: Config) -> dict[str, Any]:
     """The metadata of a checkpoint, if it fits the model.
 
     Raises:
-        CheckpointError: unreadable, or of another model; names the keys that differ.
+        CheckpointError: unreadable, or of another model or engine; names the keys that differ.
     """
     try:
         meta = json.loads((path / META).read_text())
         saved, asked = _flat(meta["model"]), _flat(config.model.model_dump())
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); remove it, or choose another run name") from None
+    if (engine := meta.get("engine", "native")) != config.engine:
+        raise CheckpointError(
+            f"{path} was written by engine: {engine}, and this run has engine: {config.engine}"
+            f"\n    remedy: set engine: {engine}, or choose another run name"
+        )
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:
         rows = "".join(f"\n  model.{key}: saved {saved.get(key)}, now {asked.get(key)}" for key in different)
@@ -113,36 +102,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def load(
-    path: Path,
-    config: Config,
-    parameters: dict[str, nn.Parameter],
-    buffers: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> tuple[int, int]:
-    """Fill parameters and optimizer from a checkpoint: (step, samples seen). Collective over the world.
-
-    Raises:
-        CheckpointError: as `check`.
-    """
-    meta = check(path, config)
-    _allocate(optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.load(_state(parameters, buffers, optimizer), checkpoint_id=path)
-    return meta["step"], meta["samples"]
-
-
-def _allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer create its state: a step of zeros that changes nothing."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate

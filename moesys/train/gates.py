@@ -11,28 +11,29 @@ from moesys.data.corpus import Corpus
 from moesys.moe.gates.hashed import HashGate
 from moesys.moe.gates.replay import ReplayGate
 from moesys.moe.record import Recorder
-from moesys.parallel.compose import Composed
 from moesys.train import routing_files
+from moesys.train.engine import Engine
 
 COUNTED, PIECES = 2**24, 64
 """Most tokens that frequencies are counted in, and from how many places of the training data they come."""
 
 
-def prepare(model: Composed, corpus: Corpus) -> None:
+def prepare(engine: Engine, corpus: Corpus) -> None:
     """Tell balanced hash gates how often each id occurs, and replay gates what to replay.
 
     Raises:
         DataError: a recording is missing, or is not of this model.
     """
-    layers, device = model.moe_layers(), model.mesh.device
+    layers, device = engine.moe_layers(), engine.mesh.device
     count_V = None
     for name, layer in layers.items():
         if isinstance(layer.gate, HashGate) and layer.gate.balanced:
             count_V = frequencies(corpus) if count_V is None else count_V
             layer.gate.fit(torch.from_numpy(count_V).to(device))
         if isinstance(layer.gate, ReplayGate):
-            assert model.config.model.moe is not None and model.config.model.moe.gate.path is not None
-            first, table = routing_files.read(Path(model.config.model.moe.gate.path), block(name))
+            moe = engine.config.model.moe
+            assert moe is not None and moe.gate.path is not None
+            first, table = routing_files.read(Path(moe.gate.path), block(name))
             layer.gate.load(first, torch.from_numpy(table).to(device))
 
 
@@ -57,11 +58,11 @@ class RoutingLog:
     Files of steps after `resumed` are removed: those steps will be done again, perhaps by other ranks.
     """
 
-    def __init__(self, model: Composed, folder: Path, resumed: int):
-        self.model, self.folder = model, folder
-        self.steps = model.config.output.record_routing
-        self.recorder = Recorder(model.moe_layers()) if self.steps > resumed else None
-        if self.recorder is not None and model.mesh.rank == 0:
+    def __init__(self, engine: Engine, folder: Path, resumed: int):
+        self.engine, self.folder = engine, folder
+        self.steps = engine.config.output.record_routing
+        self.recorder = Recorder(engine.moe_layers()) if self.steps > resumed else None
+        if self.recorder is not None and engine.mesh.rank == 0:
             # No rank ends a step, and writes it, before this one begins it.
             routing_files.forget(folder, resumed)
 
@@ -70,11 +71,11 @@ class RoutingLog:
         if self.recorder is None:
             return
         if step <= self.steps:
-            moe = self.model.config.model.moe
+            moe = self.engine.config.model.moe
             assert moe is not None
             taken = self.recorder.take().items()
             layers = {block(name): (r.number_T.numpy(), r.expert_TK.numpy(), r.weight_TK.numpy()) for name, r in taken}
-            routing_files.write(self.folder, step, self.model.mesh.rank, layers, moe.experts)
+            routing_files.write(self.folder, step, self.engine.mesh.rank, layers, moe.experts)
         if step >= self.steps:
             self.recorder.close()
             self.recorder = None

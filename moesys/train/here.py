@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moesys.config.schema import Config
-from moesys.parallel.mesh import ParallelMesh
+from moesys.parallel.mesh import Ranks
 
 
 @contextmanager
@@ -32,9 +32,9 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
 
 
 @contextmanager
-def joined(rank: int, world: int, config: Config, folder: str) -> Iterator[ParallelMesh]:
+def joined(rank: int, world: int, config: Config, folder: str) -> Iterator[Ranks]:
     """In such a process: its meshes, connected through a file in `folder`."""
-    from moesys.train.worker import connect
+    from moesys.train.engine import engine_of
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     os.environ["LOCAL_RANK"] = str(rank)
@@ -45,6 +45,6 @@ def joined(rank: int, world: int, config: Config, folder: str) -> Iterator[Paral
         world_size=world,
         timeout=timedelta(seconds=config.launch.timeout_s),
     )
-    yield connect(config)
+    yield engine_of(config).connect(config)
     dist.barrier()
     dist.destroy_process_group()

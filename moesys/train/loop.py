@@ -16,9 +16,9 @@ from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
 from moesys.data.samples import Samples
 from moesys.parallel import comm
-from moesys.parallel.compose import Composed, compose
-from moesys.parallel.mesh import ParallelMesh
+from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, gates, optimizer
+from moesys.train.engine import Engine, engine_of
 from moesys.train.metrics import collect
 
 IGNORED = -100
@@ -26,21 +26,20 @@ IGNORED = -100
 
 
 class Trainer:
-    """A model under parallelism with its optimizer and its place in the data.
+    """An engine and its place in the data.
 
     Args:
         config: the run; `config.model.vocab_size` may be None, then the tokenizer decides.
-        mesh: the run's meshes.
+        mesh: what the engine's `connect` gave.
         corpus: tokens for training and held-out tokens.
         dtype: type of the weights, default float32.
     """
 
-    def __init__(self, config: Config, mesh: ParallelMesh, corpus: Corpus, dtype: torch.dtype | None = None):
+    def __init__(self, config: Config, mesh: Ranks, corpus: Corpus, dtype: torch.dtype | None = None):
         self.config, self.mesh = config, mesh
         self.vocab_size = corpus.vocab_size
-        self.model: Composed = compose(config, mesh, corpus.vocab_size, dtype)
-        gates.prepare(self.model, corpus)
-        self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
+        self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype)
+        gates.prepare(self.engine, corpus)
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
         self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)
@@ -62,20 +61,14 @@ class Trainer:
         mine = self._mine(numbers)
         windows = torch.from_numpy(np.stack([self.samples[n] for n in mine]))
         with comm.record() as self.events:
-            loss = self.model.train(*self._split(windows), mine)
-            self.model.gradients.reduce()
+            loss = self.engine.train(*self._split(windows), mine)
         if self.before_update is not None:
             self.before_update()
-        norm = self.model.gradients.clip(t.optimizer.clip)
         rate = optimizer.learning_rate(t, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.model.after_step()
+        norm = self.engine.update(rate)
         self._synchronise()
         travel = sum(e.exposed for e in self.events if e.level)
-        values = collect(self.model, loss, travel)
+        values = collect(self.engine, loss, travel)
         self.load = values.pop("load", None)
         seconds = perf_counter() - begin
         return {
@@ -98,8 +91,8 @@ class Trainer:
             windows = torch.from_numpy(np.stack([self.heldout[min(n, count - 1)] for n in numbers]))
             tokens, labels = self._split(windows)
             labels[torch.tensor([n >= count for n in numbers], device=labels.device)] = IGNORED
-            total += self.model.evaluate(tokens, labels, numbers).double()
-        for layer in self.model.moe_layers().values():
+            total += self.engine.evaluate(tokens, labels, numbers).double()
+        for layer in self.engine.moe_layers().values():
             layer.statistics.take()
         dist.all_reduce(total)
         return total.item() * size / (self.mesh.degrees.tp * count)
@@ -110,24 +103,13 @@ class Trainer:
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this step under `folder`. Collective."""
-        c = self.config
-        return checkpoint.save(
-            folder,
-            c,
-            self.model.named_parameters(),
-            self.model.named_buffers(),
-            self.optimizer,
-            self.step,
-            self.seen,
-            c.output.keep,
-        )
+        return checkpoint.save(folder, self.engine, self.step, self.seen)
 
     def resume(self, folder: Path) -> Path | None:
         """Continue from the newest checkpoint under `folder`, if there is one. Collective."""
         path = checkpoint.newest(folder)
         if path is not None:
-            tensors = self.model.named_parameters(), self.model.named_buffers()
-            self.step, self.seen = checkpoint.load(path, self.config, *tensors, self.optimizer)
+            self.step, self.seen = checkpoint.load(path, self.engine)
         return path
 
     def _mine(self, numbers: range) -> range:

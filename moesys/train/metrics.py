@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moesys.config.schema import Config
 from moesys.parallel import comm
-from moesys.parallel.compose import Composed
 from moesys.parallel.gates_check import IGNORES
+from moesys.train.engine import Engine
 from moesys.train.exporter import Exporter
 
 LOSSES = {
@@ -34,7 +34,7 @@ COUNTS = ("calls", "dropped", "zero")
 """What layers count beside losses and load: passes, and assignments dropped or to zero-computation experts."""
 
 
-def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict[str, Any]:
+def collect(engine: Engine, loss: Tensor, all_to_all_seconds: float) -> dict[str, Any]:
     """Loss and routing of the step, over all ranks. Collective.
 
     Returns loss (mean of the global batch), all_to_all_seconds (mean over ranks), and with MoE layers:
@@ -43,12 +43,12 @@ def collect(composed: Composed, loss: Tensor, all_to_all_seconds: float) -> dict
     where there are any), each of `LOSSES` that is on (unscaled, mean over layers and micro-batches), and
     load: assignments per MoE layer and expert, lists of numbers.
     """
-    config, degrees, device = composed.config, composed.mesh.degrees, composed.mesh.device
+    config, degrees, device = engine.config, engine.mesh.degrees, engine.mesh.device
     moe = config.model.moe
     layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
     width = (moe.experts if moe else 0) + len(COUNTS) + len(LOSSES)
     table = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
-    for name, layer in composed.moe_layers().items():
+    for name, layer in engine.moe_layers().items():
         totals = layer.statistics.take()
         row = table[layers.index(int(name.split(".")[1]))]
         parts = [totals.get(key, torch.zeros((), device=device)) for key in (*COUNTS, *LOSSES)]

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import Config, ParallelConfig
 from moesys.errors import Problem
-from moesys.parallel.mesh import ParallelMesh
+from moesys.parallel.mesh import Ranks
 from moesys.train import here
 
 FLOOR = 1e-3
@@ -134,31 +133,20 @@ def _work(
             torch.save(found, f"{folder}/trace-{rank}.pt")
 
 
-def observe(config: Config, mesh: ParallelMesh, steps: int, weights: torch.dtype) -> Trace:
+def observe(config: Config, mesh: Ranks, steps: int, weights: torch.dtype) -> Trace:
     """What the stages of this rank compute in `steps` steps from the start. Collective."""
     from moesys.data.corpus import open_corpus
     from moesys.train.loop import Trainer
 
     trainer = Trainer(config, mesh, open_corpus(config), weights)
     found = Trace()
-    trainer.before_update = lambda: found.gradients.append(_whole(trainer, "grad"))
+    trainer.before_update = lambda: found.gradients.append(trainer.engine.gradients())
     for _ in range(steps):
         record = trainer.train_step()
         found.losses.append(record["loss"])
         found.norms.append(record["grad_norm"])
-    found.parameters = _whole(trainer, "data") | {k: v.cpu() for k, v in trainer.model.named_buffers().items()}
+    found.parameters = trainer.engine.weights()
     return found
-
-
-def _whole(trainer: Any, attribute: str) -> dict[str, Tensor]:
-    """Every parameter of this rank's stages, or its gradient, in full (none if frozen). Collective over the stage."""
-    whole = {}
-    for name, parameter in trainer.model.named_parameters().items():
-        if attribute == "grad" and not parameter.requires_grad:
-            continue
-        value = getattr(parameter, attribute)
-        whole[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
-    return whole
 
 
 def _merge(into: Trace, part: Trace) -> None:

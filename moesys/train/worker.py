@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
@@ -34,30 +33,14 @@ from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
 from moesys.measure.step import Step
 from moesys.models.size import parameters
-from moesys.parallel.degrees import resolve
-from moesys.parallel.mesh import ParallelMesh
+from moesys.parallel.mesh import Ranks
+from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog, write_whole
 
 SAMPLED = 2**20
 """Tokens of each side that ranks compare before they train."""
-
-
-def connect(config: Config) -> ParallelMesh:
-    """Join the process group that the environment describes, unless already in it, and build the meshes."""
-    wanted = config.cluster.device
-    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        timeout = timedelta(seconds=config.launch.timeout_s)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-    degrees, problems = resolve(config, dist.get_world_size())
-    if degrees is None:
-        raise MoesysError("; ".join(map(str, problems)))
-    return ParallelMesh(degrees, device, config.launch.timeout_s)
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -89,14 +72,14 @@ def _train(config: Config, run_dir: Path) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    mesh = connect(config)
+    mesh = engine_of(config).connect(config)
     _write_ranks(mesh, run_dir)
     corpus = open_corpus(config)
     _agree(corpus)
     trainer = Trainer(config, mesh, corpus)
     folder = run_dir / "checkpoints"
     trainer.resume(folder)
-    routing = RoutingLog(trainer.model, run_dir / "routing", trainer.step)
+    routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
     recorder = Recorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
         summary = _steps(trainer, log, routing, recorder, folder)
@@ -189,7 +172,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     write_whole(old, json.dumps(summary, indent=1) + "\n")
 
 
-def _write_ranks(mesh: ParallelMesh, run_dir: Path) -> None:
+def _write_ranks(mesh: Ranks, run_dir: Path) -> None:
     host = socket.gethostname()
     here = {
         "rank": mesh.rank,

@@ -27,7 +27,7 @@ def traces(configs: dict[str, Config], world: int, steps: int, folder: Path) -> 
 
 def _work(rank: int, world: int, configs: dict[str, Config], steps: int, folder: Path) -> None:
     from moesys.parallel.mesh import ParallelMesh
-    from moesys.train.worker import connect
+    from moesys.train.native import connect
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)

@@ -24,7 +24,7 @@ def _record(rank: int, world: int, scenarios: Mapping[str, tuple[dict[str, Any],
     from moesys.data.corpus import open_corpus
     from moesys.measure.recorder import Recorder
     from moesys.train.loop import Trainer
-    from moesys.train.worker import connect
+    from moesys.train.native import connect
 
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     for name, (raw, mishap) in scenarios.items():
@@ -47,7 +47,7 @@ def _nothing(trainer: Any, rank: int) -> None:
 
 def _late_before(layer: str) -> Callable[[Any, int], None]:
     def apply(trainer: Any, rank: int) -> None:
-        for name, moe in trainer.model.moe_layers().items():
+        for name, moe in trainer.engine.moe_layers().items():
             if rank == 1 and name.startswith(layer):
                 moe.gate.register_forward_hook(lambda *_: sleep(DELAY_S))
 

@@ -21,7 +21,7 @@ def _work(rank: int, world: int, config: Any, folder: str, steps: int) -> None:
 
     from moesys.data.corpus import open_corpus
     from moesys.train.loop import Trainer
-    from moesys.train.worker import connect
+    from moesys.train.native import connect
 
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     trainer = Trainer(config, connect(config), open_corpus(config))

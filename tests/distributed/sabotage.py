@@ -65,7 +65,7 @@ def _report(rank: int, world: int, config: Any, folder: str) -> None:
     from moesys.data.corpus import open_corpus
     from moesys.parallel.gradients import local
     from moesys.train.loop import Trainer
-    from moesys.train.worker import connect
+    from moesys.train.native import connect
 
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     trainer = Trainer(config, connect(config), open_corpus(config))
@@ -75,7 +75,7 @@ def _report(rank: int, world: int, config: Any, folder: str) -> None:
         if event.level and event.kind in ("all_to_all", "all_gather", "reduce_scatter"):
             key = f"{event.kind} {event.level}"
             sent[key] = sent.get(key, 0) + event.bytes
-    elements = sum(local(p).numel() for p in trainer.model.named_parameters().values())
+    elements = sum(local(p).numel() for p in trainer.engine.model.named_parameters().values())
     Path(f"{folder}/layout-{rank}.json").write_text(json.dumps([elements, sent]))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,71 @@
+"""What a run trains with: a model under parallelism and its optimizer, behind one interface.
+
+An engine is a module with `connect(config)`, which joins the run's process group and says where this rank
+lies, and `build(config, mesh, vocab_size, dtype)`, which makes this rank's part.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from moesys.config.schema import Config
+from moesys.moe.layer import MoELayer
+from moesys.parallel.mesh import Ranks
+
+MODULES = {"native": "moesys.train.native", "megatron": "moesys.megatron.engine"}
+"""By the values of `engine` in the configuration; found by name, for Megatron's stands on a floor above."""
+
+
+class Engine(Protocol):
+    """A model and its optimizer, as one rank has them. Every method but `moe_layers` is collective over the world.
+
+    Names of parameters and of layers are those of `moesys.models.Decoder`, whatever the layout.
+    """
+
+    config: Config
+    mesh: Ranks
+
+    def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        """Forward and backward of this data rank's share of a global batch; gradients are complete afterwards.
+
+        tokens, labels: int64 [global_batch / dp, S], whose numbers in the run are `samples`. Returns this
+        rank's share of the mean loss: the sum over the world is tp times that.
+        """
+
+    def update(self, rate: float) -> float:
+        """Clip, step with learning rate `rate`, forget the gradients; their global norm before clipping."""
+
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        """As `train`, forward only; labels below 0 count for nothing, but the divisor stays."""
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """All MoE layers of this rank."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Between `train` and `update`: gradients of this rank's stages in full, on the CPU; none of frozen ones."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters, and what gates keep, of this rank's stages in full, on the CPU."""
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer to `folder`, which one rank creates."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, under whatever combination of parallelism."""
+
+
+class EngineModule(Protocol):
+    """What a module of `MODULES` offers."""
+
+    def connect(self, config: Config) -> Ranks: ...
+    def build(self, config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> Engine: ...
+
+
+def engine_of(config: Config) -> EngineModule:
+    """The module of the engine that a configuration names."""
+    return cast(EngineModule, import_module(MODULES[config.engine]))

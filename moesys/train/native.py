@@ -1,0 +1,128 @@
+"""The project's own engine: a `Decoder` composed with the dimensions of parallelism, and torch's optimizers."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moesys.config.schema import Config
+from moesys.errors import MoesysError
+from moesys.moe.layer import MoELayer
+from moesys.parallel.compose import compose
+from moesys.parallel.degrees import Degrees, resolve
+from moesys.parallel.mesh import ParallelMesh, Ranks
+from moesys.train import optimizer
+
+
+def joined(config: Config) -> tuple[Degrees, torch.device]:
+    """Join the process group that the environment describes, unless already in it."""
+    wanted = config.cluster.device
+    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=config.launch.timeout_s)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    degrees, problems = resolve(config, dist.get_world_size())
+    if degrees is None:
+        raise MoesysError("; ".join(map(str, problems)))
+    return degrees, device
+
+
+def connect(config: Config) -> ParallelMesh:
+    """Join the process group and build the meshes."""
+    degrees, device = joined(config)
+    return ParallelMesh(degrees, device, config.launch.timeout_s)
+
+
+def build(config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> NativeEngine:
+    """The engine on this rank; `dtype` is the type of the weights, default float32."""
+    assert isinstance(mesh, ParallelMesh)
+    return NativeEngine(config, mesh, vocab_size, dtype)
+
+
+class NativeEngine:
+    """See `Engine`. Checkpoints hold every tensor by its parameter's name, through `torch.distributed.checkpoint`."""
+
+    def __init__(self, config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None):
+        self.config, self.mesh = config, mesh
+        self.model = compose(config, mesh, vocab_size, dtype)
+        self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
+
+    def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        loss = self.model.train(tokens, labels, samples)
+        self.model.gradients.reduce()
+        return loss
+
+    def update(self, rate: float) -> float:
+        norm = self.model.gradients.clip(self.config.train.optimizer.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.after_step()
+        return norm
+
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        return self.model.evaluate(tokens, labels, samples)
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        return self.model.moe_layers()
+
+    def gradients(self) -> dict[str, Tensor]:
+        trained = {name: p for name, p in self.model.named_parameters().items() if p.requires_grad}
+        return {name: _whole(p.grad) for name, p in trained.items() if p.grad is not None}
+
+    def weights(self) -> dict[str, Tensor]:
+        found = self.model.named_parameters() | self.model.named_buffers()
+        return {name: _whole(value) for name, value in found.items()}
+
+    def save(self, folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        self._allocate()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(self._state(), checkpoint_id=folder)
+
+    def _state(self) -> dict[str, Any]:
+        parameters = self.model.named_parameters()
+        slots = {
+            f"{name}/{slot}": value
+            for name, p in parameters.items()
+            if p.requires_grad
+            for slot, value in dict(self.optimizer.state)[p].items()  # a parameter without state is a bug: KeyError
+            if isinstance(value, Tensor)
+        }
+        model = {name: p.detach() for name, p in parameters.items()} | self.model.named_buffers()
+        return {"model": model, "optimizer": slots}
+
+    def _allocate(self) -> None:
+        """Make the optimizer create its state: a step of zeros that changes nothing."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _whole(value: Tensor) -> Tensor:
+    value = value.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
