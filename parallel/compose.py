@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from moesys.config.schema import Config
 from moesys.models.decoder import Decoder
-from moesys.moe.gates import Gate
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.parallel import context, data, expert, freeze, pipeline, tensor
 from moesys.parallel.cost import Stage, counting_passes
+from moesys.parallel.gates_step import counted, numbers, step_totals
 from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
 from moesys.parallel.loss import TokenLoss
@@ -83,30 +83,13 @@ class Composed:
 
     def after_step(self) -> None:
         """Let gates that follow the global batch see it. Collective over each pipeline stage."""
-        for gate, total in self._totals([layer.gate for layer in self.moe_layers().values()]):
+        for gate, total in step_totals([layer.gate for layer in self.moe_layers().values()], self.mesh):
             gate.after_step(total)
 
     def _count(self, mine: tuple[Tensor, Tensor]) -> None:
         """Let gates that must know the global batch before they route see it: a forward pass, as in training."""
-        layers = self.moe_layers().values()
-        kept = [layer.statistics.take() for layer in layers]
-        self._forward(mine)
-        for layer, statistics in zip(layers, kept, strict=True):
-            layer.statistics.totals = statistics
-        for gate, total in self._totals([layer.gate for layer in layers if layer.gate.counts_first]):
-            gate.before_step(total)
-
-    def _totals(self, gates: list[Gate]) -> list[tuple[Gate, Tensor]]:
-        """Of gates that have statistics: their sums over the stage's ranks, float64. Collective over the stage."""
-        found = [(gate, s) for gate in gates if (s := gate.step_statistics()) is not None]
-        if not found:
-            return []
-        total = torch.cat([statistics.double() for _, statistics in found])
-        for group in (self.mesh.group("dp_replicate", "dp_shard", "cp"), self.mesh.group("tp")):
-            if group is not None:
-                dist.all_reduce(total, group=group)
-        parts = total.split([s.numel() for _, s in found])
-        return [(gate, part) for (gate, _), part in zip(found, parts, strict=True)]
+        with counted(self.moe_layers(), self.mesh):
+            self._forward(mine)
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         """Forward only, shapes as in `train`."""
@@ -129,9 +112,7 @@ class Composed:
                 part.train(training)
 
     def _mine(self, tokens: Tensor, labels: Tensor, samples: range) -> tuple[Tensor, Tensor]:
-        length = tokens.shape[1]
-        first = torch.tensor(samples, device=tokens.device)[:, None] * length
-        numbered = torch.stack((first + torch.arange(length, device=tokens.device), tokens), -1)
+        numbered = torch.stack((numbers(tokens, samples), tokens), -1)
         positions = self.parts[0].positions
         if self.mesh.degrees.cp == 1 or positions is None:
             return numbered, labels

@@ -36,20 +36,24 @@ def initialise(part: nn.Module, seed: int, std: float, tied: bool) -> None:
 
 
 def _fill(param: nn.Parameter, name: str, seed: int, std: float) -> None:
+    target: Tensor = param
+    slices = tuple(slice(0, size) for size in param.shape)
+    if isinstance(param, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        target, slices = param.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+    if target.numel():
+        target.copy_(initial(tuple(param.shape), slices, name, seed, std))
+
+
+def initial(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: int, std: float) -> Tensor:
+    """The part `slices` of the parameter `name` of this `shape`, float32; values that are all the same in any shape."""
     if "norm" in name.split(".")[-2]:
-        param.fill_(1.0)
-    elif name.endswith(("bias", "lora_b")):
-        param.zero_()
-    elif name.endswith("log_temperature"):
-        param.fill_(cosine.START)
-    else:
-        target: Tensor = param
-        slices = tuple(slice(0, size) for size in param.shape)
-        if isinstance(param, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-            target, slices = param.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-        if target.numel():
-            target.copy_(_draw(tuple(param.shape), slices, name, seed, std))
+        return torch.ones(())
+    if name.endswith(("bias", "lora_b")):
+        return torch.zeros(())
+    if name.endswith("log_temperature"):
+        return torch.full((), cosine.START)
+    return _draw(shape, slices, name, seed, std)
 
 
 def _draw(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: int, std: float) -> Tensor:

@@ -26,8 +26,12 @@ class Ranks:
         """Those of `axes` with more than one rank."""
         return tuple(axis for axis in axes if getattr(self.degrees, axis) > 1)
 
-    def groups(self) -> dict[tuple[str, ...], dist.ProcessGroup]:
-        """Every group of this rank with more than one rank, by its axes."""
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """The group of this rank along `axes`; None if it is alone."""
+        raise NotImplementedError
+
+    def groups(self) -> list[tuple[tuple[str, ...], dist.ProcessGroup]]:
+        """Every group of this rank with more than one rank, and its axes."""
         raise NotImplementedError
 
 
@@ -84,14 +88,13 @@ class ParallelMesh(Ranks):
         return self._flat[active]
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
-        """The group of this rank along `axes`; None if it is alone."""
         flat = self.flat(*axes)
         return None if flat is None else flat.get_group()
 
-    def groups(self) -> dict[tuple[str, ...], dist.ProcessGroup]:
+    def groups(self) -> list[tuple[tuple[str, ...], dist.ProcessGroup]]:
         single = [(axis,) for axes in self._meshes for axis in self.active(*axes)]
         found = {axes: self._root(axes)[axes[0]].get_group() for axes in single}
-        return found | {axes: mesh.get_group() for axes, mesh in self._flat.items()}
+        return list((found | {axes: mesh.get_group() for axes, mesh in self._flat.items()}).items())
 
     def data(self, replicate: tuple[str, ...], shard: tuple[str, ...]) -> DeviceMesh | None:
         """The mesh for FSDP2: (shard), or (replicate, shard) for hybrid sharding."""
@@ -101,7 +104,7 @@ class ParallelMesh(Ranks):
         return DeviceMesh._concatenate([outer, inner])
 
     def _connect(self, timeout: timedelta) -> None:
-        groups = {group.group_name: group for group in self.groups().values()}
+        groups = {group.group_name: group for _, group in self.groups()}
         for name in sorted(groups):
             dist.all_reduce(torch.zeros(1, device=self.device), group=groups[name])
             _set_pg_timeout(timeout, groups[name])

@@ -181,7 +181,7 @@ def purpose_of(event: Event, groups: Mapping[str, Purpose]) -> Purpose:
 def purposes(mesh: Ranks) -> dict[str, Purpose]:
     """The dimension that each process group of the run serves, by its name."""
     found: dict[str, Purpose] = {}
-    for axes, group in mesh.groups().items():
+    for axes, group in mesh.groups():
         name = group.group_name
         if axes[0] in ("ep", "etp"):
             continue  # what goes to experts says so itself, and this may be the same group as another axis'

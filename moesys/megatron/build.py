@@ -25,6 +25,7 @@ from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
 from moesys.moe.gates import top_k as token_choice
 from moesys.moe.gates.projection import GateProjection
+from moesys.moe.layer import MoELayer
 from moesys.moe.losses import Balance
 from moesys.moe.shared import build_mix
 from moesys.parallel.dispatchers.build import KINDS, levels
@@ -54,7 +55,7 @@ def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -
     }
     if groups.tp_ep.size() > 1:
         layer.dispatcher = _dispatcher(m.experts, groups, dispatch, device)
-    _mark(layer, config, groups)
+    mark(layer, config, groups)
     if config.perform_initialization:
         _initialise(layer, config, groups)
     return layer
@@ -122,7 +123,7 @@ SPLIT = {"fc1": 3, "fc1_bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0, "down_
 """The dim that tensor parallelism splits."""
 
 
-def _mark(layer: MegatronMoE, config: Any, groups: Groups) -> None:
+def mark(layer: MoELayer, config: Any, groups: Groups) -> None:
     """Say of each parameter to Megatron's gradient reduction, clipping and optimiser where it is split."""
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes as split
 
@@ -134,8 +135,8 @@ def _mark(layer: MegatronMoE, config: Any, groups: Groups) -> None:
     if layer.shared is not None:
         for name, weight in layer.shared.named_parameters():
             split(weight, True, SPLIT[name.split(".")[0]], 1)
-    for part in (layer.gate, layer.mix):
-        for weight in part.parameters():
+    for part in (layer.gate, layer.mix, layer.zero):
+        for weight in () if part is None else part.parameters():
             # Each tensor rank sees its own tokens: Megatron adds their gradients up.
             weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

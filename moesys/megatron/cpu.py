@@ -1,7 +1,8 @@
 """Stand-ins for the CUDA calls that Megatron-Core 0.16.1 makes whether there is a GPU or not.
 
 Its MoE layer creates a stream, asks for the current device and moves split sizes to the host from a GPU
-only; its embedding draws from a GPU's generators. Inside `stand_ins()` such calls find what does as well on
+only; its embedding draws from a GPU's generators; its schedules and optimizers make small tensors on "cuda",
+and tell the types of tensors by names of a GPU's. Inside `stand_ins()` such calls find what does as well on
 CPU; with a GPU nothing is changed.
 """
 
@@ -33,6 +34,32 @@ class _Stream:
 _ONLY = _Stream()
 
 
+class _Torch:
+    """The module torch as some of Megatron's modules see it: tensors for "cuda" are made on the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("zeros", "ones", "tensor", "empty"):
+            return found
+
+        def make(*arguments: Any, **more: Any) -> Any:
+            if more.get("device") == "cuda":
+                more["device"] = "cpu"
+            return found(*arguments, **more)
+
+        return make
+
+
+def _type(tensor: Tensor, dtype: Any = None, *arguments: Any, **more: Any) -> Any:
+    """`Tensor.type`, which without a type says of any tensor that it is of a GPU."""
+    if dtype is not None:
+        return _TYPE(tensor, dtype, *arguments, **more)
+    return "torch.cuda." + _TYPE(tensor).rpartition(".")[2]
+
+
+_TYPE = Tensor.type
+
+
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """Megatron's `maybe_move_tensor_to_cpu`, which leaves split sizes on CPU as tensors no collective takes."""
     return tensor.numpy() if isinstance(tensor, Tensor) and as_numpy else tensor
@@ -43,7 +70,12 @@ def stand_ins() -> Iterator[None]:
     """Let Megatron-Core's layers be built and run on CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from megatron.core import utils as helpers
+        from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+        from megatron.core.pipeline_parallel import schedules
+        from megatron.core.tensor_parallel import random
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+        from megatron.core.transformer import utils
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
     if torch.cuda.is_available():
         yield
@@ -52,6 +84,7 @@ def stand_ins() -> Iterator[None]:
         "Stream": _Stream,
         "Event": _Stream,
         "current_stream": lambda *_: _ONLY,
+        "default_stream": lambda *_: _ONLY,
         "current_device": lambda: torch.device("cpu"),
         "stream": lambda *_: nullcontext(),
         "synchronize": lambda *_: None,
@@ -59,6 +92,13 @@ def stand_ins() -> Iterator[None]:
     with ExitStack() as replaced:
         for name, stand_in in cuda.items():
             replaced.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        for module in (schedules, optimizer, distrib_optimizer, clip_grads, utils, helpers):
+            replaced.enter_context(mock.patch.object(module, "torch", _Torch()))
+        replaced.enter_context(mock.patch.object(Tensor, "type", _type))
+        replaced.enter_context(mock.patch.object(Tensor, "cuda", lambda tensor, *_, **__: tensor))
+        # Recomputation saves and restores the states of all generators: there is none of a GPU.
+        replaced.enter_context(mock.patch.object(random, "_get_cuda_rng_state", lambda *_, **__: None))
+        replaced.enter_context(mock.patch.object(random, "_set_cuda_rng_state", lambda *_, **__: None))
         replaced.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_host))
         # All draw from torch's one generator.
         replaced.enter_context(mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_, **__: nullcontext()))

@@ -16,15 +16,29 @@ class SharedExperts(FeedForward):
         activation: a kind of `moesys.kernels.activation`.
         group: the tensor-parallel ranks, which must divide `width`.
         sequence_parallel: whether each of them has a part of S.
+        batch_first: whether it takes and gives [B, S, H].
     """
 
-    def __init__(self, hidden: int, width: int, activation: str, group: dist.ProcessGroup, sequence_parallel: bool):
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        activation: str,
+        group: dist.ProcessGroup,
+        sequence_parallel: bool,
+        batch_first: bool = False,
+    ):
         super().__init__(hidden, width // group.size(), activation)
-        self.group, self.sequence_parallel = group, sequence_parallel
+        self.group, self.sequence_parallel, self.batch_first = group, sequence_parallel, batch_first
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group.size() == 1:
             return super().forward(x)
+        if self.batch_first:
+            return self._split(x.transpose(0, 1).contiguous()).transpose(0, 1)
+        return self._split(x)
+
+    def _split(self, x: Tensor) -> Tensor:
         from megatron.core.tensor_parallel import mappings
 
         if self.sequence_parallel:

@@ -17,7 +17,7 @@ from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
 from moesys.parallel.dispatchers.hierarchical import HierarchicalDispatcher
 from moesys.parallel.dispatchers.hop import Level
 from moesys.parallel.dispatchers.travelling import TravellingDispatcher
-from moesys.parallel.mesh import ParallelMesh
+from moesys.parallel.mesh import Ranks
 
 KINDS: dict[str, type[TravellingDispatcher]] = {
     "all_to_all": AllToAllDispatcher,
@@ -26,11 +26,11 @@ KINDS: dict[str, type[TravellingDispatcher]] = {
 }
 
 
-_LEVELS: WeakKeyDictionary[ParallelMesh, dict[tuple[str, ...], list[Level]]] = WeakKeyDictionary()
+_LEVELS: WeakKeyDictionary[Ranks, dict[tuple[str, ...], list[Level]]] = WeakKeyDictionary()
 """All layers on a mesh share their groups: by the nodes of the expert group's ranks."""
 
 
-def builder(config: Config, mesh: ParallelMesh) -> Callable[[int], TravellingDispatcher] | None:
+def builder(config: Config, mesh: Ranks) -> Callable[[int], TravellingDispatcher] | None:
     """Makes the dispatcher of a layer of so many experts; None where experts are whole on this rank.
 
     Collective over the ranks of this rank's expert group.
@@ -45,7 +45,7 @@ def builder(config: Config, mesh: ParallelMesh) -> Callable[[int], TravellingDis
     return lambda experts: KINDS[d.kind](experts, group, mesh.degrees.ep, mesh.degrees.etp, **more)
 
 
-def _shared_levels(config: Config, mesh: ParallelMesh, group: dist.ProcessGroup) -> list[Level]:
+def _shared_levels(config: Config, mesh: Ranks, group: dist.ProcessGroup) -> list[Level]:
     names: list[Any] = [None] * group.size()
     dist.all_gather_object(names, nodes.here(mesh.rank, mesh.degrees.world, config.cluster), group=group)
     known = _LEVELS.setdefault(mesh, {})

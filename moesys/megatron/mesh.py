@@ -1,0 +1,51 @@
+"""Megatron-Core's process groups as the ranks of a run: its order of dimensions is this project's."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from moesys.config.schema import Config
+from moesys.parallel.degrees import Degrees
+from moesys.parallel.mesh import Ranks
+
+ORDER = "tp-cp-ep-dp-pp"
+"""Megatron's, fastest first: that of `DENSE_AXES` and `EXPERT_AXES`, reversed."""
+
+
+class MegatronRanks(Ranks):
+    """The groups that `parallel_state` makes for `degrees`. Collective over the world."""
+
+    def __init__(self, config: Config, degrees: Degrees, device: torch.device):
+        from megatron.core import parallel_state as state
+
+        super().__init__(degrees, device)
+        p = config.parallel
+        state.initialize_model_parallel(
+            tensor_model_parallel_size=degrees.tp,
+            pipeline_model_parallel_size=degrees.pp,
+            virtual_pipeline_model_parallel_size=p.pp_virtual if p.pp_virtual > 1 else None,
+            expert_model_parallel_size=degrees.ep,
+            expert_tensor_parallel_size=degrees.etp,
+            distributed_timeout_minutes=max(1, round(config.launch.timeout_s / 60)),
+            order=ORDER,
+            create_gloo_process_groups=device.type == "cpu",
+        )
+        found = (
+            (("pp",), state.get_pipeline_model_parallel_group()),
+            (("tp",), state.get_tensor_model_parallel_group()),
+            (("dp_replicate", "dp_shard"), state.get_data_parallel_group()),
+            (("dp_replicate", "dp_shard"), state.get_data_parallel_group(with_context_parallel=True)),
+            (("edp_replicate", "edp_shard"), state.get_expert_data_parallel_group()),
+            (("ep", "etp"), state.get_expert_tensor_and_model_parallel_group()),
+            (("etp",), state.get_expert_tensor_parallel_group()),
+            (("ep",), state.get_expert_model_parallel_group()),
+        )
+        self._groups = [(active, group) for axes, group in found if (active := self.active(*axes))]
+
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
+        active = self.active(*axes)
+        return next((group for known, group in self._groups if known == active), None) if active else None
+
+    def groups(self) -> list[tuple[tuple[str, ...], dist.ProcessGroup]]:
+        return self._groups

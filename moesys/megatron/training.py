@@ -1,0 +1,216 @@
+"""The engine itself: Megatron-Core's GPTModel, schedules, gradient reduction and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesys.config.schema import Config
+from moesys.megatron.mesh import MegatronRanks
+from moesys.megatron.model import chunks, transformer_config
+from moesys.megatron.names import Names, gathered, place_of
+from moesys.megatron.native_layer import Marks, NativeLayer
+from moesys.megatron.quiet import quiet
+from moesys.megatron.scope import Groups
+from moesys.moe.layer import MoELayer
+from moesys.parallel import pipeline
+from moesys.parallel.cost import counting_passes
+from moesys.parallel.gates_step import counted, numbers, step_totals
+from moesys.parallel.initialise import initial
+
+
+class _MicroBatch(NamedTuple):
+    """What a stage needs of one micro-batch, each [b, S]."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    marks: Tensor
+
+
+class MegatronEngine:
+    """See `Engine`. Checkpoints are those of `megatron.core.dist_checkpointing`.
+
+    Args:
+        plug_in: whether the MoE layer is this project's, or Megatron's own (for comparison).
+        more: fields of `TransformerConfig` beside what the configuration says.
+    """
+
+    def __init__(self, config: Config, ranks: MegatronRanks, vocab_size: int, plug_in: bool = True, **more: Any):
+        self.config, self.mesh, self.ranks = config, ranks, ranks
+        self.vocab_size, self.groups, self.marks = vocab_size, Groups.of(), Marks(vocab_size)
+        self.names = Names(config.model, vocab_size, place_of(self.groups))
+        stages = pipeline.stages(config, vocab_size)
+        with quiet():
+            self.transformer = transformer_config(config, ranks, stages, **more)
+            self.parts = chunks(config, ranks, vocab_size, self.transformer, plug_in)
+            self._initialise()
+            self.model = self._reduced()
+            self.optimizer = self._optimizer()
+
+    def _initialise(self) -> None:
+        std = self.config.model.init_std
+        for part in self._inner():
+            for piece in self.names.pieces(part):
+                piece.write(initial(piece.shape, piece.index, piece.name, self.config.seed, std))
+
+    def _inner(self) -> list[Any]:
+        """The `GPTModel`s of this rank."""
+        return [getattr(part, "module", part) if self.transformer.bf16 else part for part in self.parts]
+
+    def _reduced(self) -> list[Any]:
+        """The stages inside Megatron's DistributedDataParallel."""
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+
+        shard, cuda = self.ranks.degrees.dp_shard > 1, self.ranks.device.type == "cuda"
+        wanted = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=shard, overlap_grad_reduce=cuda
+        )
+        found = [
+            DistributedDataParallel(self.transformer, wanted, part, disable_bucketing=number > 0)
+            for number, part in enumerate(self.parts)
+        ]
+        self.transformer.finalize_model_grads_func = finalize_model_grads
+        if cuda:
+            own = [part.no_sync for part in found]
+            self.transformer.no_sync_func = own if len(own) > 1 else own[0]
+            starts = [part.start_grad_sync for part in found]
+            if len(starts) > 1:
+                self.transformer.grad_sync_func = starts
+        return found
+
+    def _optimizer(self) -> Any:
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        o = self.config.train.optimizer
+        wanted = OptimizerConfig(
+            optimizer="adam", lr=o.lr, weight_decay=o.weight_decay, adam_beta1=o.betas[0], adam_beta2=o.betas[1],
+            adam_eps=o.eps, clip_grad=float("inf") if o.clip is None else o.clip, bf16=self.transformer.bf16,
+            params_dtype=self.transformer.params_dtype, use_distributed_optimizer=self.ranks.degrees.dp_shard > 1,
+        )  # fmt: skip
+        return get_megatron_optimizer(wanted, self.model)
+
+    def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        self._mode(training=True)
+        if counting_passes(self.config, self.ranks.degrees.dp):
+            with counted(self.moe_layers(), self.ranks), torch.no_grad():
+                self._run(tokens, labels, samples, forward_only=True)
+        for part in self.model:
+            part.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(tokens, labels, samples, forward_only=False)
+
+    def update(self, rate: float) -> float:
+        o = self.config.train.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
+        _, norm, _ = self.optimizer.step()
+        for gate, total in step_totals([layer.gate for layer in self.moe_layers().values()], self.ranks):
+            gate.after_step(total)
+        return float(norm)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        self._mode(training=False)
+        return self._run(tokens, labels, samples, forward_only=True)
+
+    def _mode(self, training: bool) -> None:
+        for part in self.model:
+            part.train(training)
+
+    def _run(self, tokens: Tensor, labels: Tensor, samples: range, forward_only: bool) -> Tensor:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        t = self.config.train
+        marks = self.marks.pack(numbers(tokens, samples), tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        split = (x.split(t.micro_batch) for x in (tokens, labels, positions, marks))
+        batches = [_MicroBatch(*parts) for parts in zip(*split, strict=True)]
+        streams = [iter(batches) for _ in self.model]
+        losses = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=streams if len(streams) > 1 else streams[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(batches),
+            seq_length=t.seq_len,
+            micro_batch_size=t.micro_batch,
+            forward_only=forward_only,
+        )
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=tokens.device)
+        return total / (t.global_batch * t.seq_len)
+
+    def _forward(self, stream: Iterator[_MicroBatch], part: Any) -> tuple[Tensor, Any]:
+        """One stage of one micro-batch, as Megatron's schedules ask for it."""
+        batch = next(stream)
+        counts = batch.labels >= 0
+        labels = batch.labels.clamp(min=0)
+        out = part(batch.ids, batch.positions, None, labels=labels, padding_mask=batch.marks)
+        return out, partial(_loss, counts)
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        found = (m for part in self._inner() for m in part.modules() if isinstance(m, NativeLayer))
+        return {f"layers.{m.layer}.ffn": m.moe for m in found}
+
+    def gradients(self) -> dict[str, Tensor]:
+        if self.ranks.degrees.dp_shard > 1:
+            self._gather_gradients()
+        found: dict[str, Tensor] = {}
+        for part in self._inner():
+            named = {name: p.main_grad for name, p in part.named_parameters()}
+            found |= gathered(self.names.pieces(part, named), self.groups)
+        return found
+
+    def _gather_gradients(self) -> None:
+        """Where the optimizer is distributed, each data rank has reduced its own part of the gradients' buffers."""
+        for part in self.model:
+            for buffer in (*part.buffers, *part.expert_parallel_buffers):
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets:
+                    own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+    def weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for part in self._inner():
+            found |= gathered(self.names.pieces(part), self.groups)
+        for name, layer in self.moe_layers().items():
+            found |= {f"{name}.gate.{key}": value.cpu().clone() for key, value in layer.gate.state_dict_buffers()}
+        return found
+
+    def save(self, folder: Path) -> None:
+        from megatron.core import dist_checkpointing
+
+        with quiet():
+            dist_checkpointing.save(self._state(loading=False), str(folder))
+
+    def load(self, folder: Path) -> None:
+        from megatron.core import dist_checkpointing
+
+        with quiet():
+            found = dist_checkpointing.load(self._state(loading=True), str(folder))
+            for number, part in enumerate(self.parts):
+                part.load_state_dict(found[f"model{number}"])
+            self.optimizer.load_state_dict(found["optimizer"])
+
+    def _state(self, loading: bool) -> dict[str, Any]:
+        # Every rank's part of the optimizer in the parameters' own shapes: so any combination may load it.
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
+        parts = {f"model{i}": part.sharded_state_dict(metadata=metadata) for i, part in enumerate(self.parts)}
+        optimizer = self.optimizer.sharded_state_dict(parts, is_loading=loading, metadata=metadata)
+        return {**parts, "optimizer": optimizer}
+
+
+def _loss(counts_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """What backward starts from, the mean over a micro-batch's tokens, and the sum."""
+    total = (losses_BS.float() * counts_BS).sum()
+    return total / counts_BS.numel(), total.detach()

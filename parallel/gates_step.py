@@ -1,0 +1,45 @@
+"""What gates are told of a step: the numbers of its tokens, and sums over its global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.moe.gates import Gate
+from moesys.moe.layer import MoELayer
+from moesys.parallel.mesh import Ranks
+
+
+def numbers(tokens: Tensor, samples: range) -> Tensor:
+    """Each token's number in the run, int64 [B, S], of the sequences `samples`."""
+    length = tokens.shape[1]
+    first = torch.tensor(samples, device=tokens.device)[:, None] * length
+    return first + torch.arange(length, device=tokens.device)
+
+
+def step_totals(gates: Sequence[Gate], mesh: Ranks) -> list[tuple[Gate, Tensor]]:
+    """Of gates that have statistics: their sums over the stage's ranks, float64. Collective over the stage."""
+    found = [(gate, s) for gate in gates if (s := gate.step_statistics()) is not None]
+    if not found:
+        return []
+    total = torch.cat([statistics.double() for _, statistics in found])
+    for group in (mesh.group("dp_replicate", "dp_shard", "cp"), mesh.group("tp")):
+        if group is not None:
+            dist.all_reduce(total, group=group)
+    parts = total.split([s.numel() for _, s in found])
+    return [(gate, part) for (gate, _), part in zip(found, parts, strict=True)]
+
+
+@contextmanager
+def counted(layers: Mapping[str, MoELayer], mesh: Ranks) -> Iterator[None]:
+    """Inside, a forward pass as in training tells gates that must know it the global batch, and nothing else."""
+    kept = [layer.statistics.take() for layer in layers.values()]
+    yield
+    for layer, statistics in zip(layers.values(), kept, strict=True):
+        layer.statistics.totals = statistics
+    for gate, total in step_totals([layer.gate for layer in layers.values() if layer.gate.counts_first], mesh):
+        gate.before_step(total)
