@@ -90,16 +90,19 @@ def verify(arguments: argparse.Namespace) -> int:
     world = config.cluster.nodes * config.cluster.ranks_per_node
     # One thread pool per process is enough: the processes share this machine's cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
-    from moesys.train.verify import TOLERANCES, unprovable
+    from moesys.train.verify import TOLERANCES, unprovable, untried
     from moesys.train.verify import verify as prove
 
+    if problems := untried(config, arguments.dtype, arguments.against):
+        raise ConfigError(problems)
     if arguments.tolerance is None and (problems := unprovable(config, TOLERANCES[arguments.dtype])):
         raise ConfigError(problems)
 
     steps = "1 step" if arguments.steps == 1 else f"{arguments.steps} steps"
-    print(f"{config.name}: {steps} in 1 process and in {world}, {arguments.dtype}", flush=True)
+    one = "1 process" if arguments.against in (None, config.engine) else f"1 process of engine {arguments.against}"
+    print(f"{config.name}: {steps} in {one} and in {world}, {arguments.dtype}", flush=True)
     tolerance = TOLERANCES[arguments.dtype] if arguments.tolerance is None else arguments.tolerance
-    report = prove(config, world, arguments.steps, tolerance, arguments.dtype)
+    report = prove(config, world, arguments.steps, tolerance, arguments.dtype, arguments.against)
     for kind in ("loss", "norm", "gradient", "parameter"):
         difference = getattr(report, kind)
         verdict = "" if difference.value <= tolerance else f"  over {tolerance:g}"
@@ -210,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
     text = "largest relative difference (default: 1e-5, 1e-10 in float64, 1e-2 in bfloat16)"
     sub.add_argument("--tolerance", type=float, help=text)
     sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
+    sub.add_argument("--against", choices=("native", "megatron"), help="engine of the one process; default: the same")
     sub.add_argument("--json", type=Path, help="write the differences here")
     sub = commands.add_parser("report", help="a run, two runs, or traces of any framework, explained")
     sub.add_argument(

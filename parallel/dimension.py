@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.size import Weight
-from moesys.parallel import context, data, expert, freeze, pipeline, tensor
+from moesys.parallel import context, data, engine_check, expert, freeze, pipeline, tensor
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees, divisors, resolve
 
@@ -46,7 +46,7 @@ def check(config: Config, world: int | None = None) -> list[Problem]:
         return problems + unresolved
     for dimension in DIMENSIONS.values():
         problems += dimension.check(config, degrees)
-    return problems
+    return problems + engine_check.check(config, degrees)
 
 
 def _model(config: Config) -> list[Problem]:

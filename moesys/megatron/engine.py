@@ -7,7 +7,9 @@ values: so both engines train the same model. Without a GPU everything runs on g
 from __future__ import annotations
 
 import logging
+import warnings
 from contextlib import ExitStack
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,20 +24,32 @@ from moesys.train.native import joined
 if TYPE_CHECKING:
     from moesys.megatron.training import MegatronEngine
 
-_process = ExitStack()
-"""What holds for the rest of the process."""
-
 
 def connect(config: Config) -> MegatronRanks:
     """Join the process group and make Megatron's groups."""
     degrees, device = joined(config)
-    if device.type == "cpu":
+    _prepare(device.type)
+    with quiet():
+        ranks = MegatronRanks(config, degrees, device)
+        if device.type == "cuda":
+            from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+            model_parallel_cuda_manual_seed(config.seed)
+    return ranks
+
+
+@cache
+def _prepare(device: str) -> ExitStack:
+    """Once for the rest of the process."""
+    kept = ExitStack()
+    kept.enter_context(stand_ins())
+    if device == "cpu":
         # Compiling Megatron's small fused functions takes longer than they ever save here.
         torch.compiler.set_stance("force_eager")
-    _process.enter_context(stand_ins())
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    with quiet():
-        return MegatronRanks(config, degrees, device)
+    # Megatron calls collectives by names that torch 2.13 has replaced.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    return kept
 
 
 def build(config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> MegatronEngine:

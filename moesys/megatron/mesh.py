@@ -14,13 +14,15 @@ ORDER = "tp-cp-ep-dp-pp"
 
 
 class MegatronRanks(Ranks):
-    """The groups that `parallel_state` makes for `degrees`. Collective over the world."""
+    """The groups that `parallel_state` makes for `degrees`, in place of any before. Collective over the world."""
 
     def __init__(self, config: Config, degrees: Degrees, device: torch.device):
         from megatron.core import parallel_state as state
 
         super().__init__(degrees, device)
         p = config.parallel
+        if state.model_parallel_is_initialized():
+            state.destroy_model_parallel()
         state.initialize_model_parallel(
             tensor_model_parallel_size=degrees.tp,
             pipeline_model_parallel_size=degrees.pp,

@@ -1,7 +1,7 @@
 """Parameters of a Megatron-Core `GPTModel` by this project's names, shapes and slices.
 
-`pieces` says of each parameter of a rank's model which parts of which parameters of a `Decoder` it is. Everything
-that moves weights between the two iterates over it: initialisation, proofs, conversion.
+`Names.pieces` says of each parameter of a rank's model which parts of which parameters of a `Decoder` it holds.
+Everything that moves tensors between the two iterates over it: initialisation, proofs, checkpoints, conversion.
 
 H hidden, F inner size, h heads of size d, g groups of them with one key each, V vocabulary.
 """
@@ -9,7 +9,7 @@ H hidden, F inner size, h heads of size d, g groups of them with one key each, V
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,20 +27,22 @@ Cut = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a parameter of this project inside a tensor of Megatron's.
+    """A part of a parameter of this project inside a parameter of Megatron's.
 
     Attributes:
-        name, shape: of the whole parameter.
-        view: of Megatron's tensor; its elements in order are those of the part.
-        cuts: which part.
+        name, shape: of the whole parameter of this project.
+        rows: of Megatron's tensor, along dim 0; None: all.
+        cuts: which part of the whole they are.
         spread: whether ranks of the tensor group ("tp") or of the expert group ("ep") hold the others, or none ("").
+        turned: whether they lie there as in one of Megatron's own experts, [G · F, H] and [H, F].
     """
 
     name: str
     shape: tuple[int, ...]
-    view: Tensor
+    rows: slice | None = None
     cuts: tuple[Cut, ...] = ()
     spread: str = ""
+    turned: bool = False
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -51,14 +53,13 @@ class Piece:
             at[dim] = slice(number * size, (number + 1) * size)
         return tuple(at)
 
-    @torch.no_grad()
-    def write(self, part: Tensor) -> None:
-        """Fill Megatron's tensor with the part, or with one number."""
-        self.view.copy_(part.reshape(self.view.shape) if part.ndim else part)
-
-    def read(self) -> Tensor:
-        """The part, in its own shape."""
-        return self.view.reshape([at.stop - at.start for at in self.index])
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part, in its own shape, of a tensor that is like Megatron's parameter."""
+        tensor = tensor if self.rows is None else tensor[self.rows]
+        if not self.turned:
+            return tensor
+        parts = [at.stop - at.start for at in self.index]
+        return tensor.t()[None] if len(parts) == 3 else tensor.unflatten(0, parts[2:]).permute(2, 0, 1)[None]
 
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -86,84 +87,79 @@ class Names:
         self.model, self.place = model, place
         self.shapes = {weight.name: weight.shape for weight in weights(model, vocab_size)}
 
-    def pieces(self, chunk: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Iterator[Piece]:
-        """Of a `GPTModel`, or a pipeline stage of one: its parameters', or of `tensors` like them by their names."""
-        first: dict[int, int] = {}
-        for local, block in enumerate(chunk.decoder.layers):  # type: ignore[union-attr, arg-type]
-            first[local] = block.layer_number - 1
-        for name, tensor in (dict(chunk.named_parameters()) if tensors is None else tensors).items():
+    def pieces(self, chunk: nn.Module) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
+        """Every parameter of a `GPTModel`, or of a pipeline stage of one, and what it is made of."""
+        numbers = [block.layer_number - 1 for block in chunk.decoder.layers]  # type: ignore[union-attr]
+        for name, parameter in chunk.named_parameters():
             if match := LAYER.fullmatch(name):
-                yield from self._block(f"layers.{first[int(match[1])]}.", match[2], tensor.detach())
+                yield parameter, self._block(f"layers.{numbers[int(match[1])]}.", match[2], parameter)
             else:
-                yield from self._edge(name, tensor.detach())
+                yield parameter, [self._edge(name)]
 
-    def _piece(self, name: str, view: Tensor, *cuts: Cut, spread: str = "") -> Piece:
-        return Piece(name, self.shapes.get(name, tuple(view.shape)), view, cuts, spread)
+    def _piece(self, name: str, *cuts: Cut, rows: slice | None = None, spread: str = "", turned: bool = False) -> Piece:
+        return Piece(name, self.shapes[name], rows, cuts, spread, turned)
 
-    def _edge(self, name: str, tensor: Tensor) -> Iterator[Piece]:
+    def _edge(self, name: str) -> Piece:
         rows = (0, self.place.tp_rank, self.place.tp)
         if name == "decoder.final_layernorm.weight":
-            yield self._piece("norm.weight", tensor)
-        elif name == "embedding.word_embeddings.weight":
-            yield self._piece("embed.weight", tensor, rows, spread="tp")
-        elif name == "output_layer.weight":
-            head = "embed.weight" if self.model.tie_embeddings else "head.weight"
-            yield self._piece(head, tensor, rows, spread="tp")
-        else:
-            raise KeyError(name)
+            return self._piece("norm.weight")
+        if name == "embedding.word_embeddings.weight":
+            return self._piece("embed.weight", rows, spread="tp")
+        if name == "output_layer.weight":
+            return self._piece("embed.weight" if self.model.tie_embeddings else "head.weight", rows, spread="tp")
+        raise KeyError(name)
 
-    def _block(self, block: str, name: str, tensor: Tensor) -> Iterator[Piece]:
+    def _block(self, block: str, name: str, parameter: Tensor) -> list[Piece]:
         if name in REPLICATED:
-            yield self._piece(block + REPLICATED[name], tensor)
-        elif name.startswith("mlp.moe."):
-            yield self._moe(block, name.removeprefix("mlp.moe."), tensor)
-        elif name.startswith("mlp.experts."):
-            yield self._expert(block, name, tensor)
-        else:
-            yield from self._dense(block, name, tensor)
-
-    def _moe(self, block: str, name: str, tensor: Tensor) -> Piece:
-        spread = {"experts": "ep", "shared": "tp"}.get(name.split(".")[0], "")
-        return self._piece(f"{block}ffn.{name}", tensor, *self.place.cuts(name), spread=spread)
-
-    def _expert(self, block: str, name: str, tensor: Tensor) -> Piece:
-        """Of one of Megatron's own experts, [G · F, H] or [H, F]."""
-        match = EXPERT.fullmatch(name)
-        if match is None:
-            raise KeyError(name)
-        number, product = (int(match[1]), match[2]) if match[1] else (int(match[4]), match[3])
-        moe, p = self.model.moe, self.place
-        assert moe is not None
-        expert = p.ep_rank * (moe.experts // p.ep) + number
-        own = f"experts.fc{product}"
-        cuts = [(0, expert, moe.experts), *p.cuts(own)[1:]]
-        view = tensor.t()[None] if product == "2" else tensor.unflatten(0, (1 + moe.gated, -1)).permute(2, 0, 1)[None]
-        return self._piece(f"{block}ffn.{own}", view, *cuts, spread="ep")
-
-    def _dense(self, block: str, name: str, tensor: Tensor) -> Iterator[Piece]:
-        tp = (self.place.tp_rank, self.place.tp)
-        a = self.model.attention
+            return [self._piece(block + REPLICATED[name])]
+        if name.startswith("mlp.moe."):
+            own = name.removeprefix("mlp.moe.")
+            spread = {"experts": "ep", "shared": "tp"}.get(own.split(".")[0], "")
+            return [self._piece(f"{block}ffn.{own}", *self.place.cuts(own), spread=spread)]
+        if match := EXPERT.fullmatch(name):
+            return [self._expert(block, int(match[1] or match[4]), match[2] or match[3])]
         if name == "self_attention.linear_qkv.weight":
-            # Rows of each group: the queries of its heads, its key, its value.
-            heads = a.heads // (a.kv_heads or a.heads)
-            grouped = tensor.unflatten(0, (-1, heads + 2, self.model.head_dim))
-            parts = {"q": grouped[:, :heads], "k": grouped[:, heads], "v": grouped[:, heads + 1]}
-            for kind, view in parts.items():
-                yield self._piece(f"{block}attention.{kind}_proj.weight", view, (0, *tp), spread="tp")
-        elif name == "self_attention.linear_proj.weight":
-            yield self._piece(f"{block}attention.o_proj.weight", tensor, (1, *tp), spread="tp")
-        elif (part := name.removeprefix("mlp.").removeprefix("shared_experts.")) in FEED_FORWARD:
-            own = f"{block}ffn." + ("shared." if "shared_experts" in name else "")
-            names = FEED_FORWARD[part]
-            gated = own + "gate_proj.weight" in self.shapes
-            names = names if gated else names[-1:]
-            for kind, view in zip(names, tensor.chunk(len(names)), strict=True):
-                yield self._piece(f"{own}{kind}.weight", view, (int(part == "linear_fc2.weight"), *tp), spread="tp")
-        else:
+            return list(self._attention(f"{block}attention."))
+        if name == "self_attention.linear_proj.weight":
+            cut = (1, self.place.tp_rank, self.place.tp)
+            return [self._piece(f"{block}attention.o_proj.weight", cut, spread="tp")]
+        return self._feed_forward(f"{block}ffn.", name, len(parameter))
+
+    def _expert(self, block: str, number: int, product: str) -> Piece:
+        """Of one of Megatron's own experts on this rank."""
+        moe, p, own = self.model.moe, self.place, f"experts.fc{product}"
+        assert moe is not None
+        cuts = [(0, p.ep_rank * (moe.experts // p.ep) + number, moe.experts), *p.cuts(own)[1:]]
+        return self._piece(f"{block}ffn.{own}", *cuts, spread="ep", turned=True)
+
+    def _attention(self, block: str) -> Iterator[Piece]:
+        """Rows of each group: the queries of its heads, its key, its value."""
+        a, d, p = self.model.attention, self.model.head_dim, self.place
+        groups = a.kv_heads or a.heads
+        heads, mine, end = a.heads // groups, groups // p.tp, 0
+        for group in range(p.tp_rank * mine, (p.tp_rank + 1) * mine):
+            for kind, size in (("q", heads * d), ("k", d), ("v", d)):
+                rows, end = slice(end, end + size), end + size
+                yield self._piece(f"{block}{kind}_proj.weight", (0, group, groups), rows=rows, spread="tp")
+
+    def _feed_forward(self, block: str, name: str, count: int) -> list[Piece]:
+        p, shared = self.place, "shared_experts." in name
+        own, name = block + "shared." * shared, name.replace("shared_experts.", "")
+        if name == "mlp.linear_fc2.weight":
+            return [self._piece(f"{own}down_proj.weight", (1, p.tp_rank, p.tp), spread="tp")]
+        if name != "mlp.linear_fc1.weight":
             raise KeyError(name)
-
-
-FEED_FORWARD = {"linear_fc1.weight": ("gate_proj", "up_proj"), "linear_fc2.weight": ("down_proj",)}
+        kinds = [kind for kind in ("gate", "up") if f"{own}{kind}_proj.weight" in self.shapes]
+        size = count // len(kinds)
+        return [
+            self._piece(
+                f"{own}{kind}_proj.weight",
+                (0, p.tp_rank, p.tp),
+                rows=slice(i * size, (i + 1) * size),
+                spread="tp",
+            )
+            for i, kind in enumerate(kinds)
+        ]
 
 
 def place_of(groups: Groups) -> Place:
@@ -172,14 +168,18 @@ def place_of(groups: Groups) -> Place:
     return Place(ep.rank(), ep.size(), etp.rank(), etp.size(), tp.rank(), tp.size())
 
 
-def gathered(pieces: Iterator[Piece], groups: Groups) -> dict[str, Tensor]:
-    """The whole parameters that `pieces` are parts of, on the CPU. Collective over this rank's stage."""
+Part = tuple[Piece, Tensor]
+"""A piece, and its part of a tensor."""
+
+
+def gathered(parts: Iterable[Part], groups: Groups) -> dict[str, Tensor]:
+    """The whole tensors that `parts` are of, on the CPU. Collective over this rank's stage."""
     found: dict[str, Tensor] = {}
     spread: dict[str, dist.ProcessGroup] = {}
-    for piece in pieces:
+    for piece, part in parts:
         if piece.name not in found:
-            found[piece.name] = torch.zeros(piece.shape, dtype=piece.view.dtype, device=piece.view.device)
-        found[piece.name][piece.index] = piece.read()
+            found[piece.name] = torch.zeros(piece.shape, dtype=part.dtype, device=part.device)
+        found[piece.name][piece.index] = part
         if piece.spread:
             spread[piece.name] = groups.tp if piece.spread == "tp" else groups.tp_ep
     for name, group in spread.items():

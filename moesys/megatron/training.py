@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesys.config.schema import Config
+from moesys.megatron.checkpoint import State
 from moesys.megatron.mesh import MegatronRanks
 from moesys.megatron.model import chunks, transformer_config
-from moesys.megatron.names import Names, gathered, place_of
+from moesys.megatron.names import Names, Piece, gathered, place_of
 from moesys.megatron.native_layer import Marks, NativeLayer
 from moesys.megatron.quiet import quiet
 from moesys.megatron.scope import Groups
@@ -34,7 +35,7 @@ class _MicroBatch(NamedTuple):
 
 
 class MegatronEngine:
-    """See `Engine`. Checkpoints are those of `megatron.core.dist_checkpointing`.
+    """See `Engine`.
 
     Args:
         plug_in: whether the MoE layer is this project's, or Megatron's own (for comparison).
@@ -55,9 +56,16 @@ class MegatronEngine:
 
     def _initialise(self) -> None:
         std = self.config.model.init_std
-        for part in self._inner():
-            for piece in self.names.pieces(part):
-                piece.write(initial(piece.shape, piece.index, piece.name, self.config.seed, std))
+        with torch.no_grad():
+            for _, piece, part in self.held():
+                part.copy_(initial(piece.shape, piece.index, piece.name, self.config.seed, std))
+
+    def held(self) -> Iterator[tuple[nn.Parameter, Piece, Tensor]]:
+        """Every parameter of this rank, piece by piece."""
+        for chunk in self._inner():
+            for parameter, pieces in self.names.pieces(chunk):
+                for piece in pieces:
+                    yield parameter, piece, piece.view(parameter.detach())
 
     def _inner(self) -> list[Any]:
         """The `GPTModel`s of this rank."""
@@ -164,11 +172,7 @@ class MegatronEngine:
     def gradients(self) -> dict[str, Tensor]:
         if self.ranks.degrees.dp_shard > 1:
             self._gather_gradients()
-        found: dict[str, Tensor] = {}
-        for part in self._inner():
-            named = {name: p.main_grad for name, p in part.named_parameters()}
-            found |= gathered(self.names.pieces(part, named), self.groups)
-        return found
+        return gathered(((piece, piece.view(p.main_grad)) for p, piece, _ in self.held()), self.groups)
 
     def _gather_gradients(self) -> None:
         """Where the optimizer is distributed, each data rank has reduced its own part of the gradients' buffers."""
@@ -180,34 +184,22 @@ class MegatronEngine:
                     torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
     def weights(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for part in self._inner():
-            found |= gathered(self.names.pieces(part), self.groups)
-        for name, layer in self.moe_layers().items():
-            found |= {f"{name}.gate.{key}": value.cpu().clone() for key, value in layer.gate.state_dict_buffers()}
-        return found
+        found = gathered(((piece, part) for _, piece, part in self.held()), self.groups)
+        return found | {name: value.cpu().clone() for name, value in self._buffers().items()}
 
     def save(self, folder: Path) -> None:
-        from megatron.core import dist_checkpointing
-
-        with quiet():
-            dist_checkpointing.save(self._state(loading=False), str(folder))
+        self._state().save(folder)
 
     def load(self, folder: Path) -> None:
-        from megatron.core import dist_checkpointing
+        self._state().load(folder)
 
-        with quiet():
-            found = dist_checkpointing.load(self._state(loading=True), str(folder))
-            for number, part in enumerate(self.parts):
-                part.load_state_dict(found[f"model{number}"])
-            self.optimizer.load_state_dict(found["optimizer"])
+    def _state(self) -> State:
+        pieces = [(parameter, piece) for parameter, piece, _ in self.held()]
+        return State(pieces, self.optimizer, self._buffers(), self.groups.tp.rank() == 0)
 
-    def _state(self, loading: bool) -> dict[str, Any]:
-        # Every rank's part of the optimizer in the parameters' own shapes: so any combination may load it.
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
-        parts = {f"model{i}": part.sharded_state_dict(metadata=metadata) for i, part in enumerate(self.parts)}
-        optimizer = self.optimizer.sharded_state_dict(parts, is_loading=loading, metadata=metadata)
-        return {**parts, "optimizer": optimizer}
+    def _buffers(self) -> dict[str, Tensor]:
+        layers = self.moe_layers().items()
+        return {f"{name}.gate.{key}": value for name, m in layers for key, value in m.gate.state_dict_buffers()}
 
 
 def _loss(counts_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor]:

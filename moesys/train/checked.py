@@ -24,6 +24,7 @@ def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = 
     """
     loaded = load(path, overrides)
     problems = dimension.check(loaded.config, world) + training(loaded.config.train) + output(loaded.config)
+    problems += engine(loaded.config)
     if with_data:
         problems += data.check(loaded.config) + replay(loaded.config)
     if problems:
@@ -41,6 +42,14 @@ def output(config: Config) -> list[Problem]:
     if runs.exists() and not runs.is_dir():
         problems.append(Problem("output.runs", "must be a folder, and a file is there", "choose another folder"))
     return problems + recording(config)
+
+
+def engine(config: Config) -> list[Problem]:
+    """Whether the engine is installed."""
+    if config.engine == "native" or importlib.util.find_spec("megatron") is not None:
+        return []
+    rule = "needs the package megatron-core, which is not installed"
+    return [Problem("engine", rule, "pip install megatron-core==0.16.1, or set it to native")]
 
 
 def recording(config: Config) -> list[Problem]:

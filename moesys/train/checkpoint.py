@@ -43,7 +43,7 @@ def save(folder: Path, engine: Engine, step: int, samples: int) -> Path:
     dist.barrier()
     if first:
         meta = {"step": step, "samples": samples, "model": config.model.model_dump(), "seed": config.seed}
-        meta |= {"freeze": config.train.freeze, "engine": config.engine}
+        meta["freeze"] = config.train.freeze
         (partial / META).write_text(json.dumps(meta, indent=1))
         if final.exists():
             shutil.rmtree(final)
@@ -70,18 +70,13 @@ def check(path: Path, config: Config) -> dict[str, Any]:
     """The metadata of a checkpoint, if it fits the model.
 
     Raises:
-        CheckpointError: unreadable, or of another model or engine; names the keys that differ.
+        CheckpointError: unreadable, or of another model; names the keys that differ.
     """
     try:
         meta = json.loads((path / META).read_text())
         saved, asked = _flat(meta["model"]), _flat(config.model.model_dump())
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); remove it, or choose another run name") from None
-    if (engine := meta.get("engine", "native")) != config.engine:
-        raise CheckpointError(
-            f"{path} was written by engine: {engine}, and this run has engine: {config.engine}"
-            f"\n    remedy: set engine: {engine}, or choose another run name"
-        )
     different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
     if different:
         rows = "".join(f"\n  model.{key}: saved {saved.get(key)}, now {asked.get(key)}" for key in different)

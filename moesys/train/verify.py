@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesys.config.schema import Config, ParallelConfig
 from moesys.errors import Problem
+from moesys.parallel import dimension
 from moesys.parallel.mesh import Ranks
 from moesys.train import here
 
@@ -76,15 +77,25 @@ class Report:
         return {**asdict(self), "passed": self.passed}
 
 
-def reference(config: Config) -> Config:
-    """The same run for one process: no parallelism, nothing recomputed or compiled."""
+def reference(config: Config, engine: str | None = None) -> Config:
+    """The same run for one process: no parallelism, nothing recomputed or compiled; by default of the same engine."""
     return config.model_copy(
         update={
+            "engine": engine or config.engine,
             "parallel": ParallelConfig(),
             "cluster": config.cluster.model_copy(update={"nodes": 1, "ranks_per_node": 1}),
             "train": config.train.model_copy(update={"recompute": "none", "compile": False}),
         }
     )
+
+
+def untried(config: Config, dtype: str, against: str | None = None) -> list[Problem]:
+    """What cannot be compared in this type, or with this engine."""
+    other = reference(config, against)
+    if dtype == "float64" and "megatron" in (config.engine, other.engine):
+        rule = "computes in float32 and bfloat16"
+        return [Problem("engine", rule, "remove --dtype float64, or compare native with native", given="megatron")]
+    return dimension.check(other, 1)
 
 
 def unprovable(config: Config, tolerance: float) -> list[Problem]:
@@ -195,7 +206,9 @@ def _compare_gradients(worst: Difference, found: dict[str, Tensor], expected: di
     return moved
 
 
-def verify(config: Config, world: int, steps: int, tolerance: float, dtype: str = "float32") -> Report:
-    """Prove that `config` on `world` processes equals one process over `steps` steps."""
-    expected = trace(reference(config), 1, steps, dtype)
+def verify(
+    config: Config, world: int, steps: int, tolerance: float, dtype: str = "float32", against: str | None = None
+) -> Report:
+    """Prove that `config` on `world` processes equals one process over `steps` steps, of the engine `against`."""
+    expected = trace(reference(config, against), 1, steps, dtype)
     return compare(trace(config, world, steps, dtype), expected, world, tolerance)

@@ -1,0 +1,215 @@
+"""Checkpoints of the Megatron engine: those of the native engine, tensor by tensor.
+
+Every rank writes what it holds of each parameter, and of what the optimizer keeps of it, by this project's names:
+so a run continues under any combination of parallelism, with or without the distributed optimizer, and under either
+engine. Nothing is gathered.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from moesys.megatron.names import Piece
+
+SLOTS = ("exp_avg", "exp_avg_sq")
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""First element and sizes of a rectangular part of a tensor."""
+
+
+class Parts(Tensor):
+    """The rectangular parts of a tensor that this rank holds, as `torch.distributed.checkpoint` asks for them.
+
+    Args:
+        shape: of the whole tensor.
+        dtype: of the parts.
+    """
+
+    held: dict[tuple[int, ...], Tensor]
+    """By their first elements."""
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype) -> Parts:
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        made.held = {}
+        return made
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(first), part.size()) for first, part in self.held.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.held[tuple(index.offset)]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(f"{function} of the parts of a tensor")
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The elements start … stop − 1 of a contiguous tensor as rectangular parts, in order."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    row = prod(shape[1:])
+    (first, skipped), (last, rest) = divmod(start, row), divmod(stop, row)
+    if first == last or skipped:
+        end = rest if first == last else row
+        yield from (((first, *at), (1, *size)) for at, size in boxes(shape[1:], skipped, end))
+        if first == last:
+            return
+        first += 1
+    if last > first:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    yield from (((last, *at), (1, *size)) for at, size in boxes(shape[1:], 0, rest))
+
+
+def placed(piece: Piece, box: Box) -> Box | None:
+    """Where a rectangular part of Megatron's tensor lies in the whole parameter; None where it is not of the piece.
+
+    Rows outside of the piece are left out.
+    """
+    (first, *inner), (count, *sizes) = box
+    rows = piece.rows or slice(0, first + count)
+    begin, end = max(first, rows.start), min(first + count, rows.stop)
+    if begin >= end:
+        return None
+    at = [index.start + offset for index, offset in zip(piece.index, (begin - rows.start, *inner), strict=True)]
+    return tuple(at), (end - begin, *sizes)
+
+
+class State:
+    """What a checkpoint holds of an engine, in views of its tensors: reading into them restores it.
+
+    Args:
+        pieces: every parameter of this rank, piece by piece.
+        optimizer: Megatron's.
+        buffers: of gates, by name.
+        first: whether this rank is the first of its tensor group: parameters that the others hold too are its to write.
+    """
+
+    def __init__(
+        self, pieces: list[tuple[nn.Parameter, Piece]], optimizer: Any, buffers: dict[str, Tensor], first: bool
+    ):
+        self.pieces, self.buffers, self.first = pieces, buffers, first
+        self.optimizers = [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if not o.is_stub_optimizer]
+        self.kept = {id(p): kept for o in self.optimizers for p, kept in _kept(o)}
+
+    def save(self, folder: Path) -> None:
+        """Write everything to `folder`. Collective over the world."""
+        model: dict[str, Any] = dict(self.buffers)
+        slots: dict[str, Any] = {}
+        for parameter, piece in self.pieces:
+            # Of a weight that two stages hold the first one writes its copy.
+            mine = (piece.spread or self.first) and not getattr(parameter, "shared", False)
+            if not mine or id(parameter) not in self.kept:
+                continue
+            start, main, state = self.kept[id(parameter)]
+            _add(model, piece.name, piece, parameter, start, main)
+            for slot in SLOTS:
+                _add(slots, f"{piece.name}/{slot}", piece, parameter, start, state[slot])
+            slots[f"{piece.name}/step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
+        with _quiet():
+            dcp.save({"model": model, "optimizer": slots}, checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """Read everything from `folder`. Collective over the world."""
+        model: dict[str, Any] = dict(self.buffers)
+        weights: dict[str, Any] = {}
+        slots: dict[str, Any] = {}
+        steps: dict[str, Tensor] = {}
+        for parameter, piece in self.pieces:
+            _add(weights, piece.name, piece, parameter, None, parameter.detach())
+            if id(parameter) not in self.kept:
+                continue
+            start, main, state = self.kept[id(parameter)]
+            _add(model, piece.name, piece, parameter, start, main)
+            for slot in SLOTS:
+                _add(slots, f"{piece.name}/{slot}", piece, parameter, start, state[slot])
+            steps[f"{piece.name}/step"] = torch.zeros((), dtype=torch.float32)
+        with _quiet():
+            dcp.load({"model": model, "optimizer": slots | steps}, checkpoint_id=folder)
+            dcp.load({"model": weights}, checkpoint_id=folder)
+        step = next(iter(steps.values()))
+        for optimizer in self.optimizers:
+            for group in optimizer.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = int(step)
+        for _, _, state in self.kept.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"].fill_(step)
+
+
+Kept = tuple[int | None, Tensor, dict[str, Any]]
+"""Of a parameter: the first of its elements that the optimizer has here, flat (None: all in the parameter's shape);
+its value in the optimizer; and what the optimizer keeps of it."""
+
+
+def _kept(optimizer: Any) -> Iterator[tuple[nn.Parameter, Kept]]:
+    """What one of Megatron's optimizers has on this rank; its state is made where it is not there yet."""
+    inner = optimizer.optimizer
+    optimizer.init_state_fn(inner, optimizer.config)
+    for group in inner.param_groups:
+        for main in group["params"]:
+            state = inner.state[main]
+            if "step" not in group:
+                state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    for parameter, start, main in _mains(optimizer):
+        state = inner.state[main]
+        yield parameter, (start, main.detach(), state)
+
+
+def _mains(optimizer: Any) -> Iterator[tuple[nn.Parameter, int | None, Tensor]]:
+    """Every parameter, the first of its elements that this rank updates, and what is updated."""
+    if hasattr(optimizer, "model_param_group_index_map"):
+        for parameter, (group, number) in optimizer.model_param_group_index_map.items():
+            start = optimizer._get_model_param_range_map(parameter)["param"].start
+            yield parameter, start, optimizer.optimizer.param_groups[group]["params"][number]
+    elif hasattr(optimizer, "float16_groups"):
+        pairs = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+        for parameters, mains in pairs:
+            yield from ((p, None, main) for p, main in zip(parameters, mains, strict=True))
+        yield from ((p, None, p) for group in optimizer.fp32_from_fp32_groups for p in group)
+    else:
+        yield from ((p, None, p) for group in optimizer.optimizer.param_groups for p in group["params"])
+
+
+def _add(to: dict[str, Any], key: str, piece: Piece, like: Tensor, start: int | None, value: Tensor) -> None:
+    """Put what `value` has of a piece into `to[key]`; `value` is like `like`, or its elements from `start` on."""
+    parts = to.setdefault(key, Parts(piece.shape, value.dtype))
+    if start is None:
+        parts.held[tuple(at.start for at in piece.index)] = piece.view(value)
+        return
+    for box in boxes(tuple(like.shape), start, start + value.numel()):
+        _, sizes = box
+        here, value = value[: prod(sizes)].view(sizes), value[prod(sizes) :]
+        if (where := placed(piece, box)) is not None:
+            begin = max(0, (piece.rows.start if piece.rows else 0) - box[0][0])
+            parts.held[where[0]] = here[begin : begin + where[1][0]]
+
+
+def _quiet() -> warnings.catch_warnings:
+    return warnings.catch_warnings(action="ignore", category=UserWarning)

@@ -1,0 +1,64 @@
+"""What `engine: megatron` cannot do of what a configuration may ask for. Needs no torch, and no Megatron."""
+
+from __future__ import annotations
+
+from moesys.config.schema import Config
+from moesys.errors import Problem
+from moesys.parallel.degrees import Degrees
+
+NATIVE = "set engine: native"
+
+
+def check(config: Config, degrees: Degrees) -> list[Problem]:
+    """Rules of Megatron-Core's engine, beside those of the dimensions, which hold for it too."""
+    if config.engine == "native":
+        return []
+    return _layout(config, degrees) + _model(config, degrees) + _training(config)
+
+
+def _layout(config: Config, degrees: Degrees) -> list[Problem]:
+    p, problems = config.parallel, []
+    if p.cp > 1:
+        rule = "Megatron's context parallelism needs Transformer Engine: it is not in engine: megatron"
+        problems.append(Problem("parallel.cp", rule, f"set cp: 1, or {NATIVE}"))
+    if p.pp > 1 and p.pp_schedule not in ("1f1b", "interleaved-1f1b"):
+        rule = "Megatron's schedules are 1f1b and interleaved-1f1b"
+        problems.append(Problem("parallel.pp_schedule", rule, f"choose one of these, or {NATIVE}"))
+    if 1 < degrees.dp_shard < degrees.dp:
+        rule = f"Megatron's distributed optimizer is over all data ranks ({degrees.dp}) or none"
+        problems.append(Problem("parallel.dp_shard", rule, f"set it to 1 or full, or {NATIVE}"))
+    if p.tp > 1 and not p.sp and config.model.moe is not None:
+        rule = "Megatron trains MoE layers over tensor ranks with sequence parallelism alone"
+        problems.append(Problem("parallel.sp", rule, f"set sp: true, or {NATIVE}"))
+    return problems
+
+
+def _model(config: Config, degrees: Degrees) -> list[Problem]:
+    a, moe, problems = config.model.attention, config.model.moe, []
+    if a.kind == "mla":
+        rule = "latent attention is not in engine: megatron"
+        problems.append(Problem("model.attention.kind", rule, f"set it to gqa, or {NATIVE}"))
+    if a.bias:
+        rule = "Megatron has no attention with a bias on every projection and none on the rest"
+        problems.append(Problem("model.attention.bias", rule, f"set it to false, or {NATIVE}"))
+    if a.qk_norm == "full":
+        rule = "Megatron's norm of queries and keys is per head"
+        problems.append(Problem("model.attention.qk_norm", rule, f"set it to head, or {NATIVE}"))
+    if moe is not None and moe.lora_rank is not None:
+        rule = "LoRA experts are not in engine: megatron"
+        problems.append(Problem("model.moe.lora_rank", rule, f"remove it, or {NATIVE}"))
+    if moe is not None and moe.bias and degrees.etp > 1:
+        rule = "experts with biases are not split along their inner size in engine: megatron"
+        problems.append(Problem("model.moe.bias", rule, f"set etp: 1 or bias: false, or {NATIVE}"))
+    return problems
+
+
+def _training(config: Config) -> list[Problem]:
+    t, problems = config.train, []
+    if t.freeze:
+        rule = "frozen parameters are not in engine: megatron"
+        problems.append(Problem("train.freeze", rule, f"remove it, or {NATIVE}"))
+    if t.compile:
+        rule = "torch.compile of blocks is not in engine: megatron"
+        problems.append(Problem("train.compile", rule, f"set it to false, or {NATIVE}"))
+    return problems
