@@ -49,6 +49,7 @@ def _prepare(device: str) -> ExitStack:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # Megatron calls collectives by names that torch 2.13 has replaced.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", module="megatron")
     return kept
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 
@@ -21,8 +23,7 @@ class MegatronRanks(Ranks):
 
         super().__init__(degrees, device)
         p = config.parallel
-        if state.model_parallel_is_initialized():
-            state.destroy_model_parallel()
+        forget()
         state.initialize_model_parallel(
             tensor_model_parallel_size=degrees.tp,
             pipeline_model_parallel_size=degrees.pp,
@@ -31,7 +32,7 @@ class MegatronRanks(Ranks):
             expert_tensor_parallel_size=degrees.etp,
             distributed_timeout_minutes=max(1, round(config.launch.timeout_s / 60)),
             order=ORDER,
-            create_gloo_process_groups=device.type == "cpu",
+            create_gloo_process_groups=False,
         )
         found = (
             (("pp",), state.get_pipeline_model_parallel_group()),
@@ -51,3 +52,17 @@ class MegatronRanks(Ranks):
 
     def groups(self) -> list[tuple[tuple[str, ...], dist.ProcessGroup]]:
         return self._groups
+
+
+def forget() -> None:
+    """End Megatron's groups, if there are any: each of gloo's keeps threads awake. Collective over the world."""
+    from megatron.core import parallel_state as state
+
+    if not state.model_parallel_is_initialized():
+        return
+    gc.collect()  # models hold groups, and themselves
+    dist.barrier()
+    for group in state._global_process_group_list or ():
+        if group is not None:  # which stands for the world
+            dist.destroy_process_group(group)
+    state.destroy_model_parallel()

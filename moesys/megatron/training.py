@@ -105,7 +105,7 @@ class MegatronEngine:
             adam_eps=o.eps, clip_grad=float("inf") if o.clip is None else o.clip, bf16=self.transformer.bf16,
             params_dtype=self.transformer.params_dtype, use_distributed_optimizer=self.ranks.degrees.dp_shard > 1,
         )  # fmt: skip
-        return get_megatron_optimizer(wanted, self.model)
+        return get_megatron_optimizer(wanted, self.model, use_gloo_process_groups=False)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         self._mode(training=True)
@@ -172,7 +172,8 @@ class MegatronEngine:
     def gradients(self) -> dict[str, Tensor]:
         if self.ranks.degrees.dp_shard > 1:
             self._gather_gradients()
-        return gathered(((piece, piece.view(p.main_grad)) for p, piece, _ in self.held()), self.groups)
+        parts = ((piece, piece.view(p.main_grad)) for p, piece, _ in self.held())  # type: ignore[attr-defined]
+        return gathered(parts, self.groups)
 
     def _gather_gradients(self) -> None:
         """Where the optimizer is distributed, each data rank has reduced its own part of the gradients' buffers."""

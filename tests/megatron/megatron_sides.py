@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.megatron.cpu import stand_ins
+from moesys.megatron.mesh import forget
 
 HIDDEN, EXPERTS, INNER, VOCABULARY, SEQUENCE, BATCH = 16, 8, 12, 32, 8, 3
 
@@ -29,7 +30,7 @@ def megatron(**sizes: int) -> Iterator[None]:
         try:
             yield
         finally:
-            parallel_state.destroy_model_parallel()
+            forget()
 
 
 def transformer_config(**options: Any) -> Any:
