@@ -132,6 +132,19 @@ def bench_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench_megatron(arguments: argparse.Namespace) -> int:
+    """Compare training steps with this project's MoE layer, Megatron's own, and the native engine."""
+    from moesys.train.checked import load_checked
+
+    config = load_checked(arguments.config, arguments.overrides)
+    from moesys.megatron.bench import run
+
+    result = run(config, arguments.rounds, arguments.steps)
+    print("\n".join(result.lines()))
+    _write_json(arguments.json, result.as_json)
+    return 0
+
+
 def bench_measure(arguments: argparse.Namespace) -> int:
     """Compare training steps with and without recording."""
     from moesys.train.checked import load_checked
@@ -254,6 +267,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=15, help="training steps per round of each side, at least")
     sub.add_argument("--json", type=Path, help="write the figures here")
     sub.set_defaults(run=bench_measure)
+    sub = bench.add_parser("megatron", help="Megatron-Core's model with this project's MoE layer and with its own")
+    sub.add_argument("config", type=Path, help="a YAML file with engine: megatron")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--steps", type=int, default=3, help="training steps per round of each side")
+    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.set_defaults(run=bench_megatron)
     sub = bench.add_parser("layer", help="one MoE layer beside dense products, transformers, Megatron-Core, DeepSpeed")
     sub.add_argument("--shape", help="a published shape; default: laptop, with --ranks two-ranks")
     for name in ("tokens", "hidden", "ffn-hidden", "experts", "top-k"):

@@ -27,8 +27,10 @@ class Engine(Protocol):
     Names of parameters and of layers are those of `moesys.models.Decoder`, whatever the layout.
     """
 
-    config: Config
-    mesh: Ranks
+    @property
+    def config(self) -> Config: ...
+    @property
+    def mesh(self) -> Ranks: ...
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         """Forward and backward of this data rank's share of a global batch; gradients are complete afterwards.
