@@ -97,8 +97,11 @@ def run(config: Config, rounds: int, steps: int) -> Result:
     )
 
 
-PLAIN = ("gate", "activation", "bias", "normalize", "scale", "capacity_factor", "zero_computation", "bias_rate")
-PLAIN += ("sequence_balance_loss", "global_balance_loss", "importance_loss", "load_loss", "shared_mix", "lora_rank")
+PLAIN = (
+    *("gate", "activation", "bias", "normalize", "scale", "capacity_factor", "zero_computation", "bias_rate"),
+    *("sequence_balance_loss", "global_balance_loss", "importance_loss", "load_loss", "shared_mix", "lora_rank"),
+)
+"""Keys of model.moe that must have their defaults."""
 
 
 def check(config: Config) -> None:

@@ -74,10 +74,18 @@ REPLICATED = {
     "self_attention.k_layernorm.weight": "attention.k_norm.weight",
     "mlp.router.weight": "ffn.gate.projection.weight",
     "mlp.router.bias": "ffn.gate.projection.bias",
-    "mlp.router.expert_bias": "ffn.gate.selection_bias",
     "mlp.shared_experts.gate_weight": "ffn.mix.projection.weight",
 }
 """Of a block: what tensor ranks hold alike, by Megatron's names."""
+
+
+SELECTION = ("mlp.moe.gate.selection_bias", "mlp.router.expert_bias")
+"""Of a block: the buffer that only the choice of experts sees."""
+
+
+def _number(chunk: nn.Module, match: re.Match[str]) -> int:
+    """Of a block of this pipeline stage: its number in the model, from 0."""
+    return int(chunk.decoder.layers[int(match[1])].layer_number) - 1  # type: ignore[union-attr, index]
 
 
 class Names:
@@ -89,12 +97,18 @@ class Names:
 
     def pieces(self, chunk: nn.Module) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
         """Every parameter of a `GPTModel`, or of a pipeline stage of one, and what it is made of."""
-        numbers = [block.layer_number - 1 for block in chunk.decoder.layers]  # type: ignore[union-attr]
         for name, parameter in chunk.named_parameters():
             if match := LAYER.fullmatch(name):
-                yield parameter, self._block(f"layers.{numbers[int(match[1])]}.", match[2], parameter)
+                yield parameter, self._block(f"layers.{_number(chunk, match)}.", match[2], parameter)
             else:
                 yield parameter, [self._edge(name)]
+
+    def kept(self, chunk: nn.Module) -> Iterator[tuple[Tensor, list[Piece]]]:
+        """The same of the selection biases of gates, which are no parameters."""
+        for name, buffer in chunk.named_buffers():
+            if (match := LAYER.fullmatch(name)) and match[2] in SELECTION:
+                own = f"layers.{_number(chunk, match)}.ffn.gate.selection_bias"
+                yield buffer, [Piece(own, tuple(buffer.shape))]
 
     def _piece(self, name: str, *cuts: Cut, rows: slice | None = None, spread: str = "", turned: bool = False) -> Piece:
         return Piece(name, self.shapes[name], rows, cuts, spread, turned)

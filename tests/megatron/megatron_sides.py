@@ -49,29 +49,10 @@ def transformer_config(**options: Any) -> Any:
         return TransformerConfig(**{**given, **options})
 
 
-class Attention(nn.Module):
-    """Causal attention, in place of Megatron's, which needs a GPU's random numbers."""
-
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__()
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
-class Norm(nn.RMSNorm):
-    """A norm that sequence parallelism may have, where there is no Transformer Engine."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
-        super().__init__(hidden_size, eps)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-
 def block_spec(config: Any, options: Any = None, plug_in: bool = True) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
+    from moesys.megatron.model import Norm
     from moesys.megatron.specs import gpt_block_spec
 
     theirs = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
@@ -79,7 +60,6 @@ def block_spec(config: Any, options: Any = None, plug_in: bool = True) -> Any:
     spec.layer_norm = Norm
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-        layer.submodules.self_attention.submodules.core_attention = Attention
     return spec
 
 

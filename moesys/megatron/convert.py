@@ -1,0 +1,43 @@
+"""Weights of whole models, between this project's `Decoder` and Megatron-Core's `GPTModel`.
+
+Whatever the MoE layer: the plug-in's, or Megatron's own with sequential or grouped experts. A `GPTModel` may be
+split over tensor and expert ranks, and a `chunk` be a pipeline stage of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moesys.config.schema import ModelConfig
+from moesys.megatron.names import Names, Part, gathered, place_of
+from moesys.megatron.scope import Groups
+
+
+@torch.no_grad()
+def to_gpt(chunk: nn.Module, weights: Mapping[str, Tensor], model: ModelConfig) -> None:
+    """Fill this rank's part of a `GPTModel` with `weights`, the state of a `Decoder` of `model`.
+
+    Raises:
+        KeyError: a weight of the `GPTModel` that `weights` lacks, or that no `Decoder` has.
+    """
+    for piece, part in _parts(chunk, len(weights["embed.weight"]), model):
+        part.copy_(weights[piece.name][piece.index])
+
+
+def from_gpt(chunk: nn.Module, vocab_size: int, model: ModelConfig) -> dict[str, Tensor]:
+    """What the state of a `Decoder` of `model` has of this pipeline stage, whole. Collective over the stage.
+
+    Raises:
+        KeyError: a weight that no `Decoder` has.
+    """
+    return gathered(_parts(chunk, vocab_size, model), Groups.of())
+
+
+def _parts(chunk: nn.Module, vocab_size: int, model: ModelConfig) -> Iterator[Part]:
+    names = Names(model, vocab_size, place_of(Groups.of()))
+    for parameter, pieces in (*names.pieces(chunk), *names.kept(chunk)):
+        for piece in pieces:
+            yield piece, piece.view(parameter.detach())
