@@ -79,7 +79,7 @@ def _rank(shapes: list[StepShape]) -> dict[str, Any]:
             entry["calls"] += move.calls
     return {
         "stages": [_stage(shape.stage) for shape in shapes],
-        "parameters": round(sum(s.held() for s in shapes)),
+        "parameters": round(sum(s.held(unsharded=s.config.engine == "megatron") for s in shapes)),
         "active_parameters": round(sum(_active(s) for s in shapes)),
         "memory_bytes": {**{k: round(v) for k, v in vars(memory).items()}, "total": round(memory.total)},
         "traffic_per_step": moved,

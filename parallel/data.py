@@ -67,6 +67,8 @@ def cost(shape: StepShape) -> list[Collective]:
             continue
         # Alone, forward and backward gather for every micro-batch; torch's pipeline keeps weights between backwards.
         passes = 2 * shape.micro_batches if shape.config.parallel.pp == 1 else shape.micro_batches + 1
+        if shape.config.engine == "megatron":
+            passes = 1  # its optimizer gives what it updated to all
         moves.append(Collective("all_gather", inner, shape.width * size, passes))
         moves.append(Collective("reduce_scatter", inner, gradients, 1))
         moves.append(Collective("all_reduce", outer, gradients / shape.size(inner), 1))

@@ -32,6 +32,8 @@ class Memory:
 
 def estimate(shapes: list[StepShape]) -> Memory:
     """Memory of a rank that holds these stages of the model."""
+    if shapes[0].config.engine == "megatron":
+        return _megatron(shapes)
     held = sum(s.held() for s in shapes)
     sharded = shapes[0].degrees.dp_shard > 1
     trained = sum(s.held(trained=True) for s in shapes)
@@ -43,6 +45,16 @@ def estimate(shapes: list[StepShape]) -> Memory:
     whole = sum(s.held(unsharded=True) for s in shapes) if shapes[0].degrees.pp > 1 else max(blocks)
     gathered = whole * shapes[0].width if sharded else 0.0
     return Memory(4 * held, 4 * trained + accumulating, 8 * trained, activations(shapes), gathered)
+
+
+def _megatron(shapes: list[StepShape]) -> Memory:
+    """Weights in the type of computation, gradients in float32, both whole; the distributed optimizer shards its own.
+
+    In bfloat16 the optimizer also keeps float32 weights.
+    """
+    whole, width = sum(s.held(unsharded=True) for s in shapes), shapes[0].width
+    kept = sum(s.held() for s in shapes) * (8 if width == 4 else 12)
+    return Memory(width * whole, 4 * whole, kept, activations(shapes), 0.0)
 
 
 def activations(shapes: list[StepShape]) -> float:

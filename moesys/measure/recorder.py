@@ -175,6 +175,8 @@ def purpose_of(event: Event, groups: Mapping[str, Purpose]) -> Purpose:
         return "expert"
     if event.way in (comm.STEP, comm.GRADIENTS):
         return "step" if event.way == comm.STEP else "data"
+    if event.kind in ("send", "recv"):
+        return "pipeline"  # over the world's own group, too
     return groups.get(event.group, "step")
 
 

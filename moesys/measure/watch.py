@@ -71,12 +71,16 @@ def _own(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...
     return sum(t.nbytes for t in arguments[0]), ()
 
 
+def _bytes(given: Any) -> int:
+    return sum(map(_bytes, given)) if isinstance(given, (list, tuple)) else int(given.nbytes)
+
+
 def _given(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    return arguments[1].nbytes, ()
+    return _bytes(arguments[1]), ()
 
 
 def _gathered(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    return arguments[1].nbytes * group.size(), ()
+    return _bytes(arguments[1]) * group.size(), ()
 
 
 def _listed(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
@@ -104,8 +108,12 @@ METHODS: dict[str, tuple[str, Sizes]] = {
     # The names until torch 2.12, and since.
     "_allgather_base": ("all_gather", _gathered),
     "all_gather_single": ("all_gather", _gathered),
+    "allgather_into_tensor_coalesced": ("all_gather", _gathered),
+    "all_gather_single_coalesced": ("all_gather", _gathered),
     "_reduce_scatter_base": ("reduce_scatter", _given),
     "reduce_scatter_single": ("reduce_scatter", _given),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _given),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", _given),
     "alltoall_base": ("all_to_all", _split),
     "all_to_all_single": ("all_to_all", _split),
 }
@@ -115,6 +123,8 @@ def _method(name: str, kind: str, sizes: Sizes, waiting: WeakKeyDictionary[Any, 
     original = getattr(dist.ProcessGroup, name)
 
     def call(group: dist.ProcessGroup, *arguments: Any, **more: Any) -> Any:
+        if group.size() == 1:
+            return original(group, *arguments, **more)
         size, sent = sizes(group, *arguments)
         ranks = tuple(dist.get_process_group_ranks(group))
         if kind in ("send", "recv"):

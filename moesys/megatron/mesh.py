@@ -36,6 +36,7 @@ class MegatronRanks(Ranks):
         )
         found = (
             (("pp",), state.get_pipeline_model_parallel_group()),
+            (("pp",), state.get_embedding_group(check_initialized=False)),
             (("tp",), state.get_tensor_model_parallel_group()),
             (("dp_replicate", "dp_shard"), state.get_data_parallel_group()),
             (("dp_replicate", "dp_shard"), state.get_data_parallel_group(with_context_parallel=True)),
@@ -44,7 +45,9 @@ class MegatronRanks(Ranks):
             (("etp",), state.get_expert_tensor_parallel_group()),
             (("ep",), state.get_expert_model_parallel_group()),
         )
-        self._groups = [(active, group) for axes, group in found if (active := self.active(*axes))]
+        # Not every rank holds an embedding.
+        known = [(axes, group) for axes, group in found if isinstance(group, dist.ProcessGroup)]
+        self._groups = [(active, group) for axes, group in known if (active := self.active(*axes))]
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         active = self.active(*axes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from moesys.errors import Problem
 from moesys.parallel import dimension
 from moesys.parallel.mesh import Ranks
 from moesys.train import here
+
+if TYPE_CHECKING:
+    from moesys.train.loop import Trainer
 
 FLOOR = 1e-3
 """A tensor whose gradient's root-mean-square is under this share of the model's is rounding noise
@@ -139,13 +142,13 @@ def _work(
     if prepare is not None:
         prepare()
     with here.joined(rank, world, config, folder) as mesh:
-        found = observe(config, mesh, steps, torch.float64 if dtype == "float64" else torch.float32)
+        found, _ = observe(config, mesh, steps, torch.float64 if dtype == "float64" else torch.float32)
         if not any(place for axis, place in mesh.place.items() if axis != "pp"):
             torch.save(found, f"{folder}/trace-{rank}.pt")
 
 
-def observe(config: Config, mesh: Ranks, steps: int, weights: torch.dtype) -> Trace:
-    """What the stages of this rank compute in `steps` steps from the start. Collective."""
+def observe(config: Config, mesh: Ranks, steps: int, weights: torch.dtype) -> tuple[Trace, Trainer]:
+    """What the stages of this rank compute in `steps` steps from the start, and what computed it. Collective."""
     from moesys.data.corpus import open_corpus
     from moesys.train.loop import Trainer
 
@@ -157,7 +160,7 @@ def observe(config: Config, mesh: Ranks, steps: int, weights: torch.dtype) -> Tr
         found.losses.append(record["loss"])
         found.norms.append(record["grad_norm"])
     found.parameters = trainer.engine.weights()
-    return found
+    return found, trainer
 
 
 def _merge(into: Trace, part: Trace) -> None:

@@ -37,7 +37,7 @@ def _work(rank: int, world: int, configs: dict[str, Config], steps: int, folder:
         layout = str(config.parallel.model_dump(exclude={"dispatch"}))
         if layout not in meshes:
             meshes[layout] = connect(config)
-        found[name] = verify.observe(config, meshes[layout], steps, torch.float64)
+        found[name], _ = verify.observe(config, meshes[layout], steps, torch.float64)
     if rank == 0:
         torch.save(found, folder / "traces.pt")
     dist.barrier()

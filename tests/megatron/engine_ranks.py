@@ -11,20 +11,23 @@ Journeys = Mapping[str, Sequence[Any]]
 
 
 def observed(cases: Mapping[str, tuple[Any, int]], journeys: Journeys, steps: int, world: int, folder: Path) -> Any:
-    """On `world` processes, all after one another in the same ones: what each (configuration, steps) computes, and
-    of each journey (loss, norm) of every step, `steps` for each configuration."""
+    """On `world` processes, all after one another in the same ones: what each (configuration, steps) computes; of
+    each journey (loss, norm) of every step, `steps` for each configuration; and elements of weights that the first
+    rank of each pipeline stage holds, by case."""
     import torch
     import torch.multiprocessing as mp
 
     from moesys.train.verify import Trace, _merge
 
     mp.start_processes(_work, (world, cases, journeys, steps, str(folder)), nprocs=world, start_method="forkserver")
-    found = {}
+    found, held = {}, {}
     for number, name in enumerate(cases):
-        found[name] = Trace()
+        found[name], held[name] = Trace(), []
         for path in sorted(folder.glob(f"trace-{number}-*.pt")):
-            _merge(found[name], torch.load(path, weights_only=False))
-    return found, torch.load(folder / "journeys.pt")
+            part, elements = torch.load(path, weights_only=False)
+            _merge(found[name], part)
+            held[name].append(elements)
+    return found, torch.load(folder / "journeys.pt"), held
 
 
 def _work(
@@ -38,9 +41,12 @@ def _work(
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     for number, (config, count) in enumerate(cases.values()):
         config, mesh = _connected(config)
-        found = observe(config, mesh, count, torch.float32)
+        found, trainer = observe(config, mesh, count, torch.float32)
         if not any(place for axis, place in mesh.place.items() if axis != "pp"):
-            torch.save(found, f"{folder}/trace-{number}-{rank}.pt")
+            parts = getattr(trainer.engine, "parts", [])
+            elements = sum(p.numel() for part in parts for p in part.parameters())
+            torch.save((found, elements), f"{folder}/trace-{number}-{rank}.pt")
+        del trainer  # and with it the process groups that it holds
     gone = {
         name: [figures for config in configs for figures in _continued(config, steps, Path(folder) / name)]
         for name, configs in journeys.items()

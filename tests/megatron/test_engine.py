@@ -9,6 +9,7 @@ from engine_ranks import observed
 from support import changed
 
 from moesys.config.schema import Config
+from moesys.launchers.dry_run import plan
 from moesys.train.verify import Trace, compare, reference
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -101,13 +102,13 @@ def found(
     configs: dict[str, tuple[Config, int]],
     journeys: dict[str, list[Config]],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, Trace], dict[str, list[tuple[float, float]]]]:
-    """What four ranks computed, by case and by journey."""
+) -> tuple[dict[str, Trace], dict[str, list[tuple[float, float]]], dict[str, list[int]]]:
+    """What four ranks computed, by case and by journey, and elements that each pipeline rank holds, by case."""
     return observed(configs, journeys, STEPS, 4, tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")
-def traces(found: tuple[dict[str, Trace], Any]) -> dict[str, Trace]:
+def traces(found: tuple[dict[str, Trace], Any, Any]) -> dict[str, Trace]:
     return found[0]
 
 
@@ -142,10 +143,17 @@ def test_the_engines_reach_the_same_loss_over_twenty_steps(
 
 @pytest.mark.parametrize("kind", JOURNEYS)
 def test_a_run_continues_under_other_combinations_and_the_other_engine(
-    kind: str, found: tuple[Any, dict[str, list[tuple[float, float]]]], expected: dict[str, Trace]
+    kind: str, found: tuple[Any, dict[str, list[tuple[float, float]]], Any], expected: dict[str, Trace]
 ) -> None:
     """As if it had never stopped: whatever wrote a checkpoint."""
     whole, count = expected[f"long {kind}"], len(JOURNEYS[kind]) * STEPS
     losses, norms = zip(*found[1][kind], strict=True)
     assert losses == pytest.approx(whole.losses[:count], rel=1e-5)
     assert norms == pytest.approx(whole.norms[:count], rel=1e-4)
+
+
+def test_every_rank_holds_what_was_planned(
+    configs: dict[str, tuple[Config, int]], found: tuple[Any, Any, dict[str, list[int]]]
+) -> None:
+    for name, (config, _) in configs.items():
+        assert [rank["parameters"] for rank in plan(config)["pipeline_ranks"]] == found[2][name], name
