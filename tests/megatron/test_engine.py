@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from engine_ranks import observed
 from support import changed
 
+from moesys.cli import main
 from moesys.config.schema import Config
 from moesys.launchers.dry_run import plan
+from moesys.measure.explain import explain
+from moesys.measure.step import read_steps
+from moesys.train.checkpoint import newest
 from moesys.train.verify import Trace, compare, reference
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -157,3 +164,31 @@ def test_every_rank_holds_what_was_planned(
 ) -> None:
     for name, (config, _) in configs.items():
         assert [rank["parameters"] for rank in plan(config)["pipeline_ranks"]] == found[2][name], name
+
+
+def test_a_run_through_ray_is_measured_and_explained(small: dict, tmp_path: Path) -> None:
+    raw = changed(
+        small,
+        TINY,
+        {
+            "engine": "megatron",
+            "name": "through-ray",
+            "cluster": {"ranks_per_node": 2},
+            "parallel": {"ep": 2, "dp_shard": "full"},
+            "train": {"steps": 4, "eval_sequences": 4},
+            "measure": {"every": 2},
+            "output": {"runs": str(tmp_path / "runs"), "tensorboard": False},
+        },
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["launch", str(tmp_path / "run.yaml")]) == 0
+    run = tmp_path / "runs" / "through-ray"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4
+    e = explain(read_steps(run))
+    assert e.sentence.startswith("All-to-all is")
+    assert summary["communication"] == e.headline()
+    assert [layer.name for layer in e.layers] == [f"layers.{i}" for i in range(4)]
+    assert {kind for kind, seconds in e.total.others.items() if seconds > 0} == {"data"}
+    assert (run / "report.html").exists()
+    assert newest(run / "checkpoints") is not None
