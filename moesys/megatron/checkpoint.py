@@ -153,14 +153,10 @@ class State:
         with _quiet():
             dcp.load({"model": model, "optimizer": slots | steps}, checkpoint_id=folder)
             dcp.load({"model": weights}, checkpoint_id=folder)
-        step = next(iter(steps.values()))
-        for optimizer in self.optimizers:
-            for group in optimizer.optimizer.param_groups:
-                if "step" in group:
-                    group["step"] = int(step)
-        for _, _, state in self.kept.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"].fill_(step)
+        if steps:
+            step = next(iter(steps.values()))
+            for optimizer in self.optimizers:
+                _count(optimizer.optimizer, step)
 
 
 Kept = tuple[int | None, Tensor, dict[str, Any]]
@@ -172,14 +168,19 @@ def _kept(optimizer: Any) -> Iterator[tuple[nn.Parameter, Kept]]:
     """What one of Megatron's optimizers has on this rank; its state is made where it is not there yet."""
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
-    for group in inner.param_groups:
-        for main in group["params"]:
-            state = inner.state[main]
-            if "step" not in group:
-                state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    done = {id(p): group.get("step", 0) for group in inner.param_groups for p in group["params"]}
     for parameter, start, main in _mains(optimizer):
-        state = inner.state[main]
-        yield parameter, (start, main.detach(), state)
+        yield parameter, (start, main.detach(), {"step": done[id(main)], **inner.state[main]})
+
+
+def _count(inner: Any, step: Tensor) -> None:
+    """Let an optimizer know how many steps it has done: torch's keep that with each parameter, others with groups."""
+    for group in inner.param_groups:
+        if not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            group["step"] = int(step)
+            continue
+        for main in group["params"]:
+            inner.state[main]["step"] = step.clone()
 
 
 def _mains(optimizer: Any) -> Iterator[tuple[nn.Parameter, int | None, Tensor]]:

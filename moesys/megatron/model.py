@@ -38,7 +38,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
         "deterministic_mode": t.deterministic and not on_cpu,
     }  # fmt: skip
     if not on_cpu:
-        given |= {"masked_softmax_fusion": True, "bias_activation_fusion": True, "bias_dropout_fusion": True}
+        given |= {"bias_activation_fusion": True, "bias_dropout_fusion": True}
     if p.pp > 1:
         given["pipeline_model_parallel_layout"] = [
             ["embedding"] * s.first + ["decoder"] * len(s.layers) + ["loss"] * s.last for s in stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,20 @@ def output(config: Config) -> list[Problem]:
 
 def engine(config: Config) -> list[Problem]:
     """Whether the engine is installed."""
-    if config.engine == "native" or importlib.util.find_spec("megatron") is not None:
+    if config.engine == "native":
         return []
-    rule = "needs the package megatron-core, which is not installed"
-    return [Problem("engine", rule, "pip install megatron-core==0.16.1, or set it to native")]
+    remedy = f"pip install megatron-core=={MEGATRON}.1, or set it to native"
+    try:
+        found = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return [Problem("engine", "needs the package megatron-core, which is not installed", remedy)]
+    if found.startswith(f"{MEGATRON}."):
+        return []
+    return [Problem("engine", f"is made for megatron-core {MEGATRON}, and {found} is installed", remedy)]
+
+
+MEGATRON = "0.16"
+"""The version of Megatron-Core whose parts the engine puts together; the plug-in takes others."""
 
 
 def recording(config: Config) -> list[Problem]:

@@ -255,3 +255,45 @@ def test_shared_experts_are_not_recomputed_alone() -> None:
     )
     with pytest.raises(ConfigError, match="recompute_modules is shared_experts"):
         MoESysLayer(config)
+
+
+def hybrid(plug_in: bool) -> nn.Module:
+    """Attention and MoE blocks in turn, by the pattern of a hybrid model."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    from moesys.megatron.model import Norm
+
+    config = transformer_config(num_layers=4)
+    block = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
+    whole = block.submodules
+    attention = TransformerLayerSubmodules(
+        input_layernorm=Norm, self_attention=whole.self_attention, self_attn_bda=whole.self_attn_bda
+    )
+    experts = TransformerLayerSubmodules(pre_mlp_layernorm=Norm, mlp=whole.mlp, mlp_bda=whole.mlp_bda)
+    stack = ModuleSpec(
+        module=MambaStack,
+        submodules=MambaStackSubmodules(
+            attention_layer=replace(block, submodules=attention), moe_layer=replace(block, submodules=experts)
+        ),
+    )
+    spec = with_plug_in(stack) if plug_in else stack
+    torch.manual_seed(5)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return MambaStack(
+        config, spec.submodules, hybrid_override_pattern="*E*E", post_layer_norm=False, pg_collection=groups
+    )
+
+
+def test_blocks_of_a_hybrid_model() -> None:
+    mine, theirs = hybrid(plug_in=True), hybrid(plug_in=False)
+    copy_weights(mine, theirs)
+    assert [layer.layer_number for layer, _ in moe_pairs(mine, theirs)] == [2, 4]
+    x = torch.randn(8, 3, 16, generator=torch.Generator().manual_seed(2))
+    outputs = [model(x, None) for model in (mine, theirs)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for out in outputs:
+        out.square().sum().backward()
+    compare_gradients(mine, theirs)
