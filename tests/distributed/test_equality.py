@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import yaml
+from batches import Prepare, traces
 from cases import MORE, PAIRS, Case
 from sabotage import forget_the_experts, send_everything_to_the_first_expert
 from support import changed
@@ -17,7 +20,9 @@ from moesys.parallel import dimension
 from moesys.train import verify
 
 STEPS, TOLERANCE = 2, 1e-5
-references: dict[str, verify.Trace] = {}
+
+Compared = dict[str, tuple[verify.Trace, verify.Trace]]
+"""By the names of cases: what they compute, and what one process does."""
 
 
 def configuration(small: dict, case: Case) -> Config:
@@ -28,20 +33,32 @@ def configuration(small: dict, case: Case) -> Config:
     return config
 
 
-def expected(config: Config, prepare=None) -> verify.Trace:
-    """The single process' trace; combinations of one model share it."""
-    alone = verify.reference(config)
-    key = json.dumps([alone.model_dump(), str(prepare)], sort_keys=True)
-    if key not in references:
-        references[key] = verify.trace(alone, 1, STEPS, prepare=prepare)
-    return references[key]
+def compared(small: dict, cases: Sequence[Case], folder: Path, prepare: Prepare = None) -> Compared:
+    """All cases and their references, which cases of one model share."""
+    configs = {case.name: configuration(small, case) for case in cases}
+    alone = {name: verify.reference(config) for name, config in configs.items()}
+    keys = {name: json.dumps(config.model_dump(), sort_keys=True) for name, config in alone.items()}
+    runs = {case.name: (configs[case.name], case.world) for case in cases}
+    runs |= {keys[name]: (config, 1) for name, config in alone.items()}
+    found = traces(runs, STEPS, folder, prepare)
+    return {name: (found[name], found[keys[name]]) for name in configs}
+
+
+def selected(request: pytest.FixtureRequest, function: str) -> list[Case]:
+    """The cases of a test of this module that are to run."""
+    items = [item for item in request.session.items if item.path == request.path]
+    return [item.callspec.params["case"] for item in items if getattr(item, "originalname", "") == function]
+
+
+@pytest.fixture(scope="module")
+def pairs(request, small, tmp_path_factory) -> Compared:
+    return compared(small, selected(request, "test_equals_one_process"), tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.mark.parametrize("case", PAIRS + MORE, ids=lambda case: case.name)
-def test_equals_one_process(small, case):
-    config = configuration(small, case)
-    report = verify.compare(verify.trace(config, case.world, STEPS), expected(config), case.world, TOLERANCE)
-    assert report.passed, report
+def test_equals_one_process(pairs, case):
+    report = verify.compare(*pairs[case.name], case.world, TOLERANCE)
+    assert report.passed, str(report)
 
 
 def test_the_matrix_covers_every_pair_of_dimensions():
@@ -60,7 +77,7 @@ def test_the_matrix_covers_every_pair_of_dimensions():
 def test_a_broken_rule_is_found(small):
     config = configuration(small, Case("broken", 4, {"ep": 2}))
     found = verify.trace(config, 4, STEPS, prepare=forget_the_experts)
-    report = verify.compare(found, expected(config), 4, TOLERANCE)
+    report = verify.compare(found, verify.trace(verify.reference(config), 1, STEPS), 4, TOLERANCE)
     assert not report.passed
     assert report.gradient.value > 0.1
     assert "experts" in report.gradient.where
@@ -75,13 +92,17 @@ STARVING = [
 ]
 
 
+@pytest.fixture(scope="module")
+def starving(request, small, tmp_path_factory) -> Compared:
+    cases = selected(request, "test_ranks_without_tokens_change_nothing")
+    return compared(small, cases, tmp_path_factory.mktemp("starving"), send_everything_to_the_first_expert)
+
+
 @pytest.mark.parametrize("case", STARVING, ids=lambda case: case.name)
-def test_ranks_without_tokens_change_nothing(small, case):
-    config = configuration(small, case)
-    prepare = send_everything_to_the_first_expert
-    found = verify.trace(config, case.world, STEPS, prepare=prepare)
-    report = verify.compare(found, expected(config, prepare), case.world, TOLERANCE)
-    assert report.passed, report
+def test_ranks_without_tokens_change_nothing(starving, case):
+    found, expected = starving[case.name]
+    report = verify.compare(found, expected, case.world, TOLERANCE)
+    assert report.passed, str(report)
     for name, gradient in found.gradients[0].items():
         if ".experts." in name:
             assert gradient[0].abs().max() > 0 and gradient[1:].abs().max() == 0, name

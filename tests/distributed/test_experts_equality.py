@@ -6,15 +6,14 @@ import pytest
 import torch
 from cases import Case
 from factors import draw_all_factors
-from support import changed
+from test_equality import TOLERANCE, Compared, compared, configuration, selected
 
 from moesys.config import Config
 from moesys.models.decoder import Decoder
-from moesys.parallel import dimension, initialise
+from moesys.parallel import initialise
 from moesys.parallel.freeze import frozen_names
 from moesys.train import verify
 
-STEPS, TOLERANCE = 2, 1e-5
 GPT_OSS = {"moe": {"activation": "clipped_swiglu", "bias": True, "gate": {"bias": True}}}
 RESIDUAL = {"moe": {"shared_experts": 1, "shared_mix": "residual", "activation": "gelu"}}
 # Few tokens per device, and a budget that each may be above or below of: the sign is the micro-batch's.
@@ -33,21 +32,23 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def mixed(request, small, tmp_path_factory) -> Compared:
+    cases = selected(request, "test_equals_one_process")
+    whole, low = ([case for case in cases if (case.model is LORA) == lora] for lora in (False, True))
+    found = compared(small, whole, tmp_path_factory.mktemp("whole"))
+    return found | compared(small, low, tmp_path_factory.mktemp("low"), draw_all_factors)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_one_process(small, case, monkeypatch):
-    cluster = {"ranks_per_node": case.world}
-    raw = changed(small, {"model": case.model, "train": case.train, "parallel": case.parallel, "cluster": cluster})
-    config = Config.model_validate(raw)
-    assert dimension.check(config) == []
-    prepare = draw_all_factors if case.model is LORA else None
-    found = verify.trace(config, case.world, STEPS, prepare=prepare)
-    expected = verify.trace(verify.reference(config), 1, STEPS, prepare=prepare)
+def test_equals_one_process(small, mixed, case, monkeypatch):
+    found, expected = mixed[case.name]
     report = verify.compare(found, expected, case.world, TOLERANCE)
-    assert report.passed, report
+    assert report.passed, str(report)
     if case.model is LORA:
         monkeypatch.setattr(initialise, "_fill", initialise._fill)  # restored after the test
         draw_all_factors()
-        only_what_is_not_frozen_changed(config, found)
+        only_what_is_not_frozen_changed(configuration(small, case), found)
 
 
 def only_what_is_not_frozen_changed(config: Config, found: verify.Trace) -> None:

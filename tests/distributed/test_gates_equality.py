@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cases import Case
 from records import first_records
-from test_equality import STEPS, TOLERANCE, configuration, expected
+from test_equality import TOLERANCE, Compared, compared, configuration, selected
 
 from moesys.train import verify
 
@@ -57,11 +57,15 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def routed(request, small, tmp_path_factory) -> Compared:
+    return compared(small, selected(request, "test_equals_one_process"), tmp_path_factory.mktemp("routed"))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_one_process(small, case):
-    config = configuration(small, case)
-    report = verify.compare(verify.trace(config, case.world, STEPS), expected(config), case.world, TOLERANCE)
-    assert report.passed, report
+def test_equals_one_process(routed, case):
+    report = verify.compare(*routed[case.name], case.world, TOLERANCE)
+    assert report.passed, str(report)
 
 
 REPORTED = {
