@@ -66,8 +66,8 @@ def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
 
 
 @contextmanager
-def stand_ins() -> Iterator[None]:
-    """Let Megatron-Core's layers be built and run on CPU."""
+def stand_ins(device: str | None = None) -> Iterator[None]:
+    """Let Megatron-Core be built and run on CPU, if `device` is "cpu"; default: if there is no GPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core import utils as helpers
@@ -77,7 +77,7 @@ def stand_ins() -> Iterator[None]:
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
         from megatron.core.transformer import utils
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
-    if torch.cuda.is_available():
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
         yield
         return
     cuda: dict[str, Callable[..., Any]] = {

@@ -42,7 +42,7 @@ def connect(config: Config) -> MegatronRanks:
 def _prepare(device: str) -> ExitStack:
     """Once for the rest of the process."""
     kept = ExitStack()
-    kept.enter_context(stand_ins())
+    kept.enter_context(stand_ins(device))
     if device == "cpu":
         # Compiling Megatron's small fused functions takes longer than they ever save here.
         torch.compiler.set_stance("force_eager")

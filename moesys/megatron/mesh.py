@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from moesys.config.schema import Config
 from moesys.parallel.degrees import Degrees
@@ -30,10 +32,11 @@ class MegatronRanks(Ranks):
             virtual_pipeline_model_parallel_size=p.pp_virtual if p.pp_virtual > 1 else None,
             expert_model_parallel_size=degrees.ep,
             expert_tensor_parallel_size=degrees.etp,
-            distributed_timeout_minutes=max(1, round(config.launch.timeout_s / 60)),
             order=ORDER,
             create_gloo_process_groups=False,
         )
+        for group in state._global_process_group_list or ():
+            _set_pg_timeout(timedelta(seconds=config.launch.timeout_s), group or dist.group.WORLD)
         found = (
             (("pp",), state.get_pipeline_model_parallel_group()),
             (("pp",), state.get_embedding_group(check_initialized=False)),

@@ -8,7 +8,7 @@ from moesys.config.load import load
 from moesys.errors import ConfigError
 
 MODEL = "model: {hidden: 64, layers: 2, ffn_hidden: 128}\n"
-SECTIONS = "name, seed, model, parallel, train, data, cluster, launch, output, measure"
+SECTIONS = "name, seed, engine, model, parallel, train, data, cluster, launch, output, measure"
 PARALLEL = "dp, dp_shard, tp, sp, pp, pp_schedule, pp_virtual, pp_split, cp, ep, etp, dispatch"
 OPTIMIZER = "kind, lr, betas, eps, weight_decay, clip"
 
