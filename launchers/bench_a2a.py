@@ -210,7 +210,7 @@ def table(results: list[Result], title: str) -> Table:
         per = facts["out_of_place_per_iter"]
         times = per["p50_us"], per["min_us"], per["p95_us"], per["max_us"], facts["wait_us"], facts["transfer_us"]
         rates = [f"{r.algbw / 1e9:.3f}", f"{r.busbw / 1e9:.3f}", str(r.wrong)]
-        ratio = [] if not plain else ["" if r.plain is None else f"{r.seconds / r.plain:.2f}"]
+        ratio = [] if not plain else ["" if r.plain is None else f"{r.seconds / r.plain:.2f} ± {r.noise:.2f}"]
         late = "" if r.straggler is None else f"rank {r.straggler[0]}"
         shown.add_row(human(r.bytes), *(f"{t:.0f}" for t in times), *rates, *ratio, late)
     return shown

@@ -242,12 +242,17 @@ def timed(
     offset: float,
     device: torch.device,
 ) -> tuple[list[Span], list[Span]]:
-    """Begins and ends of every iteration of `call`, and of `bare` in between, on rank 0's clock. Collective."""
+    """Begins and ends of every iteration of `call`, and of `bare` before and after each, on rank 0's clock.
+
+    Collective.
+    """
     own: list[Stamp] = []
     plain: list[Stamp] = []
-    sides: list[tuple[list[Stamp], Callable[[], object]]] = [(own, call), *([] if bare is None else [(plain, bare)])]
+    sides: list[tuple[list[Stamp], Callable[[], object]]] = [(own, call)]
+    if bare is not None:
+        sides = [(plain, bare), *sides, (plain, bare)]
     for number in range(options.warmup + options.iterations):
-        for stamps, run_once in sides if number % 2 else sides[::-1]:
+        for stamps, run_once in sides:
             dist.barrier(on_host)
             begin = comm.now(device)
             run_once()

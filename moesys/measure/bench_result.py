@@ -15,7 +15,8 @@ FACTORS = {"all_reduce": 2.0, "send_recv": 0.0}
 
 @dataclass(frozen=True)
 class Samples:
-    """Of one rank: (begin, end) of every iteration in seconds on one clock, of the plain loop too; wrong elements."""
+    """Of one rank: (begin, end) of every iteration in seconds on one clock; of the plain loop too, before and after
+    each; and wrong elements."""
 
     own: list[tuple[float, float]]
     plain: list[tuple[float, float]]
@@ -35,6 +36,7 @@ class Result:
         waits, medians: per rank, median over iterations of its wait and of its whole time.
         limit: bytes that limit an all-to-all on its links: of a node where `crosses` them, else of a rank.
         plain: median seconds of the plain loop, the slowest rank's; None if there was none.
+        noise: by how much, of 1, that median differs between the passes before and after each iteration.
         wrong: elements with a wrong value, on all ranks.
     """
 
@@ -50,6 +52,7 @@ class Result:
     medians: list[float]
     limit: float
     plain: float | None
+    noise: float | None
     wrong: int
 
     @classmethod
@@ -68,6 +71,7 @@ class Result:
         n, iterations = len(groups[0]), range(len(samples[0].own))
         arrived = [{r: max(samples[r].own[i][0] for r in g) for g in groups for r in g} for i in iterations]
         own = [s.own for s in samples]
+        plain = slowest([s.plain for s in samples])
         most = max(*map(sum, sent), *map(sum, zip(*sent, strict=True)))
         bytes_ = most if kind.startswith("all_to_all") or kind == "send_recv" else size // n // grain * grain * n
         return cls(
@@ -82,7 +86,8 @@ class Result:
             waits=[median(arrived[i][r] - s[i][0] for i in iterations) for r, s in enumerate(own)],
             medians=[median(end - begin for begin, end in s) for s in own],
             limit=_limit(group, groups, sent),
-            plain=median(slowest([s.plain for s in samples])) if samples[0].plain else None,
+            plain=median(plain) if plain else None,
+            noise=abs(median(plain[::2]) / median(plain[1::2]) - 1) if plain else None,
             wrong=sum(s.wrong for s in samples),
         )
 
@@ -169,6 +174,7 @@ class Result:
             "rank_wait_us": [t * 1e6 for t in self.waits],
             "limiting_bytes": self.limit,
             "plain_us": None if self.plain is None else self.plain * 1e6,
+            "plain_noise": self.noise,
         }
 
 

@@ -31,6 +31,8 @@ class Case:
     parallel: dict = field(hash=False)
     model: dict = field(default_factory=dict, hash=False)
     train: dict = field(default_factory=dict, hash=False)
+    batch: int = 4
+    """Sequences of a step, over all ranks."""
 
 
 FULL = {"dp_shard": "full"}

@@ -27,6 +27,7 @@ Compared = dict[str, tuple[verify.Trace, verify.Trace]]
 
 def configuration(small: dict, case: Case) -> Config:
     cluster = {"ranks_per_node": case.world}
+    small = changed(small, {"train": {"global_batch": case.batch}})
     raw = changed(small, {"model": case.model, "train": case.train, "parallel": case.parallel, "cluster": cluster})
     config = Config.model_validate(raw)
     assert dimension.check(config) == []

@@ -47,11 +47,11 @@ PROTOTYPE = {"moe": {"gate": {"kind": "prototype", "bias": True, "noise": "gauss
 CASES = [
     Case("everything-shard-tp-ep", 4, {"dp_shard": "full", "tp": 2, "ep": 2}, EVERYTHING),
     Case("everything-pp-accumulating", 4, {"pp": 2, "ep": 2}, EVERYTHING, {"recompute": "selective"}),
-    Case("everything-cp-full", 4, {"cp": 2, "ep": 2}, EVERYTHING, {"recompute": "full", "micro_batch": 2}),
-    Case("noisy-shard-one-micro-batch", 4, {"dp_shard": "full", "tp": 2, "ep": 2}, NOISY, {"micro_batch": 4}),
+    Case("everything-cp-full", 4, {"cp": 2, "ep": 2}, EVERYTHING, {"recompute": "full", "micro_batch": 2}, batch=8),
+    Case("noisy-shard-one-micro-batch", 4, {"dp_shard": "full", "tp": 2, "ep": 2}, NOISY, {"micro_batch": 4}, batch=8),
     Case("choice-cp-ep", 4, {"cp": 2, "ep": 4}, CHOICE),
-    Case("priority-padded-cp-tp", 4, {"cp": 2, "tp": 2, "ep": 2}, PRIORITY, {"micro_batch": 2}),
-    Case("zero-tp-ep", 4, {"tp": 2, "ep": 2, "dp_shard": "full"}, ZERO),
+    Case("priority-padded-cp-tp", 4, {"cp": 2, "tp": 2, "ep": 2}, PRIORITY, {"micro_batch": 2}, batch=8),
+    Case("zero-tp-ep", 4, {"tp": 2, "ep": 2, "dp_shard": "full"}, ZERO, batch=8),
     Case("cosine-shard-tp", 4, {"dp_shard": "full", "tp": 2, "ep": 2}, COSINE),
     Case("prototype-tp-ep", 2, {"tp": 2, "ep": 2}, PROTOTYPE),
 ]
@@ -78,7 +78,7 @@ REPORTED = {
 
 def test_what_is_reported_is_the_same(small, tmp_path):
     """Every loss unscaled, and what was dropped or computed nothing, whatever the layout and the coefficients."""
-    config = configuration(small, Case("reported", 4, {"tp": 2, "ep": 2}, REPORTED, {"recompute": "full"}))
+    config = configuration(small, Case("reported", 4, {"tp": 2, "ep": 2}, REPORTED, {"recompute": "full"}, batch=8))
     found = first_records(config, 4, tmp_path / "four")
     alone = first_records(verify.reference(config), 1, tmp_path / "one")
     names = (
