@@ -14,6 +14,7 @@ from support import changed
 from moesys.cli import main
 from moesys.launchers.hosts import Hosts, unavailable
 from moesys.measure.explain import explain
+from moesys.measure.explanation import Breakdown
 from moesys.measure.step import read_steps
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -92,23 +93,25 @@ def test_hierarchical_dispatch_is_faster_by_what_it_does_not_send_between_nodes(
     pytest.fail(f"measured / predicted factors: {factors}")
 
 
-def test_overlap_leaves_less_exposed(config: Path, tmp_path: Path, small: dict) -> None:
-    """Shared experts computed while tokens travel, or before."""
+def test_overlap_leaves_less_exposed(config: Path, tmp_path: Path) -> None:
+    """Shared experts computed while tokens travel, or before. Runs are added while the machine's noise hides it."""
     moe = ["model.moe.shared_experts=1", "model.moe.shared_ffn_hidden=2048", "model.layers=2"]
     train = [
-        "train.steps=5",
+        "train.steps=7",
         "train.seq_len=128",
         "train.eval_sequences=1",
         "measure.every=1",
         "output.tensorboard=false",
     ]
-    exposed, hidden = {}, {}
-    for overlap in ("true", "false"):
-        name = f"overlap-{overlap}"
-        changes = [f"parallel.dispatch.overlap_shared={overlap}", f"name={name}"]
-        assert main(["launch", str(config), *moe, *train, *changes]) == 0
-        steps = read_steps(tmp_path / "runs" / name)[1:]
-        exposed[overlap] = median(explain([step]).total.exposed for step in steps)
-        hidden[overlap] = median(explain([step]).total.hidden for step in steps)
-    assert exposed["true"] < 0.95 * exposed["false"]
-    assert hidden["true"] > hidden["false"]
+    totals: dict[str, list[Breakdown]] = {"true": [], "false": []}
+    for attempt in range(3):
+        for overlap, seen in totals.items():
+            name = f"overlap-{overlap}-{attempt}"
+            changes = [f"parallel.dispatch.overlap_shared={overlap}", f"name={name}"]
+            assert main(["launch", str(config), *moe, *train, *changes]) == 0
+            seen += [explain([step]).total for step in read_steps(tmp_path / "runs" / name)[1:]]
+        exposed = {overlap: median(t.exposed for t in seen) for overlap, seen in totals.items()}
+        hidden = {overlap: median(t.hidden for t in seen) for overlap, seen in totals.items()}
+        if exposed["true"] < 0.95 * exposed["false"] and hidden["true"] > hidden["false"]:
+            return
+    pytest.fail(f"seconds exposed {exposed} and hidden {hidden}, with overlap and without")
