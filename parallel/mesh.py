@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  (registers the backend "fake")
 
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees
 
