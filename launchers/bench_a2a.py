@@ -23,6 +23,7 @@ import moesys
 from moesys.config.load import dump
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
+from moesys.files import write_whole
 from moesys.launchers.launch import run, workers
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import StopRequests
@@ -33,7 +34,6 @@ from moesys.measure.links import Profile
 from moesys.measure.sizes import COLLECTIVES, GROUPS, human
 from moesys.train import routing_files
 from moesys.train.checked import load_checked
-from moesys.train.metrics import write_whole
 
 WIDTH = 112
 """Columns of the table: it is not cut where a terminal has fewer."""

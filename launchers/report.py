@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from moesys.files import write_whole
 from moesys.measure.explanation import Explanation
 from moesys.measure.report import run
 from moesys.measure.report.run import ReportError, Run
-from moesys.train.metrics import write_whole
 
 
 def command(arguments: argparse.Namespace) -> int:

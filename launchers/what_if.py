@@ -16,13 +16,13 @@ from rich.table import Table
 from moesys.config.load import dump, load
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
+from moesys.files import write_whole
 from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
 from moesys.measure.links import Profile
 from moesys.measure.step import Step, read_steps
 from moesys.measure.what_if import Prediction, Predictor, variants
 from moesys.train.checked import load_checked
-from moesys.train.metrics import write_whole
 
 SKIPPED = 2
 """Recorded steps that warm up what later ones find warm."""

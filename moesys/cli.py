@@ -17,6 +17,8 @@ from pathlib import Path
 
 from moesys import __version__
 from moesys.errors import ConfigError, MoesysError
+from moesys.files import write_whole
+from moesys.options import count, output, tolerance
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -191,7 +193,7 @@ def bench_layer(arguments: argparse.Namespace) -> int:
 
 def _write_json(path: Path | None, facts: Callable[[], object]) -> None:
     if path is not None:
-        path.write_text(json.dumps(facts(), indent=1) + "\n")
+        write_whole(path, json.dumps(facts(), indent=1) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -217,17 +219,17 @@ def parser() -> argparse.ArgumentParser:
         "--metrics-port", type=int, help="tell metrics to Prometheus here; instead of measure.metrics_port"
     )
     sub.add_argument("--dry-run", action="store_true", help="show ranks, meshes, memory; start nothing")
-    sub.add_argument("--json", type=Path, help="with --dry-run: write the same facts here")
+    sub.add_argument("--json", type=output, help="with --dry-run: write the same facts here")
     command("sweep", sweep, "train variations of a configuration and compare them")
     sub = command("config", show_config, "print the resolved configuration", optional=True)
     sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
     sub = command("verify", verify, "prove that a configuration equals one process")
-    sub.add_argument("--steps", type=int, default=3, help="training steps (default 3)")
+    sub.add_argument("--steps", type=count, default=3, help="training steps (default 3)")
     text = "largest relative difference (default: 1e-5, 1e-10 in float64, 1e-2 in bfloat16)"
-    sub.add_argument("--tolerance", type=float, help=text)
+    sub.add_argument("--tolerance", type=tolerance, help=text)
     sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     sub.add_argument("--against", choices=("native", "megatron"), help="engine of the one process; default: the same")
-    sub.add_argument("--json", type=Path, help="write the differences here")
+    sub.add_argument("--json", type=output, help="write the differences here")
     sub = commands.add_parser("report", help="a run, two runs, or traces of any framework, explained")
     sub.add_argument(
         "runs",
@@ -237,9 +239,9 @@ def parser() -> argparse.ArgumentParser:
         help="one run's folder, or two to compare, or what bench a2a --json wrote",
     )
     sub.add_argument("--trace", type=Path, nargs="+", metavar="FILE", help="traces of torch's profiler, one a rank")
-    sub.add_argument("--out", type=Path, help="the page of two runs or of traces; default: in this folder")
-    sub.add_argument("--json", type=Path, help="write the figures here")
-    sub.add_argument("--perfetto", type=Path, metavar="FILE", help="write recorded steps as a trace (.json[.gz])")
+    sub.add_argument("--out", type=output, help="the page of two runs or of traces; default: in this folder")
+    sub.add_argument("--json", type=output, help="write the figures here")
+    sub.add_argument("--perfetto", type=output, metavar="FILE", help="write recorded steps as a trace (.json[.gz])")
     sub.add_argument("--profile", type=Path, metavar="FILE", help="links, from bench a2a; instead of measure.profile")
     sub.set_defaults(run=report, overrides=[])
     sub = commands.add_parser("what-if", help="predict a recorded run's step with other settings")
@@ -253,9 +255,9 @@ def parser() -> argparse.ArgumentParser:
     sub = bench.add_parser("train", help="training speed beside transformers, and time to the first step")
     sub.add_argument("config", type=Path, help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    sub.add_argument("--rounds", type=int, default=7)
-    sub.add_argument("--steps", type=int, default=5, help="training steps per round")
-    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.add_argument("--rounds", type=count, default=7)
+    sub.add_argument("--steps", type=count, default=5, help="training steps per round")
+    sub.add_argument("--json", type=output, help="write the figures here")
     sub.set_defaults(run=bench_train)
     sub = bench.add_parser("a2a", help="collectives on the ranks of a configuration, as nccl-tests does")
     a2a_options(sub)
@@ -263,16 +265,16 @@ def parser() -> argparse.ArgumentParser:
     sub = bench.add_parser("measure", help="what recording communication costs")
     sub.add_argument("config", type=Path, help="a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    sub.add_argument("--rounds", type=int, default=7)
-    sub.add_argument("--steps", type=int, default=15, help="training steps per round of each side, at least")
-    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.add_argument("--rounds", type=count, default=7)
+    sub.add_argument("--steps", type=count, default=15, help="training steps per round of each side, at least")
+    sub.add_argument("--json", type=output, help="write the figures here")
     sub.set_defaults(run=bench_measure)
     sub = bench.add_parser("megatron", help="Megatron-Core's model with this project's MoE layer and with its own")
     sub.add_argument("config", type=Path, help="a YAML file with engine: megatron")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    sub.add_argument("--rounds", type=int, default=7)
-    sub.add_argument("--steps", type=int, default=3, help="training steps per round of each side")
-    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.add_argument("--rounds", type=count, default=7)
+    sub.add_argument("--steps", type=count, default=3, help="training steps per round of each side")
+    sub.add_argument("--json", type=output, help="write the figures here")
     sub.set_defaults(run=bench_megatron)
     sub = bench.add_parser("layer", help="one MoE layer beside dense products, transformers, Megatron-Core, DeepSpeed")
     sub.add_argument("--shape", help="a published shape; default: laptop, with --ranks two-ranks")
@@ -282,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sub.add_argument("--ranks", type=int, default=1, help="processes on this machine that share the experts")
     sub.add_argument("--rounds", type=int, default=7)
-    sub.add_argument("--json", type=Path, help="write the figures here")
+    sub.add_argument("--json", type=output, help="write the figures here")
     sub.set_defaults(run=bench_layer, overrides=[])
     return top
 
@@ -315,8 +317,8 @@ def a2a_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top-k", type=int, default=2, help="--dispatch: experts of a token")
     sub.add_argument("--no-check", dest="check", action="store_false", help="do not validate results")
     sub.add_argument("--plain", action="store_true", help="beside a bare loop around torch's all_to_all_single")
-    sub.add_argument("--json", type=Path, help="write the figures here, in the shape of nccl-tests' -J")
-    sub.add_argument("--profile", type=Path, metavar="FILE", help="write the fitted links here, for predictions")
+    sub.add_argument("--json", type=output, help="write the figures here, in the shape of nccl-tests' -J")
+    sub.add_argument("--profile", type=output, metavar="FILE", help="write the fitted links here, for predictions")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from moesys import cli
 from moesys.config.load import load
+from moesys.files import write_whole
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
@@ -41,3 +43,61 @@ def test_a_word_that_is_no_override_is_refused(capsys):
         cli.main(["launch", str(QUICKSTART), "--dry-run", "--nonsense"])
     assert stop.value.code == 2
     assert "--nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "message"),
+    [
+        ("verify", "--steps", "0", "whole number of at least 1"),
+        ("verify", "--steps", "-1", "whole number of at least 1"),
+        ("verify", "--tolerance", "-1e-5", "number of at least 0"),
+        ("verify", "--tolerance", "nan", "number of at least 0"),
+        ("bench train", "--rounds", "0", "whole number of at least 1"),
+        ("bench measure", "--steps", "two", "whole number of at least 1"),
+        ("bench megatron", "--rounds", "1.5", "whole number of at least 1"),
+    ],
+)
+def test_a_count_or_tolerance_that_means_nothing_is_refused(capsys, command, option, value, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), str(QUICKSTART), f"{option}={value}"])
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert option in told and repr(value) in told and message in told
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("verify", "--json"),
+        ("bench train", "--json"),
+        ("bench a2a", "--profile"),
+        ("report", "--perfetto"),
+        ("report", "--out"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(capsys, tmp_path, command, option):
+    for path, message in (
+        (tmp_path / "absent" / "file.json", f"there is no folder {tmp_path / 'absent'}"),
+        (tmp_path, f"{tmp_path} is a folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command.split(), str(QUICKSTART), option, str(path)])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_file_is_replaced_at_once_and_a_stream_is_written_to(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+    with path.open() as reader:
+        write_whole(path, "new")
+        assert reader.read() == "old", "who reads it goes on reading the file that was"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    stream = tmp_path / "pipe"
+    os.mkfifo(stream)
+    ends = os.open(stream, os.O_RDWR)
+    try:
+        write_whole(stream, "told")
+        assert os.read(ends, 100) == b"told" and stream.is_fifo()
+    finally:
+        os.close(ends)

@@ -6,7 +6,6 @@ The model is Hockney's (α–β, Parallel Computing 20, 1994): seconds = α + by
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from moesys.errors import MoesysError
+from moesys.files import write_whole
 
 
 class ProfileError(MoesysError):
@@ -136,9 +136,7 @@ class Profile:
         text = yaml.safe_dump(
             {**self.facts, "lines": {name: asdict(line) for name, line in self.lines.items()}}, sort_keys=False
         )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("# Links of a cluster, from `moesys bench a2a --profile`: seconds, bytes.\n" + text)
-        os.replace(temporary, path)
+        write_whole(path, "# Links of a cluster, from `moesys bench a2a --profile`: seconds, bytes.\n" + text)
 
     @classmethod
     def load(cls, path: Path) -> Profile:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
+from moesys.files import write_whole
 from moesys.measure import bench_a2a
 from moesys.measure.bench_a2a import Options
 from moesys.measure.bench_result import Result
 from moesys.parallel import nodes
 from moesys.train import native, worker
-from moesys.train.metrics import write_whole
 
 
 def run(config: Config, run_dir: Path) -> None:

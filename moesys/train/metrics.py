@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from math import ceil
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.config.schema import Config
+from moesys.files import write_whole
 from moesys.parallel import comm
 from moesys.parallel.gates_check import IGNORES
 from moesys.train.engine import Engine
@@ -169,10 +169,3 @@ def _truncate(path: Path, last: int) -> None:
         except (ValueError, KeyError):
             continue  # a line cut short by the end of its writer
     write_whole(path, "".join(kept))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: readers see the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

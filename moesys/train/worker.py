@@ -28,6 +28,7 @@ from moesys.config.schema import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
 from moesys.errors import DataError, MoesysError
+from moesys.files import write_whole
 from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
@@ -37,7 +38,7 @@ from moesys.parallel.mesh import Ranks
 from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
-from moesys.train.metrics import MetricsLog, write_whole
+from moesys.train.metrics import MetricsLog
 
 SAMPLED = 2**20
 """Tokens of each side that ranks compare before they train."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from moesys.errors import MoesysError
+from moesys.files import write_whole
 from moesys.measure.explain import explain
 from moesys.measure.explanation import Explanation
 from moesys.measure.links import Profile
@@ -76,14 +76,14 @@ def write(folder: Path, summary: dict[str, Any] | None = None, profile: Path | N
     """Write report.html into a run's folder; returns its path. Arguments as of `Run.read`."""
     run = Run.read(folder, summary, profile)
     path = folder / "report.html"
-    _replace(path, page(f"run {folder.name}", _parts(run)))
+    write_whole(path, page(f"run {folder.name}", _parts(run)))
     return path
 
 
 def write_comparison(a: Path, b: Path, path: Path) -> tuple[Run, Run]:
     """Write a page on two runs beside each other; returns both."""
     runs = Run.read(a), Run.read(b)
-    _replace(path, page(f"{a.name} and {b.name}", _comparison(*runs)))
+    write_whole(path, page(f"{a.name} and {b.name}", _comparison(*runs)))
     return runs
 
 
@@ -248,12 +248,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue  # cut short by the end of its writer
     return found
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _ms(seconds: float) -> str:
