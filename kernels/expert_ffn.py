@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moesys.kernels import activation
+from moesys.kernels import activation, recycle
 from moesys.kernels import expert_ffn_small as small
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
@@ -135,7 +135,7 @@ class _Scratch(threading.local):
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = prod(shape)
         if size > self.LARGEST:
-            return torch.empty(shape, dtype=dtype)
+            return recycle.empty(shape, dtype)
         have = self.kept.get((name, dtype))
         if have is None or have.numel() < size:
             have = self.kept[name, dtype] = torch.empty(size, dtype=dtype)
@@ -176,8 +176,8 @@ def _blocked(
     wide, rows = _type(x_TH), len(x_TH) if index_N is None else len(index_N)
     if small.fits(x_TH, fc1, rows, BLOCK):
         return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
-    out = torch.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
-    h = x_TH.new_empty(rows, *fc1.shape[2:])
+    out = recycle.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
+    h = recycle.empty((rows, *fc1.shape[2:]), x_TH.dtype)
     for block in _blocks(counts_E.tolist(), fc2.shape[1]):
         x = _rows(x_TH, block, index_N, wide)
         hidden = _target("h", h[block.rows], wide)
@@ -208,7 +208,7 @@ def _give(out: Tensor, y: Tensor, block: _Block, index_N: Tensor | None) -> None
 
 def _sums(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of x's shape to sum rows into: memory of their own if they are given away as they are."""
-    return torch.zeros_like(x) if x.dtype == dtype else _scratch(name, tuple(x.shape), dtype).zero_()
+    return recycle.zeros_like(x) if x.dtype == dtype else _scratch(name, tuple(x.shape), dtype).zero_()
 
 
 def _not_zero(weight: Tensor) -> Tensor:
@@ -260,9 +260,9 @@ def _blocked_backward(
     if small.fits(x_TH, fc1, len(h_NGF), BLOCK):
         return small.backward(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind)
     wide, counts = _type(x_TH), counts_E.tolist()
-    grad_x = torch.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
+    grad_x = recycle.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
-    fresh = torch.empty_like if all(counts) else torch.zeros_like
+    fresh = recycle.empty_like if all(counts) else recycle.zeros_like
     grad1, grad2 = fresh(fc1), fresh(fc2)
     grad_weight = x_TH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
     grad_bias = x_TH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from moesys.kernels import recycle
+
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Most bytes of tensors that were alive at once during `step`, beyond those alive before it."""
@@ -16,7 +18,10 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        recycle.paused(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         step()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,0 +1,104 @@
+"""Memory for large results on CPU that is used again, as CUDA's caching allocator does on GPU.
+
+The C library gives large blocks back to the system as soon as they are free, and gets fresh pages for the
+next ones: at the first touch of each page it is zeroed, which takes several times as long as writing a
+result into memory that is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2**20
+"""Bytes from which on memory is kept: less than this the C library keeps itself."""
+
+
+class Pool:
+    """Blocks of memory, each lent to one tensor at a time. Never holds more than was lent at once.
+
+    Any thread may ask, and any thread may drop a tensor last.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.lent = self.kept = self.peak = 0
+        self._free: dict[int, list[Tensor]] = {}
+        # Dropping a tensor can happen anywhere, inside `_take` too: it must not wait for the lock.
+        self._returned: deque[Tensor] = deque()
+        self._lock = Lock()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """`torch.empty` on CPU, in memory of the pool where it is large."""
+        elements = prod(shape)
+        bytes_ = elements * dtype.itemsize
+        if bytes_ < SMALLEST or not self.enabled:
+            return torch.empty(tuple(shape), dtype=dtype)
+        block = self._take(_rounded(bytes_))
+        owner = (ctypes.c_char * len(block)).from_address(block.data_ptr())
+        # The tensor's storage holds `owner`: when the last view of it is gone, the block comes back.
+        weakref.finalize(owner, self._returned.append, block).atexit = False
+        return torch.frombuffer(owner, dtype=dtype, count=elements).view(tuple(shape))
+
+    def _take(self, size: int) -> Tensor:
+        with self._lock:
+            while self._returned:
+                block = self._returned.popleft()
+                self._free.setdefault(len(block), []).append(block)
+                self.lent -= len(block)
+                self.kept += len(block)
+            self.lent += size
+            self.peak = max(self.peak, self.lent)
+            if self._free.get(size):
+                self.kept -= size
+                return self._free[size].pop()
+            while self.lent + self.kept > self.peak:
+                self._drop_one()
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _drop_one(self) -> None:
+        largest = max(size for size, blocks in self._free.items() if blocks)
+        self._free[largest].pop()
+        self.kept -= largest
+
+
+def _rounded(size: int) -> int:
+    """Up to an eighth of its power of two more, so that sizes that differ little share blocks."""
+    step = 1 << (size.bit_length() - 4)
+    return -(-size // step) * step
+
+
+_POOL = Pool()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`torch.empty` on CPU, in memory that earlier large tensors have left."""
+    return _POOL.empty(shape, dtype)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """`torch.empty_like` of a tensor on CPU, in memory that earlier large tensors have left."""
+    return empty(x.shape, x.dtype) if x.is_contiguous() else torch.empty_like(x)
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    """`torch.zeros_like` of a tensor on CPU, in memory that earlier large tensors have left."""
+    return empty_like(x).zero_()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Within, memory comes from torch's allocator alone: so that a profiler sees what is held."""
+    before, _POOL.enabled = _POOL.enabled, False
+    try:
+        yield
+    finally:
+        _POOL.enabled = before
