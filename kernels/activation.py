@@ -23,13 +23,17 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Kind:
-    """An activation `value(g)`, times `linear(u)` if `gated`; each with its backward(gradient, input)."""
+    """An activation `value(g)`, times `linear(u)` if `gated`; each with its backward(gradient, input).
+
+    Those that end in `_out` write into memory that is there.
+    """
 
     value: Callable[[Tensor], Tensor]
     value_backward: Callable[[Tensor, Tensor], Tensor]
     gated: bool = False
     linear: Callable[[Tensor], Tensor] | None = None
     linear_backward: Callable[[Tensor, Tensor], Tensor] | None = None
+    value_out: Callable[..., Tensor] | None = None
     value_backward_out: Callable[..., Tensor] | None = None
 
     @property
@@ -70,8 +74,14 @@ def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 KINDS = {
-    "swiglu": Kind(functional.silu, aten.silu_backward, gated=True, value_backward_out=aten.silu_backward.grad_input),
-    "geglu": Kind(functional.gelu, aten.gelu_backward, gated=True),
+    "swiglu": Kind(
+        functional.silu,
+        aten.silu_backward,
+        gated=True,
+        value_out=aten.silu.out,
+        value_backward_out=aten.silu_backward.grad_input,
+    ),
+    "geglu": Kind(functional.gelu, aten.gelu_backward, gated=True, value_out=aten.gelu.out),
     "clipped_swiglu": Kind(_quick, _quick_backward, True, _shifted, _shifted_backward),
     "gelu": Kind(functional.gelu, aten.gelu_backward),
     "relu": Kind(functional.relu, _relu_backward),
@@ -121,10 +131,10 @@ class _Activate(torch.autograd.Function):
         return grad_h.to(h_NGF.dtype), grad_weight, None
 
 
-def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
-    """`activate` without autograd; reuses its own memory."""
+def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, spare_NF: Tensor | None = None) -> Tensor:
+    """`activate` without autograd; reuses its own memory, and may compute in `spare_NF` of h's type."""
     k, wide = KINDS[kind], h_NGF.to(torch.promote_types(h_NGF.dtype, torch.float32))
-    out = k.value(wide[:, 0])
+    out = _value(k, wide[:, 0], spare_NF)
     if k.gated:
         out = out.mul_(wide[:, 1] if k.linear is None else k.linear(wide[:, 1]))
     if weight_N is not None:
@@ -139,26 +149,34 @@ def backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None)
     return dh, None if weight_N is None else torch.linalg.vecdot(grad_NF, inner).to(weight_N.dtype)
 
 
-def backward_in_place(grad_NF: Tensor, h_NGF: Tensor, kind: str, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _value(k: Kind, g: Tensor, spare: Tensor | None) -> Tensor:
+    if k.value_out is None or spare is None or spare.dtype != g.dtype:
+        return k.value(g)
+    return k.value_out(g, out=spare)
+
+
+def backward_in_place(
+    grad_NF: Tensor, h_NGF: Tensor, kind: str, dh: Tensor, spare_NF: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(activation [N, F], gradient of h, written to `dh` [N, G, F], Σ_f gradient · activation [N]).
 
-    Without routing weights; overwrites `grad_NF`.
+    Without routing weights; overwrites `grad_NF`, and may compute the activation in `spare_NF`.
     """
-    k, g = KINDS[kind], h_NGF[:, 0]
-    inner = k.value(g)
+    k, g, dg = KINDS[kind], h_NGF[:, 0], dh[:, 0]
+    inner = _value(k, g, spare_NF)
     if k.gated:
         u, du = h_NGF[:, 1], dh[:, 1]
         linear = u if k.linear is None else k.linear(u)
         torch.mul(grad_NF, inner, out=du)
-        along = torch.linalg.vecdot(du, linear)
+        along = torch.mul(du, linear, out=dg).sum(-1)
         if k.linear_backward is not None:
             du.copy_(k.linear_backward(du, u))
         grad_NF.mul_(linear)
         inner = inner.mul_(linear)
     else:
-        along = torch.linalg.vecdot(grad_NF, inner)
+        along = torch.mul(grad_NF, inner, out=dg).sum(-1)
     if k.value_backward_out is not None:
-        k.value_backward_out(grad_NF, g, grad_input=dh[:, 0])
+        k.value_backward_out(grad_NF, g, grad_input=dg)
     else:
-        dh[:, 0] = k.value_backward(grad_NF, g)
+        dg.copy_(k.value_backward(grad_NF, g))
     return inner, dh, along

@@ -1,16 +1,16 @@
 """The whole feed-forward of a layer's experts as one operation.
 
 T tokens, N rows sorted by expert, E experts with counts_E rows of each, H hidden, G · F inner (G = 2
-with a gated activation). On CPU each expert gathers its rows, passes them through both products while
-they are in the cache and adds its results to their tokens, in scratch memory that all experts share:
-for backward it keeps its inputs and the products of fc1 alone. On GPU it is composed of gathering,
-grouped products, the fused activation and summing.
+with a gated activation). On CPU each expert, on a core of its own where that is even, gathers its rows,
+passes them through both products while they are in the cache and adds its results to their tokens, in
+scratch memory that all experts of a core share: for backward it keeps its inputs and the products of fc1
+alone. On GPU it is composed of gathering, grouped products, the fused activation and summing.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -25,6 +25,7 @@ from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
 from moesys.kernels.choose import choose
 from moesys.kernels.permute import Permutation
+from moesys.kernels.workers import Finish, each
 
 BLOCK = 2**18
 """Elements of the inner activation that are worked on at once: fits a core's second-level cache."""
@@ -178,32 +179,50 @@ def _blocked(
         return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
     out = recycle.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
     h = recycle.empty((rows, *fc1.shape[2:]), x_TH.dtype)
-    for block in _blocks(counts_E.tolist(), fc2.shape[1]):
-        x = _rows(x_TH, block, index_N, wide)
+
+    def work(block: _Block) -> Finish:
+        x = _rows("x", x_TH, block, index_N, wide)
         hidden = _target("h", h[block.rows], wide)
         _products(x, fc1[block.experts].flatten(2), hidden.flatten(1), block.counts)
         if bias1 is not None:
             _add_bias(hidden, bias1[block.experts], block.counts)
-        inner = activation.forward(hidden, kind, None if weight_N is None else weight_N[block.rows])
-        y = _scratch("y", tuple(x.shape), wide)
-        _products(inner, fc2[block.experts], y, block.counts)
-        _give(out, y, block, index_N)
+        weight = None if weight_N is None else weight_N[block.rows]
+        inner = activation.forward(hidden, kind, weight, _scratch("inner", (len(x), fc2.shape[1]), wide))
+        y = _products(inner, fc2[block.experts], _results(out, x, block, index_N), block.counts)
         if wide != x_TH.dtype:
             h[block.rows] = hidden
+        return lambda: _give(out, y, block, index_N)
+
+    _each(counts_E.tolist(), fc1, work)
     return _as(out, x_TH.dtype), h
 
 
-def _rows(x: Tensor, block: _Block, index_N: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The rows of a block, in the type to compute in."""
-    return _as(x[block.rows] if index_N is None else x.index_select(0, index_N[block.rows]), dtype)
+def _each(counts: list[int], fc1: Tensor, work: Callable[[_Block], Finish]) -> None:
+    """`work(block)()` of all blocks of the experts' rows."""
+    hidden, parts, inner = fc1.shape[1:]
+    blocks = list(_blocks(counts, inner))
+    each(blocks, [sum(block.counts) * hidden * inner * (parts + 1) for block in blocks], work)
+
+
+def _rows(name: str, x: Tensor, block: _Block, index_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows of a block, in the type to compute in; not to be changed."""
+    if index_N is None:
+        return _as(x[block.rows], dtype)
+    rows = _scratch(name, (sum(block.counts), x.shape[1]), x.dtype)
+    return _widened(name, torch.index_select(x, 0, index_N[block.rows], out=rows), dtype)
+
+
+def _results(out: Tensor, x: Tensor, block: _Block, index_N: Tensor | None) -> Tensor:
+    """Memory for the results of a block's rows x: the rows of `out`, if they are given and of its type."""
+    return out[block.rows] if index_N is None and out.dtype == x.dtype else recycle.empty(x.shape, x.dtype)
 
 
 def _give(out: Tensor, y: Tensor, block: _Block, index_N: Tensor | None) -> None:
-    """Put a block's results where they belong: in their rows, or on top of their tokens."""
-    if index_N is None:
-        out[block.rows] = y
-    else:
+    """Put a block's results, from `_results`, where they belong: in their rows, or on top of their tokens."""
+    if index_N is not None:
         out.index_add_(0, index_N[block.rows], y)
+    elif y.dtype != out.dtype:
+        out[block.rows] = y
 
 
 def _sums(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -266,24 +285,27 @@ def _blocked_backward(
     grad1, grad2 = fresh(fc1), fresh(fc2)
     grad_weight = x_TH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
     grad_bias = x_TH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)
-    for block in _blocks(counts, fc2.shape[1]):
+
+    def work(block: _Block) -> Finish:
         experts, h = block.experts, _widened("h", h_NGF[block.rows], wide)
-        x, dy = (_rows(t, block, index_N, wide) for t in (x_TH, grad_TH))
+        x, dy = (_rows(name, t, block, index_N, wide) for name, t in (("x", x_TH), ("dy", grad_TH)))
         weight = None if weight_N is None else weight_N[block.rows]
         if weight is not None:
-            dy = dy * weight.to(wide).unsqueeze(-1)
-        d_inner = _products(dy, fc2[experts].mT, _scratch("inner", (len(x), fc2.shape[1]), wide), block.counts)
-        inner, dh, along = activation.backward_in_place(d_inner, h, kind, _scratch("dh", tuple(h.shape), wide))
+            dy = torch.mul(dy, weight.to(wide).unsqueeze(-1), out=_scratch("dy", tuple(dy.shape), wide))
+        d_inner, inner = (_scratch(name, (len(x), fc2.shape[1]), wide) for name in ("d_inner", "inner"))
+        _products(dy, fc2[experts].mT, d_inner, block.counts)
+        inner, dh, along = activation.backward_in_place(d_inner, h, kind, _scratch("dh", tuple(h.shape), wide), inner)
         if weight is not None:
             grad_weight[block.rows] = along / weight
         _weight_grads(inner, dy, grad2[experts], block.counts)
         _weight_grads(x, dh.flatten(1), grad1[experts].flatten(2), block.counts)
-        dx = _scratch("y", tuple(x.shape), wide)
-        _products(dh.flatten(1), fc1[experts].flatten(2).mT, dx, block.counts)
-        _give(grad_x, dx, block, index_N)
         if bias1 is not None:
             for out, part in zip(grad_bias[experts].unbind(), dh.split(block.counts), strict=True):
                 out += part.sum(0)
+        dx = _products(dh.flatten(1), fc1[experts].flatten(2).mT, _results(grad_x, x, block, index_N), block.counts)
+        return lambda: _give(grad_x, dx, block, index_N)
+
+    _each(counts, fc1, work)
     return _as(grad_x, x_TH.dtype), grad1, grad2, grad_weight, grad_bias
 
 

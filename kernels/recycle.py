@@ -18,7 +18,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-SMALLEST = 2**20
+SMALLEST = 2**18
 """Bytes from which on memory is kept: less than this the C library keeps itself."""
 
 
@@ -55,19 +55,31 @@ class Pool:
                 self._free.setdefault(len(block), []).append(block)
                 self.lent -= len(block)
                 self.kept += len(block)
-            self.lent += size
-            self.peak = max(self.peak, self.lent)
-            if self._free.get(size):
-                self.kept -= size
-                return self._free[size].pop()
-            while self.lent + self.kept > self.peak:
-                self._drop_one()
+            fitting = self._smallest(size)
+            if fitting is not None and fitting <= size * 5 // 4:
+                self._lend(fitting)
+                return self._pop(fitting)
+            self._lend(size)
+            while (excess := self.lent + self.kept - self.peak) > 0:
+                fitting = self._smallest(excess)
+                self._pop(max(self._free) if fitting is None else fitting)
         return torch.empty(size, dtype=torch.uint8)
 
-    def _drop_one(self) -> None:
-        largest = max(size for size, blocks in self._free.items() if blocks)
-        self._free[largest].pop()
-        self.kept -= largest
+    def _lend(self, size: int) -> None:
+        self.lent += size
+        self.peak = max(self.peak, self.lent)
+
+    def _smallest(self, size: int) -> int | None:
+        """Size of the smallest free block of at least `size`."""
+        return min((have for have in self._free if have >= size), default=None)
+
+    def _pop(self, size: int) -> Tensor:
+        blocks = self._free[size]
+        block = blocks.pop()
+        if not blocks:
+            del self._free[size]
+        self.kept -= size
+        return block
 
 
 def _rounded(size: int) -> int:

@@ -3,10 +3,21 @@
 import pytest
 import torch
 
-from moesys.kernels import activation, expert_ffn
+from moesys.kernels import activation, expert_ffn, workers
 from moesys.kernels.permute import sort_by_expert
 
 H, F = 6, 5
+
+
+@pytest.fixture(params=["together", "alone"])
+def cores(request, monkeypatch):
+    """Whether the cores work at each block together, or each at blocks of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 if request.param == "alone" else 1)
+    monkeypatch.setattr(workers, "LEAST", 0)
+    monkeypatch.setattr(workers, "UNEVEN", float("inf"))
+    yield
+    torch.set_num_threads(before)
 
 
 def formula(kind, g, u):
@@ -36,7 +47,7 @@ def loop(x, fc1, fc2, counts, kind, weight, bias):
 @pytest.mark.parametrize("block", [1, 20, 2**18], ids=["each", "some", "all"])
 @pytest.mark.parametrize("kind", activation.KINDS)
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 0], [0, 9, 0, 0], [4, 0, 0, 0]])
-def test_equals_a_loop_over_experts(monkeypatch, counts, kind, block):
+def test_equals_a_loop_over_experts(monkeypatch, counts, kind, block, cores):
     monkeypatch.setattr(expert_ffn, "BLOCK", block)
     torch.manual_seed(0)
     rows, parts = sum(counts), activation.KINDS[kind].parts
@@ -80,7 +91,7 @@ def test_few_rows_go_through_grouped_products_all_at_once(monkeypatch, counts, k
 
 @pytest.mark.parametrize("block", [1, 2**18], ids=["each", "all"])
 @pytest.mark.parametrize("tokens", [[0, 0, 1, 2, 2, 2], [], [4], [0, 2, 4]])
-def test_gathers_its_rows_and_sums_them_by_token(monkeypatch, tokens, block):
+def test_gathers_its_rows_and_sums_them_by_token(monkeypatch, tokens, block, cores):
     monkeypatch.setattr(expert_ffn, "BLOCK", block)
     torch.manual_seed(0)
     token = torch.tensor(tokens, dtype=torch.int64)
@@ -102,7 +113,7 @@ def test_gathers_its_rows_and_sums_them_by_token(monkeypatch, tokens, block):
 
 
 @pytest.mark.parametrize("emulated", [True, False])
-def test_bfloat16_is_as_exact_as_its_type(monkeypatch, emulated):
+def test_bfloat16_is_as_exact_as_its_type(monkeypatch, emulated, cores):
     monkeypatch.setattr(expert_ffn, "_slow_bfloat16", lambda: emulated)
     torch.manual_seed(0)
     counts, weight = [7, 0, 20, 5], torch.rand(32, requires_grad=True)
