@@ -10,10 +10,11 @@ alone. On GPU it is composed of gathering, grouped products, the fused activatio
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,48 +180,55 @@ def _blocked(
         return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
     out = recycle.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
     h = recycle.empty((rows, *fc1.shape[2:]), x_TH.dtype)
+    blocks = list(_blocks(counts_E.tolist(), fc2.shape[1]))
+    hs, indices, weights = (_by_block(t, blocks) for t in (h, index_N, weight_N))
+    w1, w2 = fc1.flatten(2).unbind(), fc2.unbind()
 
-    def work(block: _Block) -> Finish:
-        x = _rows("x", x_TH, block, index_N, wide)
-        hidden = _target("h", h[block.rows], wide)
-        _products(x, fc1[block.experts].flatten(2), hidden.flatten(1), block.counts)
+    def work(b: int) -> Finish:
+        block = blocks[b]
+        x = _rows("x", x_TH, block, indices[b], wide)
+        hidden = _target("h", hs[b], wide)
+        _products(x, w1[block.experts], hidden.flatten(1), block.counts)
         if bias1 is not None:
             _add_bias(hidden, bias1[block.experts], block.counts)
-        weight = None if weight_N is None else weight_N[block.rows]
-        inner = activation.forward(hidden, kind, weight, _scratch("inner", (len(x), fc2.shape[1]), wide))
-        y = _products(inner, fc2[block.experts], _results(out, x, block, index_N), block.counts)
+        inner = activation.forward(hidden, kind, weights[b], _scratch("inner", (len(x), fc2.shape[1]), wide))
+        y = _products(inner, w2[block.experts], _results(out, x, block, indices[b]), block.counts)
         if wide != x_TH.dtype:
-            h[block.rows] = hidden
-        return lambda: _give(out, y, block, index_N)
+            hs[b].copy_(hidden)
+        return lambda: _give(out, y, block, indices[b])
 
-    _each(counts_E.tolist(), fc1, work)
+    each(range(len(blocks)), _sizes(blocks, fc1), work)
     return _as(out, x_TH.dtype), h
 
 
-def _each(counts: list[int], fc1: Tensor, work: Callable[[_Block], Finish]) -> None:
-    """`work(block)()` of all blocks of the experts' rows."""
+def _by_block(x: Tensor | None, blocks: list[_Block]) -> Sequence[Any]:
+    """The rows of each block: views made here, rather than by threads that wait for each other's Python."""
+    return [None] * len(blocks) if x is None else x.split([sum(block.counts) for block in blocks])
+
+
+def _sizes(blocks: list[_Block], fc1: Tensor) -> list[int]:
+    """Multiply-adds of each block, forward."""
     hidden, parts, inner = fc1.shape[1:]
-    blocks = list(_blocks(counts, inner))
-    each(blocks, [sum(block.counts) * hidden * inner * (parts + 1) for block in blocks], work)
+    return [sum(block.counts) * hidden * inner * (parts + 1) for block in blocks]
 
 
-def _rows(name: str, x: Tensor, block: _Block, index_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _rows(name: str, x: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of a block, in the type to compute in; not to be changed."""
-    if index_N is None:
+    if index is None:
         return _as(x[block.rows], dtype)
-    rows = _scratch(name, (sum(block.counts), x.shape[1]), x.dtype)
-    return _widened(name, torch.index_select(x, 0, index_N[block.rows], out=rows), dtype)
+    rows = _scratch(name, (len(index), x.shape[1]), x.dtype)
+    return _widened(name, torch.index_select(x, 0, index, out=rows), dtype)
 
 
-def _results(out: Tensor, x: Tensor, block: _Block, index_N: Tensor | None) -> Tensor:
+def _results(out: Tensor, x: Tensor, block: _Block, index: Tensor | None) -> Tensor:
     """Memory for the results of a block's rows x: the rows of `out`, if they are given and of its type."""
-    return out[block.rows] if index_N is None and out.dtype == x.dtype else recycle.empty(x.shape, x.dtype)
+    return out[block.rows] if index is None and out.dtype == x.dtype else recycle.empty(x.shape, x.dtype)
 
 
-def _give(out: Tensor, y: Tensor, block: _Block, index_N: Tensor | None) -> None:
+def _give(out: Tensor, y: Tensor, block: _Block, index: Tensor | None) -> None:
     """Put a block's results, from `_results`, where they belong: in their rows, or on top of their tokens."""
-    if index_N is not None:
-        out.index_add_(0, index_N[block.rows], y)
+    if index is not None:
+        out.index_add_(0, index, y)
     elif y.dtype != out.dtype:
         out[block.rows] = y
 
@@ -235,17 +243,17 @@ def _not_zero(weight: Tensor) -> Tensor:
     return weight.masked_fill(weight == 0, 1e-30)
 
 
-def _products(x: Tensor, w_EKM: Tensor, out: Tensor, counts: list[int]) -> Tensor:
-    """out = x · w, each expert's rows with its own matrix."""
-    for x_e, w, out_e in zip(x.split(counts), w_EKM.unbind(), out.split(counts), strict=True):
+def _products(x: Tensor, w: Sequence[Tensor], out: Tensor, counts: list[int]) -> Tensor:
+    """out = x · w, each expert's rows with its own matrix [K, M]."""
+    for x_e, w_e, out_e in zip(_by_expert(x, counts), w, _by_expert(out, counts), strict=True):
         if len(x_e):
-            torch.mm(x_e, _widened("w", w, x.dtype), out=out_e)
+            torch.mm(x_e, _widened("w", w_e, x.dtype), out=out_e)
     return out
 
 
-def _weight_grads(x: Tensor, grad: Tensor, out_EKM: Tensor, counts: list[int]) -> None:
+def _weight_grads(x: Tensor, grad: Tensor, out: Sequence[Tensor], counts: list[int]) -> None:
     """out = xᵀ · grad of each expert; zeros for those without rows."""
-    for x_e, grad_e, out_e in zip(x.split(counts), grad.split(counts), out_EKM.unbind(), strict=True):
+    for x_e, grad_e, out_e in zip(_by_expert(x, counts), _by_expert(grad, counts), out, strict=True):
         if not len(x_e):
             out_e.zero_()
         elif out_e.dtype == x.dtype:
@@ -253,6 +261,10 @@ def _weight_grads(x: Tensor, grad: Tensor, out_EKM: Tensor, counts: list[int]) -
         else:
             wide = _scratch("w", tuple(out_e.shape), x.dtype)
             out_e.copy_(torch.mm(x_e.t(), grad_e, out=wide))
+
+
+def _by_expert(x: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    return x.split(counts) if len(counts) > 1 else (x,)
 
 
 def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
@@ -283,30 +295,35 @@ def _blocked_backward(
     # Experts between two blocks have no rows: no block reaches their gradients.
     fresh = recycle.empty_like if all(counts) else recycle.zeros_like
     grad1, grad2 = fresh(fc1), fresh(fc2)
-    grad_weight = x_TH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
+    none = x_TH.new_empty(0)
+    grad_weight_N = None if weight_N is None else torch.empty_like(weight_N)
     grad_bias = x_TH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)
 
-    def work(block: _Block) -> Finish:
-        experts, h = block.experts, _widened("h", h_NGF[block.rows], wide)
-        x, dy = (_rows(name, t, block, index_N, wide) for name, t in (("x", x_TH), ("dy", grad_TH)))
-        weight = None if weight_N is None else weight_N[block.rows]
+    blocks = list(_blocks(counts, fc2.shape[1]))
+    hs, indices, weights, grad_weights = (_by_block(t, blocks) for t in (h_NGF, index_N, weight_N, grad_weight_N))
+    w1, w2, grads1, grads2 = (t.unbind() for t in (fc1.flatten(2).mT, fc2.mT, grad1.flatten(2), grad2))
+
+    def work(b: int) -> Finish:
+        block, weight = blocks[b], weights[b]
+        experts, h = block.experts, _widened("h", hs[b], wide)
+        x, dy = (_rows(name, t, block, indices[b], wide) for name, t in (("x", x_TH), ("dy", grad_TH)))
         if weight is not None:
             dy = torch.mul(dy, weight.to(wide).unsqueeze(-1), out=_scratch("dy", tuple(dy.shape), wide))
         d_inner, inner = (_scratch(name, (len(x), fc2.shape[1]), wide) for name in ("d_inner", "inner"))
-        _products(dy, fc2[experts].mT, d_inner, block.counts)
+        _products(dy, w2[experts], d_inner, block.counts)
         inner, dh, along = activation.backward_in_place(d_inner, h, kind, _scratch("dh", tuple(h.shape), wide), inner)
         if weight is not None:
-            grad_weight[block.rows] = along / weight
-        _weight_grads(inner, dy, grad2[experts], block.counts)
-        _weight_grads(x, dh.flatten(1), grad1[experts].flatten(2), block.counts)
+            torch.div(along, weight, out=grad_weights[b])
+        _weight_grads(inner, dy, grads2[experts], block.counts)
+        _weight_grads(x, dh.flatten(1), grads1[experts], block.counts)
         if bias1 is not None:
-            for out, part in zip(grad_bias[experts].unbind(), dh.split(block.counts), strict=True):
+            for out, part in zip(grad_bias[experts].unbind(), _by_expert(dh, block.counts), strict=True):
                 out += part.sum(0)
-        dx = _products(dh.flatten(1), fc1[experts].flatten(2).mT, _results(grad_x, x, block, index_N), block.counts)
-        return lambda: _give(grad_x, dx, block, index_N)
+        dx = _products(dh.flatten(1), w1[experts], _results(grad_x, x, block, indices[b]), block.counts)
+        return lambda: _give(grad_x, dx, block, indices[b])
 
-    _each(counts, fc1, work)
-    return _as(grad_x, x_TH.dtype), grad1, grad2, grad_weight, grad_bias
+    each(range(len(blocks)), _sizes(blocks, fc1), work)
+    return _as(grad_x, x_TH.dtype), grad1, grad2, none if grad_weight_N is None else grad_weight_N, grad_bias
 
 
 @torch.library.register_fake("moesys::expert_ffn")
