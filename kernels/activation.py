@@ -144,9 +144,11 @@ def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, spare_NF: 
 
 def backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(gradient of h [N, G, F], gradient of the weight [N] or None); all of one type, float32 or wider."""
-    upstream = grad_NF.clone() if weight_N is None else grad_NF * weight_N.unsqueeze(-1)
-    inner, dh, _ = backward_in_place(upstream, h_NGF, kind, torch.empty_like(h_NGF))
-    return dh, None if weight_N is None else torch.linalg.vecdot(grad_NF, inner).to(weight_N.dtype)
+    dh = torch.empty_like(h_NGF)
+    _, along = backward_in_place(dh[:, 0].copy_(grad_NF), h_NGF, kind, dh)
+    if weight_N is None:
+        return dh, None
+    return dh.mul_(weight_N.to(dh.dtype).view(-1, 1, 1)), along.to(weight_N.dtype)
 
 
 def _value(k: Kind, g: Tensor, spare: Tensor | None) -> Tensor:
@@ -157,26 +159,26 @@ def _value(k: Kind, g: Tensor, spare: Tensor | None) -> Tensor:
 
 def backward_in_place(
     grad_NF: Tensor, h_NGF: Tensor, kind: str, dh: Tensor, spare_NF: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(activation [N, F], gradient of h, written to `dh` [N, G, F], Σ_f gradient · activation [N]).
+) -> tuple[Tensor, Tensor]:
+    """(activation [N, F], Σ_f gradient · activation [N]); the gradient of h is written to `dh` [N, G, F].
 
-    Without routing weights; overwrites `grad_NF`, and may compute the activation in `spare_NF`.
+    Without routing weights; overwrites `grad_NF`, which may be `dh[:, 0]`, and may compute the activation
+    in `spare_NF`.
     """
     k, g, dg = KINDS[kind], h_NGF[:, 0], dh[:, 0]
     inner = _value(k, g, spare_NF)
     if k.gated:
         u, du = h_NGF[:, 1], dh[:, 1]
         linear = u if k.linear is None else k.linear(u)
-        torch.mul(grad_NF, inner, out=du)
-        along = torch.mul(du, linear, out=dg).sum(-1)
+        along = torch.linalg.vecdot(torch.mul(grad_NF, inner, out=du), linear)
         if k.linear_backward is not None:
             du.copy_(k.linear_backward(du, u))
         grad_NF.mul_(linear)
         inner = inner.mul_(linear)
     else:
-        along = torch.mul(grad_NF, inner, out=dg).sum(-1)
+        along = torch.linalg.vecdot(grad_NF, inner)
     if k.value_backward_out is not None:
         k.value_backward_out(grad_NF, g, grad_input=dg)
     else:
         dg.copy_(k.value_backward(grad_NF, g))
-    return inner, dh, along
+    return inner, along

@@ -2,18 +2,16 @@
 
 T tokens, N rows sorted by expert, E experts with counts_E rows of each, H hidden, G · F inner (G = 2
 with a gated activation). On CPU each expert, on a core of its own where that is even, gathers its rows,
-passes them through both products while they are in the cache and adds its results to their tokens, in
-scratch memory that all experts of a core share: for backward it keeps its inputs and the products of fc1
-alone. On GPU it is composed of gathering, grouped products, the fused activation and summing.
+passes them through both products while they are in the cache and adds its results to their tokens: for
+backward it keeps its inputs and the products of fc1 alone. On GPU it is composed of gathering, grouped
+products, the fused activation and summing.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -30,6 +28,9 @@ from moesys.kernels.workers import Finish, each
 
 BLOCK = 2**18
 """Elements of the inner activation that are worked on at once: fits a core's second-level cache."""
+
+PIECE = BLOCK // 2
+"""Elements of it that are made again at once for backward, where a block is one large expert."""
 
 
 def reference(
@@ -117,39 +118,16 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _widened(name: str, w: Tensor, dtype: torch.dtype) -> Tensor:
+def _widened(w: Tensor, dtype: torch.dtype) -> Tensor:
     """`w` in the type to compute in; a transposed matrix stays one."""
     if w.dtype == dtype:
         return w
-    if w.is_contiguous():
-        return _scratch(name, tuple(w.shape), dtype).copy_(w)
-    return _widened(name, w.mT, dtype).mT
+    return recycle.empty(w.shape, dtype).copy_(w) if w.is_contiguous() else _widened(w.mT, dtype).mT
 
 
-class _Scratch(threading.local):
-    """Memory of a thread that is used again by every layer: fresh pages cost more than the arithmetic on them."""
-
-    LARGEST = 2**22
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = prod(shape)
-        if size > self.LARGEST:
-            return recycle.empty(shape, dtype)
-        have = self.kept.get((name, dtype))
-        if have is None or have.numel() < size:
-            have = self.kept[name, dtype] = torch.empty(size, dtype=dtype)
-        return have[:size].view(shape)
-
-
-_scratch = _Scratch()
-
-
-def _target(name: str, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """`out` itself where it has the type to compute in, else scratch memory of its shape."""
-    return out if out.dtype == dtype else _scratch(name, tuple(out.shape), dtype)
+def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """`out` itself where it has the type to compute in, else memory of its shape."""
+    return out if out.dtype == dtype else recycle.empty(out.shape, dtype)
 
 
 _LIBRARY = torch.library.Library("moesys", "FRAGMENT")
@@ -178,7 +156,7 @@ def _blocked(
     wide, rows = _type(x_TH), len(x_TH) if index_N is None else len(index_N)
     if small.fits(x_TH, fc1, rows, BLOCK):
         return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
-    out = recycle.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
+    out = recycle.empty_like(x_TH) if index_N is None else recycle.zeros(x_TH.shape, wide)
     h = recycle.empty((rows, *fc1.shape[2:]), x_TH.dtype)
     blocks = list(_blocks(counts_E.tolist(), fc2.shape[1]))
     hs, indices, weights = (_by_block(t, blocks) for t in (h, index_N, weight_N))
@@ -186,13 +164,13 @@ def _blocked(
 
     def work(b: int) -> Finish:
         block = blocks[b]
-        x = _rows("x", x_TH, block, indices[b], wide)
-        hidden = _target("h", hs[b], wide)
+        x = _rows(x_TH, block, indices[b], wide)
+        hidden = _target(hs[b], wide)
         _products(x, w1[block.experts], hidden.flatten(1), block.counts)
         if bias1 is not None:
             _add_bias(hidden, bias1[block.experts], block.counts)
-        inner = activation.forward(hidden, kind, weights[b], _scratch("inner", (len(x), fc2.shape[1]), wide))
-        y = _products(inner, w2[block.experts], _results(out, x, block, indices[b]), block.counts)
+        inner = activation.forward(hidden, kind, weights[b], recycle.empty((len(x), fc2.shape[1]), wide))
+        y = _products(inner, w2[block.experts], _results(out, block, indices[b], wide), block.counts)
         if wide != x_TH.dtype:
             hs[b].copy_(hidden)
         return lambda: _give(out, y, block, indices[b])
@@ -212,17 +190,19 @@ def _sizes(blocks: list[_Block], fc1: Tensor) -> list[int]:
     return [sum(block.counts) * hidden * inner * (parts + 1) for block in blocks]
 
 
-def _rows(name: str, x: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _rows(x: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows of a block, in the type to compute in; not to be changed."""
     if index is None:
         return _as(x[block.rows], dtype)
-    rows = _scratch(name, (len(index), x.shape[1]), x.dtype)
-    return _widened(name, torch.index_select(x, 0, index, out=rows), dtype)
+    rows = recycle.empty((len(index), x.shape[1]), x.dtype)
+    return _widened(torch.index_select(x, 0, index, out=rows), dtype)
 
 
-def _results(out: Tensor, x: Tensor, block: _Block, index: Tensor | None) -> Tensor:
-    """Memory for the results of a block's rows x: the rows of `out`, if they are given and of its type."""
-    return out[block.rows] if index is None and out.dtype == x.dtype else recycle.empty(x.shape, x.dtype)
+def _results(out: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Memory for the results of a block's rows: the rows of `out`, if they are given and of the type."""
+    if index is None:
+        return _target(out[block.rows], dtype)
+    return recycle.empty((len(index), out.shape[1]), dtype)
 
 
 def _give(out: Tensor, y: Tensor, block: _Block, index: Tensor | None) -> None:
@@ -231,11 +211,6 @@ def _give(out: Tensor, y: Tensor, block: _Block, index: Tensor | None) -> None:
         out.index_add_(0, index, y)
     elif y.dtype != out.dtype:
         out[block.rows] = y
-
-
-def _sums(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros of x's shape to sum rows into: memory of their own if they are given away as they are."""
-    return recycle.zeros_like(x) if x.dtype == dtype else _scratch(name, tuple(x.shape), dtype).zero_()
 
 
 def _not_zero(weight: Tensor) -> Tensor:
@@ -247,19 +222,19 @@ def _products(x: Tensor, w: Sequence[Tensor], out: Tensor, counts: list[int]) ->
     """out = x · w, each expert's rows with its own matrix [K, M]."""
     for x_e, w_e, out_e in zip(_by_expert(x, counts), w, _by_expert(out, counts), strict=True):
         if len(x_e):
-            torch.mm(x_e, _widened("w", w_e, x.dtype), out=out_e)
+            torch.mm(x_e, _widened(w_e, x.dtype), out=out_e)
     return out
 
 
-def _weight_grads(x: Tensor, grad: Tensor, out: Sequence[Tensor], counts: list[int]) -> None:
-    """out = xᵀ · grad of each expert; zeros for those without rows."""
+def _weight_grads(x: Tensor, grad: Tensor, out: Sequence[Tensor], counts: list[int], add: bool = False) -> None:
+    """out = xᵀ · grad of each expert, or that added to it; zeros for those without rows."""
     for x_e, grad_e, out_e in zip(_by_expert(x, counts), _by_expert(grad, counts), out, strict=True):
         if not len(x_e):
             out_e.zero_()
         elif out_e.dtype == x.dtype:
-            torch.mm(x_e.t(), grad_e, out=out_e)
+            torch.addmm(out_e, x_e.t(), grad_e, beta=int(add), out=out_e)
         else:
-            wide = _scratch("w", tuple(out_e.shape), x.dtype)
+            wide = recycle.empty(out_e.shape, x.dtype)
             out_e.copy_(torch.mm(x_e.t(), grad_e, out=wide))
 
 
@@ -291,7 +266,7 @@ def _blocked_backward(
     if small.fits(x_TH, fc1, len(h_NGF), BLOCK):
         return small.backward(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind)
     wide, counts = _type(x_TH), counts_E.tolist()
-    grad_x = recycle.empty_like(x_TH) if index_N is None else _sums("out", x_TH, wide)
+    grad_x = recycle.empty_like(x_TH) if index_N is None else recycle.zeros(x_TH.shape, wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
     fresh = recycle.empty_like if all(counts) else recycle.zeros_like
     grad1, grad2 = fresh(fc1), fresh(fc2)
@@ -299,28 +274,41 @@ def _blocked_backward(
     grad_weight_N = None if weight_N is None else torch.empty_like(weight_N)
     grad_bias = x_TH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)
 
-    blocks = list(_blocks(counts, fc2.shape[1]))
+    width = fc2.shape[1]
+    blocks = list(_blocks(counts, width))
     hs, indices, weights, grad_weights = (_by_block(t, blocks) for t in (h_NGF, index_N, weight_N, grad_weight_N))
     w1, w2, grads1, grads2 = (t.unbind() for t in (fc1.flatten(2).mT, fc2.mT, grad1.flatten(2), grad2))
 
     def work(b: int) -> Finish:
-        block, weight = blocks[b], weights[b]
-        experts, h = block.experts, _widened("h", hs[b], wide)
-        x, dy = (_rows(name, t, block, indices[b], wide) for name, t in (("x", x_TH), ("dy", grad_TH)))
+        block, weight, index = blocks[b], weights[b], indices[b]
+        experts, h = block.experts, _widened(hs[b], wide)
+        dy = _rows(grad_TH, block, index, wide)
         if weight is not None:
-            dy = torch.mul(dy, weight.to(wide).unsqueeze(-1), out=_scratch("dy", tuple(dy.shape), wide))
-        d_inner, inner = (_scratch(name, (len(x), fc2.shape[1]), wide) for name in ("d_inner", "inner"))
-        _products(dy, w2[experts], d_inner, block.counts)
-        inner, dh, along = activation.backward_in_place(d_inner, h, kind, _scratch("dh", tuple(h.shape), wide), inner)
-        if weight is not None:
-            torch.div(along, weight, out=grad_weights[b])
-        _weight_grads(inner, dy, grads2[experts], block.counts)
+            out = dy if index is not None else recycle.empty(dy.shape, wide)
+            dy = torch.mul(dy, weight.to(wide).unsqueeze(-1), out=out)
+            del out
+        dh = recycle.empty(h.shape, wide)
+        d_inner = _products(dy, w2[experts], dh[:, 0], block.counts)
+        # Of a large expert, which stands alone, piece by piece: so that less is held at once.
+        large = len(h) * width > BLOCK and wide == x_TH.dtype
+        step = max(1, PIECE // width) if large else len(h)
+        spare = recycle.empty((min(step, len(h)), width), wide)
+        for i in range(0, len(h), step):
+            some = slice(i, i + step)
+            inner, along = activation.backward_in_place(d_inner[some], h[some], kind, dh[some], spare[: len(h) - i])
+            counts = [len(inner) if count else 0 for count in block.counts] if large else block.counts
+            _weight_grads(inner, dy[some], grads2[experts], counts, add=i > 0)
+            if weight is not None:
+                torch.div(along, weight[some], out=grad_weights[b][some])
+        del h, dy, inner, spare
+        x = _rows(x_TH, block, index, wide)
         _weight_grads(x, dh.flatten(1), grads1[experts], block.counts)
+        del x
         if bias1 is not None:
             for out, part in zip(grad_bias[experts].unbind(), _by_expert(dh, block.counts), strict=True):
                 out += part.sum(0)
-        dx = _products(dh.flatten(1), w1[experts], _results(grad_x, x, block, indices[b]), block.counts)
-        return lambda: _give(grad_x, dx, block, indices[b])
+        dx = _products(dh.flatten(1), w1[experts], _results(grad_x, block, index, wide), block.counts)
+        return lambda: _give(grad_x, dx, block, index)
 
     each(range(len(blocks)), _sizes(blocks, fc1), work)
     return _as(grad_x, x_TH.dtype), grad1, grad2, none if grad_weight_N is None else grad_weight_N, grad_bias

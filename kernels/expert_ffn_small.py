@@ -60,9 +60,8 @@ def backward(
     x, dy = (t if index_N is None else t.index_select(0, index_N) for t in (x_TH, grad_TH))
     if weight_N is not None:
         dy = dy * weight_N.unsqueeze(-1)
-    inner, dh, along = activation.backward_in_place(
-        _product(dy, fc2.mT, offs=ends), h_NGF, kind, torch.empty_like(h_NGF)
-    )
+    dh = torch.empty_like(h_NGF)
+    inner, along = activation.backward_in_place(_product(dy, fc2.mT, offs=ends), h_NGF, kind, dh)
     grad2 = _product(inner.t(), dy, offs=ends)
     grad1 = _product(x.t(), dh.flatten(1), offs=ends).view_as(fc1)
     dx = _product(dh.flatten(1), fc1.flatten(2).mT, offs=ends)

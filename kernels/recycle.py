@@ -8,6 +8,7 @@ result into memory that is there.
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.enabled = True
+        self.events: list[tuple[int, int]] | None = None
         self.lent = self.kept = self.peak = 0
         self._free: dict[int, list[Tensor]] = {}
         # Dropping a tensor can happen anywhere, inside `_take` too: it must not wait for the lock.
@@ -40,12 +41,18 @@ class Pool:
         """`torch.empty` on CPU, in memory of the pool where it is large."""
         elements = prod(shape)
         bytes_ = elements * dtype.itemsize
-        if bytes_ < SMALLEST or not self.enabled:
+        if bytes_ < SMALLEST:
             return torch.empty(tuple(shape), dtype=dtype)
-        block = self._take(_rounded(bytes_))
-        owner = (ctypes.c_char * len(block)).from_address(block.data_ptr())
+        size = _rounded(bytes_)
         # The tensor's storage holds `owner`: when the last view of it is gone, the block comes back.
-        weakref.finalize(owner, self._returned.append, block).atexit = False
+        if self.events is None:
+            block = self._take(size)
+            owner = (ctypes.c_char * len(block)).from_address(block.data_ptr())
+            weakref.finalize(owner, self._returned.append, block).atexit = False
+        else:
+            owner = (ctypes.c_char * size)()
+            _note(self.events, size)
+            weakref.finalize(owner, _note, self.events, -size).atexit = False
         return torch.frombuffer(owner, dtype=dtype, count=elements).view(tuple(shape))
 
     def _take(self, size: int) -> Tensor:
@@ -82,9 +89,13 @@ class Pool:
         return block
 
 
+def _note(events: list[tuple[int, int]], bytes_: int) -> None:
+    events.append((time.time_ns(), bytes_))
+
+
 def _rounded(size: int) -> int:
-    """Up to an eighth of its power of two more, so that sizes that differ little share blocks."""
-    step = 1 << (size.bit_length() - 4)
+    """Up to a sixteenth of its power of two more, so that sizes that differ little share blocks."""
+    step = 1 << (size.bit_length() - 5)
     return -(-size // step) * step
 
 
@@ -101,16 +112,26 @@ def empty_like(x: Tensor) -> Tensor:
     return empty(x.shape, x.dtype) if x.is_contiguous() else torch.empty_like(x)
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`torch.zeros` on CPU, in memory that earlier large tensors have left."""
+    return empty(shape, dtype).zero_()
+
+
 def zeros_like(x: Tensor) -> Tensor:
     """`torch.zeros_like` of a tensor on CPU, in memory that earlier large tensors have left."""
     return empty_like(x).zero_()
 
 
 @contextmanager
-def paused() -> Iterator[None]:
-    """Within, memory comes from torch's allocator alone: so that a profiler sees what is held."""
-    before, _POOL.enabled = _POOL.enabled, False
+def recorded() -> Iterator[list[tuple[int, int]]]:
+    """Within, large results have memory of their own, noted in the list, whichever thread asks for it.
+
+    Each entry is the time in nanoseconds since the epoch, and the bytes: negative where they are given back.
+    """
+    before = _POOL.events
+    events: list[tuple[int, int]] = []
+    _POOL.events = events
     try:
-        yield
+        yield events
     finally:
-        _POOL.enabled = before
+        _POOL.events = before

@@ -103,7 +103,8 @@ def run(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> 
     """Time the layer beside a dense feed-forward, a dense product, transformers' block, and its own parts.
 
     On CPU the layer gathers and sums inside its experts: the parts "permute" and "unpermute" are what that
-    would cost alone. Peak memory is what `peak_bytes` finds without the weights' gradients, the input included.
+    would cost alone. Peak memory is what `peak_bytes` finds without the weights' gradients, the input included;
+    on CPU it holds one expert's intermediate results for each core.
     """
     torch.manual_seed(0)
     layer = build(shape, dtype, device)

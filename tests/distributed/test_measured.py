@@ -14,6 +14,7 @@ from moesys.measure.explanation import Explanation
 from moesys.measure.step import Step, read_steps
 
 STEPS = 6
+LATE_STEPS = 9
 
 LATE = "rank 1 late before layers.2"
 OVERLOADED = {
@@ -28,9 +29,10 @@ def recorded(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     measured = {"every": 1}
     base = changed(small, {"parallel": {"ep": 2}, "train": {"global_batch": 2, "steps": STEPS}, "measure": measured})
     one = {"train": {"global_batch": 1}}
+    late = changed(base, {"train": {"steps": LATE_STEPS}})
     scenarios = {
-        "late": (base, LATE),
-        "audited": (changed(base, {"measure": {"audit": True}}), LATE),
+        "late": (late, LATE),
+        "audited": (changed(late, {"measure": {"audit": True}}), LATE),
         "overloaded": (changed(base, OVERLOADED), "nothing"),
         "sharded": (changed(base, {"parallel": {"dp_shard": "full"}}), "nothing"),
         "tensor": (changed(base, {"parallel": {"tp": 2, "sp": True}}, one), "nothing"),

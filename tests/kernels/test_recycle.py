@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -47,12 +48,7 @@ def test_no_more_is_held_than_was_lent_at_once(sizes):
             del lent
 
 
-def test_small_results_and_a_pause_leave_it_to_torch():
-    x = recycle.empty((FLOATS,), torch.float32)
-    where = x.data_ptr()
-    del x
-    with recycle.paused():
-        assert recycle.empty((FLOATS,), torch.float32).data_ptr() != where
+def test_small_results_are_left_to_torch():
     pool = Pool()
     pool.empty((FLOATS - 1,), torch.float32)
     assert pool.lent == 0
@@ -105,11 +101,23 @@ def test_a_graph_can_be_walked_twice_beside_another_step():
         assert torch.equal(a, b)
 
 
-def test_a_profiler_of_memory_sees_what_is_held():
-    def step() -> None:
-        x = recycle.empty((4 * FLOATS,), torch.float32)
-        y = recycle.empty((FLOATS,), torch.float32)
-        del x, y
+def test_peak_memory_counts_what_every_thread_holds():
+    def hold(turn: int) -> None:
+        x = recycle.empty((2 * FLOATS,), torch.float32)
+        all_hold.wait()
+        del x
 
+    def step() -> None:
+        x, plain = recycle.empty((4 * FLOATS,), torch.float32), torch.empty(3 * FLOATS)
+        y = recycle.empty((FLOATS,), torch.float32)
+        del y, plain
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(hold, range(2)))
+        del x
+
+    all_hold = threading.Barrier(2)
     step()
-    assert peak_bytes(step, torch.device("cpu")) == 5 * SMALLEST
+    with ThreadPoolExecutor(1) as elsewhere:
+        assert elsewhere.submit(peak_bytes, step, torch.device("cpu")).result() == 8 * SMALLEST
+    kept = recycle.empty((FLOATS,), torch.float32)
+    assert peak_bytes(lambda: kept.zero_(), torch.device("cpu")) == 0, "what was there before does not count"
