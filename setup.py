@@ -23,7 +23,7 @@ setup(
         "prometheus-client>=0.20",
     ],
     extras_require={
-        "ray": ["ray[train]>=2.60"],
+        "ray": ["ray[train]>=2.60,<2.61"],
         "hf": ["datasets>=3", "tokenizers>=0.20"],
         "megatron": ["megatron-core==0.16.1"],
     },

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from moesys.launchers.ray_placement import Placement
 from moesys.launchers.ray_worker import Task
@@ -22,8 +23,27 @@ NEEDLESS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 splits data sets of Ray Data, which we do not use."""
 
 
+class AtOnce(FixedScalingPolicy):
+    """Workers on nodes that are there already: nobody is asked for more.
+
+    Ray Train asks a coordinator, which is one more process whose start is waited for: ten seconds on two cores.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """No request to register."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """No request to repeat."""
+
+
 class Trainer(TorchTrainer):
     """TorchTrainer without the parts that a run of ours does not need."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        policy = arguments.get("scaling_policy")
+        if type(policy) is FixedScalingPolicy:
+            arguments["scaling_policy"] = AtOnce(policy.scaling_config)
+        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         return [

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-from ray.train import ControllerError, WorkerGroupError
+from ray.train import ControllerError, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from moesys.errors import LaunchError
-from moesys.launchers import failure, ray_cluster, ray_placement
+from moesys.launchers import failure, ray_cluster, ray_placement, ray_trainer
 from moesys.launchers.ray import RayWorkers
 from moesys.launchers.ray_cluster import Node
 from moesys.launchers.ray_errors import outcome_of
@@ -188,3 +190,15 @@ def test_of_several_errors_the_first_is_shown(tmp_path):
 def test_rays_own_failures_are_told_in_a_line(tmp_path):
     outcome = outcome_of(ControllerError(OSError("disk full")), tmp_path, "here", 60.0)
     assert outcome == failure.Outcome(1, "Ray failed: OSError: disk full")
+
+
+def test_no_autoscaler_is_asked_for_nodes(monkeypatch):
+    """That would be a process more, which Ray Train waits for."""
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **arguments: arguments)
+    trainer = object.__new__(ray_trainer.Trainer)
+    given = FixedScalingPolicy(ScalingConfig(num_workers=3))
+    policy = trainer._initialize_and_run_controller(scaling_policy=given)["scaling_policy"]
+    policy.after_controller_start(None)
+    policy.before_controller_abort()
+    assert policy._coordinator_client is None
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 3
