@@ -109,9 +109,9 @@ def _slow_bfloat16() -> bool:
     return not torch.cpu._is_avx512_bf16_supported()
 
 
-def _type(x: Tensor) -> torch.dtype:
-    """The type to compute in."""
-    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) and _slow_bfloat16() else x.dtype
+def working_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which products of `dtype` are computed on this CPU."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) and _slow_bfloat16() else dtype
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,7 +153,7 @@ def _blocked(
     kind: str,
 ) -> tuple[Tensor, Tensor]:
     """(output, in the shape of x; h [N, G, F]). `index_N`: the token of each row, None if x are the rows."""
-    wide, rows = _type(x_TH), len(x_TH) if index_N is None else len(index_N)
+    wide, rows = working_type(x_TH.dtype), len(x_TH) if index_N is None else len(index_N)
     if small.fits(x_TH, fc1, rows, BLOCK):
         return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
     out = recycle.empty_like(x_TH) if index_N is None else recycle.zeros(x_TH.shape, wide)
@@ -265,7 +265,7 @@ def _blocked_backward(
         weight_N = _not_zero(weight_N)
     if small.fits(x_TH, fc1, len(h_NGF), BLOCK):
         return small.backward(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind)
-    wide, counts = _type(x_TH), counts_E.tolist()
+    wide, counts = working_type(x_TH.dtype), counts_E.tolist()
     grad_x = recycle.empty_like(x_TH) if index_N is None else recycle.zeros(x_TH.shape, wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
     fresh = recycle.empty_like if all(counts) else recycle.zeros_like

@@ -283,7 +283,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: both")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sub.add_argument("--ranks", type=int, default=1, help="processes on this machine that share the experts")
-    sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--rounds", type=count, help="default: what a minute allows, 3 to 31")
     sub.add_argument("--json", type=output, help="write the figures here")
     sub.set_defaults(run=bench_layer, overrides=[])
     return top

@@ -47,8 +47,8 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
         raise BenchError(f"--shape {name}: there is no such shape; one of {', '.join(SHAPES)}")
     given = {key: getattr(arguments, key) for key in asdict(SHAPES[name]) if getattr(arguments, key) is not None}
     shape = Shape(**(asdict(SHAPES[name]) | given))
-    if min(asdict(shape).values()) < 1 or arguments.ranks < 1 or arguments.rounds < 1:
-        raise BenchError("every size, --ranks and --rounds must be at least 1")
+    if min(asdict(shape).values()) < 1 or arguments.ranks < 1:
+        raise BenchError("every size and --ranks must be at least 1")
     if shape.top_k > shape.experts:
         raise BenchError(f"--top-k {shape.top_k} must be at most --experts {shape.experts}")
     if shape.experts % arguments.ranks:

@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from moesys.kernels.expert_ffn import expert_ffn
 from moesys.kernels.permute import permute, sort_by_expert, unpermute
-from moesys.measure.interleave import Step, interleave, ratio
+from moesys.measure.interleave import Step, alone, interleave, ratio
 from moesys.measure.memory import peak_bytes
 from moesys.models.layers import FeedForward
 from moesys.moe import MoELayer, Routing, Tokens
@@ -99,7 +99,7 @@ class Result:
         return lines
 
 
-def run(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Result:
+def run(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
     """Time the layer beside a dense feed-forward, a dense product, transformers' block, and its own parts.
 
     On CPU the layer gathers and sums inside its experts: the parts "permute" and "unpermute" are what that
@@ -117,22 +117,23 @@ def run(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> 
         **{f"transformers {name}": both(block, x, grad) for name, block in transformers_blocks(layer, shape).items()},
         **parts(layer, shape, x[0]),
     }
-    seconds = interleave(sides, rounds, device)
-    medians = {name: median(values) for name, values in seconds.items()}
-    others = [name for name in sides if name in ("dense", "product") or name.startswith("transformers")]
+    name = str(dtype).removeprefix("torch.")
+    seconds = interleave(sides, rounds, alone(device), what=f"timing in {name}")
+    medians = {side: median(values) for side, values in seconds.items()}
+    others = [side for side in sides if side in ("dense", "product") or side.startswith("transformers")]
     weights = sum(p.nbytes for p in layer.parameters())
     peak = peak_bytes(both(layer, x, grad), device) - weights + x.nbytes
     kept = shape.kept_bytes(x.element_size())
     return Result(
         shape=shape,
-        dtype=str(dtype).removeprefix("torch."),
-        milliseconds={name: 1e3 * value for name, value in medians.items()},
-        ratios={f"layer / {name}": ratio(seconds, "layer", name) for name in others}
+        dtype=name,
+        milliseconds={side: 1e3 * value for side, value in medians.items()},
+        ratios={f"layer / {side}": ratio(seconds, "layer", side) for side in others}
         | {"peak / kept memory": peak / kept},
-        teraflops={name: shape.flops / medians[name] / 1e12 for name in ("layer", "dense", "product")},
+        teraflops={side: shape.flops / medians[side] / 1e12 for side in ("layer", "dense", "product")},
         peak_bytes=peak,
         kept_bytes=kept,
-        rounds=rounds,
+        rounds=len(seconds["layer"]),
         device=describe(device),
     )
 

@@ -1,6 +1,7 @@
 """One MoE layer whose experts lie over several processes, beside Megatron-Core's and DeepSpeed's, on gloo.
 
-What counts is the time beyond the layer's arithmetic: the same rows through local experts, without travel.
+What counts is the time beyond the layer's arithmetic: as many rows through one dense feed-forward, in the type
+in which the layer multiplies.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from moesys.kernels.expert_ffn import working_type
 from moesys.measure import deepspeed_layer
 from moesys.measure.bench_layer import Shape, both, build, dense
-from moesys.measure.interleave import Step
+from moesys.measure.interleave import interleave, slowest
 from moesys.moe import MoELayer
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
@@ -36,7 +37,7 @@ Peers = Callable[[MoELayer, int, int, int], AbstractContextManager[dict[str, nn.
 
 @dataclass(frozen=True)
 class Result:
-    """Median milliseconds of every side (of each step the slowest rank's) and the time beyond the arithmetic."""
+    """Median milliseconds of every side (of each step the slowest rank's) and the time beyond its arithmetic."""
 
     shape: Shape
     dtype: str
@@ -55,17 +56,18 @@ class Result:
         lines = [
             f"{self.ranks} processes, each T={s.tokens} H={s.hidden} F={s.ffn_hidden} E={s.experts} k={s.top_k}, "
             f"{self.dtype}, forward and backward, medians of {self.rounds} interleaved rounds",
-            f"  {'arithmetic alone':<24} {self.milliseconds['arithmetic']:>9.2f} ms",
         ]
+        lines += [f"  {name:<24} {ms:>9.2f} ms" for name, ms in self.milliseconds.items() if name not in self.beyond]
         for name, beyond in self.beyond.items():
-            said = "" if name.startswith("moesys") else f"   ours / theirs {ours / beyond:.2f}" if beyond > 0 else ""
+            compared = not name.startswith("moesys") and beyond > 0
+            said = f"   ours / theirs {ours / beyond:.2f}  target 1.00" if compared else ""
             lines.append(f"  {name:<24} {self.milliseconds[name]:>9.2f} ms, {beyond:>8.2f} ms beyond it{said}")
         if "deepspeed" not in self.beyond:
             lines.append("  deepspeed is not installed")
         return lines
 
 
-def run(shape: Shape, dtype: torch.dtype, ranks: int, rounds: int, peers: Peers) -> Result:
+def run(shape: Shape, dtype: torch.dtype, ranks: int, rounds: int | None, peers: Peers) -> Result:
     """Time the layer on `ranks` processes of this machine, its cores divided among them."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.measure.bench_ranks"])
@@ -73,16 +75,18 @@ def run(shape: Shape, dtype: torch.dtype, ranks: int, rounds: int, peers: Peers)
         arguments = (ranks, shape, dtype, rounds, folder, peers)
         mp.start_processes(_work, arguments, nprocs=ranks, start_method="forkserver")
         seconds: dict[str, list[float]] = torch.load(Path(folder) / "seconds.pt")
+    beyond = {}
+    for side in (name for name in seconds if not name.startswith("arithmetic")):
+        multiplies_in = working_type(dtype) if side.startswith("moesys") else dtype
+        floor = seconds[arithmetic(multiplies_in)]
+        beyond[side] = 1e3 * median(a - b for a, b in zip(seconds[side], floor, strict=True))
     medians = {name: 1e3 * median(values) for name, values in seconds.items()}
-    beyond = {
-        name: 1e3 * median(a - b for a, b in zip(values, seconds["arithmetic"], strict=True))
-        for name, values in seconds.items()
-        if name != "arithmetic"
-    }
-    return Result(shape, str(dtype).removeprefix("torch."), ranks, medians, beyond, rounds)
+    return Result(shape, _name(dtype), ranks, medians, beyond, len(seconds[arithmetic(dtype)]))
 
 
-def _work(rank: int, ranks: int, shape: Shape, dtype: torch.dtype, rounds: int, folder: str, peers: Peers) -> None:
+def _work(
+    rank: int, ranks: int, shape: Shape, dtype: torch.dtype, rounds: int | None, folder: str, peers: Peers
+) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     try:
@@ -90,12 +94,27 @@ def _work(rank: int, ranks: int, shape: Shape, dtype: torch.dtype, rounds: int, 
             torch.manual_seed(rank)
             x = torch.randn(1, shape.tokens, shape.hidden, dtype=dtype)
             grad = torch.randn_like(x)
-            seconds = _interleave({name: both(module, x, grad) for name, module in layers.items()}, rounds)
+            steps = {name: both(module, x, grad) for name, module in layers.items()}
+            steps |= {
+                arithmetic(kind): both(dense(shape, kind, x.device), x.to(kind), grad.to(kind))
+                for kind in dict.fromkeys((dtype, working_type(dtype)))
+            }
+            what = f"timing in {_name(dtype)}" if rank == 0 else ""
+            seconds = interleave(steps, rounds, slowest, what=what)
         if rank == 0:
             torch.save(seconds, f"{folder}/seconds.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """The side that multiplies as the layer does, and nothing else."""
+    return f"arithmetic in {_name(dtype)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
@@ -105,7 +124,7 @@ def sides(shape: Shape, dtype: torch.dtype, peers: Peers) -> Iterator[dict[str, 
     assert group is not None
     ranks, local = group.size(), shape.experts // group.size()
     mine = slice(group.rank() * local, (group.rank() + 1) * local)
-    found: dict[str, nn.Module] = {"arithmetic": dense(shape, dtype, cpu)}
+    found: dict[str, nn.Module] = {}
     for name, kind in OURS.items():
         torch.manual_seed(0)
         layer = build(shape, dtype, cpu)
@@ -121,19 +140,3 @@ def sides(shape: Shape, dtype: torch.dtype, peers: Peers) -> Iterator[dict[str, 
             size = (shape.hidden, shape.ffn_hidden, shape.experts, shape.top_k)
             found["deepspeed"] = deepspeed_layer.DeepSpeedLayer(*size, dtype)
         yield found
-
-
-def _interleave(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of the slowest rank in every round, the order alternating; all begin a step together."""
-    names = list(steps)
-    for name in names * 2:
-        steps[name]()
-    taken = torch.zeros(len(names), rounds, dtype=torch.float64)
-    for number in range(rounds):
-        for name in names if number % 2 else reversed(names):
-            dist.barrier()
-            begin = perf_counter()
-            steps[name]()
-            taken[names.index(name), number] = perf_counter() - begin
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return dict(zip(names, taken.tolist(), strict=True))

@@ -7,34 +7,82 @@ from statistics import median
 from time import perf_counter
 
 import torch
+import torch.distributed as dist
+
+from moesys.data.progress import Progress
 
 Step = Callable[[], object]
+Timer = Callable[[Step], float]
+"""Runs a step and says how many seconds it took."""
+
+BUDGET_S = 60.0
+"""What all rounds may take together where their number is free."""
+
+FEWEST, MOST = 3, 31
+"""Rounds, where their number is free."""
+
+SLOW_S = 1.0
+"""What takes longer is warm after one run."""
 
 
-def interleave(sides: Mapping[str, Step], rounds: int, device: torch.device, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every side in every round; in each round each side runs once, the order alternating."""
+def interleave(
+    sides: Mapping[str, Step], rounds: int | None, timer: Timer, warmup: int = 2, what: str = ""
+) -> dict[str, list[float]]:
+    """Seconds of every side in every round; in each round each side runs once, the order alternating.
+
+    Args:
+        rounds: None for as many as fit into `BUDGET_S` seconds, within limits.
+        warmup: most runs of each side before the first round.
+        what: names the work in a line about its progress; "" for none.
+    """
     names = list(sides)
-    for _ in range(warmup):
-        for name in names:
-            sides[name]()
+    taken = {name: timer(sides[name]) for name in names}
+    for _ in range(warmup - 1):
+        taken |= {name: timer(sides[name]) for name in names if taken[name] < SLOW_S}
+    number = affordable(sum(taken.values())) if rounds is None else rounds
+    progress = Progress(what, number * len(names)) if what else None
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names if number % 2 else reversed(names):
-            seconds[name].append(_time(sides[name], device))
+    for turn in range(number):
+        for name in names if turn % 2 else reversed(names):
+            seconds[name].append(timer(sides[name]))
+            if progress:
+                progress.advance(1)
+    if progress:
+        progress.finish()
     return seconds
 
 
-def _time(step: Step, device: torch.device) -> float:
-    if device.type != "cuda":
-        begin = perf_counter()
-        step()
-        return perf_counter() - begin
+def affordable(round_s: float) -> int:
+    """How many rounds of `round_s` seconds to run."""
+    return max(FEWEST, min(MOST, int(BUDGET_S / max(round_s, 1e-9))))
+
+
+def alone(device: torch.device) -> Timer:
+    """Times what this process does on `device`."""
+    return _on_gpu if device.type == "cuda" else _on_host
+
+
+def slowest(step: Step) -> float:
+    """Times what all processes do on their CPUs: they begin together, and each is told of the slowest."""
+    dist.barrier()
+    taken = torch.tensor(_on_host(step), dtype=torch.float64)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return taken.item()
+
+
+def _on_host(step: Step) -> float:
+    begin = perf_counter()
+    step()
+    return perf_counter() - begin
+
+
+def _on_gpu(step: Step) -> float:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize()
     events[0].record()
     step()
     events[1].record()
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize()
     return events[0].elapsed_time(events[1]) / 1e3
 
 

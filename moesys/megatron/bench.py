@@ -24,7 +24,7 @@ from moesys.config.schema import Config, MoEConfig
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.samples import Samples
 from moesys.errors import ConfigError, Problem
-from moesys.measure.interleave import interleave, ratio
+from moesys.measure.interleave import alone, interleave, ratio
 from moesys.train import here, native
 from moesys.train.engine import Engine
 
@@ -130,7 +130,7 @@ def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder
         sides[NATIVE] = native.build(own, native.connect(own), corpus.vocab_size)
         batches = _batches(config, mesh, corpus, steps)
         losses = {name: _loss(engine, *batches[0]) for name, engine in sides.items()}
-        seconds = interleave({n: _step(e, batches) for n, e in sides.items()}, rounds, mesh.device, warmup=1)
+        seconds = interleave({n: _step(e, batches) for n, e in sides.items()}, rounds, alone(mesh.device), warmup=1)
         if rank == 0:
             device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
             told = {"seconds": seconds, "losses": losses, "device": device}

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.measure.explain import explain
-from moesys.measure.interleave import interleave, ratio
+from moesys.measure.interleave import alone, interleave, ratio
 from moesys.measure.recorder import Recorder
 from moesys.measure.step import Step
 from moesys.parallel import comm
@@ -97,7 +97,7 @@ def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder
     with here.joined(rank, world, config, folder) as mesh:
         trainer = Trainer(config, mesh, open_corpus(config))
         recorders = [Recorder(_every(config, n), mesh, Path(folder), 0) for n in (config.measure.every, 1)]
-        seconds = interleave(_sides(trainer, recorders, steps), rounds, mesh.device, warmup=1)
+        seconds = interleave(_sides(trainer, recorders, steps), rounds, alone(mesh.device), warmup=1)
         if rank == 0:
             (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
 

@@ -13,7 +13,7 @@ from layer_sides import agree, gradients
 from moesys import cli
 from moesys.measure import bench_layer, bench_ranks
 from moesys.measure.bench_layer import Shape
-from moesys.measure.interleave import interleave, ratio
+from moesys.measure.interleave import affordable, alone, interleave, ratio
 from moesys.measure.memory import peak_bytes
 from moesys.megatron.own_layer import peers
 
@@ -65,9 +65,23 @@ def test_peak_is_the_most_that_lives_at_once():
 
 def test_sides_take_turns():
     order: list[str] = []
-    seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, CPU, warmup=1)
+    sides = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = interleave(sides, 2, alone(CPU), warmup=1)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert ratio(seconds, "a", "b") > 0 and len(seconds["a"]) == 2
+
+
+def test_slow_sides_have_fewer_rounds_and_are_warmed_up_once():
+    took, runs = {"slow": 25.0, "fast": 0.5}, []
+
+    def timer(step: object) -> float:
+        runs.append(step)
+        return took[step]  # type: ignore[index]
+
+    seconds = interleave({name: name for name in took}, None, timer)  # type: ignore[dict-item,arg-type]
+    assert {name: len(values) for name, values in seconds.items()} == {"slow": 3, "fast": 3}
+    assert runs[:3] == ["slow", "fast", "fast"]
+    assert (affordable(1e-3), affordable(6.0), affordable(100.0)) == (31, 10, 3)
 
 
 def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
@@ -117,3 +131,17 @@ def test_ranks_are_compared_beyond_their_arithmetic():
         result = bench_ranks.run(TINY, torch.float32, 2, 1, peers)
     assert {"moesys all_to_all", "megatron alltoall"} <= result.beyond.keys() < result.milliseconds.keys()
     assert any("beyond it" in line for line in result.lines())
+
+
+def test_a_layer_is_measured_beyond_products_of_the_type_it_multiplies_in(monkeypatch):
+    took = {"arithmetic in float32": 1.0, "arithmetic in bfloat16": 5.0}
+    took |= {"moesys all_to_all": 1.5, "megatron alltoall": 7.0}
+
+    def no_processes(work, arguments, **options):
+        torch.save({name: [value] * 3 for name, value in took.items()}, f"{arguments[4]}/seconds.pt")
+
+    monkeypatch.setattr(bench_ranks.mp, "start_processes", no_processes)
+    monkeypatch.setattr(bench_ranks, "working_type", lambda dtype: torch.float32)
+    result = bench_ranks.run(TINY, torch.bfloat16, 2, None, peers)
+    assert result.beyond == {"moesys all_to_all": 500.0, "megatron alltoall": 2000.0} and result.rounds == 3
+    assert any("ours / theirs 0.25" in line for line in result.lines())
