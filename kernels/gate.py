@@ -81,9 +81,12 @@ def weigh(
     """`gate` where the experts of each token, int64 [T, k], are chosen already, by whatever rule."""
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     probabilities_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
-    weight_Tk = probabilities_TE.gather(-1, expert_Tk)
-    if normalize:
-        weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + _epsilon(score))
+    if normalize and score == "softmax":
+        # The same as dividing by their sum, which is 0 where all that are chosen lie far below the best.
+        weight_Tk = logits_TE.gather(-1, expert_Tk).softmax(-1)
+    else:
+        weight_Tk = probabilities_TE.gather(-1, expert_Tk)
+        weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + EPSILON) if normalize else weight_Tk
     chosen = expert_Tk.flatten()
     load_E = chosen.new_zeros(logits_TE.shape[1]).scatter_add_(0, chosen, torch.ones_like(chosen))
     return GateResult(weight_Tk * scale, expert_Tk, probabilities_TE, load_E)

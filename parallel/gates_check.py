@@ -28,13 +28,14 @@ USES: dict[str, set[str]] = {
 ZERO = {"zero_experts", "copy_experts", "constant_experts", "zero_variant", "zero_tau"}
 CAPACITY = {"eval_capacity_factor", "min_capacity", "drop", "pad_to_capacity"}
 BALANCE = {"balance_loss", "sequence_balance_loss", "global_balance_loss", "importance_loss", "load_loss", "bias_rate"}
+BALANCE |= {"balance_counts"}
 WEIGHTS = {"normalize", "scale"}
 FIXED = {"capacity_factor"} | CAPACITY | BALANCE | ZERO
 NOT_LEARNED = {"z_loss"} | FIXED | WEIGHTS
 IGNORES: dict[str, set[str]] = {
     "top_k": set(),
     "cosine": set(),
-    "prototype": {"bias_rate", "load_loss"} | ZERO,
+    "prototype": {"bias_rate", "load_loss", "balance_counts"} | ZERO,
     "expert_choice": CAPACITY | BALANCE | ZERO | WEIGHTS,
     "sinkhorn": FIXED | WEIGHTS,
     "base": FIXED | WEIGHTS,
@@ -98,6 +99,18 @@ def _choices(moe: MoEConfig) -> list[Problem]:
     if gate.kind == "replay" and gate.path is None:
         rule = "gate replay needs a recording"
         problems.append(Problem("model.moe.gate.path", rule, "set it to the folder runs/NAME/routing"))
+    if gate.force != "none" and candidates >= moe.top_k > moe.experts:
+        rule = f"force {gate.force} sends tokens to routed experts alone, and model.moe.experts is {moe.experts}"
+        problems.append(Problem("model.moe.top_k", rule, f"choose 1 to {moe.experts}"))
+    if (
+        gate.kind in ("top_k", "cosine", "prototype")
+        and gate.force == "none"
+        and moe.top_k == 1 < candidates
+        and moe.normalize
+    ):
+        rule = "one weight divided by itself is 1, with model.moe.top_k 1: the gate would not learn from what its "
+        rule += "experts do"
+        problems.append(Problem("model.moe.normalize", rule, "set normalize: false"))
     if moe.top_k > candidates:
         rule = f"must be at most model.moe.experts({moe.experts})"
         if moe.zero_computation:
@@ -167,6 +180,9 @@ def _zero(moe: MoEConfig) -> list[Problem]:
                 rule = "needs zero_experts, copy_experts or constant_experts"
                 problems.append(Problem(f"model.moe.{key}", rule, "remove it, or add some"))
     elif moe.zero_variant == "adamoe":
+        if moe.importance_loss:
+            rule = "adamoe's null experts have no weight: their importance is never that of the others"
+            problems.append(Problem("model.moe.importance_loss", rule, "use balance_loss"))
         if computing := moe.copy_experts + moe.constant_experts:
             rule = f"adamoe has zero_experts alone, and copy_experts + constant_experts is {computing}"
             problems.append(Problem("model.moe.zero_variant", rule, "use moe++, or zero_experts alone"))

@@ -158,6 +158,10 @@ class MoEConfig(Section):
     global_balance_loss: NonNegativeFloat = 0.0
     """Coefficient of the same over the global batch (Qwen3), all ranks and all micro-batches. With several
     micro-batches per step it costs a forward pass more: f_e must be known before the first backward."""
+    balance_counts: Literal["chosen", "scores", "first"] = "chosen"
+    """Whose shares f_e are in these three losses. chosen: each token's top_k experts, selection bias and groups
+    included, before drops; scores: its top_k largest scores, without bias and groups (DeepSeek-V3, Megatron-Core);
+    first: its first choice alone (GShard, DeepSpeed)."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient β of the router z-loss β · mean(logsumexp²) (ST-MoE)."""
     importance_loss: NonNegativeFloat = 0.0

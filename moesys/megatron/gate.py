@@ -10,7 +10,6 @@ T tokens of this rank, E experts, k choices per token, S positions, B sequences,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ class MegatronGate(TopKGate):
         assert isinstance(tokens, MegatronTokens)
         logits_TE = self.projection(self._shaken(x_TH))
         chosen = self.choose(logits_TE, tokens)
-        routing = self._route(chosen, tokens.number_T, MicroBatch())
+        routing = self._route(chosen, None, tokens.number_T, MicroBatch())
         if torch.is_grad_enabled():
             if self.training:
                 routing.losses = self._shares(logits_TE, chosen, tokens, scope)
@@ -133,14 +132,3 @@ class MegatronGate(TopKGate):
     def _z(self, logits_TE: Tensor, real_T: Tensor | None) -> Tensor:
         square_T = logits_TE.logsumexp(-1).square()
         return square_T.mean() if real_T is None else (square_T * real_T).sum() / real_T.sum().clamp(min=1)
-
-    def _count(self, load_E: Tensor) -> None:
-        """Megatron keeps the counts itself."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MegatronGate:
-        super()._apply(fn, recurse)
-        for name in ("local_tokens_per_expert", "seen"):
-            if name in self._buffers:
-                # Counts are not exact in sixteen bits.
-                setattr(self, name, getattr(self, name).to(torch.float32))
-        return self

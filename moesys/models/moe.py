@@ -64,6 +64,7 @@ def _token_choice(m: MoEConfig, hidden: int, layer: int) -> Gate:
         randomness=Randomness(g.noise == "gaussian", g.jitter, g.second == "random", layer),
         capacity=Capacity(m.capacity_factor, m.eval_capacity_factor, m.min_capacity, m.drop, m.pad_to_capacity),
         balance=_balance(m),
+        counts=m.balance_counts,
         zero=zero,
         projection=projection,
     )

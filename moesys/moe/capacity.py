@@ -19,7 +19,8 @@ Drop = Literal["weight", "position", "choice", "priority"]
 
 def capacity(factor: float, tokens: int, top_k: int, experts: float) -> int:
     """`ceil(factor · T · k / E)` tokens per expert (GShard, arXiv 2006.16668)."""
-    return ceil(factor * tokens * top_k / experts)
+    # A hair less: in binary 1.1 · 100 / 10 is more than 11.
+    return ceil(factor * tokens * top_k / experts * (1 - 1e-12))
 
 
 @dataclass(frozen=True)

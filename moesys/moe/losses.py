@@ -14,6 +14,9 @@ from torch import Tensor
 
 from moesys.moe.routing import MicroBatch
 
+LEAST_WIDTH = 1e-6
+"""Of noise, where chances are computed from it."""
+
 Adjust = Callable[[Tensor], Tensor]
 """Changes the shares f [..., E] of assignments before they are multiplied with probabilities."""
 
@@ -23,8 +26,8 @@ def load_balancing(
 ) -> Tensor:
     """`E · Σ_e f_e · P_e` over the micro-batch (Switch Transformers, arXiv 2101.03961; GShard).
 
-    `f_e` is the share of the micro-batch's T·k assignments that went to expert e before any drop,
-    `P_e` the mean of e's gate probability over the micro-batch. `load_E` are this device's counts.
+    `f_e` is the share of the micro-batch's assignments, `top_k` of each token, that are expert e's before any
+    drop, `P_e` the mean of e's gate probability over the micro-batch. `load_E` are this device's counts.
     The minimum, at perfect balance, is 1.
     """
     tokens = probabilities_TE.shape[0] * scope.size
@@ -84,7 +87,8 @@ def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, width_TE: Tensor, top_k: int
     best = noisy_TE.topk(top_k + 1).values
     inside = noisy_TE > best[:, top_k:]
     threshold_TE = torch.where(inside, best[:, top_k:], best[:, top_k - 1 : top_k])
-    return _variation(torch.special.ndtr((clean_TE - threshold_TE) / width_TE).sum(0), scope)
+    # Below the least width a chance is 0 or 1 in any case, and its slope 0 / 0.
+    return _variation(torch.special.ndtr((clean_TE - threshold_TE) / width_TE.clamp(min=LEAST_WIDTH)).sum(0), scope)
 
 
 def _variation(part_E: Tensor, scope: MicroBatch) -> Tensor:
@@ -104,15 +108,17 @@ def _variation(part_E: Tensor, scope: MicroBatch) -> Tensor:
 class Seen:
     """What losses look at, of one device's tokens.
 
-    `logits_TE` without noise; `probabilities_TE` sum to 1 over a token's experts; `expert_Tk`, `weight_Tk`
-    and the counts `load_E` before any drop; `global_load_E` the counts of the whole global batch, where a
-    loss needs them. With noise, `noisy_TE` and its width.
+    `logits_TE` without noise; `probabilities_TE` sum to 1 over a token's experts; `expert_Tk` and `weight_Tk`
+    before any drop; `counted_Tc` the experts of each token that balance losses count, and `load_E` how often each
+    is among them; `global_load_E` that of the whole global batch, where a loss needs it. With noise, `noisy_TE`
+    and its width.
     """
 
     logits_TE: Tensor
     probabilities_TE: Tensor
     expert_Tk: Tensor
     weight_Tk: Tensor
+    counted_Tc: Tensor
     load_E: Tensor
     sequences: int = 1
     global_load_E: Tensor | None = None
@@ -133,11 +139,11 @@ class Balance:
 
     def shares(self, seen: Seen, scope: MicroBatch, adjust: Adjust | None = None) -> dict[str, Tensor]:
         """This device's share of each loss that is on, coefficient included."""
-        p, k, found = seen.probabilities_TE, seen.expert_Tk.shape[1], {}
+        p, found = seen.probabilities_TE, {}
         if self.balance:
-            found["balance"] = load_balancing(p, seen.load_E, k, scope, adjust)
+            found["balance"] = load_balancing(p, seen.load_E, seen.counted_Tc.shape[1], scope, adjust)
         if self.sequence_balance:
-            found["sequence_balance"] = sequence_balancing(p, seen.expert_Tk, seen.sequences, scope, adjust)
+            found["sequence_balance"] = sequence_balancing(p, seen.counted_Tc, seen.sequences, scope, adjust)
         if self.global_balance and seen.global_load_E is not None:
             found["global_balance"] = global_balancing(p, seen.global_load_E, scope, adjust)
         if self.z:
@@ -145,5 +151,6 @@ class Balance:
         if self.importance:
             found["importance"] = importance(seen.weight_Tk, seen.expert_Tk, p.shape[1], scope)
         if self.load_loss and seen.noisy_TE is not None and seen.width_TE is not None:
+            k = seen.expert_Tk.shape[1]
             found["load_loss"] = smooth_load(seen.logits_TE, seen.noisy_TE, seen.width_TE, k, scope)
         return {name: getattr(self, name) * loss for name, loss in found.items()}

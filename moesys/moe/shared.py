@@ -81,7 +81,10 @@ class ConditionalMix(Mix):
 
     def forward(self, x_TH: Tensor, scope: MicroBatch) -> Mixture:
         g_T1 = self.projection(x_TH).sigmoid()
-        return Mixture(g_T1, 1 - g_T1, {"cmr": self.loss * self._distance(g_T1, scope)} if self.loss else {})
+        return Mixture(g_T1, 1 - g_T1, self._losses(g_T1, scope))
+
+    def _losses(self, g_T1: Tensor, scope: MicroBatch) -> dict[str, Tensor]:
+        return {"cmr": self.loss * self._distance(g_T1, scope)} if self.loss and self.training else {}
 
     def _distance(self, g_T1: Tensor, scope: MicroBatch) -> Tensor:
         """This device's share of |mean g − budget|."""

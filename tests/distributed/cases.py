@@ -19,7 +19,7 @@ LATENT = {
     "moe": {"first_dense": 1, "shared_experts": 2, "capacity_factor": 1.25, "drop": "position"},
 }  # fmt: skip
 UNEVEN = {"hidden": 65, "attention": {"bias": True, "head_dim": 16}}  # tp and data shards split the same dim
-NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "experts": 8}}
+NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "normalize": False, "experts": 8}}
 
 
 @dataclass(frozen=True)

@@ -85,11 +85,13 @@ def test_a_broken_rule_is_found(small):
 
 
 STARVING = [
-    Case("ep", 4, {"ep": 4}, {"moe": {"top_k": 1}}),
-    Case("shard-ep", 4, {"dp_shard": "full", "ep": 2}, {"moe": {"top_k": 1}}),
-    Case("pp-tp-ep", 4, {"pp": 2, "tp": 2, "ep": 2}, {"moe": {"top_k": 1}}),
-    Case("zero-bubble-ep", 4, {"pp": 2, "pp_schedule": "zero-bubble", "ep": 2}, {"moe": {"top_k": 1}}),
-    Case("ep-etp-recompute", 4, {"ep": 2, "etp": 2}, {"moe": {"top_k": 1}}, {"recompute": "full"}),
+    Case("ep", 4, {"ep": 4}, {"moe": {"top_k": 1, "normalize": False}}),
+    Case("shard-ep", 4, {"dp_shard": "full", "ep": 2}, {"moe": {"top_k": 1, "normalize": False}}),
+    Case("pp-tp-ep", 4, {"pp": 2, "tp": 2, "ep": 2}, {"moe": {"top_k": 1, "normalize": False}}),
+    Case(
+        "zero-bubble-ep", 4, {"pp": 2, "pp_schedule": "zero-bubble", "ep": 2}, {"moe": {"top_k": 1, "normalize": False}}
+    ),
+    Case("ep-etp-recompute", 4, {"ep": 2, "etp": 2}, {"moe": {"top_k": 1, "normalize": False}}, {"recompute": "full"}),
 ]
 
 

@@ -29,6 +29,7 @@ EVERYTHING = {
         "bias_rate": 0.01,
     }
 }
+SCORES, FIRST = ({"moe": {**EVERYTHING["moe"], "balance_counts": counts}} for counts in ("scores", "first"))
 NOISY = {"moe": {"experts": 8, "gate": {"noise": "gaussian"}, "load_loss": 0.05, "global_balance_loss": 0.05}}
 CHOICE = {"moe": {"capacity_factor": 0.8, "drop": "choice", "top_k": 2, "normalize": False}}
 PRIORITY = {"moe": {"capacity_factor": 0.8, "drop": "priority", "pad_to_capacity": True, "min_capacity": 3}}
@@ -46,8 +47,8 @@ PROTOTYPE = {"moe": {"gate": {"kind": "prototype", "bias": True, "noise": "gauss
 
 CASES = [
     Case("everything-shard-tp-ep", 4, {"dp_shard": "full", "tp": 2, "ep": 2}, EVERYTHING),
-    Case("everything-pp-accumulating", 4, {"pp": 2, "ep": 2}, EVERYTHING, {"recompute": "selective"}),
-    Case("everything-cp-full", 4, {"cp": 2, "ep": 2}, EVERYTHING, {"recompute": "full", "micro_batch": 2}, batch=8),
+    Case("everything-pp-accumulating", 4, {"pp": 2, "ep": 2}, SCORES, {"recompute": "selective"}),
+    Case("everything-cp-full", 4, {"cp": 2, "ep": 2}, FIRST, {"recompute": "full", "micro_batch": 2}, batch=8),
     Case("noisy-shard-one-micro-batch", 4, {"dp_shard": "full", "tp": 2, "ep": 2}, NOISY, {"micro_batch": 4}, batch=8),
     Case("choice-cp-ep", 4, {"cp": 2, "ep": 4}, CHOICE),
     Case("priority-padded-cp-tp", 4, {"cp": 2, "tp": 2, "ep": 2}, PRIORITY, {"micro_batch": 2}, batch=8),

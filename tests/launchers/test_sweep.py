@@ -36,7 +36,8 @@ def file(small, tmp_path):
 
 def test_runs_are_trained_once_and_compared(file, tmp_path, capsys):
     path = file(
-        overrides=["seed=3"], runs={"one": ["model.moe.top_k=1"], "dropping": ["model.moe.capacity_factor=0.5"]}
+        overrides=["seed=3"],
+        runs={"one": ["model.moe.top_k=1", "model.moe.normalize=false"], "dropping": ["model.moe.capacity_factor=0.5"]},
     )
     sweep = Sweep.load(path)
     assert [c.name for c in sweep.configs.values()] == ["two-one", "two-dropping"]

@@ -12,6 +12,7 @@ from parts import together
 
 from moesys.moe import Tokens
 from moesys.moe.gates.base import BaseGate, balanced_assignment
+from moesys.moe.routing import MicroBatch
 
 H, E = 16, 4
 
@@ -75,3 +76,12 @@ def test_a_micro_batch_in_parts_is_assigned_as_a_whole():
     parts = [torch.arange(0, 24, 2), torch.arange(1, 24, 2)]
     found = together(2, lambda n, scope: routed(gate, x[parts[n]], Tokens(parts[n]), scope))
     torch.testing.assert_close(torch.cat(found), routed(gate, x)[torch.cat(parts)], equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_a_token_that_is_not_finite_stops_nobody(value):
+    gate = drawn(BaseGate(H, E))
+    x = vectors(16)
+    x[3] = value
+    routing = gate(x, Tokens(torch.arange(16)), MicroBatch())
+    assert routing.expert_A.bincount(minlength=E).tolist() == [4] * E

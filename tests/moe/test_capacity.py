@@ -10,7 +10,7 @@ from parts import together
 from torch import Tensor
 
 from moesys.moe import MoELayer, Tokens
-from moesys.moe.capacity import Capacity
+from moesys.moe.capacity import Capacity, capacity
 from moesys.moe.experts import Experts
 from moesys.moe.gates import TopKGate
 from moesys.moe.gates.top_k import Randomness
@@ -156,3 +156,10 @@ def test_a_second_choice_that_is_not_wanted_takes_nobodys_place():
         stays += [(t, e) for t in rows[: ceil(0.5 * T * K / E)]]
     assert set(zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True)) == set(stays)
     assert routing.dropped == len(free.token_A) - len(stays)
+
+
+@pytest.mark.parametrize(("factor", "tokens", "top_k", "experts", "places"), [
+    (1.1, 100, 1, 10, 11), (2.2, 100, 1, 20, 11), (1.1, 101, 1, 10, 12), (1.25, 4096, 2, 64, 160), (0.001, 8, 1, 8, 1),
+])  # fmt: skip
+def test_a_capacity_is_that_of_decimal_numbers(factor, tokens, top_k, experts, places):
+    assert capacity(factor, tokens, top_k, experts) == places

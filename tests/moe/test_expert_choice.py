@@ -122,3 +122,18 @@ def test_every_token_passes_if_every_expert_is_wanted():
     gate(vectors(50), Tokens(torch.arange(50)), MicroBatch())
     gate.after_step(gate.step_statistics().double())
     assert not routed(gate, vectors(50)).isnan().any()
+
+
+def test_thresholds_stay_float32_and_begin_by_themselves():
+    gate = CausalExpertChoiceGate(H, E, 2)
+    assert (gate.threshold_E == -1).all()
+    gate.threshold_E.fill_(0.123456789)
+    gate.to(torch.bfloat16)
+    assert gate.threshold_E.dtype == torch.float32 and gate.threshold_E[0].item() == pytest.approx(0.123456789)
+
+
+def test_evaluation_has_no_losses():
+    gate = drawn(ExpertChoiceGate(H, E, 2, z_loss=0.1))
+    for training, names in ((True, {"z"}), (False, set())):
+        decision = gate.train(training)(vectors(8), Tokens(torch.arange(8)), MicroBatch())
+        assert set(decision.losses) == names

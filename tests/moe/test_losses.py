@@ -9,7 +9,7 @@ import torch
 from parts import together
 from torch import Tensor
 
-from moesys.moe import Tokens
+from moesys.moe import Tokens, noise
 from moesys.moe.gates import TopKGate
 from moesys.moe.gates.top_k import Groups, Randomness
 from moesys.moe.losses import Balance
@@ -39,8 +39,18 @@ def probabilities(gate: TopKGate, x: Tensor) -> Tensor:
     return logits.exp() / logits.exp().sum(1, keepdim=True)
 
 
-def chosen(gate: TopKGate, x: Tensor) -> Tensor:
-    return gate(x, Tokens(torch.arange(len(x))), MicroBatch()).expert_A.view(-1, K)
+def chosen(gate: TopKGate, x: Tensor, plain: bool = False) -> Tensor:
+    """Each token's experts, best first; `plain`: without bias and groups."""
+    scores = probabilities(gate, x) if gate.score == "softmax" else torch.sigmoid(x @ gate.projection.weight.T)
+    if not plain and gate.bias_rate:
+        scores = scores + gate.selection_bias
+    if not plain and gate.groups is not None:
+        parts = scores.view(len(x), gate.groups.count, -1)
+        best = parts.sort(-1, descending=True).values[..., :2].sum(-1).sort(-1, descending=True).indices
+        for t in range(len(x)):
+            for lost in best[t, gate.groups.kept :]:
+                parts[t, lost] = -1e9
+    return scores.sort(-1, descending=True).indices[:, :K]
 
 
 def balance(p: Tensor, expert: Tensor, f: Tensor | None = None) -> Tensor:
@@ -52,9 +62,14 @@ def variation(v: Tensor) -> Tensor:
     return ((v - v.mean()) ** 2).mean() / v.mean() ** 2
 
 
+def counted(gate: TopKGate, counts: str) -> Tensor:
+    """The experts whose shares are in balance losses."""
+    return chosen(gate, X)[:, :1] if counts == "first" else chosen(gate, X, plain=counts == "scores")
+
+
 def expected(name: str, gate: TopKGate) -> Tensor:
     """The loss by its formula, over the whole micro-batch."""
-    p, expert = probabilities(gate, X), chosen(gate, X)
+    p, expert = probabilities(gate, X), counted(gate, gate.counts)
     if name == "balance":
         return balance(p, expert)
     if name == "sequence_balance":
@@ -73,6 +88,35 @@ GATES = {
     "sigmoid": {"score": "sigmoid"},
     "biased groups": {"score": "sigmoid", "bias_rate": 0.1, "groups": Groups(3, 2, "top2")},
 }
+
+
+@pytest.mark.parametrize("counts", ["scores", "first"])
+@pytest.mark.parametrize("name", ["balance", "sequence_balance"])
+def test_what_others_count(name, counts):
+    """DeepSeek-V3's and Megatron-Core's plain scores, GShard's and DeepSpeed's first choices."""
+    gate = build(Balance(**{name: 0.3}), **GATES["biased groups"], counts=counts)
+    gate.selection_bias.normal_(std=0.4)
+    (found,) = gate(X, Tokens(NUMBER, sequences=S), MicroBatch()).losses.values()
+    loss = 0.3 * expected(name, gate)
+    torch.testing.assert_close(found, loss, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(gradient(found, gate), gradient(loss, gate), rtol=1e-9, atol=1e-12)
+    gate.counts = "chosen"
+    assert abs(loss / (0.3 * expected(name, gate)) - 1) > 1e-3
+
+
+def test_the_bias_follows_what_was_chosen_whatever_the_losses_count():
+    gate = build(Balance(global_balance=0.3), **GATES["biased groups"], counts="first")
+    gate.selection_bias.normal_(std=0.4)
+    with torch.no_grad():
+        gate(X, Tokens(NUMBER), MicroBatch())
+    load, first = (torch.bincount(e.flatten(), minlength=E) for e in (chosen(gate, X), counted(gate, "first")))
+    assert torch.equal(gate.step_statistics(), torch.cat([load, first]))
+    gate.before_step(gate.step_statistics().double())
+    (found,) = gate(X, Tokens(NUMBER), MicroBatch()).losses.values()
+    torch.testing.assert_close(found, 0.3 * balance(probabilities(gate, X), counted(gate, "first")))
+    before = gate.selection_bias.clone()
+    gate.after_step(gate.step_statistics().double())
+    torch.testing.assert_close(gate.selection_bias - before, 0.1 * torch.sign(load.double().mean() - load))
 
 
 def gradient(loss: Tensor, gate: TopKGate) -> Tensor:
@@ -115,7 +159,9 @@ def test_shares_of_parts_sum_to_the_loss():
 def test_smooth_load_is_the_chance_to_be_chosen_again():
     gate = build(Balance(load_loss=0.7), randomness=Randomness(gaussian=True, layer=3))
     found = gate(X, Tokens(NUMBER), MicroBatch()).losses["load_loss"]
-    clean, noisy, width = gate._logits(X, NUMBER)
+    clean = X @ gate.projection.weight.T
+    width = torch.log(1 + torch.exp(X @ gate.noise.weight.T))
+    noisy = clean + noise.normal(NUMBER, E, noise.key(3, "noise")).double() * width
     load = [torch.zeros((), dtype=torch.float64) for _ in range(E)]
     chances = torch.zeros(T, E)
     for t in range(T):
@@ -134,6 +180,17 @@ def test_smooth_load_is_the_chance_to_be_chosen_again():
         )
     # In expectation over the noise, as many choices as there are.
     assert chances.sum().item() == pytest.approx(T * K, rel=0.15)
+
+
+def test_noise_of_no_width_has_finite_gradients():
+    gate = build(Balance(load_loss=0.7), randomness=Randomness(gaussian=True))
+    torch.nn.init.zeros_(gate.noise.weight)
+    gate.noise.weight.data[:, 0] = -2000.0
+    x = X.clone()
+    x[:, 0] = 1.0
+    found = gate(x, Tokens(NUMBER), MicroBatch()).losses["load_loss"]
+    for part in torch.autograd.grad(found, list(gate.parameters())):
+        assert part.isfinite().all()
 
 
 @pytest.mark.parametrize("counted", [False, True])

@@ -3,7 +3,7 @@
 Where Megatron deviates by definition, the relation that holds is tested and said:
 
 - its balance losses count the plain top-k of the scores: selection bias and groups do not count, as they do
-  in ours (both count before drops);
+  in ours (both count before drops) unless told otherwise (`counts="scores"`);
 - its global loss divides by the tokens of all data ranks and is then averaged over these ranks again, so
   that its effective coefficient is α / DP; and over accumulation steps it uses the mean of the counts so far;
 - it adds the raw logits up for the scores of groups under softmax-after-selection;
@@ -271,6 +271,24 @@ def test_their_balance_ignores_the_bias_and_ours_does_not(megatron):
     )
     torch.testing.assert_close(plain, 0.7 * logged)
     assert abs(biased / plain - 1) > 0.01
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_counting_scores_is_what_they_do(megatron, kind):
+    """With a bias and groups, which their balance losses do not see."""
+    router = theirs(
+        megatron,
+        moe_router_topk=4,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_load_balancing_type=[kind],
+        moe_aux_loss_coeff=[0.7],
+    )
+    router.expert_bias.normal_(std=0.5)
+    options = {"score": "sigmoid", "groups": Groups(4, 2, "top2"), "bias_rate": 0.1}
+    agree(router, ours(router, 4, **options, balance=Balance(**{LOSSES[kind]: 0.7}), counts="scores"))
 
 
 def test_their_global_loss_is_divided_by_the_data_ranks(megatron, monkeypatch):

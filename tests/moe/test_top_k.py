@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from moesys.moe import Tokens, noise
+from moesys.moe.capacity import Capacity
 from moesys.moe.gates import PrototypeGate, TopKGate
 from moesys.moe.gates.cosine import CosineProjection
 from moesys.moe.gates.top_k import Groups, Randomness
 from moesys.moe.routing import MicroBatch
+from moesys.moe.zero import ZeroRule
 
 T, H, E = 24, 16, 12
 NUMBER = torch.arange(T) * 3 + 1000
@@ -121,8 +123,11 @@ def test_gaussian_noise_has_a_learned_width():
     expected = [by_hand(row, 3, "softmax", True, 1.0) for row in noisy.tolist()]
     found = table(gate, x)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-    (found * torch.randn(T, E)).sum().backward()
-    assert gate.noise.weight.grad.abs().min() > 0
+    target = torch.randn(T, E, dtype=torch.float64)
+    (found * target).sum().backward()
+    kept = torch.where(found.detach() > 0, noisy, -torch.inf)
+    wanted = torch.autograd.grad((kept.softmax(1) * target).sum(), [gate.projection.weight, gate.noise.weight])
+    torch.testing.assert_close((gate.projection.weight.grad, gate.noise.weight.grad), wanted, rtol=1e-9, atol=1e-12)
     clean = build(top_k=3)
     clean.projection.weight.data = gate.projection.weight.data
     assert torch.equal(table(gate.eval(), x), table(clean, x))
@@ -150,6 +155,44 @@ def test_the_second_of_two_stays_by_chance():
     # The first one's weight stays what it was beside the second.
     assert torch.equal(found.amax(1), whole.amax(1))
     assert torch.equal((found > 0).sum(1), 2 - gone.long())
+
+
+def test_a_second_that_does_not_stay_is_nowhere_counted():
+    """Neither in the loads that the bias follows and metrics show, nor among zero-computation experts."""
+    rule = ZeroRule(true=E - 4, count=4)
+    gate = TopKGate(
+        H, E - 4, 2, randomness=Randomness(second=True, layer=1), zero=rule, bias_rate=0.1, capacity=Capacity(0.8)
+    )
+    gate = gate.double()
+    torch.nn.init.normal_(gate.projection.weight, std=0.4)
+    x = tokens()
+    first, second = (x @ gate.projection.weight.T).topk(2).indices.unbind(1)
+    share = (x @ gate.projection.weight.T).topk(2).values.softmax(1)[:, 1]
+    stays = noise.uniform(NUMBER, 1, noise.key(1, "second"))[:, 0] < 2 * share
+    load = torch.bincount(torch.cat([first, second[stays]]), minlength=E)
+    assert not stays.all() and (second[~stays] >= E - 4).any()
+    routing = gate(x, Tokens(NUMBER), MicroBatch())
+    assert torch.equal(gate.step_statistics(), load) and torch.equal(routing.load_E, load[: E - 4])
+    assert routing.zero_load == load[E - 4 :].sum()
+    assert (routing.zero_TZ > 0).sum() == load[E - 4 :].sum()
+    assert len(routing.token_A) == routing.load_E.sum() - routing.dropped and routing.dropped > 0
+
+
+@pytest.mark.parametrize("logit", [200.0, -200.0])
+def test_weights_of_experts_far_below_the_best_sum_to_one(logit):
+    """In float32 their softmax over all experts is 0."""
+    gate = TopKGate(1, 4, 2)
+    gate.projection.weight.data = torch.tensor([[logit], [0.0], [-1.0], [0.0]])
+    gate.forced = lambda seen: torch.tensor([[1, 2]])
+    weight = gate(torch.ones(1, 1), Tokens(torch.zeros(1)), MicroBatch()).weight_A
+    torch.testing.assert_close(weight, torch.tensor([0.0, -1.0]).softmax(0))
+
+
+def test_the_bias_weighs_zero_computation_experts_as_the_losses_do():
+    """Null experts need not be balanced among themselves."""
+    gate = TopKGate(H, 4, 2, bias_rate=0.1, zero=ZeroRule(4, 2, "adamoe"))
+    gate.after_step(torch.tensor([5.0, 3, 4, 4, 7, 1]))
+    torch.testing.assert_close(gate.selection_bias, torch.tensor([-0.1, 0.1, 0, 0, 0, 0]))
 
 
 def test_cosines_do_not_see_lengths():

@@ -30,7 +30,7 @@ MISTAKES = {
         "groups_kept(1) · experts per group(2) = 2",
     ),
     "no two best": (
-        {"top_k": 1, "gate": {"groups": 8, "group_score": "top2"}},
+        {"top_k": 1, "normalize": False, "gate": {"groups": 8, "group_score": "top2"}},
         "group_score",
         "experts(8) / groups(8) is 1",
     ),
@@ -41,6 +41,22 @@ MISTAKES = {
         {"load_loss": 0.1, "bias_rate": 0.1, "gate": {"noise": "gaussian"}},
         "load_loss",
         "k largest logits alone",
+    ),
+    "one weight of one": ({"top_k": 1}, "moe.normalize", "with model.moe.top_k 1: the gate would not learn"),
+    "force beyond the routed": (
+        {"experts": 2, "top_k": 3, "zero_experts": 2, "gate": {"force": "skewed"}},
+        "top_k",
+        "to routed experts alone, and model.moe.experts is 2",
+    ),
+    "importance of nulls": (
+        {"zero_experts": 2, "zero_variant": "adamoe", "importance_loss": 0.1},
+        "importance_loss",
+        "null experts have no weight",
+    ),
+    "counts without losses": (
+        {"gate": "base", "top_k": 1, "balance_counts": "first"},
+        "balance_counts",
+        "gate base does not use it",
     ),
     "padding without capacity": ({"pad_to_capacity": True}, "pad_to_capacity", "capacity_factor, which is null"),
     "minimum without capacity": ({"min_capacity": 4}, "min_capacity", "capacity_factor, which is null"),

@@ -16,6 +16,9 @@ BITS = 12
 """Scores are compared in steps of 2^−BITS, as integers: which of two tokens that are alike goes where must
 not depend on rounding, which differs between layouts of a run."""
 
+LARGEST = 2**40
+"""Of such a score: sums of some of them stay far below `NEVER`."""
+
 SWEEPS = 16
 """Steps towards the prices of experts. More leave fewer tokens to be moved one by one."""
 
@@ -43,7 +46,8 @@ class BaseGate(ScoredGate):
 
     def _assign(self, logits_TE: Tensor, number_T: Tensor, scope: MicroBatch) -> Tensor:
         order = scope.gather(number_T).argsort()
-        ranked = balanced_assignment((scope.gather(logits_TE)[order] * 2**BITS).round().long())
+        score_TE = (scope.gather(logits_TE)[order] * 2**BITS).nan_to_num().clamp(-LARGEST, LARGEST)
+        ranked = balanced_assignment(score_TE.round().long())
         return torch.empty_like(ranked).scatter_(0, order, ranked)[scope.mine(len(logits_TE))]
 
 

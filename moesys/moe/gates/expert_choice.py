@@ -76,7 +76,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
 
     def __init__(self, hidden: int, experts: int, top_k: int, capacity_factor: float = 1.0, z_loss: float = 0.0):
         super().__init__(hidden, experts, top_k, capacity_factor, z_loss)
-        self.register_buffer("threshold_E", torch.empty(experts))
+        self.register_buffer("threshold_E", torch.full((experts,), -1.0))
         self.histogram_EB: Tensor | None = None
 
     def reset_state(self) -> None:

@@ -27,6 +27,16 @@ class Gate(nn.Module):
         """What to do with this device's tokens; `scope` answers for all tokens of the micro-batch."""
         raise NotImplementedError
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if new.is_floating_point() and new.dtype.itemsize < old.dtype.itemsize:
+                # What is followed from step to step in small steps would stand still in bfloat16.
+                self._buffers[name] = old.to(new.device)
+        return self
+
     def state_dict_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers to be saved with the model."""
         left_out = self._non_persistent_buffers_set

@@ -29,7 +29,7 @@ class ScoredGate(Gate):
         self.experts, self.z_loss = experts, z_loss
 
     def with_losses(self, decision: D, logits_TE: Tensor, scope: MicroBatch) -> D:
-        """`decision` with the losses on its logits."""
-        if self.z_loss:
+        """`decision` with the losses on its logits, in training."""
+        if self.z_loss and self.training:
             decision.losses["z"] = self.z_loss * losses.router_z(logits_TE, scope)
         return decision

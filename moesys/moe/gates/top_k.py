@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +16,8 @@ from moesys.moe.gates.projection import GateProjection as GateProjection
 from moesys.moe.losses import Balance, Seen
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 from moesys.moe.zero import ZeroRule
+
+Counts = Literal["chosen", "scores", "first"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ class TopKGate(Gate):
         capacity: see `moesys.moe.capacity`. Weights are normalised before dropping; a dropped assignment's
             share is lost.
         balance: the losses, in training. They see what was routed by, noise included; z sees no noise.
+        counts: the assignments whose shares f are in balance losses. "chosen": each token's k experts, bias and
+            groups included, before any drop; "scores": the k largest scores, without bias and groups (DeepSeek-V3,
+            arXiv 2412.19437; Megatron-Core); "first": each token's first choice alone (GShard, arXiv 2006.16668;
+            DeepSpeed).
         zero: the rule of zero-computation experts, which E then does not count; None without any.
         projection: from x to logits; default: a `GateProjection`.
     """
@@ -112,6 +117,7 @@ class TopKGate(Gate):
         randomness: Randomness | None = None,
         capacity: Capacity | None = None,
         balance: Balance | None = None,
+        counts: Counts = "chosen",
         zero: ZeroRule | None = None,
         projection: nn.Module | None = None,
     ):
@@ -122,31 +128,38 @@ class TopKGate(Gate):
         self.normalize, self.scale, self.groups = normalize, scale, groups
         self.bias_rate = bias_rate
         self.randomness = randomness or Randomness()
-        self.capacity, self.balance = capacity or Capacity(), balance or Balance()
+        self.capacity, self.balance, self.counts = capacity or Capacity(), balance or Balance(), counts
         self.projection = projection or GateProjection(hidden, self.candidates)
         self.noise = GateProjection(hidden, self.candidates) if self.randomness.gaussian else None
         if bias_rate:
             self.register_buffer("selection_bias", torch.zeros(self.candidates))
         self.counts_first = bool(self.balance.global_balance)
         self.load: Tensor | None = None
-        """Assignments per expert since the last step, int64 [E]; None where nobody asks."""
+        """Since the last step, int64: the assignments of each expert that the bias follows, if there is one, then
+        those that the global loss counts; None where nobody asks."""
         self.global_load: Tensor | None = None
-        """Of the whole global batch, where it was counted before the step."""
+        """What the global loss counts of the whole global batch, where that was done before the step."""
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
         logits_TE, noisy_TE, width_TE = self._logits(x_TH, tokens.number_T)
         chosen = self.choose(noisy_TE, tokens)
-        self._count(chosen.load_E)
-        routing = self._route(chosen, tokens.number_T, scope)
+        counted_Tc = self._counted(chosen.expert_Tk, noisy_TE)
+        counted_E = chosen.load_E if counted_Tc is chosen.expert_Tk else load_of(counted_Tc, self.candidates)
+        stays_Tk = self._stays(chosen.weight_Tk, tokens.number_T)
+        if stays_Tk is not None:
+            chosen = chosen._replace(load_E=load_of(chosen.expert_Tk, self.candidates, stays_Tk))
+        self._count(chosen.load_E, counted_E)
+        routing = self._route(chosen, stays_Tk, tokens.number_T, scope)
         if self.training and torch.is_grad_enabled():
             seen = Seen(
                 logits_TE,
                 self._normalized(chosen.probabilities_TE),
                 chosen.expert_Tk,
                 chosen.weight_Tk,
-                chosen.load_E,
+                counted_Tc,
+                counted_E,
                 tokens.sequences,
-                self._global_load(chosen.load_E, scope),
+                self._global_load(counted_E, scope),
                 noisy_TE,
                 width_TE,
             )
@@ -194,41 +207,43 @@ class TopKGate(Gate):
             return probabilities_TE
         return probabilities_TE / (probabilities_TE.sum(-1, keepdim=True) + 1e-20)
 
-    def _route(self, chosen: GateResult, number_T: Tensor, scope: MicroBatch) -> Routing:
-        weight_Tk, expert_Tk = chosen.weight_Tk, chosen.expert_Tk
-        wanted_Tk = None
-        if self.training and self.randomness.second:
-            wanted_Tk = self.randomness.kept(weight_Tk.detach(), number_T)
+    def _counted(self, expert_Tk: Tensor, logits_TE: Tensor) -> Tensor:
+        """Each token's experts [T, c] that balance losses count."""
+        if self.counts == "first":
+            return expert_Tk[:, :1]
+        return best(logits_TE, self.top_k) if self.counts == "scores" else expert_Tk
+
+    def _stays(self, weight_Tk: Tensor, number_T: Tensor) -> Tensor | None:
+        """Which choices are assignments, bool [T, k]; None for all of them."""
+        if not self.training or not self.randomness.second:
+            return None
+        return self.randomness.kept(weight_Tk.detach(), number_T)
+
+    def _route(self, chosen: GateResult, stays_Tk: Tensor | None, number_T: Tensor, scope: MicroBatch) -> Routing:
+        weight_Tk, expert_Tk, wanted_Tk = chosen.weight_Tk, chosen.expert_Tk, stays_Tk
         experts: float = self.experts
         if self.zero is not None:
-            experts = self.zero.places
-            wanted_Tk = (expert_Tk < self.experts) if wanted_Tk is None else wanted_Tk & (expert_Tk < self.experts)
+            experts, computed_Tk = self.zero.places, expert_Tk < self.experts
+            wanted_Tk = computed_Tk if stays_Tk is None else stays_Tk & computed_Tk
         limit = self.capacity.limit(self.training, len(number_T) * scope.size, self.top_k, experts)
         wish = Wish(expert_Tk, weight_Tk, chosen.probabilities_TE, wanted_Tk)
         routing = assign(wish, number_T, self.experts, limit, self.capacity, scope)
         routing.load_E = chosen.load_E[: self.experts]
         if self.zero is not None:
-            routing.zero_TZ = self.zero.weights(weight_Tk, expert_Tk)
+            routing.zero_TZ = self.zero.weights(weight_Tk if stays_Tk is None else weight_Tk * stays_Tk, expert_Tk)
             routing.zero_load = chosen.load_E[self.experts :].sum()
         return routing
 
-    def _count(self, load_E: Tensor) -> None:
-        if self.training and (self.bias_rate or self.counts_first):
-            # The same operation every time: selective recomputation replays them by their number.
-            self.load = load_E + (0 if self.load is None else self.load)
+    def _count(self, load_E: Tensor, counted_E: Tensor) -> None:
+        wanted = [load_E] * bool(self.bias_rate) + [counted_E] * self.counts_first
+        if self.training and wanted:
+            # The same operations every time: selective recomputation replays them by their number.
+            self.load = torch.cat(wanted) + (0 if self.load is None else self.load)
 
-    def _global_load(self, load_E: Tensor, scope: MicroBatch) -> Tensor | None:
+    def _global_load(self, counted_E: Tensor, scope: MicroBatch) -> Tensor | None:
         if not self.balance.global_balance:
             return None
-        return scope.sum_global(load_E) if self.global_load is None else self.global_load
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKGate:
-        before = self.selection_bias if self.bias_rate else None
-        super()._apply(fn, recurse)
-        if before is not None and self.selection_bias.dtype.itemsize < before.dtype.itemsize:
-            # A step of the bias is lost in bfloat16.
-            self.selection_bias = before.to(self.selection_bias.device)
-        return self
+        return scope.sum_global(counted_E) if self.global_load is None else self.global_load
 
     def reset_state(self) -> None:
         if self.bias_rate:
@@ -238,9 +253,17 @@ class TopKGate(Gate):
         return self.load
 
     def before_step(self, total: Tensor) -> None:
-        self.global_load, self.load = total, None
+        self.global_load, self.load = total[-self.candidates :], None
 
     def after_step(self, total: Tensor) -> None:
         self.load = self.global_load = None
         if self.bias_rate:
-            self.selection_bias += self.bias_rate * torch.sign(total.mean() - total).to(self.selection_bias.dtype)
+            load_E = total[: self.candidates]
+            load_E = load_E if self.zero is None else self.zero.adjust(load_E)
+            self.selection_bias += self.bias_rate * torch.sign(load_E.mean() - load_E).to(self.selection_bias.dtype)
+
+
+def load_of(expert_Tk: Tensor, experts: int, stays_Tk: Tensor | None = None) -> Tensor:
+    """How often each expert occurs in `expert_Tk`, where it stays: int64 [E]."""
+    one_A = torch.ones_like(expert_Tk).flatten() if stays_Tk is None else stays_Tk.flatten().to(torch.int64)
+    return expert_Tk.new_zeros(experts).scatter_add_(0, expert_Tk.flatten(), one_A)
