@@ -154,9 +154,9 @@ def _blocked(
 ) -> tuple[Tensor, Tensor]:
     """(output, in the shape of x; h [N, G, F]). `index_N`: the token of each row, None if x are the rows."""
     wide, rows = working_type(x_TH.dtype), len(x_TH) if index_N is None else len(index_N)
-    if small.fits(x_TH, fc1, rows, BLOCK):
+    if small.fits(x_TH, fc1, fc2, rows, BLOCK):
         return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
-    out = recycle.empty_like(x_TH) if index_N is None else recycle.zeros(x_TH.shape, wide)
+    out = recycle.empty(x_TH.shape, x_TH.dtype) if index_N is None else recycle.zeros(x_TH.shape, wide)
     h = recycle.empty((rows, *fc1.shape[2:]), x_TH.dtype)
     blocks = list(_blocks(counts_E.tolist(), fc2.shape[1]))
     hs, indices, weights = (_by_block(t, blocks) for t in (h, index_N, weight_N))
@@ -261,18 +261,19 @@ def _blocked_backward(
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, fc1, fc2, weight and bias1; the last two are empty without their inputs."""
+    grad_TH = grad_TH.contiguous()
     if weight_N is not None:
         weight_N = _not_zero(weight_N)
-    if small.fits(x_TH, fc1, len(h_NGF), BLOCK):
+    if small.fits(x_TH, fc1, fc2, len(h_NGF), BLOCK):
         return small.backward(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind)
     wide, counts = working_type(x_TH.dtype), counts_E.tolist()
-    grad_x = recycle.empty_like(x_TH) if index_N is None else recycle.zeros(x_TH.shape, wide)
+    grad_x = recycle.empty(x_TH.shape, x_TH.dtype) if index_N is None else recycle.zeros(x_TH.shape, wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
-    fresh = recycle.empty_like if all(counts) else recycle.zeros_like
-    grad1, grad2 = fresh(fc1), fresh(fc2)
+    fresh = recycle.empty if all(counts) else recycle.zeros
+    grad1, grad2 = fresh(fc1.shape, fc1.dtype), fresh(fc2.shape, fc2.dtype)
     none = x_TH.new_empty(0)
-    grad_weight_N = None if weight_N is None else torch.empty_like(weight_N)
-    grad_bias = x_TH.new_empty(0) if bias1 is None else torch.zeros_like(bias1)
+    grad_weight_N = None if weight_N is None else weight_N.new_empty(weight_N.shape)
+    grad_bias = x_TH.new_empty(0) if bias1 is None else bias1.new_zeros(bias1.shape)
 
     width = fc2.shape[1]
     blocks = list(_blocks(counts, width))
@@ -317,14 +318,18 @@ def _blocked_backward(
 @torch.library.register_fake("moesys::expert_ffn")
 def _(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind):
     rows = len(x_TH) if index_N is None else len(index_N)
-    return torch.empty_like(x_TH), x_TH.new_empty(rows, *fc1.shape[2:])
+    return _fresh(x_TH), x_TH.new_empty(rows, *fc1.shape[2:])
 
 
 @torch.library.register_fake("moesys::expert_ffn_backward")
 def _(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind):
-    weight = x_TH.new_empty(0) if weight_N is None else torch.empty_like(weight_N)
-    bias = x_TH.new_empty(0) if bias1 is None else torch.empty_like(bias1)
-    return torch.empty_like(x_TH), torch.empty_like(fc1), torch.empty_like(fc2), weight, bias
+    weight, bias = (x_TH.new_empty(0) if given is None else _fresh(given) for given in (weight_N, bias1))
+    return _fresh(x_TH), _fresh(fc1), _fresh(fc2), weight, bias
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """What the results look like: contiguous, however x lies in memory."""
+    return x.new_empty(x.shape)
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -340,7 +345,7 @@ class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TH):  # type: ignore[override]
         saved = ctx.saved_tensors
-        grads = torch.ops.moesys.expert_ffn_backward(grad_TH.contiguous(), *saved, ctx.kind)
+        grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *saved, ctx.kind)
         weight, bias = (None if given is None else g for given, g in zip(saved[4:6], grads[3:], strict=True))
         return *grads[:3], None, weight, bias, None, None
 

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from moesys.kernels import activation
+from moesys.kernels.choose import has_aligned_rows
 
 _product = torch._grouped_mm
 
 
-def fits(x_TH: Tensor, fc1: Tensor, rows: int, most: int) -> bool:
+def fits(x_TH: Tensor, fc1: Tensor, fc2: Tensor, rows: int, most: int) -> bool:
     """Whether torch's grouped products take it, and its inner activations have at most `most` elements.
 
-    They need float32 and rows whose size is a multiple of 16 bytes.
+    They need float32 and rows whose size is a multiple of 16 bytes, in memory too.
     """
     hidden, _, inner = fc1.shape[1:]
-    aligned = hidden % 4 == 0 and inner % 4 == 0 and fc1.is_contiguous()
-    return x_TH.dtype == torch.float32 and aligned and 0 < rows * inner <= most
+    if x_TH.dtype != torch.float32 or not 0 < rows * inner <= most or hidden % 4 or inner % 4:
+        return False
+    return fc1.is_contiguous() and has_aligned_rows(x_TH) and has_aligned_rows(fc2)
 
 
 def forward(
@@ -40,7 +42,7 @@ def forward(
     if bias1 is not None:
         h += bias1.repeat_interleave(counts_E, 0)
     y = _product(activation.forward(h, kind, weight_N), fc2, offs=ends)
-    return (y if index_N is None else torch.zeros_like(x_TH).index_add_(0, index_N, y)), h
+    return (y if index_N is None else x_TH.new_zeros(x_TH.shape).index_add_(0, index_N, y)), h
 
 
 def backward(
@@ -55,20 +57,20 @@ def backward(
     h_NGF: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `moesys::expert_ffn_backward`; `weight_N` without zeros."""
+    """As `moesys::expert_ffn_backward`; `weight_N` without zeros, the gradient contiguous."""
     ends = counts_E.cumsum(0).to(torch.int32)
     x, dy = (t if index_N is None else t.index_select(0, index_N) for t in (x_TH, grad_TH))
     if weight_N is not None:
-        dy = dy * weight_N.unsqueeze(-1)
+        dy = dy * weight_N.to(dy.dtype).unsqueeze(-1)
     dh = torch.empty_like(h_NGF)
     inner, along = activation.backward_in_place(_product(dy, fc2.mT, offs=ends), h_NGF, kind, dh)
     grad2 = _product(inner.t(), dy, offs=ends)
     grad1 = _product(x.t(), dh.flatten(1), offs=ends).view_as(fc1)
     dx = _product(dh.flatten(1), fc1.flatten(2).mT, offs=ends)
-    grad_x = dx if index_N is None else torch.zeros_like(x_TH).index_add_(0, index_N, dx)
+    grad_x = dx if index_N is None else x_TH.new_zeros(x_TH.shape).index_add_(0, index_N, dx)
     none = x_TH.new_empty(0)
     grad_bias = none
     if bias1 is not None:
         expert_N = torch.arange(len(counts_E)).repeat_interleave(counts_E)
-        grad_bias = torch.zeros_like(bias1).index_add_(0, expert_N, dh)
+        grad_bias = bias1.new_zeros(bias1.shape).index_add_(0, expert_N, dh)
     return grad_x, grad1, grad2, none if weight_N is None else along / weight_N, grad_bias

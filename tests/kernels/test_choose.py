@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from moesys.errors import MoesysError
 from moesys.kernels import choose as module
 from moesys.kernels.choose import KernelChoiceError, choose
 
 
-def _cuda(dtype: torch.dtype) -> SimpleNamespace:
-    return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0", element_size=lambda: dtype.itemsize)
+def _cuda(dtype: torch.dtype, like: Tensor | None = None) -> SimpleNamespace:
+    """Stands for a tensor on GPU with the shape and strides of `like`."""
+    known = {} if like is None else {name: getattr(like, name) for name in ("shape", "stride", "storage_offset")}
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0", element_size=lambda: dtype.itemsize, **known)
 
 
 def _force(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
@@ -86,7 +89,34 @@ def test_triton_runs_on_cuda_where_it_is_installed_and_for_its_types(unforced):
     ],
 )
 def test_grouped_products_are_torchs_where_it_has_one_kernel(unforced, dtype, shape, capability, way):
+    _on(unforced, capability)
+    x, w = torch.empty(8, shape[1]), torch.empty(shape, dtype=dtype)
+    assert choose(_cuda(dtype, x), "grouped_matmul", w) == way
+
+
+def _on(unforced: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     unforced.setattr(module, "HAS_TRITON", True)
     unforced.setattr(torch.version, "hip", None)
     unforced.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose(_cuda(dtype), "grouped_matmul", torch.empty(shape, dtype=dtype)) == way
+
+
+ROWS, MATRICES = torch.empty(8, 64), torch.empty(4, 64, 96, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "way"),
+    [
+        (ROWS, torch.empty(4, 96, 64, dtype=torch.bfloat16).mT, "torch"),
+        (ROWS, torch.empty(8, 96, dtype=torch.bfloat16), "torch"),
+        (torch.empty(8, 128)[:, 64:], MATRICES, "torch"),
+        (torch.empty(8, 65)[:, 1:], MATRICES, "triton"),
+        (torch.empty(8, 72)[:, 1:65], MATRICES, "triton"),
+        (torch.empty(64, 8).t(), MATRICES, "triton"),
+        (torch.empty(1, 64).expand(8, 64), MATRICES, "triton"),
+        (ROWS, torch.empty(4, 64, 97, dtype=torch.bfloat16)[..., 1:], "triton"),
+        (ROWS, torch.empty(96, 64, 4, dtype=torch.bfloat16).permute(2, 1, 0), "triton"),
+    ],
+)
+def test_torchs_grouped_products_need_rows_that_lie_in_whole_16_bytes(unforced, x, w, way):
+    _on(unforced, (9, 0))
+    assert choose(_cuda(torch.bfloat16, x), "grouped_matmul", w) == way

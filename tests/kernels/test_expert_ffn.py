@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from moesys.kernels import activation, expert_ffn, workers
 from moesys.kernels.permute import sort_by_expert
@@ -143,3 +144,55 @@ def test_what_is_kept_for_backward_is_the_input_and_one_product():
         expert_ffn.expert_ffn(x, fc1, fc2, torch.tensor([16] * 4), "swiglu", torch.rand(64))
     weights = fc1.nbytes + fc2.nbytes
     assert sum(kept.values()) == weights + x.nbytes + 64 * 2 * F * 4 + 64 * 4 + 4 * 8
+
+
+LAYOUTS = {
+    "contiguous": lambda *shape: torch.randn(shape),
+    "parts within": lambda *shape: torch.randn(*shape[:-2], shape[-1], shape[-2]).mT,
+    "reversed": lambda *shape: torch.randn(shape[::-1]).permute(*reversed(range(len(shape)))),
+    "cut out": lambda *shape: torch.randn(*shape[:-1], shape[-1] + 1)[..., 1:],
+    "expanded": lambda *shape: torch.randn(*shape[:-1], 1).expand(shape),
+}
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("block", [0, 2**18], ids=["blocks", "few rows"])
+@pytest.mark.parametrize("which", [*range(5), "all"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_may_lie_in_memory_as_they_like(monkeypatch, layout, which, block, indexed):
+    monkeypatch.setattr(expert_ffn, "BLOCK", block)
+    torch.manual_seed(0)
+    counts, shapes = [10, 0, 25, 5], ((40, 16), (40, 16), (4, 16, 2, 24), (4, 24, 16), (4, 2, 24))
+    p = sort_by_expert(torch.arange(40), torch.arange(4).repeat_interleave(torch.tensor(counts)), 40, 4)
+    made = [LAYOUTS[layout if which in (i, "all") else "contiguous"](*shape) for i, shape in enumerate(shapes)]
+    target, *inputs = [*made, torch.rand(80)[::2]]
+    inputs = [t.requires_grad_() for t in inputs]
+    x, fc1, fc2, bias, weight = inputs
+    found = expert_ffn.expert_ffn(x, fc1, fc2, p.counts_E, "swiglu", weight, bias, p if indexed else None)
+    grads = torch.autograd.grad(found, inputs, target)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = loop(*wide[:3], counts, "swiglu", wide[4], wide[3])
+    wanted = torch.autograd.grad(expected, wide, target.double())
+    for a, b in zip((found, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("block", [0, 2**18], ids=["blocks", "few rows"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("layout", ["reversed", "cut out"])
+def test_what_is_traced_lies_in_memory_as_what_is_computed(monkeypatch, layout, which, block, indexed):
+    monkeypatch.setattr(expert_ffn, "BLOCK", block)
+    shapes = ((16, 8), (2, 8, 2, 12), (2, 12, 8))
+    x, fc1, fc2 = (LAYOUTS[layout if i == which else "contiguous"](*shape) for i, shape in enumerate(shapes))
+    index = torch.arange(16) if indexed else None
+    given = (x, fc1, fc2, torch.tensor([10, 6]), torch.rand(16), torch.randn(2, 2, 12), index)
+
+    def strides(*inputs):
+        out, h = torch.ops.moesys.expert_ffn(*inputs, "swiglu")
+        grads = torch.ops.moesys.expert_ffn_backward(torch.zeros_like(out), *inputs, h, "swiglu")
+        return [t.stride() for t in (out, h, *grads)]
+
+    with FakeTensorMode() as mode:
+        traced = strides(*(None if t is None else mode.from_tensor(t) for t in given))
+    assert strides(*given) == traced
