@@ -71,11 +71,12 @@ class Experts(nn.Module):
         if self.fc2_bias is None:
             return out
         bias2 = _mixed(self.fc2_bias, share_GE).to(x_NH.dtype)
-        rows = self._output_bias(bias2, out, tokens_per_expert, weight_N)
+        # The device alone knows the counts: without their sum this would wait for it.
+        count = len(x_NH if p is None else p.token_A)
+        rows = self._output_bias(bias2.repeat_interleave(tokens_per_expert, 0, output_size=count), out, weight_N)
         return out + (rows if p is None else unpermute(rows, p))
 
-    def _output_bias(self, bias: Tensor, out: Tensor, tokens_per_expert: Tensor, weight_N: Tensor | None) -> Tensor:
-        rows = bias.repeat_interleave(tokens_per_expert, 0)
+    def _output_bias(self, rows: Tensor, out: Tensor, weight_N: Tensor | None) -> Tensor:
         if weight_N is not None:
             rows = rows * weight_N.unsqueeze(-1).to(rows.dtype)
         rest = out.shape[1] - rows.shape[1] - self.fc2_bias_start

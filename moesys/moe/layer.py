@@ -37,7 +37,9 @@ class LayerStatistics:
             parts["load"] = decision.load_E
         if decision.zero_load is not None:
             parts["zero"] = decision.zero_load
-        parts["dropped"] = torch.as_tensor(decision.dropped, device=device)
+        dropped = decision.dropped
+        # Not as_tensor, which copies a number from the host and waits for that.
+        parts["dropped"] = dropped if isinstance(dropped, Tensor) else torch.full((), dropped, device=device)
         parts["calls"] = torch.ones((), device=device)
         for name, value in parts.items():
             # The same operations every time: selective recomputation replays them by their number.
