@@ -113,26 +113,36 @@ class _Activate(torch.autograd.Function):
     def forward(ctx, h_NGF, weight_N, kind):  # type: ignore[override]
         ctx.kind = kind
         ctx.save_for_backward(h_NGF, weight_N)
-        if choose(h_NGF, "activation") == "triton":
-            from moesys.kernels.triton import activation as kernel
-
-            return kernel.activate(h_NGF, kind, weight_N)
-        return forward(h_NGF, kind, weight_N)
+        return activated(h_NGF, kind, weight_N)
 
     @staticmethod
     def backward(ctx, grad_NF):  # type: ignore[override]
         h_NGF, weight_N = ctx.saved_tensors
-        if choose(h_NGF, "activation") == "triton":
-            from moesys.kernels.triton import activation as kernel
+        return *gradients(grad_NF, h_NGF, ctx.kind, weight_N), None
 
-            return *kernel.activate_backward(grad_NF, h_NGF, ctx.kind, weight_N), None
-        wide = torch.promote_types(h_NGF.dtype, torch.float32)
-        grad_h, grad_weight = backward(grad_NF.to(wide), h_NGF.to(wide), ctx.kind, weight_N)
-        return grad_h.to(h_NGF.dtype), grad_weight, None
+
+def activated(h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> Tensor:
+    """`activate` without autograd."""
+    if choose(h_NGF, "activation") == "triton":
+        from moesys.kernels.triton import activation as kernel
+
+        return kernel.activate(h_NGF, kind, weight_N)
+    return forward(h_NGF, kind, weight_N)
+
+
+def gradients(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h [N, G, F] and of the weight [N], each in its type, None without one; `h_NGF` contiguous."""
+    if choose(h_NGF, "activation") == "triton":
+        from moesys.kernels.triton import activation as kernel
+
+        return kernel.activate_backward(grad_NF, h_NGF, kind, weight_N)
+    wide = torch.promote_types(h_NGF.dtype, torch.float32)
+    grad_h, grad_weight = backward(grad_NF.to(wide), h_NGF.to(wide), kind, weight_N)
+    return grad_h.to(h_NGF.dtype), grad_weight
 
 
 def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, spare_NF: Tensor | None = None) -> Tensor:
-    """`activate` without autograd; reuses its own memory, and may compute in `spare_NF` of h's type."""
+    """`activated` by torch; reuses its own memory, and may compute in `spare_NF` of h's type."""
     k, wide = KINDS[kind], h_NGF.to(torch.promote_types(h_NGF.dtype, torch.float32))
     out = _value(k, wide[:, 0], spare_NF)
     if k.gated:
@@ -143,7 +153,7 @@ def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, spare_NF: 
 
 
 def backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(gradient of h [N, G, F], gradient of the weight [N] or None); all of one type, float32 or wider."""
+    """`gradients` by torch; all of one type, float32 or wider."""
     dh = torch.empty_like(h_NGF)
     _, along = backward_in_place(dh[:, 0].copy_(grad_NF), h_NGF, kind, dh)
     if weight_N is None:

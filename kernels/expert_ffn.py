@@ -2,9 +2,8 @@
 
 T tokens, N rows sorted by expert, E experts with counts_E rows of each, H hidden, G · F inner (G = 2
 with a gated activation). On CPU each expert, on a core of its own where that is even, gathers its rows,
-passes them through both products while they are in the cache and adds its results to their tokens: for
-backward it keeps its inputs and the products of fc1 alone. On GPU it is composed of gathering, grouped
-products, the fused activation and summing.
+passes them through both products while they are in the cache and adds its results to their tokens. On GPU
+all go together, see `expert_ffn_grouped`. Either keeps its inputs and the products of fc1 alone for backward.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moesys.kernels import activation, recycle
+from moesys.kernels import expert_ffn_grouped as grouped
 from moesys.kernels import expert_ffn_small as small
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
@@ -69,18 +69,19 @@ def expert_ffn(
     floating type; `counts_E` int64 [E], sum N, any 0; `weight_N` float32 (or wider), the routing weights,
     None for 1; `kind` as in `moesys.kernels.activation`.
     """
-    way = choose(x_TH, "expert_ffn")
-    if way == "reference":
+    if choose(x_TH, "expert_ffn") == "reference":
         return reference(x_TH, fc1_EHGF, fc2_EFH, counts_E, kind, weight_N, bias1_EGF, p)
-    if way == "torch" and not x_TH.is_cuda:
-        index = None if p is None else p.token_A
-        return _ExpertFFN.apply(x_TH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, index, kind)
-    rows = x_TH if p is None else permutation.permute(x_TH, p)
-    h = products.grouped_matmul(rows, fc1_EHGF.flatten(2), counts_E).unflatten(1, fc1_EHGF.shape[2:])
-    if bias1_EGF is not None:
-        h = h + bias1_EGF.repeat_interleave(counts_E, 0, output_size=len(h))
-    out = products.grouped_matmul(activation.activate(h, kind, weight_N), fc2_EFH, counts_E)
-    return out if p is None else permutation.unpermute(out, p)
+    index = row = offsets = None
+    if p is not None:
+        index, row, offsets = p.token_A, p.row_A, p.offsets_T1
+        if _in_blocks(x_TH):  # which add to their tokens: nothing that is not used is kept
+            row = offsets = None
+    return _ExpertFFN.apply(x_TH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, index, row, offsets, kind)
+
+
+def _in_blocks(x: Tensor) -> bool:
+    """Whether experts go one after another, or some to a core, rather than all together."""
+    return not x.is_cuda and choose(x, "expert_ffn") == "torch"
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,40 @@ def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
 _LIBRARY = torch.library.Library("moesys", "FRAGMENT")
 _LIBRARY.define(
     "expert_ffn(Tensor x, Tensor fc1, Tensor fc2, Tensor counts, Tensor? weight, Tensor? bias1, Tensor? index, "
-    "str kind) -> (Tensor, Tensor)"
+    "Tensor? row, Tensor? offsets, str kind) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "expert_ffn_backward(Tensor grad, Tensor x, Tensor fc1, Tensor fc2, Tensor counts, Tensor? weight, Tensor? bias1, "
-    "Tensor? index, Tensor h, str kind) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? index, Tensor? row, Tensor? offsets, Tensor h, str kind) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-@torch.library.impl(_LIBRARY, "expert_ffn", "CPU")
+def _forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, kind) -> tuple[Tensor, Tensor]:
+    """(output, in the shape of x; h [N, G, F]).
+
+    `index_N`: the token of each row, None if x are the rows; `row_N` and `offsets_T1`: the rows of each token, as
+    in `Permutation`, None where they are not needed.
+    """
+    if _in_blocks(x_TH):
+        return _blocked(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
+    return grouped.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, kind)
+
+
+def _backward(
+    grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, h_NGF, kind
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, fc1, fc2, weight and bias1; the last two are empty without their inputs."""
+    grad_TH, inputs = grad_TH.contiguous(), (x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N)
+    if _in_blocks(x_TH):
+        return _blocked_backward(grad_TH, *inputs, h_NGF, kind)
+    return grouped.backward(grad_TH, *inputs, row_N, offsets_T1, h_NGF, kind)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("expert_ffn", _forward, _device)
+    _LIBRARY.impl("expert_ffn_backward", _backward, _device)
+
+
 def _blocked(
     x_TH: Tensor,
     fc1: Tensor,
@@ -152,7 +178,6 @@ def _blocked(
     index_N: Tensor | None,
     kind: str,
 ) -> tuple[Tensor, Tensor]:
-    """(output, in the shape of x; h [N, G, F]). `index_N`: the token of each row, None if x are the rows."""
     wide, rows = working_type(x_TH.dtype), len(x_TH) if index_N is None else len(index_N)
     if small.fits(x_TH, fc1, fc2, rows, BLOCK):
         return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
@@ -247,7 +272,6 @@ def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
         h_e += bias
 
 
-@torch.library.impl(_LIBRARY, "expert_ffn_backward", "CPU")
 def _blocked_backward(
     grad_TH: Tensor,
     x_TH: Tensor,
@@ -260,8 +284,6 @@ def _blocked_backward(
     h_NGF: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, fc1, fc2, weight and bias1; the last two are empty without their inputs."""
-    grad_TH = grad_TH.contiguous()
     if weight_N is not None:
         weight_N = _not_zero(weight_N)
     if small.fits(x_TH, fc1, fc2, len(h_NGF), BLOCK):
@@ -316,13 +338,13 @@ def _blocked_backward(
 
 
 @torch.library.register_fake("moesys::expert_ffn")
-def _(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind):
+def _(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, kind):
     rows = len(x_TH) if index_N is None else len(index_N)
     return _fresh(x_TH), x_TH.new_empty(rows, *fc1.shape[2:])
 
 
 @torch.library.register_fake("moesys::expert_ffn_backward")
-def _(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind):
+def _(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, h_NGF, kind):
     weight, bias = (x_TH.new_empty(0) if given is None else _fresh(given) for given in (weight_N, bias1))
     return _fresh(x_TH), _fresh(fc1), _fresh(fc2), weight, bias
 
@@ -347,7 +369,7 @@ class _ExpertFFN(torch.autograd.Function):
         saved = ctx.saved_tensors
         grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *saved, ctx.kind)
         weight, bias = (None if given is None else g for given, g in zip(saved[4:6], grads[3:], strict=True))
-        return *grads[:3], None, weight, bias, None, None
+        return *grads[:3], None, weight, bias, None, None, None, None
 
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)

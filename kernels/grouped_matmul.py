@@ -127,7 +127,52 @@ def grouped_matmul(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tenso
     if way == "reference":
         return reference(x_NK, w_GKM, rows_per_group)
     if way == "triton":
-        return _grouped_mm(x_NK, w_GKM, torch.nn.functional.pad(rows_per_group.cumsum(0), (1, 0)))
+        return _grouped_mm(x_NK, w_GKM, starts(rows_per_group))
     if torch_has_grouped_mm(x_NK, w_GKM):
-        return torch._grouped_mm(x_NK, w_GKM, offs=rows_per_group.cumsum(0).to(torch.int32))
+        return _TorchProducts.apply(x_NK, w_GKM, starts(rows_per_group))
     return _grouped(x_NK, w_GKM, rows_per_group.tolist())
+
+
+def starts(rows_per_group: Tensor) -> Tensor:
+    """Where each group's rows start, and the last ones end: int32 [G + 1]. Nothing waits for the device."""
+    return torch.nn.functional.pad(rows_per_group.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def product(x_NK: Tensor, w_GKM: Tensor, starts_G1: Tensor) -> Tensor:
+    """`grouped_matmul` without autograd, by the same choice; `starts_G1` from `starts`."""
+    if choose(x_NK, "grouped_matmul", w_GKM) == "triton":
+        return _grouped_mm(x_NK, w_GKM, starts_G1)
+    if torch_has_grouped_mm(x_NK, w_GKM):
+        return torch._grouped_mm(x_NK, w_GKM, offs=starts_G1[1:])
+    return _grouped(x_NK, w_GKM, starts_G1.diff().tolist())
+
+
+def matrix_gradients(x_NK: Tensor, grad_NM: Tensor, starts_G1: Tensor) -> Tensor:
+    """x[rows of g]ᵀ · grad[rows of g] of every group: [G, K, M], zeros for one without rows; without autograd."""
+    if choose(x_NK, "grouped_matmul", grad_NM) == "triton":
+        return _grouped_mm_weight_grad(x_NK, grad_NM, starts_G1)
+    if torch_has_grouped_mm(x_NK, grad_NM):
+        return torch._grouped_mm(x_NK.t(), grad_NM, offs=starts_G1[1:])
+    rows = starts_G1.diff().tolist()
+    out = x_NK.new_zeros(len(rows), x_NK.shape[1], grad_NM.shape[1])
+    for x, grad, y in zip(x_NK.split(rows), grad_NM.split(rows), out, strict=True):
+        if len(x):
+            torch.mm(x.t(), grad, out=y)
+    return out
+
+
+class _TorchProducts(torch.autograd.Function):
+    """torch's grouped_mm, whose own derivative takes no gradient that is expanded or lies otherwise."""
+
+    @staticmethod
+    def forward(ctx, x_NK, w_GKM, starts_G1):  # type: ignore[override]
+        ctx.save_for_backward(x_NK, w_GKM, starts_G1)
+        return torch._grouped_mm(x_NK, w_GKM, offs=starts_G1[1:])
+
+    @staticmethod
+    def backward(ctx, grad_NM):  # type: ignore[override]
+        x_NK, w_GKM, starts_G1 = ctx.saved_tensors
+        grad_NM = grad_NM.contiguous()
+        grad_x = product(grad_NM, w_GKM.mT, starts_G1) if ctx.needs_input_grad[0] else None
+        grad_w = matrix_gradients(x_NK, grad_NM, starts_G1) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w, None

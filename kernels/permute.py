@@ -74,11 +74,11 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, p):  # type: ignore[override]
         ctx.p = p
-        return _gather(x_TH, p.token_A)
+        return gather(x_TH, p.token_A)
 
     @staticmethod
     def backward(ctx, grad_AH):  # type: ignore[override]
-        return _gather_sum(grad_AH.contiguous(), ctx.p.row_A, ctx.p.offsets_T1, None), None
+        return gather_sum(grad_AH.contiguous(), ctx.p.row_A, ctx.p.offsets_T1, None), None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -87,37 +87,38 @@ class _Unpermute(torch.autograd.Function):
         ctx.p, ctx.weighted = p, weight_A is not None
         ctx.save_for_backward(*((rows_AH, weight_A) if ctx.weighted else ()))
         ordered = None if weight_A is None else weight_A.index_select(0, p.row_A)
-        return _gather_sum(rows_AH.contiguous(), p.row_A, p.offsets_T1, ordered)
+        return gather_sum(rows_AH.contiguous(), p.row_A, p.offsets_T1, ordered)
 
     @staticmethod
     def backward(ctx, grad_TH):  # type: ignore[override]
         if not ctx.weighted:
-            return _gather(grad_TH.contiguous(), ctx.p.token_A), None, None
+            return gather(grad_TH.contiguous(), ctx.p.token_A), None, None
         rows_AH, weight_A = ctx.saved_tensors
         if choose(rows_AH, "unpermute") == "triton":
-            from moesys.kernels.triton.permute import gather, weight_grad
+            from moesys.kernels.triton import permute as kernel
 
-            grad_weight = weight_grad(grad_TH, rows_AH, None, ctx.p.token_A).to(weight_A.dtype)
-            return gather(grad_TH, ctx.p.token_A, weight_A), grad_weight, None
-        grad_AH = _gather(grad_TH.contiguous(), ctx.p.token_A)
+            grad_weight = kernel.weight_grad(grad_TH, rows_AH, None, ctx.p.token_A).to(weight_A.dtype)
+            return kernel.gather(grad_TH, ctx.p.token_A, weight_A), grad_weight, None
+        grad_AH = gather(grad_TH.contiguous(), ctx.p.token_A)
         grad_weight = torch.linalg.vecdot(grad_AH, rows_AH).to(weight_A.dtype)
         return grad_AH.mul_(weight_A.to(grad_AH.dtype).unsqueeze(-1)), grad_weight, None
 
 
-def _gather(x_TH: Tensor, index_A: Tensor) -> Tensor:
+def gather(x_TH: Tensor, index_A: Tensor) -> Tensor:
+    """out[a] = x[index[a]], without autograd."""
     if choose(x_TH, "permute") == "triton":
-        from moesys.kernels.triton.permute import gather
+        from moesys.kernels.triton import permute as kernel
 
-        return gather(x_TH, index_A)
+        return kernel.gather(x_TH, index_A)
     return x_TH.index_select(0, index_A)
 
 
-def _gather_sum(rows_AH: Tensor, index_A: Tensor, offsets_T1: Tensor, weight_A: Tensor | None) -> Tensor:
-    """out[t] = Σ over a in offsets[t] : offsets[t+1] of weight[a] · rows[index[a]]."""
+def gather_sum(rows_AH: Tensor, index_A: Tensor, offsets_T1: Tensor, weight_A: Tensor | None) -> Tensor:
+    """out[t] = Σ over a in offsets[t] : offsets[t+1] of weight[a] · rows[index[a]], without autograd."""
     if choose(rows_AH, "unpermute") == "triton":
-        from moesys.kernels.triton.permute import gather_sum
+        from moesys.kernels.triton import permute as kernel
 
-        return gather_sum(rows_AH, index_A, offsets_T1, weight_A)
+        return kernel.gather_sum(rows_AH, index_A, offsets_T1, weight_A)
     weight = None if weight_A is None else weight_A.to(rows_AH.dtype)
     bag = torch.embedding_bag(rows_AH, index_A, offsets_T1, False, 0, False, weight, True)
     return bag[0]

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from moesys.kernels import activation, expert_ffn, workers
+from moesys.kernels import activation, choose, expert_ffn, workers
+from moesys.kernels import grouped_matmul as products
 from moesys.kernels.permute import sort_by_expert
+from moesys.measure.bench_layer import Shape, build
+from moesys.parallel import recompute
 
 H, F = 6, 5
 
@@ -186,7 +190,7 @@ def test_what_is_traced_lies_in_memory_as_what_is_computed(monkeypatch, layout, 
     shapes = ((16, 8), (2, 8, 2, 12), (2, 12, 8))
     x, fc1, fc2 = (LAYOUTS[layout if i == which else "contiguous"](*shape) for i, shape in enumerate(shapes))
     index = torch.arange(16) if indexed else None
-    given = (x, fc1, fc2, torch.tensor([10, 6]), torch.rand(16), torch.randn(2, 2, 12), index)
+    given = (x, fc1, fc2, torch.tensor([10, 6]), torch.rand(16), torch.randn(2, 2, 12), index, None, None)
 
     def strides(*inputs):
         out, h = torch.ops.moesys.expert_ffn(*inputs, "swiglu")
@@ -196,3 +200,97 @@ def test_what_is_traced_lies_in_memory_as_what_is_computed(monkeypatch, layout, 
     with FakeTensorMode() as mode:
         traced = strides(*(None if t is None else mode.from_tensor(t) for t in given))
     assert strides(*given) == traced
+
+
+def routed(device):
+    """7 tokens of any number of rows, 11 in all, for 5 experts of which some have none."""
+    token, expert = torch.tensor([0, 0, 1, 3, 3, 3, 4, 4, 5, 6, 6]), torch.tensor([0, 3, 3, 1, 3, 0, 3, 1, 0, 0, 1])
+    return sort_by_expert(token.to(device), expert.to(device), 7, 5)
+
+
+def check_on(device, kind, indexed, weighted, biased, hidden, inner):
+    torch.manual_seed(0)
+    p, parts = routed(device), activation.KINDS[kind].parts
+    shapes = [(7 if indexed else 11, hidden), (5, hidden, parts, inner), (5, inner, hidden)]
+    shapes += [(5, parts, inner)] * biased + [(11,)] * weighted
+    inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+
+    def split(tensors):
+        x, fc1, fc2, *rest = tensors
+        return x, fc1, fc2, rest[0] if biased else None, rest[-1] if weighted else None
+
+    x, fc1, fc2, bias, weight = split(inputs)
+    found = expert_ffn.expert_ffn(x, fc1, fc2, p.counts_E, kind, weight, bias, p if indexed else None)
+    wide = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    x, fc1, fc2, bias, weight = split(wide)
+    bias = torch.zeros(5, parts, inner).double() if bias is None else bias
+    weight = torch.ones(11).double() if weight is None else weight
+    token = p.token_A.cpu()
+    expected = loop(x[token] if indexed else x, fc1, fc2, p.counts_E.tolist(), kind, weight, bias)
+    if indexed:
+        expected = torch.zeros(7, hidden).double().index_add(0, token, expected)
+    # An expanded gradient, as that of a sum.
+    grads = torch.autograd.grad(found.sum() + found.square().sum(), inputs)
+    wanted = torch.autograd.grad(expected.sum() + expected.square().sum(), wide)
+    for a, b in zip((found, *grads), (expected, *wanted), strict=True):
+        assert (a.cpu().double() - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("kind", activation.KINDS)
+def test_every_way_equals_a_loop_over_experts(device, kind, indexed):
+    for weighted, biased in ((False, False), (True, False), (False, True), (True, True)):
+        check_on(device, kind, indexed, weighted, biased, H, F)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_with_torchs_grouped_products_in_the_midst_of_triton(triton_device, indexed, monkeypatch):
+    """As on Hopper: what they refuse there they refuse on CPU, too."""
+    monkeypatch.setenv(choose.VARIABLE, "triton")
+    choose.forget()
+    monkeypatch.setattr(products, "choose", lambda x, *rest: "torch")
+    monkeypatch.setattr(products, "torch_has_grouped_mm", lambda x, w: True)
+    check_on(triton_device, "swiglu", indexed, True, True, 8, 12)
+    choose.forget()
+
+
+def kept_bytes(run, *parameters):
+    """Bytes that autograd keeps of `run`, beside the parameters."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    assert out.requires_grad
+    return sum(kept.values()) - sum(p.nbytes for p in parameters)
+
+
+def test_a_layer_keeps_what_must_be_kept(device):
+    if choose.forced() == "reference":
+        pytest.skip("the definition keeps what autograd likes")
+    shape = Shape(tokens=32, hidden=64, ffn_hidden=64, experts=8, top_k=4)
+    layer = build(shape, torch.float32, torch.device(device))
+    x = torch.randn(1, 32, 64, device=device, requires_grad=True)
+    assert kept_bytes(lambda: layer(x), *layer.parameters()) <= 1.1 * shape.kept_bytes(4)
+
+
+def test_recomputing_all_but_products_multiplies_nothing_again(device):
+    if choose.forced() == "reference":
+        pytest.skip("of the definition each expert's product is kept")
+    p = routed(device)
+    fc1, fc2 = (torch.randn(s, device=device, requires_grad=True) for s in ((5, H, 2, F), (5, F, H)))
+    x, weight = torch.randn(7, H, device=device, requires_grad=True), torch.rand(11, device=device)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return expert_ffn.expert_ffn(x.sin(), fc1, fc2, p.counts_E, "swiglu", weight, None, p).cos()
+
+    expected = torch.autograd.grad(Layer()(x).square().sum(), (x, fc1, fc2))
+    with FlopCounterMode(display=False) as flops:
+        recompute.wrap(Layer(), "selective")(x).square().sum().backward()
+    assert flops.get_total_flops() == 3 * 2 * 11 * H * F * 3
+    for t, grad in zip((x, fc1, fc2), expected, strict=True):
+        torch.testing.assert_close(t.grad, grad)

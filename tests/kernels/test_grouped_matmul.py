@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moesys.kernels import grouped_matmul as module
 from moesys.kernels.grouped_matmul import grouped_matmul
 
 FEW = settings(
@@ -106,3 +107,14 @@ def test_forward_and_backward_equal_float64(device, data):
     for found, right in ((x, x64), (w, w64)):
         assert found.grad is not None and right.grad is not None
         torch.testing.assert_close(found.grad.cpu().double(), right.grad, **close)
+
+
+def test_torchs_products_take_gradients_that_are_expanded(monkeypatch):
+    """As on Hopper: what torch's grouped_mm refuses there it refuses on CPU, too."""
+    monkeypatch.setattr(module, "choose", lambda *given: "torch")
+    monkeypatch.setattr(module, "torch_has_grouped_mm", lambda x, w: True)
+    x, w = torch.randn(11, 8, requires_grad=True), torch.randn(3, 8, 12, requires_grad=True)
+    grads = torch.autograd.grad(grouped_matmul(x, w, torch.tensor([7, 0, 4])).sum(), (x, w))
+    expected = torch.autograd.grad(_products(x, w.double(), [7, 0, 4]).sum(), (x, w))
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moesys.kernels import choose
+from moesys.kernels import choose, expert_ffn
 from moesys.moe import MoELayer
 from moesys.moe.capacity import Capacity
 from moesys.moe.experts import Experts
@@ -46,6 +46,13 @@ def waits(op, args: tuple, kwargs: dict) -> bool:
     return packet in WAITING
 
 
+WHOLE = {
+    torch.ops.moesys.expert_ffn.default: expert_ffn._forward,
+    torch.ops.moesys.expert_ffn_backward.default: expert_ffn._backward,
+}
+"""Operations that are made of others, which only show when they are called by what they do."""
+
+
 class Spy(TorchDispatchMode):
     """Notes the operations that would wait."""
 
@@ -57,7 +64,10 @@ class Spy(TorchDispatchMode):
         kwargs = kwargs or {}
         if waits(op, args, kwargs):
             self.seen.append(str(op))
-        return op(*args, **kwargs)
+        if op not in WHOLE:
+            return op(*args, **kwargs)
+        with self:
+            return WHOLE[op](*args, **kwargs)
 
 
 @pytest.fixture

@@ -20,13 +20,22 @@ def _layer(x_TH: Tensor, logits_TE: Tensor, fc1_EHGF: Tensor, fc2_EFH: Tensor) -
     return unpermute(expert_ffn(permute(x_TH, p), fc1_EHGF, fc2_EFH, p.counts_E, "swiglu", weight_A), p)
 
 
-def test_a_layer_compiles_whole_and_equals_the_reference(device, monkeypatch):
+def _in_one(x_TH: Tensor, logits_TE: Tensor, fc1_EHGF: Tensor, fc2_EFH: Tensor) -> Tensor:
+    result = gate(logits_TE, 2)
+    token_A = torch.arange(len(x_TH), device=x_TH.device).repeat_interleave(2)
+    p = sort_by_expert(token_A, result.expert_Tk.flatten(), len(x_TH), len(fc1_EHGF))
+    weight_A = result.weight_Tk.flatten().index_select(0, p.order_A)
+    return expert_ffn(x_TH, fc1_EHGF, fc2_EFH, p.counts_E, "swiglu", weight_A, None, p)
+
+
+@pytest.mark.parametrize("layer", [_layer, _in_one])
+def test_a_layer_compiles_whole_and_equals_the_reference(device, layer, monkeypatch):
     if choose.forced() == "reference":
         pytest.skip("the definitions are what is compared with")
     torch.manual_seed(0)
     shapes = ((6, 8), (6, 5), (5, 8, 2, 3), (5, 3, 8))
     inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
-    found = torch.compile(_layer, backend="aot_eager", fullgraph=True)(*inputs)
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(*inputs)
     grads = torch.autograd.grad(found.square().sum(), inputs)
     monkeypatch.setenv(choose.VARIABLE, "reference")
     choose.forget()

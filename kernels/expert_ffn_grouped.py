@@ -1,0 +1,79 @@
+"""`expert_ffn` on GPU: the rows of all experts at once, by gathering, grouped products and the fused activation.
+
+For backward it keeps what the CPU's way keeps, its inputs and the products of fc1: rows are gathered and inner
+activations computed once more, as DeepSeek-V3 does with SwiGLU (arXiv 2412.19437): a pass over memory spares
+keeping up to twice as much. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesys.kernels import activation
+from moesys.kernels.grouped_matmul import matrix_gradients, product, starts
+from moesys.kernels.permute import gather, gather_sum
+
+
+def forward(
+    x_TH: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor | None,
+    bias1: Tensor | None,
+    index_N: Tensor | None,
+    row_N: Tensor | None,
+    offsets_T1: Tensor | None,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """As the operation `moesys::expert_ffn`: (output, h [N, G, F])."""
+    starts_E1 = starts(counts_E)
+    h = product(_rows(x_TH, index_N), fc1.flatten(2), starts_E1).unflatten(1, fc1.shape[2:])
+    if bias1 is not None:
+        h += bias1.repeat_interleave(counts_E, 0, output_size=len(h))
+    y = product(activation.activated(h, kind, weight_N), fc2, starts_E1)
+    return _sums(y, row_N, offsets_T1), h
+
+
+def backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor | None,
+    bias1: Tensor | None,
+    index_N: Tensor | None,
+    row_N: Tensor | None,
+    offsets_T1: Tensor | None,
+    h_NGF: Tensor,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `moesys::expert_ffn_backward`, the gradient contiguous; each result goes as soon as it has been used."""
+    starts_E1, none = starts(counts_E), x_TH.new_empty(0)
+    dy = _rows(grad_TH, index_N)
+    grad2 = matrix_gradients(activation.activated(h_NGF, kind, weight_N), dy, starts_E1)
+    d_inner = product(dy, fc2.mT, starts_E1)
+    del dy
+    dh_NGF, grad_weight = activation.gradients(d_inner, h_NGF, kind, weight_N)
+    del d_inner
+    dh = dh_NGF.flatten(1)
+    grad1 = matrix_gradients(_rows(x_TH, index_N), dh, starts_E1).view(fc1.shape)
+    grad_bias = none if bias1 is None else _sums_by_expert(dh, starts_E1).view(bias1.shape)
+    grad_x = _sums(product(dh, fc1.flatten(2).mT, starts_E1), row_N, offsets_T1)
+    return grad_x, grad1, grad2, none if grad_weight is None else grad_weight, grad_bias
+
+
+def _rows(x_TH: Tensor, index_N: Tensor | None) -> Tensor:
+    return x_TH if index_N is None else gather(x_TH, index_N)
+
+
+def _sums(rows_NH: Tensor, row_N: Tensor | None, offsets_T1: Tensor | None) -> Tensor:
+    """Each token's sum of rows; the rows themselves where there are no tokens."""
+    return rows_NH if row_N is None or offsets_T1 is None else gather_sum(rows_NH, row_N, offsets_T1, None)
+
+
+def _sums_by_expert(rows: Tensor, starts_E1: Tensor) -> Tensor:
+    """Always in the same order and in float32, which adding to what is repeated would not be."""
+    return gather_sum(rows, torch.arange(len(rows), device=rows.device), starts_E1, None)
