@@ -312,8 +312,9 @@ def _blocked_backward(
             del out
         dh = recycle.empty(h.shape, wide)
         d_inner = _products(dy, w2[experts], dh[:, 0], block.counts)
-        # Of a large expert, which stands alone, piece by piece: so that less is held at once.
-        large = len(h) * width > BLOCK and wide == x_TH.dtype
+        # Of a large expert, which stands alone, piece by piece: so that less is held at once. Not where the
+        # sums over pieces would be rounded to a narrow type each time.
+        large = len(h) * width > BLOCK and wide == x_TH.dtype and wide.itemsize >= 4
         step = max(1, PIECE // width) if large else len(h)
         spare = recycle.empty((min(step, len(h)), width), wide)
         for i in range(0, len(h), step):

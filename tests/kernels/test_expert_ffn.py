@@ -135,6 +135,21 @@ def test_bfloat16_is_as_exact_as_its_type(monkeypatch, emulated, cores):
         assert (a.double() - b).norm() / b.norm() < 2e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_over_many_pieces_are_as_exact_as_over_one(monkeypatch, dtype):
+    monkeypatch.setattr(expert_ffn, "_slow_bfloat16", lambda: False)
+    monkeypatch.setattr(expert_ffn, "BLOCK", 4 * F)
+    monkeypatch.setattr(expert_ffn, "PIECE", 2 * F)
+    torch.manual_seed(0)
+    given = [torch.randn(s).to(dtype).requires_grad_() for s in ((1024, H), (1, H, 2, F), (1, F, H))]
+    counts, target = torch.tensor([1024]), torch.randn(1024, H).to(dtype)
+    grads = torch.autograd.grad(expert_ffn.expert_ffn(*given, counts), given, target)
+    wide = [t.detach().double().requires_grad_() for t in given]
+    wanted = torch.autograd.grad(expert_ffn.reference(*wide, counts), wide, target.double())
+    for a, b in zip(grads, wanted, strict=True):
+        assert (a.double() - b).norm() / b.norm() < 5e-3
+
+
 def test_what_is_kept_for_backward_is_the_input_and_one_product():
     x = torch.randn(64, H, requires_grad=True)
     fc1, fc2 = torch.randn(4, H, 2, F, requires_grad=True), torch.randn(4, F, H, requires_grad=True)
