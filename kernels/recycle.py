@@ -8,6 +8,7 @@ result into memory that is there.
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 import weakref
 from collections import deque
@@ -100,6 +101,10 @@ def _rounded(size: int) -> int:
 
 
 _POOL = Pool()
+
+# A fork has none of its parent's threads, so that a lock which one of them holds would stay held in it.
+_held = _POOL._lock
+os.register_at_fork(before=_held.acquire, after_in_parent=_held.release, after_in_child=_held.release)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -71,6 +73,29 @@ def test_threads_share_it():
     for thread in threads:
         thread.join()
     assert not wrong and pool.peak <= 8 * SMALLEST, "of each thread the last and the next"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_finds_the_pool_in_order(monkeypatch):
+    """Whatever another thread does with it at that moment."""
+    pool, inside, forked = recycle._POOL, threading.Event(), threading.Event()
+
+    def slow(size: int) -> None:
+        inside.set()
+        forked.wait(0.5)
+
+    monkeypatch.setattr(pool, "_smallest", slow)
+    thread = threading.Thread(target=recycle.empty, args=((FLOATS,), torch.float32))
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        pool._lock.acquire()
+        os._exit(0)
+    forked.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def _layer(rows: int):
