@@ -138,7 +138,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "expert_ffn_backward(Tensor grad, Tensor x, Tensor fc1, Tensor fc2, Tensor counts, Tensor? weight, Tensor? bias1, "
-    "Tensor? index, Tensor? row, Tensor? offsets, Tensor h, str kind) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? index, Tensor? row, Tensor? offsets, Tensor h, str kind, bool of_fc1, bool of_fc2) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -154,13 +155,23 @@ def _forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_
 
 
 def _backward(
-    grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, h_NGF, kind
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, fc1, fc2, weight and bias1; the last two are empty without their inputs."""
+    grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, h_NGF, kind, of_fc1, of_fc2
+) -> tuple[Tensor, ...]:
+    """Gradients of x, fc1, fc2, weight and bias1.
+
+    The last two are empty without their inputs, those of fc1 and fc2 where they are not asked for.
+    """
     grad_TH, inputs = grad_TH.contiguous(), (x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N)
     if _in_blocks(x_TH):
-        return _blocked_backward(grad_TH, *inputs, h_NGF, kind)
-    return grouped.backward(grad_TH, *inputs, row_N, offsets_T1, h_NGF, kind)
+        grads = _blocked_backward(grad_TH, *inputs, h_NGF, kind, of_fc1, of_fc2)
+    else:
+        grads = grouped.backward(grad_TH, *inputs, row_N, offsets_T1, h_NGF, kind, of_fc1, of_fc2)
+    return _with_empty(grads, x_TH)
+
+
+def _with_empty(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An empty tensor in place of each None: an operation cannot return that."""
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
 
 for _device in ("CPU", "CUDA"):
@@ -283,24 +294,28 @@ def _blocked_backward(
     index_N: Tensor | None,
     h_NGF: Tensor,
     kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    of_fc1: bool,
+    of_fc2: bool,
+) -> tuple[Tensor | None, ...]:
     if weight_N is not None:
         weight_N = _not_zero(weight_N)
     if small.fits(x_TH, fc1, fc2, len(h_NGF), BLOCK):
-        return small.backward(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, h_NGF, kind)
+        inputs = (x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N)
+        return small.backward(grad_TH, *inputs, h_NGF, kind, of_fc1, of_fc2)
     wide, counts = working_type(x_TH.dtype), counts_E.tolist()
     grad_x = recycle.empty(x_TH.shape, x_TH.dtype) if index_N is None else recycle.zeros(x_TH.shape, wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
     fresh = recycle.empty if all(counts) else recycle.zeros
-    grad1, grad2 = fresh(fc1.shape, fc1.dtype), fresh(fc2.shape, fc2.dtype)
-    none = x_TH.new_empty(0)
+    grad1 = fresh(fc1.shape, fc1.dtype) if of_fc1 else None
+    grad2 = fresh(fc2.shape, fc2.dtype) if of_fc2 else None
     grad_weight_N = None if weight_N is None else weight_N.new_empty(weight_N.shape)
-    grad_bias = x_TH.new_empty(0) if bias1 is None else bias1.new_zeros(bias1.shape)
+    grad_bias = None if bias1 is None else bias1.new_zeros(bias1.shape)
 
     width = fc2.shape[1]
     blocks = list(_blocks(counts, width))
     hs, indices, weights, grad_weights = (_by_block(t, blocks) for t in (h_NGF, index_N, weight_N, grad_weight_N))
-    w1, w2, grads1, grads2 = (t.unbind() for t in (fc1.flatten(2).mT, fc2.mT, grad1.flatten(2), grad2))
+    w1, w2 = fc1.flatten(2).mT.unbind(), fc2.mT.unbind()
+    grads1, grads2 = (None if g is None else g.flatten(2).unbind() for g in (grad1, grad2))
 
     def work(b: int) -> Finish:
         block, weight, index = blocks[b], weights[b], indices[b]
@@ -321,21 +336,21 @@ def _blocked_backward(
             some = slice(i, i + step)
             inner, along = activation.backward_in_place(d_inner[some], h[some], kind, dh[some], spare[: len(h) - i])
             counts = [len(inner) if count else 0 for count in block.counts] if large else block.counts
-            _weight_grads(inner, dy[some], grads2[experts], counts, add=i > 0)
+            if grads2 is not None:
+                _weight_grads(inner, dy[some], grads2[experts], counts, add=i > 0)
             if weight is not None:
                 torch.div(along, weight[some], out=grad_weights[b][some])
         del h, dy, inner, spare
-        x = _rows(x_TH, block, index, wide)
-        _weight_grads(x, dh.flatten(1), grads1[experts], block.counts)
-        del x
-        if bias1 is not None:
+        if grads1 is not None:
+            _weight_grads(_rows(x_TH, block, index, wide), dh.flatten(1), grads1[experts], block.counts)
+        if grad_bias is not None:
             for out, part in zip(grad_bias[experts].unbind(), _by_expert(dh, block.counts), strict=True):
                 out += part.sum(0)
         dx = _products(dh.flatten(1), w1[experts], _results(grad_x, block, index, wide), block.counts)
         return lambda: _give(grad_x, dx, block, index)
 
     each(range(len(blocks)), _sizes(blocks, fc1), work)
-    return _as(grad_x, x_TH.dtype), grad1, grad2, none if grad_weight_N is None else grad_weight_N, grad_bias
+    return _as(grad_x, x_TH.dtype), grad1, grad2, grad_weight_N, grad_bias
 
 
 @torch.library.register_fake("moesys::expert_ffn")
@@ -345,9 +360,9 @@ def _(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, kin
 
 
 @torch.library.register_fake("moesys::expert_ffn_backward")
-def _(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, h_NGF, kind):
-    weight, bias = (x_TH.new_empty(0) if given is None else _fresh(given) for given in (weight_N, bias1))
-    return _fresh(x_TH), _fresh(fc1), _fresh(fc2), weight, bias
+def _(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, h_NGF, kind, of_fc1, of_fc2):
+    given = (x_TH, fc1 if of_fc1 else None, fc2 if of_fc2 else None, weight_N, bias1)
+    return _with_empty([None if t is None else _fresh(t) for t in given], x_TH)
 
 
 def _fresh(x: Tensor) -> Tensor:
@@ -367,10 +382,11 @@ class _ExpertFFN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TH):  # type: ignore[override]
-        saved = ctx.saved_tensors
-        grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *saved, ctx.kind)
-        weight, bias = (None if given is None else g for given, g in zip(saved[4:6], grads[3:], strict=True))
-        return *grads[:3], None, weight, bias, None, None, None, None
+        _, of_fc1, of_fc2, _, of_weight, of_bias1, *_ = ctx.needs_input_grad
+        grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *ctx.saved_tensors, ctx.kind, of_fc1, of_fc2)
+        asked = (True, of_fc1, of_fc2, of_weight, of_bias1)
+        x, fc1, fc2, weight, bias1 = (g if a else None for a, g in zip(asked, grads, strict=True))
+        return x, fc1, fc2, None, weight, bias1, None, None, None, None
 
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)
@@ -382,7 +398,10 @@ def _flops(x_shape, fc1_shape, fc2_shape, counts_shape, weight, bias, index, *ar
 
 @register_flop_formula(torch.ops.moesys.expert_ffn_backward)
 def _flops_backward(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return 2 * _flops(*shapes)
+    of_fc1, of_fc2 = shapes[-2:]
+    _, hidden, parts, inner = shapes[1]
+    rows = shapes[-4][0]
+    return 2 * rows * hidden * inner * (parts * (1 + of_fc1) + 1 + of_fc2)
 
 
 PRODUCTS = (

@@ -49,20 +49,22 @@ def backward(
     offsets_T1: Tensor | None,
     h_NGF: Tensor,
     kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `moesys::expert_ffn_backward`, the gradient contiguous; each result goes as soon as it has been used."""
-    starts_E1, none = starts(counts_E), x_TH.new_empty(0)
+    of_fc1: bool,
+    of_fc2: bool,
+) -> tuple[Tensor | None, ...]:
+    """As `moesys::expert_ffn_backward`, None for empty, the gradient contiguous; frees each result after its use."""
+    starts_E1 = starts(counts_E)
     dy = _rows(grad_TH, index_N)
-    grad2 = matrix_gradients(activation.activated(h_NGF, kind, weight_N), dy, starts_E1)
+    grad2 = matrix_gradients(activation.activated(h_NGF, kind, weight_N), dy, starts_E1) if of_fc2 else None
     d_inner = product(dy, fc2.mT, starts_E1)
     del dy
     dh_NGF, grad_weight = activation.gradients(d_inner, h_NGF, kind, weight_N)
     del d_inner
     dh = dh_NGF.flatten(1)
-    grad1 = matrix_gradients(_rows(x_TH, index_N), dh, starts_E1).view(fc1.shape)
-    grad_bias = none if bias1 is None else _sums_by_expert(dh, starts_E1).view(bias1.shape)
+    grad1 = matrix_gradients(_rows(x_TH, index_N), dh, starts_E1).view(fc1.shape) if of_fc1 else None
+    grad_bias = None if bias1 is None else _sums_by_expert(dh, starts_E1).view(bias1.shape)
     grad_x = _sums(product(dh, fc1.flatten(2).mT, starts_E1), row_N, offsets_T1)
-    return grad_x, grad1, grad2, none if grad_weight is None else grad_weight, grad_bias
+    return grad_x, grad1, grad2, grad_weight, grad_bias
 
 
 def _rows(x_TH: Tensor, index_N: Tensor | None) -> Tensor:

@@ -56,21 +56,22 @@ def backward(
     index_N: Tensor | None,
     h_NGF: Tensor,
     kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `moesys::expert_ffn_backward`; `weight_N` without zeros, the gradient contiguous."""
+    of_fc1: bool,
+    of_fc2: bool,
+) -> tuple[Tensor | None, ...]:
+    """As `moesys::expert_ffn_backward`, None for empty; `weight_N` without zeros, the gradient contiguous."""
     ends = counts_E.cumsum(0).to(torch.int32)
     x, dy = (t if index_N is None else t.index_select(0, index_N) for t in (x_TH, grad_TH))
     if weight_N is not None:
         dy = dy * weight_N.to(dy.dtype).unsqueeze(-1)
     dh = torch.empty_like(h_NGF)
     inner, along = activation.backward_in_place(_product(dy, fc2.mT, offs=ends), h_NGF, kind, dh)
-    grad2 = _product(inner.t(), dy, offs=ends)
-    grad1 = _product(x.t(), dh.flatten(1), offs=ends).view_as(fc1)
+    grad2 = _product(inner.t(), dy, offs=ends) if of_fc2 else None
+    grad1 = _product(x.t(), dh.flatten(1), offs=ends).view_as(fc1) if of_fc1 else None
     dx = _product(dh.flatten(1), fc1.flatten(2).mT, offs=ends)
     grad_x = dx if index_N is None else x_TH.new_zeros(x_TH.shape).index_add_(0, index_N, dx)
-    none = x_TH.new_empty(0)
-    grad_bias = none
+    grad_bias = None
     if bias1 is not None:
         expert_N = torch.arange(len(counts_E)).repeat_interleave(counts_E)
         grad_bias = bias1.new_zeros(bias1.shape).index_add_(0, expert_N, dh)
-    return grad_x, grad1, grad2, none if weight_N is None else along / weight_N, grad_bias
+    return grad_x, grad1, grad2, None if weight_N is None else along / weight_N, grad_bias

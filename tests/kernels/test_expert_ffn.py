@@ -209,7 +209,7 @@ def test_what_is_traced_lies_in_memory_as_what_is_computed(monkeypatch, layout, 
 
     def strides(*inputs):
         out, h = torch.ops.moesys.expert_ffn(*inputs, "swiglu")
-        grads = torch.ops.moesys.expert_ffn_backward(torch.zeros_like(out), *inputs, h, "swiglu")
+        grads = torch.ops.moesys.expert_ffn_backward(torch.zeros_like(out), *inputs, h, "swiglu", True, True)
         return [t.stride() for t in (out, h, *grads)]
 
     with FakeTensorMode() as mode:
@@ -309,3 +309,40 @@ def test_recomputing_all_but_products_multiplies_nothing_again(device):
     assert flops.get_total_flops() == 3 * 2 * 11 * H * F * 3
     for t, grad in zip((x, fc1, fc2), expected, strict=True):
         torch.testing.assert_close(t.grad, grad)
+
+
+@pytest.mark.parametrize("frozen", [(1,), (2,), (1, 2)])
+@pytest.mark.parametrize("block", [0, 2**18], ids=["blocks", "few rows"])
+def test_gradients_of_frozen_weights_are_not_computed(device, monkeypatch, block, frozen):
+    if choose.forced() == "reference":
+        pytest.skip("autograd does that by itself")
+    monkeypatch.setattr(expert_ffn, "BLOCK", block)
+    torch.manual_seed(0)
+    p, shapes = routed(device), ((7, 8), (5, 8, 2, 12), (5, 12, 8), (11,))
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+
+    def grads(*tensors):
+        x, fc1, fc2, weight = tensors
+        with FlopCounterMode(display=False) as flops:
+            out = expert_ffn.expert_ffn(x, fc1, fc2, p.counts_E, "swiglu", weight, None, p)
+            return torch.autograd.grad(out.sum(), [t for t in tensors if t.requires_grad]), flops.get_total_flops()
+
+    every, all_flops = grads(*inputs)
+    some, flops = grads(*(t.detach() if i in frozen else t for i, t in enumerate(inputs)))
+    for a, b in zip(some, [g for i, g in enumerate(every) if i not in frozen], strict=True):
+        assert torch.equal(a, b)
+    product = 2 * 11 * 8 * 12
+    assert all_flops == 9 * product
+    assert flops == all_flops - sum({1: 2 * product, 2: product}[i] for i in frozen)
+
+
+@pytest.mark.parametrize("block", [0, 2**18], ids=["blocks", "few rows"])
+def test_operations_keep_their_schema(monkeypatch, block):
+    monkeypatch.setattr(expert_ffn, "BLOCK", block)
+    p, shapes = routed("cpu"), ((7, 8), (5, 8, 2, 12), (5, 12, 8))
+    given = (*(torch.randn(s) for s in shapes), p.counts_E, torch.rand(11), None, p.token_A, None, None)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.moesys.expert_ffn.default, (*given, "swiglu"), test_utils=tests)
+    backward = (torch.randn(7, 8), *given, torch.randn(11, 2, 12), "swiglu")
+    for asked in ((True, True), (False, True), (True, False), (False, False)):
+        torch.library.opcheck(torch.ops.moesys.expert_ffn_backward.default, (*backward, *asked), test_utils=tests)
