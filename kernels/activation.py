@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moesys.kernels.choose import choose
@@ -116,6 +117,7 @@ class _Activate(torch.autograd.Function):
         return activated(h_NGF, kind, weight_N)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_NF):  # type: ignore[override]
         h_NGF, weight_N = ctx.saved_tensors
         return *gradients(grad_NF, h_NGF, ctx.kind, weight_N), None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from moesys.kernels import activation, recycle
@@ -381,6 +382,7 @@ class _ExpertFFN(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TH):  # type: ignore[override]
         _, of_fc1, of_fc2, _, of_weight, of_bias1, *_ = ctx.needs_input_grad
         grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *ctx.saved_tensors, ctx.kind, of_fc1, of_fc2)

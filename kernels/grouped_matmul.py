@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from moesys.kernels.choose import choose, torch_has_grouped_mm
@@ -170,6 +171,7 @@ class _TorchProducts(torch.autograd.Function):
         return torch._grouped_mm(x_NK, w_GKM, offs=starts_G1[1:])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_NM):  # type: ignore[override]
         x_NK, w_GKM, starts_G1 = ctx.saved_tensors
         grad_NM = grad_NM.contiguous()

@@ -346,3 +346,14 @@ def test_operations_keep_their_schema(monkeypatch, block):
     backward = (torch.randn(7, 8), *given, torch.randn(11, 2, 12), "swiglu")
     for asked in ((True, True), (False, True), (True, False), (False, False)):
         torch.library.opcheck(torch.ops.moesys.expert_ffn_backward.default, (*backward, *asked), test_utils=tests)
+
+
+def test_a_second_derivative_is_refused(device):
+    if choose.forced() == "reference":
+        pytest.skip("the definition has one")
+    p, shapes = routed(device), ((7, H), (5, H, 2, F), (5, F, H))
+    x, fc1, fc2 = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
+    out = expert_ffn.expert_ffn(x, fc1, fc2, p.counts_E, p=p)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
