@@ -18,7 +18,8 @@ class AllGatherDispatcher(TravellingDispatcher):
     """Gathers the tokens of all ranks, and reduce-scatters what each rank's experts make of them.
 
     For small groups or many experts per token: a rank sends and receives every token once, however many
-    experts it has. Assignments may be uneven; where tokens are too, they are padded to the most.
+    experts it has. Assignments may be uneven; where tokens are too, each chunk is padded to its most of any
+    rank. Every rank cuts its own tokens, so that no rank need know of others before counts have travelled.
     """
 
     def journeys(
@@ -41,7 +42,8 @@ class AllGatherDispatcher(TravellingDispatcher):
         told = torch.stack((count_RCP.sum((2, 3)), count_RCP[:, :, rank].sum(2)), 1).flatten(1)
         sizes = torch.cat((told, table[:, -1:]), 1).tolist()
         assigned, mine = [s[:chunks] for s in sizes], [s[chunks:-1] for s in sizes]
-        starts, most = bounds(tokens, chunks), max(s[-1] for s in sizes)
+        starts = bounds(tokens, chunks)
+        padded = _most([s[-1] for s in sizes], chunks)
         ends = [0, *accumulate(assigned[rank])]
         result = []
         for c in range(chunks):
@@ -50,8 +52,9 @@ class AllGatherDispatcher(TravellingDispatcher):
             packed_A = (token_A[chosen] - starts[c]) * self.places + place_A[chosen]
             weight = None if weight_A is None else weight_A[chosen]
             room = max(s[c] for s in assigned), sum(s[c] for s in mine)
-            rows = rows if most == tokens else pad(rows, (0, 0, 0, most - tokens))
-            result.append(self._journey(rows, starts[c + 1] - starts[c], packed_A, weight, room, experts))
+            own = len(rows)
+            rows = rows if own == padded[c] else pad(rows, (0, 0, 0, padded[c] - own))
+            result.append(self._journey(rows, own, packed_A, weight, room, experts))
         return result
 
     def _journey(
@@ -83,3 +86,9 @@ class AllGatherDispatcher(TravellingDispatcher):
         home = fly_home(sums, self.group, self.way("combine"))
         yield from aloft(home)
         return home.wait()[:tokens]
+
+
+def _most(tokens: list[int], chunks: int) -> list[int]:
+    """The most tokens of any rank in each chunk, of so many in each rank."""
+    cuts = [bounds(count, chunks) for count in tokens]
+    return [max(cut[c + 1] - cut[c] for cut in cuts) for c in range(chunks)]

@@ -29,7 +29,7 @@ class Fp8Rows:
         peak = blocks.abs().amax(-1, keepdim=True)
         scale = (peak / LARGEST).log2().ceil().exp2().where(peak > 0, 1.0)
         values = (blocks / scale).flatten(1)[:, : self.hidden].to(torch.float8_e4m3fn)
-        return torch.cat((values.view(torch.uint8), scale.squeeze(-1).view(torch.uint8)), 1)
+        return torch.cat((values.view(torch.uint8), dense(scale.squeeze(-1)).view(torch.uint8)), 1)
 
     def decode(self, arrived: Tensor) -> Tensor:
         values = dense(arrived[:, : self.hidden]).view(torch.float8_e4m3fn).float()
@@ -40,6 +40,6 @@ class Fp8Rows:
 def dense(x: Tensor) -> Tensor:
     """x with its elements side by side, so that their bytes can be read as another type.
 
-    `contiguous` leaves the stride of a single row as it is.
+    `contiguous` leaves the strides of a single row, or of none, as they are.
     """
     return x.clone(memory_format=torch.contiguous_format)

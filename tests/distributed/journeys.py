@@ -213,7 +213,7 @@ def rounded(name: str) -> dict[str, dict[str, Tensor]]:
     return {p: one(rank, dispatcher_of(name, payload=p), 13, "top_k", torch.float32) for p in ("model", "fp8")}
 
 
-def everything(rank: int, folder: Path) -> dict:
+def everything(rank: int) -> dict:
     found: dict = {
         "events": {name: travelled(name) for name in WAYS},
         "shared": {name: overlapped(name) for name in ("all_to_all", "all_gather", "2 nodes of 2")},

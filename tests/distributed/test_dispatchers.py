@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
+import drawn
 import pytest
 import torch
 import yaml
 from all_gates import traces
-from journeys import ROUTINGS, WAYS, E, F, H, everything, routing, together, whole
+from drawn import Case
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from journeys import ROUTINGS, WAYS, E, F, H, everything, routing, whole
+from standing import Standing
 from support import changed
 
 from moesys import cli
 from moesys.config import Config
 from moesys.parallel import dimension
+from moesys.parallel.dispatchers.build import KINDS
 from moesys.train import verify
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[dict]:
-    return together(everything, 4, tmp_path_factory.mktemp("everything"))
+def ranks() -> Iterator[Standing]:
+    standing = Standing(4)
+    yield standing
+    standing.close()
+
+
+@pytest.fixture(scope="module")
+def found(ranks) -> list[dict]:
+    return ranks.ask(everything)
 
 
 @pytest.mark.parametrize("kind,count", ROUTINGS)
@@ -38,6 +52,65 @@ def test_computes_the_definition(found, name, kind, count):
             fc1[experts, :, :, inner], fc2[experts, inner] = mine["fc1"], mine["fc2"]
         torch.testing.assert_close(fc1, expected["fc1"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(fc2, expected["fc2"], rtol=1e-12, atol=1e-12)
+
+
+FEW = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # after a failure processes start anew: too slow to shrink an example
+    suppress_health_check=list(HealthCheck),
+)
+UNEVEN = st.tuples(*[st.integers(0, 6)] * 4)
+TOKENS = st.one_of(UNEVEN, st.sampled_from([(1, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 0), (3, 3, 3, 3), (5, 1, 1, 1)]))
+
+
+def cases(kind: str) -> st.SearchStrategy[Case]:
+    """Any number of tokens on each rank, none included, of any size, which choose any experts."""
+    return st.builds(
+        Case,
+        kind=st.just(kind),
+        nodes=st.sampled_from(["0011", "0101", "0110", "0123", "0000", "0001"] if kind == "hierarchical" else [""]),
+        ep=st.sampled_from([4, 2, 1]),
+        chunks=st.integers(1, 3),
+        payload=st.sampled_from(["model", "fp8"]),
+        tokens=TOKENS,
+        local=st.integers(2, 3),
+        hidden=st.sampled_from([1, 8, 130]),
+        choice=st.sampled_from(["one", "two", "every expert", "the last expert", "any number"]),
+        rows=st.sampled_from([False, False, False, True]),
+        seed=st.integers(0, 9),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@FEW
+@given(data=st.data())
+def test_computes_the_definition_of_any_case(ranks, kind, data):
+    check_case(ranks, data.draw(cases(kind)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("all_gather", chunks=2, tokens=(3, 2, 3, 2)),
+        Case("all_to_all", chunks=3, tokens=(1, 0, 0, 0), payload="fp8"),
+        Case("hierarchical", tokens=(0, 0, 0, 0), payload="fp8"),
+    ],
+    ids=["chunks of unequal sizes", "a chunk without tokens", "no tokens"],
+)
+def test_computes_the_definition_of_cases_that_failed_once(ranks, case):
+    check_case(ranks, case)
+
+
+def check_case(ranks: Standing, case: Case) -> None:
+    """The ranks' results and gradients against the definition."""
+    each, fc1, fc2 = drawn.definition(case)
+    for rank, mine in enumerate(ranks.ask(drawn.computed, case)):
+        experts, inner = drawn.slices(case, rank)
+        expected = each[rank] | {"fc1": fc1[experts, :, :, inner], "fc2": fc2[experts, inner]}
+        for key, value in mine.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-11, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def between_nodes(found: list[dict], name: str, node: str) -> int:
