@@ -7,6 +7,7 @@ from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -141,6 +142,8 @@ WAYS = {
     "1 node": ("hierarchical", "0000", 4, 1),
     "uneven nodes": ("hierarchical", "0001", 4, 1),
 }
+KINDS_OF_WAYS = ("all_to_all", "all_gather", "2 nodes of 2")
+TYPES = (torch.float32, torch.bfloat16)
 ROUTINGS = [("top_k", 13), ("ragged", 13), ("one", 3), ("top_k", 1), ("ragged", 0)]
 
 
@@ -149,11 +152,20 @@ def dispatcher_of(name: str, **more) -> TravellingDispatcher:
     return make(kind, dist.group.WORLD, ep, etp, nodes, **more)
 
 
-def travelled(name: str) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
-    """The collectives of one forward and backward pass in float32."""
+def travelled(name: str, dtype: torch.dtype = torch.float32, payload: str = "model") -> list[Travelled]:
+    """The collectives of one forward and backward pass."""
     with comm.record() as events:
-        one(dist.get_rank(), dispatcher_of(name), 13, "top_k", torch.float32)
-    return [(event.kind, event.level, event.ranks, event.sent) for event in events]
+        one(dist.get_rank(), dispatcher_of(name, payload=payload), 13, "top_k", dtype)
+    return [Travelled(event.kind, event.way, event.ranks, event.sent) for event in events]
+
+
+class Travelled(NamedTuple):
+    """A collective of one rank: bytes `sent` to each of `ranks`."""
+
+    kind: str
+    way: comm.Way
+    ranks: tuple[int, ...]
+    sent: tuple[int, ...]
 
 
 class Timed(torch.autograd.Function):
@@ -216,9 +228,10 @@ def rounded(name: str) -> dict[str, dict[str, Tensor]]:
 def everything(rank: int) -> dict:
     found: dict = {
         "events": {name: travelled(name) for name in WAYS},
-        "shared": {name: overlapped(name) for name in ("all_to_all", "all_gather", "2 nodes of 2")},
-        "air": {name: recomputed(name) for name in ("all_to_all", "all_gather", "2 nodes of 2")},
-        "fp8": {name: rounded(name) for name in ("all_to_all", "all_gather", "2 nodes of 2")},
+        "types": {(n, d, p): travelled(n, d, p) for n, d, p in product(KINDS_OF_WAYS, TYPES, ("model", "fp8"))},
+        "shared": {name: overlapped(name) for name in KINDS_OF_WAYS},
+        "air": {name: recomputed(name) for name in KINDS_OF_WAYS},
+        "fp8": {name: rounded(name) for name in KINDS_OF_WAYS},
     }
     for (name, (kind, nodes, ep, etp)), chunks in product(WAYS.items(), (1, 3)):
         dispatcher = make(kind, dist.group.WORLD, ep, etp, nodes, chunks=chunks)

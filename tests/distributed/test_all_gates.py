@@ -19,18 +19,21 @@ EXPERTS, LAYERS, WORLD, STEPS = 4, 2, 4, 2
 KINDS = get_args(GateConfig.model_fields["kind"].annotation)
 DISPATCHERS = get_args(DispatchConfig.model_fields["kind"].annotation)
 
+PAIR = {"experts": 2 * WORLD}
+"""Two experts on each rank, whose rows arrive by rank and are sorted by expert."""
+
 GATES: dict[str, dict] = {
-    "top_k": {"gate": "top_k", "global_balance_loss": 0.05},
+    "top_k": {"gate": "top_k", "global_balance_loss": 0.05} | PAIR,
     "cosine": {"gate": "cosine"},
     "prototype": {"gate": "prototype"},
-    "expert_choice": {"gate": "expert_choice", "z_loss": 0.001},
+    "expert_choice": {"gate": "expert_choice", "z_loss": 0.001} | PAIR,
     "expert_choice causal": {"gate": {"kind": "expert_choice", "causal": True}, "capacity_factor": 1.5},
     "sinkhorn": {"gate": "sinkhorn", "z_loss": 0.001},
     "base": {"gate": "base", "top_k": 1},
-    "hash": {"gate": "hash"},
+    "hash": {"gate": "hash"} | PAIR,
     "hash balanced": {"gate": {"kind": "hash", "table": "balanced"}},
     "random": {"gate": "random"},
-    "dense": {"gate": "dense"},
+    "dense": {"gate": "dense"} | PAIR,
     "soft": {"gate": {"kind": "soft", "slots": 3}},
     "smear": {"gate": "smear"},
     "replay": {"gate": {"kind": "replay"}},

@@ -13,7 +13,7 @@ from all_gates import traces
 from drawn import Case
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from journeys import ROUTINGS, WAYS, E, F, H, everything, routing, whole
+from journeys import KINDS_OF_WAYS, ROUTINGS, TYPES, WAYS, E, F, H, everything, routing, whole
 from standing import Standing
 from support import changed
 
@@ -113,13 +113,13 @@ def check_case(ranks: Standing, case: Case) -> None:
             torch.testing.assert_close(value, expected[key], rtol=1e-11, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def between_nodes(found: list[dict], name: str, node: str) -> int:
-    """Bytes of rows that left the node of their rank in one forward and backward pass."""
-    total = 0
+def between_nodes(found: list[dict], name: str, node: str) -> Counter[str]:
+    """Bytes that left the node of their rank in one forward and backward pass, by what they are."""
+    total: Counter[str] = Counter()
     for rank, every in enumerate(found):
-        for kind, _, ranks, sent in every["events"][name]:
-            if kind == "all_to_all":
-                total += sum(n for peer, n in zip(ranks, sent, strict=True) if node[peer] != node[rank])
+        for event in every["events"][name]:
+            away = zip(event.ranks, event.sent, strict=True)
+            total[event.kind] += sum(n for peer, n in away if node[peer] != node[rank])
     return total
 
 
@@ -131,19 +131,66 @@ def test_a_token_crosses_between_nodes_once_per_node(found, node):
         there = [(t, node[e // (E // 4)]) for t, e in zip(token.tolist(), expert.tolist(), strict=True)]
         away = [pair for pair in there if pair[1] != node[rank]]
         flat, hierarchical = flat + len(away), hierarchical + len(set(away))
-    # A row goes there and its result returns; so do their gradients.
-    row = 4 * 4 * H
-    assert between_nodes(found, "all_to_all", node) == flat * row
+    pairs, rails = (8, 4) if node == "0011" else (12, 12)  # of ranks on different nodes; those that exchange rows
+    tables = 1 + 2 + 2 if node == "0011" else 1 + 1  # rows; rows and assignments by rank of the node
+    # A row goes there and its result returns; so do their gradients. Counts are int64 and have no gradients.
+    row, weight, label = 4 * 4 * H, 4, 8 + 4
+    expected = {"counts": 8 * pairs * E // 4, "weights": flat * (weight + weight), "rows": flat * row}
+    assert bytes_of(between_nodes(found, "all_to_all", node)) == expected
     levels = "2 nodes of 2" if node == "0011" else "4 nodes"
-    assert between_nodes(found, levels, node) == hierarchical * row < flat * row
+    # Names travel beside weights, of which alone there are gradients.
+    expected = {"counts": 8 * rails * tables, "weights": flat * (label + weight), "rows": hierarchical * row}
+    assert bytes_of(between_nodes(found, levels, node)) == expected
+    assert hierarchical < flat
+
+
+def bytes_of(kinds: Counter[str]) -> dict[str, int]:
+    """Bytes of all-to-alls; nothing else may have travelled."""
+    names = {"all_to_all_counts": "counts", "all_to_all_weights": "weights", "all_to_all": "rows"}
+    return {names[kind]: size for kind, size in kinds.items()}
+
+
+@pytest.mark.parametrize("node", ["0011", "0123"])
+def test_a_gathered_token_goes_to_every_rank(found, node):
+    most = max(len(routing(rank, 13, "top_k")[0]) for rank in range(4))
+    away = sum(node[a] != node[b] for a in range(4) for b in range(4))
+    rows = away * 13 * 4 * H
+    assert between_nodes(found, "all_gather", node) == {
+        "all_gather_counts": away * 8 * (E + 1),  # of each place, and of tokens
+        "all_gather_names": away * 8 * most,
+        "all_gather_weights": away * 4 * most,
+        "reduce_scatter_weights": away * 4 * most,
+        "all_gather": 2 * rows,
+        "reduce_scatter": 2 * rows,
+    }
+
+
+@pytest.mark.parametrize("payload", ["model", "fp8"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("name", KINDS_OF_WAYS)
+def test_rows_travel_in_the_type_of_the_model_or_in_eight_bits_with_scales(found, name, dtype, payload):
+    """Of the way to experts alone: results and gradients keep the type of the model."""
+    plain = dtype.itemsize * H
+    seen = set()
+    for every in found:
+        events = zip(every["types"][name, dtype, payload], every["events"][name], strict=True)
+        for event, in_float32 in events:
+            if event.kind in ("all_to_all", "all_gather", "reduce_scatter"):
+                there = event.way.part == "dispatch" and not event.way.backward
+                row = H + 4 if there and payload == "fp8" else plain
+                assert event.sent == tuple(n // (4 * H) * row for n in in_float32.sent)
+                seen.add((event.way.part, event.way.backward, sum(event.sent) > 0))
+            else:  # counts, names and weights do not depend on it
+                assert event.sent == in_float32.sent
+    assert seen == {(part, backward, True) for part in ("dispatch", "combine") for backward in (False, True)}
 
 
 def test_levels_are_named_by_where_rows_go(found):
-    names = {name: Counter(e[1] for e in found[0]["events"][name] if e[0] == "all_to_all") for name in WAYS}
+    names = {name: Counter(e.way.level for e in found[0]["events"][name] if e.kind == "all_to_all") for name in WAYS}
     assert names["all_to_all"] == names["uneven nodes"] == {"flat": 4}
     assert names["2 nodes of 2"] == names["slices on 2 nodes"] == {"inter": 4, "intra": 4}
     assert names["4 nodes"] == {"inter": 4} and names["1 node"] == {"intra": 4}
-    gathered = Counter(e[0] for e in found[0]["events"]["all_gather"])
+    gathered = Counter(e.kind for e in found[0]["events"]["all_gather"])
     assert gathered["all_gather"] == gathered["reduce_scatter"] == 2
 
 
@@ -153,7 +200,7 @@ def test_counts_are_exchanged_once_per_level_whatever_the_chunks(found):
         assert kinds.count("all_to_all_counts") == 2 * 2, "two levels, forward and recomputed"
 
 
-@pytest.mark.parametrize("name", ["all_to_all", "all_gather", "2 nodes of 2"])
+@pytest.mark.parametrize("name", KINDS_OF_WAYS)
 def test_shared_work_runs_while_rows_travel_in_both_directions(found, name):
     for every in found:
         beside, after = every["shared"][name][True], every["shared"][name][False]
@@ -166,7 +213,7 @@ def test_shared_work_runs_while_rows_travel_in_both_directions(found, name):
         assert not [kind for kind, begin, waited in after["spans"] if begin < after["times"][0] < waited]
 
 
-@pytest.mark.parametrize("name", ["all_to_all", "all_gather", "2 nodes of 2"])
+@pytest.mark.parametrize("name", KINDS_OF_WAYS)
 def test_recomputation_that_ends_early_leaves_nothing_in_the_air(found, name):
     expected = whole(4, 13, "top_k")
     for rank, every in enumerate(found):
