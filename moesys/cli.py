@@ -280,7 +280,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--shape", help="a published shape; default: laptop, with --ranks two-ranks")
     for name in ("tokens", "hidden", "ffn-hidden", "experts", "top-k"):
         sub.add_argument(f"--{name}", type=int, help="instead of the shape's")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: both")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: both; on a GPU bfloat16")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sub.add_argument("--ranks", type=int, default=1, help="processes on this machine that share the experts")
     sub.add_argument("--rounds", type=count, help="default: what a minute allows, 3 to 31")

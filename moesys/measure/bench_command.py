@@ -30,14 +30,32 @@ def run(arguments: argparse.Namespace, peers: bench_ranks.Peers) -> list[Result]
     device = device_of(arguments.device)
     results: list[Result] = []
     print(bench_layer.describe(device), flush=True)
-    for name in (arguments.dtype,) if arguments.dtype else ("float32", "bfloat16"):
+    # Ranks run on the host's cores, whatever else is there.
+    for name in types_of(arguments.dtype, device if arguments.ranks == 1 else torch.device("cpu")):
         dtype = getattr(torch, name)
         if arguments.ranks > 1:
             results.append(bench_ranks.run(shape, dtype, arguments.ranks, arguments.rounds, peers))
         else:
-            results.append(bench_layer.run(shape, dtype, device, arguments.rounds))
+            results.append(alone(shape, dtype, device, arguments.rounds))
         print("\n".join(results[-1].lines()), flush=True)
     return results
+
+
+def types_of(name: str | None, device: torch.device) -> tuple[str, ...]:
+    """The types to run in: the one that is named, or those that the device is trained in."""
+    if name:
+        return (name,)
+    return ("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16")
+
+
+def alone(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
+    """`bench_layer.run`, whose lack of memory is told in the user's words."""
+    try:
+        return bench_layer.run(shape, dtype, device, rounds)
+    except torch.OutOfMemoryError:
+        size = 3 * shape.experts * shape.hidden * shape.ffn_hidden * dtype.itemsize / 1e9
+        rule = f"a layer of this shape does not fit {bench_layer.describe(device)}: {size:.1f} GB of weights, as much"
+        raise BenchError(f"{rule} of gradients, and its tokens; choose fewer --experts or --tokens") from None
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from statistics import median
 from time import perf_counter
 
@@ -26,7 +26,12 @@ SLOW_S = 1.0
 
 
 def interleave(
-    sides: Mapping[str, Step], rounds: int | None, timer: Timer, warmup: int = 2, what: str = ""
+    sides: Mapping[str, Step],
+    rounds: int | None,
+    timer: Timer,
+    warmup: int = 2,
+    what: str = "",
+    optional: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of every side in every round; in each round each side runs once, the order alternating.
 
@@ -34,9 +39,10 @@ def interleave(
         rounds: None for as many as fit into `BUDGET_S` seconds, within limits.
         warmup: most runs of each side before the first round.
         what: names the work in a line about its progress; "" for none.
+        optional: sides that are left out if their first run finds too little memory on the device.
     """
-    names = list(sides)
-    taken = {name: timer(sides[name]) for name in names}
+    taken = _first(sides, timer, optional)
+    names = list(taken)
     for _ in range(warmup - 1):
         taken |= {name: timer(sides[name]) for name in names if taken[name] < SLOW_S}
     number = affordable(sum(taken.values())) if rounds is None else rounds
@@ -50,6 +56,18 @@ def interleave(
     if progress:
         progress.finish()
     return seconds
+
+
+def _first(sides: Mapping[str, Step], timer: Timer, optional: Collection[str]) -> dict[str, float]:
+    """Seconds of every side's first run, without the optional ones that do not fit."""
+    taken: dict[str, float] = {}
+    for name, step in sides.items():
+        try:
+            taken[name] = timer(step)
+        except torch.OutOfMemoryError:
+            if name not in optional:
+                raise
+    return taken
 
 
 def affordable(round_s: float) -> int:

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from layer_sides import agree, gradients
 
 from moesys import cli
-from moesys.measure import bench_layer, bench_ranks
+from moesys.measure import bench_command, bench_layer, bench_ranks
 from moesys.measure.bench_layer import Shape
 from moesys.measure.interleave import affordable, alone, interleave, ratio
 from moesys.measure.memory import peak_bytes
@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 WORDS = [f"--{name}={value}" for name, value in zip(("tokens", "hidden", "ffn-hidden", "experts"), (24, 16, 12, 4))]  # noqa: B905
 
 
-def test_transformers_block_computes_what_the_layer_does():
+@pytest.mark.parametrize("scarce", [False, True])
+def test_transformers_block_computes_what_the_layer_does(monkeypatch, scarce):
+    monkeypatch.setattr(bench_layer, "scarce", lambda weights, device: scarce)
     torch.manual_seed(0)
     layer = bench_layer.build(TINY, torch.float32, CPU)
     for parameter in layer.parameters():
@@ -34,6 +36,68 @@ def test_transformers_block_computes_what_the_layer_does():
     for block in blocks.values():
         for a, b in zip(gradients(block, x, grad), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    eager, grouped = ([p.data_ptr() for p in block.parameters()] for block in blocks.values())
+    assert eager == grouped, "one block, whatever the implementation"
+    assert ({p.data_ptr() for p in layer.parameters()} == set(eager)) == scarce
+
+
+@pytest.mark.parametrize("made", [bench_layer.build, bench_layer.dense])
+def test_weights_are_made_in_their_type_and_nowhere_else_before(made):
+    shape = Shape(tokens=1, hidden=64, ffn_hidden=128, experts=8, top_k=2)
+    modules: list[torch.nn.Module] = []
+    most = peak_bytes(lambda: modules.append(made(shape, torch.bfloat16, CPU)), CPU)
+    assert {p.dtype for p in modules[0].parameters()} == {torch.bfloat16}
+    assert most < 1.2 * sum(p.nbytes for p in modules[0].parameters())
+    assert torch.get_default_dtype() == torch.float32
+
+
+class Greedy(torch.nn.Module):
+    """Finds no memory once a gradient is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.grad = torch.ones(16)
+        raise torch.OutOfMemoryError
+
+
+def test_a_side_that_does_not_fit_is_left_out_and_said_so(monkeypatch):
+    greedy = Greedy()
+    monkeypatch.setattr(bench_layer, "transformers_blocks", lambda layer, shape: {"eager": greedy})
+    result = bench_layer.run(TINY, torch.float32, CPU, 1)
+    assert result.left_out == ("transformers eager",) and greedy.weight.grad is None
+    assert "layer / dense" in result.ratios and "layer / transformers eager" not in result.ratios
+    (line,) = (line for line in result.lines() if "transformers eager" in line)
+    assert "left out: the device has too little memory for it" in line
+
+
+def test_a_layer_that_does_not_fit_is_one_message(monkeypatch, capsys):
+    monkeypatch.setattr(bench_layer, "build", lambda *_: Greedy()(torch.ones(1)))
+    assert cli.main(["bench", "layer", *WORDS, "--dtype=float32", "--rounds=1"]) == 2
+    assert "choose fewer --experts or --tokens" in capsys.readouterr().err
+
+
+def test_a_gpu_is_measured_in_the_type_it_is_trained_in():
+    gpu = torch.device("cuda")
+    assert bench_command.types_of(None, gpu) == ("bfloat16",) != bench_command.types_of(None, CPU)
+    assert bench_command.types_of("float32", gpu) == ("float32",)
+
+
+@pytest.mark.parametrize(
+    ("shape", "on_gpu", "rate", "said"),
+    [
+        ("deepseek-v3", True, 86.0, "the layer has 86% of the dense product's rate  target 85%: met"),
+        ("mixtral-8x7b", True, 84.0, "the layer has 84% of the dense product's rate  target 85%: MISSED"),
+        ("deepseek-v3", False, 84.0, "the layer has 84% of the dense product's rate"),
+        ("laptop", True, 84.0, "the layer has 84% of the dense product's rate"),
+    ],
+)
+def test_the_share_of_a_dense_products_rate_has_a_target_on_a_gpu_at_published_shapes(shape, on_gpu, rate, said):
+    rates = {"layer": rate, "product": 100.0}
+    result = bench_layer.Result(bench_layer.SHAPES[shape], "bfloat16", {}, {}, rates, 1, 1, 3, "a device", on_gpu)
+    assert any(line.endswith(said) for line in result.lines())
 
 
 def test_what_must_be_kept_is_what_autograd_keeps_but_for_small_change():
