@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesys.kernels.triton.launch import on_its_device
 from moesys.kernels.triton.permute import wide
 
 ELEMENTS, WIDTH = 2048, 1024
@@ -109,6 +110,7 @@ def _backward_kernel(
 
 
 @torch.library.custom_op("moesys::activate", mutates_args=())
+@on_its_device
 def activate(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
     """act(h) · weight: [N, F] in the type of h.
 
@@ -138,6 +140,7 @@ def activate_backward(
 
 
 @torch.library.custom_op("moesys::activate_backward", mutates_args=())
+@on_its_device
 def _backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradient of the weight is empty without one: an operation cannot return None."""
     grad_NF, h_NGF = grad_NF.contiguous(), h_NGF.contiguous()

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesys.kernels.triton.launch import on_its_device
+
 ELEMENTS, TOKENS = 2048, 32
 """Most tokens x experts that a program holds, to fit registers, and most tokens, to fill the device."""
 
@@ -97,6 +99,7 @@ def _backward_kernel(
 
 
 @torch.library.custom_op("moesys::gate", mutates_args=())
+@on_its_device
 def forward(
     logits_TE: Tensor, top_k: int, sigmoid: bool, normalize: bool, scale: float, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,6 +125,7 @@ def forward(
 
 
 @torch.library.custom_op("moesys::gate_backward", mutates_args=())
+@on_its_device
 def backward(
     grad_weight_Tk: Tensor | None,
     grad_probabilities_TE: Tensor | None,

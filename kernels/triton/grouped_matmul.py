@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesys.kernels.choose import interpreted
+from moesys.kernels.triton.launch import on_its_device
 from moesys.kernels.triton.permute import wide
 
 BAND = 8
@@ -106,6 +107,7 @@ def _matrices_kernel(
     tl.store(at, total.to(out_GKM.dtype.element_ty), mask=stored)
 
 
+@on_its_device
 def grouped_mm(x_NK: Tensor, w_GKM: Tensor, offsets_G1: Tensor) -> Tensor:
     """Rows offsets[g] : offsets[g + 1] of x times w[g]: [N, M] in the type of x.
 
@@ -136,6 +138,7 @@ def grouped_mm(x_NK: Tensor, w_GKM: Tensor, offsets_G1: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def grouped_mm_weight_grad(x_NK: Tensor, grad_NM: Tensor, offsets_G1: Tensor) -> Tensor:
     """x[rows of g]ᵀ · grad[rows of g] for every group: [G, K, M] in the type of x, zeros for an empty group.
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesys.kernels.triton.launch import on_its_device
+
 ELEMENTS = 2048
 """Elements that a program loads at once."""
 
@@ -75,6 +77,7 @@ def _dot_kernel(
 
 
 @torch.library.custom_op("moesys::gather", mutates_args=())
+@on_its_device
 def gather(x_TH: Tensor, index_A: Tensor, weight_A: Tensor | None = None) -> Tensor:
     """out[a] = weight[a] · x[index[a]]: [A, H] in the type of x, contiguous.
 
@@ -96,6 +99,7 @@ def gather(x_TH: Tensor, index_A: Tensor, weight_A: Tensor | None = None) -> Ten
 
 
 @torch.library.custom_op("moesys::gather_sum", mutates_args=())
+@on_its_device
 def gather_sum(rows_AH: Tensor, index_A: Tensor, offsets_T1: Tensor, weight_A: Tensor | None = None) -> Tensor:
     """out[t] = Σ over a in offsets[t] : offsets[t + 1] of weight[a] · rows[index[a]]: [T, H].
 
@@ -120,6 +124,7 @@ def gather_sum(rows_AH: Tensor, index_A: Tensor, offsets_T1: Tensor, weight_A: T
 
 
 @torch.library.custom_op("moesys::weight_grad", mutates_args=())
+@on_its_device
 def weight_grad(grad_TH: Tensor, rows_AH: Tensor, index_A: Tensor | None, token_A: Tensor) -> Tensor:
     """out[a] = grad[token[a]] · rows[index[a]], the gradient of the weights: [A], float32 or wider.
 

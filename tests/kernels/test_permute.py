@@ -129,3 +129,22 @@ def test_sums_of_other_types_keep_them(device, dtype):
     expected.index_add_(0, p.token_A, rows.double() * weight.double().unsqueeze(-1))
     tolerance = TOLERANCE[torch.float32 if dtype == torch.float64 else dtype]
     torch.testing.assert_close(found.double(), expected, **tolerance)
+
+
+def test_kernels_are_launched_where_their_tensors_are(triton_device, monkeypatch):
+    from moesys.kernels.triton.permute import gather, weight_grad
+
+    entered, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: (entered.append(x.shape), device_of(x))[1])
+    x, index = torch.randn(4, 3, device=triton_device), torch.arange(4, device=triton_device)
+    gather(x, index)
+    assert entered == [(4, 3)]
+    weight_grad(x, x, None, index)
+    assert entered == [(4, 3)] * 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_kernels_run_on_a_device_that_is_not_the_current_one():
+    x, index = torch.randn(4, 3, device="cuda:1"), torch.tensor([2, 0, 2], device="cuda:1")
+    p = sort_by_expert(index.sort().values, index, 4, 3)
+    assert torch.equal(permute(x, p), x[p.token_A])
