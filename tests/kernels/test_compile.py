@@ -61,8 +61,9 @@ def test_permute(compiled, type):
     for weight in ("*fp32", None):
         weighted = {"weight_A": weight, "WEIGHTED": weight is not None, "index_A": "*i64", "hidden": "i32"}
         compiled(permute._gather_kernel, x=floats, out=floats, rows="i32", x_stride="i32", **weighted, **blocks)
-        sums = {"rows_AH": floats, "offsets_T1": "*i64", "out_TH": floats, "row_stride": "i32"}
-        compiled(permute._gather_sum_kernel, **sums, **weighted, **blocks)
+        for offsets in ("*i32", "*i64"):
+            sums = {"rows_AH": floats, "offsets_T1": offsets, "out_TH": floats, "row_stride": "i32"}
+            compiled(permute._gather_sum_kernel, **sums, **weighted, **blocks)
     dots = {"grad_TH": floats, "rows_AH": floats, "token_A": "*i64", "out_A": f"*{TYPES[type]}", "rows": "i32"}
     sizes = {"hidden": "i32", "grad_stride": "i32", "row_stride": "i32"}
     compiled(permute._dot_kernel, **dots, **sizes, index_A=None, INDEXED=False, **blocks)
@@ -81,22 +82,23 @@ def test_activation(compiled, kind):
         compiled(activation._backward_kernel, **grads, **shared, **flags, **blocks)
 
 
+@pytest.mark.parametrize("offsets", ["*i32", "*i64"])
 @pytest.mark.parametrize("type", TYPES)
-def test_grouped_matmul(compiled, type):
+def test_grouped_matmul(compiled, type, offsets):
     from moesys.kernels.triton import grouped_matmul as kernel
 
     floats, sizes = f"*{type}", {"inner": "i32", "outer": "i32", "usual": "i32", "INTERPRETED": False, "DEPTH": 32}
     wide = {"WIDE": triton.language.dtype(TYPES[type])}
     config = kernel._configs()[3]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    products = {"x_NK": floats, "w_GKM": floats, "offsets_G1": "*i64", "out_NM": floats, "groups": "i32"}
+    products = {"x_NK": floats, "w_GKM": floats, "offsets_G1": offsets, "out_NM": floats, "groups": "i32"}
     for strides in ({"w_k": "i32", "w_m": 1}, {"w_k": 1, "w_m": "i32"}):
         flags = {"EVEN": True, "GROUPS": 64, "BAND": 8, "x_n": "i32", "x_k": 1, "w_g": "i32", **strides, **wide}
         ptx = compiled(kernel._rows_kernel, options, **products, **sizes, **flags, **config.kwargs)
         assert "tf32" not in ptx
         assert ("wgmma" in ptx) == (type == "bf16")
         assert "cp.async" in ptx, "loads are not pipelined"
-    grads = {"x_NK": floats, "grad_NM": floats, "offsets_G1": "*i64", "out_GKM": floats}
+    grads = {"x_NK": floats, "grad_NM": floats, "offsets_G1": offsets, "out_GKM": floats}
     strides = {"x_n": "i32", "x_k": 1, "grad_n": "i32", "grad_m": 1}
     ptx = compiled(kernel._matrices_kernel, options, **grads, **sizes, **strides, **wide, **config.kwargs)
     assert "tf32" not in ptx and "cp.async" in ptx
