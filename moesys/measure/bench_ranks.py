@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from moesys.kernels.expert_ffn import working_type
+from moesys.kernels.expert_ffn_blocked import working_type
 from moesys.measure import deepspeed_layer
 from moesys.measure.bench_layer import Shape, both, build, dense
 from moesys.measure.interleave import interleave, slowest
