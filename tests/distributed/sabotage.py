@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from batches import forget, join, start
 
 
 def forget_the_experts() -> None:
@@ -54,36 +51,23 @@ def stall_the_second_rank() -> None:
     Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
-Layout = dict[int, tuple[int, dict[str, int]]]
-"""Per rank of one real training step: elements of parameters held, bytes of rows by operation and level."""
+def report_layout(config: Any, world: int, folder: Path) -> dict[int, tuple[int, dict[str, int]]]:
+    """Per rank of one real training step: elements of parameters held, bytes of rows by operation and level."""
+    import torch.multiprocessing as mp
+
+    mp.start_processes(_report, (world, config, str(folder)), nprocs=world, start_method="forkserver")
+    return {rank: tuple(json.loads((folder / f"layout-{rank}.json").read_text())) for rank in range(world)}
 
 
-def report_layouts(configs: Mapping[str, Any], world: int, folder: Path) -> dict[str, Layout]:
-    """Of each run, in one set of processes."""
-    start(_report, world, configs, folder)
-    return {
-        name: {rank: tuple(json.loads((folder / f"{name}-{rank}.json").read_text())) for rank in range(world)}
-        for name in configs
-    }
-
-
-def _report(rank: int, world: int, configs: Mapping[str, Any], folder: Path) -> None:
+def _report(rank: int, world: int, config: Any, folder: str) -> None:
     import torch.distributed as dist
 
-    join(rank, world, folder)
-    for name, config in configs.items():
-        (folder / f"{name}-{rank}.json").write_text(json.dumps(_layout(config)))
-        forget()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _layout(config: Any) -> tuple[int, dict[str, int]]:
     from moesys.data.corpus import open_corpus
     from moesys.parallel.gradients import local
     from moesys.train.loop import Trainer
     from moesys.train.native import connect
 
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     trainer = Trainer(config, connect(config), open_corpus(config))
     trainer.train_step()
     sent: dict[str, int] = {}
@@ -91,4 +75,7 @@ def _layout(config: Any) -> tuple[int, dict[str, int]]:
         if event.level and event.kind in ("all_to_all", "all_gather", "reduce_scatter"):
             key = f"{event.kind} {event.level}"
             sent[key] = sent.get(key, 0) + event.bytes
-    return sum(local(p).numel() for p in trainer.engine.model.named_parameters().values()), sent
+    elements = sum(local(p).numel() for p in trainer.engine.model.named_parameters().values())
+    Path(f"{folder}/layout-{rank}.json").write_text(json.dumps([elements, sent]))
+    dist.barrier()
+    dist.destroy_process_group()

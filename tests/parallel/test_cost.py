@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sabotage import Layout, report_layouts
+from sabotage import report_layout
 from support import changed
 
 from moesys.config import Config
@@ -25,26 +25,14 @@ COMBINATIONS = {
 RECOMPUTED = {"pp-etp": "full", "gathered-ep-etp": "selective", "fp8-ep": "selective", "two-nodes": "full"}
 
 
-@pytest.fixture(scope="module")
-def configs(small) -> dict[str, Config]:
-    model = {"attention": {"bias": True}, "moe": {"shared_experts": 1}}
-    found = {}
-    for name, parallel in COMBINATIONS.items():
-        cluster = {"nodes": 2, "ranks_per_node": 2} if name == "two-nodes" else {"ranks_per_node": 4}
-        train = {"recompute": RECOMPUTED.get(name, "none")}
-        raw = changed(small, {"model": model, "cluster": cluster, "parallel": parallel, "train": train})
-        found[name] = Config.model_validate(raw)
-    return found
-
-
-@pytest.fixture(scope="module")
-def layouts(configs, tmp_path_factory) -> dict[str, Layout]:
-    return report_layouts(configs, 4, tmp_path_factory.mktemp("layouts"))
-
-
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_parameters_and_bytes_on_the_way_to_experts_are_those_of_a_real_step(configs, layouts, name):
-    config, measured = configs[name], layouts[name]
+def test_parameters_and_bytes_on_the_way_to_experts_are_those_of_a_real_step(small, tmp_path, name):
+    model = {"attention": {"bias": True}, "moe": {"shared_experts": 1}}
+    change = {"parallel": COMBINATIONS[name], "train": {"recompute": RECOMPUTED.get(name, "none")}}
+    cluster = {"nodes": 2, "ranks_per_node": 2} if name == "two-nodes" else {"ranks_per_node": 4}
+    raw = changed(small, {"model": model, "cluster": cluster}, change)
+    config = Config.model_validate(raw)
+    measured = report_layout(config, 4, tmp_path)
     degrees, _ = resolve(config)
     for rank, (elements, _) in measured.items():
         shapes = step_shape(
