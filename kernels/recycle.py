@@ -112,19 +112,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return _POOL.empty(shape, dtype)
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like` of a tensor on CPU, in memory that earlier large tensors have left."""
-    return empty(x.shape, x.dtype) if x.is_contiguous() else torch.empty_like(x)
-
-
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`torch.zeros` on CPU, in memory that earlier large tensors have left."""
     return empty(shape, dtype).zero_()
-
-
-def zeros_like(x: Tensor) -> Tensor:
-    """`torch.zeros_like` of a tensor on CPU, in memory that earlier large tensors have left."""
-    return empty_like(x).zero_()
 
 
 @contextmanager

@@ -27,8 +27,10 @@ USES: dict[str, set[str]] = {
 
 ZERO = {"zero_experts", "copy_experts", "constant_experts", "zero_variant", "zero_tau"}
 CAPACITY = {"eval_capacity_factor", "min_capacity", "drop", "pad_to_capacity"}
-BALANCE = {"balance_loss", "sequence_balance_loss", "global_balance_loss", "importance_loss", "load_loss", "bias_rate"}
-BALANCE |= {"balance_counts"}
+BALANCE = {
+    *("balance_loss", "sequence_balance_loss", "global_balance_loss", "balance_counts"),
+    *("importance_loss", "load_loss", "bias_rate"),
+}
 WEIGHTS = {"normalize", "scale"}
 FIXED = {"capacity_factor"} | CAPACITY | BALANCE | ZERO
 NOT_LEARNED = {"z_loss"} | FIXED | WEIGHTS

@@ -66,8 +66,8 @@ class Standing:
     def _start(self) -> None:
         context = mp.get_context("forkserver")
         self._ends, theirs = map(list, zip(*(context.Pipe() for _ in range(self.world)), strict=True))
-        store = f"file://{tempfile.mkdtemp()}/rendezvous"
-        arguments = (self.world, store, theirs)
+        self._folder = tempfile.TemporaryDirectory()
+        arguments = (self.world, f"file://{self._folder.name}/rendezvous", theirs)
         self._processes = mp.start_processes(_serve, arguments, self.world, join=False, start_method="forkserver")
         for end in theirs:
             end.close()  # the processes' own, so that a dead one is known by the end of what it sends

@@ -26,15 +26,25 @@ def _skip_unless_runnable(way: str, device: str) -> None:
         pytest.skip("Triton decides at import whether it interprets: test_interpreted.py runs these on CPU")
 
 
-@pytest.fixture(params=PLACES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The device to test on, with one way of the kernels forced."""
-    way, device = request.param.split("-")
+def _forced(place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    way, device = place.split("-")
     _skip_unless_runnable(way, device)
     monkeypatch.setenv(choose.VARIABLE, way)
     choose.forget()
     yield device
     choose.forget()
+
+
+@pytest.fixture(params=PLACES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The device to test on, with one way of the kernels forced."""
+    yield from _forced(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[place for place in PLACES if not place.startswith("reference")])
+def fast_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`device` without the definitions: of what they leave to autograd."""
+    yield from _forced(request.param, monkeypatch)
 
 
 @pytest.fixture(params=["triton-cpu", "triton-cuda"])

@@ -294,21 +294,17 @@ def kept_bytes(run, *parameters):
     return sum(kept.values()) - sum(p.nbytes for p in parameters)
 
 
-def test_a_layer_keeps_what_must_be_kept(device):
-    if choose.forced() == "reference":
-        pytest.skip("the definition keeps what autograd likes")
+def test_a_layer_keeps_what_must_be_kept(fast_device):
     shape = Shape(tokens=32, hidden=64, ffn_hidden=64, experts=8, top_k=4)
-    layer = build(shape, torch.float32, torch.device(device))
-    x = torch.randn(1, 32, 64, device=device, requires_grad=True)
+    layer = build(shape, torch.float32, torch.device(fast_device))
+    x = torch.randn(1, 32, 64, device=fast_device, requires_grad=True)
     assert kept_bytes(lambda: layer(x), *layer.parameters()) <= 1.1 * shape.kept_bytes(4)
 
 
-def test_recomputing_all_but_products_multiplies_nothing_again(device):
-    if choose.forced() == "reference":
-        pytest.skip("of the definition each expert's product is kept")
-    p = routed(device)
-    fc1, fc2 = (torch.randn(s, device=device, requires_grad=True) for s in ((5, H, 2, F), (5, F, H)))
-    x, weight = torch.randn(7, H, device=device, requires_grad=True), torch.rand(11, device=device)
+def test_recomputing_all_but_products_multiplies_nothing_again(fast_device):
+    p = routed(fast_device)
+    fc1, fc2 = (torch.randn(s, device=fast_device, requires_grad=True) for s in ((5, H, 2, F), (5, F, H)))
+    x, weight = torch.randn(7, H, device=fast_device, requires_grad=True), torch.rand(11, device=fast_device)
 
     class Layer(torch.nn.Module):
         def forward(self, x):
@@ -324,13 +320,11 @@ def test_recomputing_all_but_products_multiplies_nothing_again(device):
 
 @pytest.mark.parametrize("frozen", [(1,), (2,), (1, 2)])
 @pytest.mark.parametrize("block", [0, 2**18], ids=["blocks", "few rows"])
-def test_gradients_of_frozen_weights_are_not_computed(device, monkeypatch, block, frozen):
-    if choose.forced() == "reference":
-        pytest.skip("autograd does that by itself")
+def test_gradients_of_frozen_weights_are_not_computed(fast_device, monkeypatch, block, frozen):
     monkeypatch.setattr(expert_ffn_blocked, "BLOCK", block)
     torch.manual_seed(0)
-    p, shapes = routed(device), ((7, 8), (5, 8, 2, 12), (5, 12, 8), (11,))
-    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    p, shapes = routed(fast_device), ((7, 8), (5, 8, 2, 12), (5, 12, 8), (11,))
+    inputs = [torch.randn(shape, device=fast_device, requires_grad=True) for shape in shapes]
 
     def grads(*tensors):
         x, fc1, fc2, weight = tensors
@@ -359,11 +353,9 @@ def test_operations_keep_their_schema(monkeypatch, block):
         torch.library.opcheck(torch.ops.moesys.expert_ffn_backward.default, (*backward, *asked), test_utils=tests)
 
 
-def test_a_second_derivative_is_refused(device):
-    if choose.forced() == "reference":
-        pytest.skip("the definition has one")
-    p, shapes = routed(device), ((7, H), (5, H, 2, F), (5, F, H))
-    x, fc1, fc2 = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
+def test_a_second_derivative_is_refused(fast_device):
+    p, shapes = routed(fast_device), ((7, H), (5, H, 2, F), (5, F, H))
+    x, fc1, fc2 = (torch.randn(shape, device=fast_device, requires_grad=True) for shape in shapes)
     out = expert_ffn.expert_ffn(x, fc1, fc2, p.counts_E, p=p)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
