@@ -143,54 +143,75 @@ def gradients(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None
     return grad_h.to(h_NGF.dtype), grad_weight
 
 
-def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, spare_NF: Tensor | None = None) -> Tensor:
-    """`activated` by torch; reuses its own memory, and may compute in `spare_NF` of h's type."""
+def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, out_NF: Tensor | None = None) -> Tensor:
+    """`activated` by torch; may write to `out_NF` of h's type."""
     k, wide = KINDS[kind], h_NGF.to(torch.promote_types(h_NGF.dtype, torch.float32))
-    out = _value(k, wide[:, 0], spare_NF)
+    out = _value(k, wide[:, 0], out_NF)
     if k.gated:
         out = out.mul_(wide[:, 1] if k.linear is None else k.linear(wide[:, 1]))
     if weight_N is not None:
         out = out.mul_(weight_N.unsqueeze(-1))
-    return out.to(h_NGF.dtype)
+    if out.dtype == h_NGF.dtype:
+        return out
+    return out.to(h_NGF.dtype) if out_NF is None else out_NF.copy_(out)
 
 
 def backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`gradients` by torch; all of one type, float32 or wider."""
     dh = torch.empty_like(h_NGF)
-    _, along = backward_in_place(dh[:, 0].copy_(grad_NF), h_NGF, kind, dh)
+    again = Again(h_NGF, kind, dh)
+    dh[:, 0].copy_(grad_NF)
+    along = again.backward()
     if weight_N is None:
         return dh, None
     return dh.mul_(weight_N.to(dh.dtype).view(-1, 1, 1)), along.to(weight_N.dtype)
 
 
-def _value(k: Kind, g: Tensor, spare: Tensor | None) -> Tensor:
-    if k.value_out is None or spare is None or spare.dtype != g.dtype:
+def _value(k: Kind, g: Tensor, out: Tensor | None) -> Tensor:
+    if k.value_out is None or out is None or out.dtype != g.dtype:
         return k.value(g)
-    return k.value_out(g, out=spare)
+    return k.value_out(g, out=out)
 
 
-def backward_in_place(
-    grad_NF: Tensor, h_NGF: Tensor, kind: str, dh: Tensor, spare_NF: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(activation [N, F], Σ_f gradient · activation [N]); the gradient of h is written to `dh` [N, G, F].
+class Again:
+    """An activation made again for backward, without routing weights, in the memory of its own gradient.
 
-    Without routing weights; overwrites `grad_NF`, which may be `dh[:, 0]`, and may compute the activation
-    in `spare_NF`.
+    First `inner` [N, F], the activation, stands in `dh[:, 0]`, for the gradient of the matrix that it was
+    multiplied with. Then the gradient of `inner` is written there, and `backward` makes of it that of h.
+
+    Args:
+        h_NGF: what was activated; all of one type.
+        dh: memory for the gradient of h [N, G, F].
     """
-    k, g, dg = KINDS[kind], h_NGF[:, 0], dh[:, 0]
-    inner = _value(k, g, spare_NF)
-    if k.gated:
-        u, du = h_NGF[:, 1], dh[:, 1]
-        linear = u if k.linear is None else k.linear(u)
-        along = torch.linalg.vecdot(torch.mul(grad_NF, inner, out=du), linear)
-        if k.linear_backward is not None:
-            du.copy_(k.linear_backward(du, u))
-        grad_NF.mul_(linear)
-        inner = inner.mul_(linear)
-    else:
-        along = torch.linalg.vecdot(grad_NF, inner)
-    if k.value_backward_out is not None:
-        k.value_backward_out(grad_NF, g, grad_input=dg)
-    else:
-        dg.copy_(k.value_backward(grad_NF, g))
-    return inner, along
+
+    def __init__(self, h_NGF: Tensor, kind: str, dh: Tensor):
+        self.kind, self.h, self.dh = KINDS[kind], h_NGF, dh
+        self.inner = dh[:, 0]
+        if self.kind.gated:
+            value = _value(self.kind, h_NGF[:, 0], dh[:, 1])
+            self.value = value if value.data_ptr() == dh[:, 1].data_ptr() else dh[:, 1].copy_(value)
+            torch.mul(self.value, self._linear(), out=self.inner)
+        else:
+            self.value = self.kind.value(h_NGF[:, 0])
+            self.inner.copy_(self.value)
+
+    def _linear(self) -> Tensor:
+        u = self.h[:, 1]
+        return u if self.kind.linear is None else self.kind.linear(u)
+
+    def backward(self) -> Tensor:
+        """Σ_f gradient · activation [N], of the gradient in `dh[:, 0]`; `dh` becomes the gradient of h."""
+        k, g, d = self.kind, self.h[:, 0], self.dh[:, 0]
+        if k.gated:
+            linear, du = self._linear(), self.value.mul_(d)
+            along = torch.linalg.vecdot(du, linear)
+            if k.linear_backward is not None:
+                du.copy_(k.linear_backward(du, self.h[:, 1]))
+            d.mul_(linear)
+        else:
+            along = torch.linalg.vecdot(d, self.value)
+        if k.value_backward_out is not None:
+            k.value_backward_out(d, g, grad_input=d)
+        else:
+            d.copy_(k.value_backward(d, g))
+        return along

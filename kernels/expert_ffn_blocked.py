@@ -21,9 +21,6 @@ from moesys.kernels.workers import Finish, each
 BLOCK = 2**18
 """Elements of the inner activation that are worked on at once: fits a core's second-level cache."""
 
-PIECE = BLOCK // 2
-"""Elements of it that are made again at once for backward, where a block is one large expert."""
-
 
 @dataclass(frozen=True)
 class _Block:
@@ -101,7 +98,7 @@ def forward(
         if bias1 is not None:
             _add_bias(hidden, bias1[block.experts], block.counts)
         inner = activation.forward(hidden, kind, weights[b], recycle.empty((len(x), fc2.shape[1]), wide))
-        y = _products(inner, w2[block.experts], _results(out, block, indices[b], wide), block.counts)
+        y = _products(inner, w2[block.experts], _results(out, block, indices[b], x), block.counts)
         if wide != x_TH.dtype:
             hs[b].copy_(hidden)
         return lambda: _give(out, y, block, indices[b])
@@ -121,19 +118,26 @@ def _sizes(blocks: list[_Block], fc1: Tensor) -> list[int]:
     return [sum(block.counts) * hidden * inner * (parts + 1) for block in blocks]
 
 
-def _rows(x: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The rows of a block, in the type to compute in; not to be changed."""
+def _rows(x: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype, spare: Tensor | None = None) -> Tensor:
+    """The rows of a block, in the type to compute in: not to be changed, unless `index` gathers them.
+
+    `spare` [rows, H] is memory of that type which they may be gathered to.
+    """
     if index is None:
         return _as(x[block.rows], dtype)
-    rows = recycle.empty((len(index), x.shape[1]), x.dtype)
-    return _widened(torch.index_select(x, 0, index, out=rows), dtype)
+    shape = len(index), x.shape[1]
+    spare = recycle.empty(shape, dtype) if spare is None else spare
+    if x.dtype == dtype:
+        return torch.index_select(x, 0, index, out=spare)
+    return spare.copy_(torch.index_select(x, 0, index, out=recycle.empty(shape, x.dtype)))
 
 
-def _results(out: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Memory for the results of a block's rows: the rows of `out`, if they are given and of the type."""
-    if index is None:
-        return _target(out[block.rows], dtype)
-    return recycle.empty((len(index), out.shape[1]), dtype)
+def _results(out: Tensor, block: _Block, index: Tensor | None, spare: Tensor) -> Tensor:
+    """Memory for the results of a block's rows: the rows of `out`, if they are given and of `spare`'s type.
+
+    `spare` is what `_rows` returned, used no more.
+    """
+    return _target(out[block.rows], spare.dtype) if index is None else spare
 
 
 def _give(out: Tensor, y: Tensor, block: _Block, index: Tensor | None) -> None:
@@ -157,13 +161,13 @@ def _products(x: Tensor, w: Sequence[Tensor], out: Tensor, counts: list[int]) ->
     return out
 
 
-def _weight_grads(x: Tensor, grad: Tensor, out: Sequence[Tensor], counts: list[int], add: bool = False) -> None:
-    """out = xᵀ · grad of each expert, or that added to it; zeros for those without rows."""
+def _weight_grads(x: Tensor, grad: Tensor, out: Sequence[Tensor], counts: list[int]) -> None:
+    """out = xᵀ · grad of each expert; zeros for those without rows."""
     for x_e, grad_e, out_e in zip(_by_expert(x, counts), _by_expert(grad, counts), out, strict=True):
         if not len(x_e):
             out_e.zero_()
         elif out_e.dtype == x.dtype:
-            torch.addmm(out_e, x_e.t(), grad_e, beta=int(add), out=out_e)
+            torch.mm(x_e.t(), grad_e, out=out_e)
         else:
             wide = recycle.empty(out_e.shape, x.dtype)
             out_e.copy_(torch.mm(x_e.t(), grad_e, out=wide))
@@ -207,8 +211,7 @@ def backward(
     grad_weight_N = None if weight_N is None else weight_N.new_empty(weight_N.shape)
     grad_bias = None if bias1 is None else bias1.new_zeros(bias1.shape)
 
-    width = fc2.shape[1]
-    blocks = list(_blocks(counts, width))
+    blocks = list(_blocks(counts, fc2.shape[1]))
     hs, indices, weights, grad_weights = (_by_block(t, blocks) for t in (h_NGF, index_N, weight_N, grad_weight_N))
     w1, w2 = fc1.flatten(2).mT.unbind(), fc2.mT.unbind()
     grads1, grads2 = (None if g is None else g.flatten(2).unbind() for g in (grad1, grad2))
@@ -220,29 +223,22 @@ def backward(
         if weight is not None:
             out = dy if index is not None else recycle.empty(dy.shape, wide)
             dy = torch.mul(dy, weight.to(wide).unsqueeze(-1), out=out)
-            del out
         dh = recycle.empty(h.shape, wide)
-        d_inner = _products(dy, w2[experts], dh[:, 0], block.counts)
-        # Of a large expert, which stands alone, piece by piece: so that less is held at once. Not where the
-        # sums over pieces would be rounded to a narrow type each time.
-        large = len(h) * width > BLOCK and wide == x_TH.dtype and wide.itemsize >= 4
-        step = max(1, PIECE // width) if large else len(h)
-        spare = recycle.empty((min(step, len(h)), width), wide)
-        for i in range(0, len(h), step):
-            some = slice(i, i + step)
-            inner, along = activation.backward_in_place(d_inner[some], h[some], kind, dh[some], spare[: len(h) - i])
-            counts = [len(inner) if count else 0 for count in block.counts] if large else block.counts
-            if grads2 is not None:
-                _weight_grads(inner, dy[some], grads2[experts], counts, add=i > 0)
-            if weight is not None:
-                torch.div(along, weight[some], out=grad_weights[b][some])
-        del h, dy, inner, spare
+        again = activation.Again(h, kind, dh)
+        if grads2 is not None:
+            _weight_grads(again.inner, dy, grads2[experts], block.counts)
+        _products(dy, w2[experts], again.inner, block.counts)
+        along = again.backward()
+        if weight is not None:
+            torch.div(along, weight, out=grad_weights[b])
+        del h, again
         if grads1 is not None:
-            _weight_grads(_rows(x_TH, block, index, wide), dh.flatten(1), grads1[experts], block.counts)
+            x = _rows(x_TH, block, index, wide, dy)
+            _weight_grads(x, dh.flatten(1), grads1[experts], block.counts)
         if grad_bias is not None:
             for out, part in zip(grad_bias[experts].unbind(), _by_expert(dh, block.counts), strict=True):
                 out += part.sum(0)
-        dx = _products(dh.flatten(1), w1[experts], _results(grad_x, block, index, wide), block.counts)
+        dx = _products(dh.flatten(1), w1[experts], _results(grad_x, block, index, dy), block.counts)
         return lambda: _give(grad_x, dx, block, index)
 
     each(range(len(blocks)), _sizes(blocks, fc1), work)

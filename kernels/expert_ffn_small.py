@@ -65,8 +65,10 @@ def backward(
     if weight_N is not None:
         dy = dy * weight_N.to(dy.dtype).unsqueeze(-1)
     dh = torch.empty_like(h_NGF)
-    inner, along = activation.backward_in_place(_product(dy, fc2.mT, offs=ends), h_NGF, kind, dh)
-    grad2 = _product(inner.t(), dy, offs=ends) if of_fc2 else None
+    again = activation.Again(h_NGF, kind, dh)
+    grad2 = _product(again.inner.t(), dy, offs=ends) if of_fc2 else None
+    again.inner.copy_(_product(dy, fc2.mT, offs=ends))
+    along = again.backward()
     grad1 = _product(x.t(), dh.flatten(1), offs=ends).view_as(fc1) if of_fc1 else None
     dx = _product(dh.flatten(1), fc1.flatten(2).mT, offs=ends)
     grad_x = dx if index_N is None else x_TH.new_zeros(x_TH.shape).index_add_(0, index_N, dx)

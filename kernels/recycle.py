@@ -11,32 +11,35 @@ import ctypes
 import os
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from threading import Lock
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 SMALLEST = 2**18
 """Bytes from which on memory is kept: less than this the C library keeps itself."""
 
 
 class Pool:
-    """Blocks of memory, each lent to one tensor at a time. Never holds more than was lent at once.
+    """Blocks of memory, each lent to one tensor and its views at a time. Never holds more than was lent at once.
 
-    Any thread may ask, and any thread may drop a tensor last.
+    Any thread may ask, and any thread may drop a tensor last: a block is free when nothing but the pool refers
+    to its storage, which torch counts, so that no Python runs where a tensor ends.
     """
 
     def __init__(self) -> None:
         self.events: list[tuple[int, int]] | None = None
-        self.lent = self.kept = self.peak = 0
-        self._free: dict[int, list[Tensor]] = {}
-        # Dropping a tensor can happen anywhere, inside `_take` too: it must not wait for the lock.
-        self._returned: deque[Tensor] = deque()
+        self.held = self.peak = 0
+        self._blocks: dict[int, list[UntypedStorage]] = {}
         self._lock = Lock()
+
+    @property
+    def lent(self) -> int:
+        """Bytes that tensors use now."""
+        return sum(size for size, blocks in self._blocks.items() for block in blocks if not _is_free(block))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """`torch.empty` on CPU, in memory of the pool where it is large."""
@@ -45,49 +48,47 @@ class Pool:
         if bytes_ < SMALLEST:
             return torch.empty(tuple(shape), dtype=dtype)
         size = _rounded(bytes_)
-        # The tensor's storage holds `owner`: when the last view of it is gone, the block comes back.
-        if self.events is None:
-            block = self._take(size)
-            owner = (ctypes.c_char * len(block)).from_address(block.data_ptr())
-            weakref.finalize(owner, self._returned.append, block).atexit = False
-        else:
-            owner = (ctypes.c_char * size)()
-            _note(self.events, size)
-            weakref.finalize(owner, _note, self.events, -size).atexit = False
-        return torch.frombuffer(owner, dtype=dtype, count=elements).view(tuple(shape))
-
-    def _take(self, size: int) -> Tensor:
+        if self.events is not None:
+            return _noted(self.events, size).view(dtype)[:elements].view(tuple(shape))
         with self._lock:
-            while self._returned:
-                block = self._returned.popleft()
-                self._free.setdefault(len(block), []).append(block)
-                self.lent -= len(block)
-                self.kept += len(block)
-            fitting = self._smallest(size)
-            if fitting is not None and fitting <= size * 5 // 4:
-                self._lend(fitting)
-                return self._pop(fitting)
-            self._lend(size)
-            while (excess := self.lent + self.kept - self.peak) > 0:
-                fitting = self._smallest(excess)
-                self._pop(max(self._free) if fitting is None else fitting)
-        return torch.empty(size, dtype=torch.uint8)
+            return torch.empty(0, dtype=dtype).set_(self._take(size), 0, (elements,), (1,)).view(tuple(shape))
 
-    def _lend(self, size: int) -> None:
-        self.lent += size
-        self.peak = max(self.peak, self.lent)
-
-    def _smallest(self, size: int) -> int | None:
-        """Size of the smallest free block of at least `size`."""
-        return min((have for have in self._free if have >= size), default=None)
-
-    def _pop(self, size: int) -> Tensor:
-        blocks = self._free[size]
-        block = blocks.pop()
-        if not blocks:
-            del self._free[size]
-        self.kept -= size
+    def _take(self, size: int) -> UntypedStorage:
+        """A free block of about `size` bytes, or a new one."""
+        for have in sorted(have for have in self._blocks if size <= have <= size * 5 // 4):
+            for block in self._blocks[have]:
+                if _is_free(block):
+                    return block
+        self.peak = max(self.peak, self.lent + size)
+        while (excess := self.held + size - self.peak) > 0:
+            self._drop(excess)
+        block = UntypedStorage(size)
+        self._blocks.setdefault(size, []).append(block)
+        self.held += size
         return block
+
+    def _drop(self, excess: int) -> None:
+        """Give back the smallest free block of at least `excess` bytes, or the largest that there is."""
+        free = [size for size, blocks in self._blocks.items() if any(map(_is_free, blocks))]
+        size = min((size for size in free if size >= excess), default=max(free))
+        blocks = self._blocks[size]
+        del blocks[next(i for i, block in enumerate(blocks) if _is_free(block))]
+        if not blocks:
+            del self._blocks[size]
+        self.held -= size
+
+
+def _is_free(block: UntypedStorage) -> bool:
+    return torch._C._storage_Use_Count(block._cdata) == 1
+
+
+def _noted(events: list[tuple[int, int]], size: int) -> Tensor:
+    """Bytes of memory of their own, whose begin and end are noted."""
+    owner = (ctypes.c_char * size)()
+    _note(events, size)
+    # The tensor's storage holds `owner`: it ends with the last view of the tensor.
+    weakref.finalize(owner, _note, events, -size).atexit = False
+    return torch.frombuffer(owner, dtype=torch.uint8)
 
 
 def _note(events: list[tuple[int, int]], bytes_: int) -> None:
@@ -115,6 +116,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`torch.zeros` on CPU, in memory that earlier large tensors have left."""
     return empty(shape, dtype).zero_()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """`torch.empty_like` of a contiguous tensor on any device; on CPU as `empty`, unless a compiler places it."""
+    if x.is_cuda or torch.compiler.is_compiling():
+        return torch.empty_like(x)
+    return empty(x.shape, x.dtype)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import moesys
 from moesys.config.schema import Config
 
 PASSED_ON = (
-    "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "MOESYS_", "OMP_", "MKL_",
+    "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "MOESYS_", "OMP_", "GOMP_", "MKL_",
     "KMP_", "HF_", "TOKENIZERS_", "WANDB_", "UCX_", "FI_", "NVSHMEM_", "XDG_", "PYTHON", "LD_LIBRARY_PATH",
 )  # fmt: skip
 """Beginnings of the caller's variables that workers get. On a Ray cluster nothing else of the caller's

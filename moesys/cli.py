@@ -328,6 +328,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if strange := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser().error(f"unrecognized arguments: {' '.join(strange)}")
     arguments.overrides = [*arguments.overrides, *rest]
+    # OpenMP's idle threads spin for some ten milliseconds before they sleep, on cores that experts' own threads
+    # need; it is told how long when torch loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return arguments.run(arguments)
     except MoesysError as error:

@@ -33,6 +33,16 @@ def test_the_schema_is_json_with_descriptions(capsys):
     assert "Tensor parallelism" in json.dumps(schema)
 
 
+@pytest.mark.parametrize("given", [None, "7"])
+def test_idle_threads_soon_leave_their_cores_unless_the_caller_says_otherwise(given, monkeypatch):
+    if given is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    else:
+        monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    cli.main(["config", "--schema"])
+    assert os.environ["GOMP_SPINCOUNT"] == (given or "10000")
+
+
 def test_an_override_may_follow_an_option(capsys):
     assert cli.main(["launch", str(QUICKSTART), "--dry-run", "parallel.pp=1", "name=other"]) == 0
     assert "other: 4 ranks on 1 node" in capsys.readouterr().out

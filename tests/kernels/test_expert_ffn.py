@@ -54,7 +54,6 @@ def loop(x, fc1, fc2, counts, kind, weight, bias):
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 0], [0, 9, 0, 0], [4, 0, 0, 0]])
 def test_equals_a_loop_over_experts(monkeypatch, counts, kind, block, cores):
     monkeypatch.setattr(expert_ffn_blocked, "BLOCK", block)
-    monkeypatch.setattr(expert_ffn_blocked, "PIECE", 2 * F)
     torch.manual_seed(0)
     rows, parts = sum(counts), activation.KINDS[kind].parts
     shapes = [(rows, H), (4, H, parts, F), (4, F, H), (4, parts, F), (rows,)]
@@ -147,10 +146,9 @@ def test_weights_that_are_widened_may_lie_in_memory_as_they_like(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_over_many_pieces_are_as_exact_as_over_one(monkeypatch, dtype):
+def test_gradients_of_many_rows_are_as_exact_as_one_product(monkeypatch, dtype):
     monkeypatch.setattr(expert_ffn_blocked, "_slow_bfloat16", lambda: False)
     monkeypatch.setattr(expert_ffn_blocked, "BLOCK", 4 * F)
-    monkeypatch.setattr(expert_ffn_blocked, "PIECE", 2 * F)
     torch.manual_seed(0)
     given = [torch.randn(s).to(dtype).requires_grad_() for s in ((1024, H), (1, H, 2, F), (1, F, H))]
     counts, target = torch.tensor([1024]), torch.randn(1024, H).to(dtype)
