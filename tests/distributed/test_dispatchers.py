@@ -20,6 +20,7 @@ from support import changed
 from moesys import cli
 from moesys.config import Config
 from moesys.parallel import dimension
+from moesys.parallel.dispatchers.all_to_all import by_expert, turned
 from moesys.parallel.dispatchers.build import KINDS
 from moesys.train import verify
 
@@ -52,6 +53,23 @@ def test_computes_the_definition(found, name, kind, count):
             fc1[experts, :, :, inner], fc2[experts, inner] = mine["fc1"], mine["fc2"]
         torch.testing.assert_close(fc1, expected["fc1"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(fc2, expected["fc2"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("blocks", [[[2, 0, 3], [1, 4, 0]], [[0, 0], [0, 0]], [[1, 2, 3]], [[5], [1]], [[3, 1]] * 4])
+def test_rows_come_into_the_experts_order_alike_by_index_and_by_blocks(blocks):
+    """GPUs gather rows by index as they multiply; elsewhere whole blocks are moved."""
+    received = torch.tensor(blocks)
+    number = torch.arange(received.numel()).view_as(received)
+    rows = torch.repeat_interleave(number.flatten(), received.flatten()).double().requires_grad_()
+    expected = torch.repeat_interleave(number.t().flatten(), received.t().flatten()).double()
+    order = by_expert(received, len(rows))
+    assert torch.equal(order.counts_E, received.sum(0))
+    weight = torch.rand(len(rows), dtype=torch.float64)
+    for moved in (rows[order.token_A], turned(rows, blocks)):
+        assert torch.equal(moved, expected)
+        (grad,) = torch.autograd.grad(moved, rows, weight)
+        assert torch.equal(grad, weight[order.row_A])
+    assert torch.equal(turned(expected, list(zip(*blocks, strict=True))), rows)
 
 
 FEW = settings(
