@@ -6,17 +6,26 @@ import torch
 from torch import Tensor
 
 
-def reference(x_BShd: Tensor, cos_Sr: Tensor, sin_Sr: Tensor) -> Tensor:
+def tables(angles_Sr: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, d] of what `rotate` turns each element by, those of the first half negative.
+
+    `angles_Sr` [S, d / 2] are the angles of a head's pairs. Made once for all layers.
+    """
+    cos, sin = angles_Sr.cos(), angles_Sr.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def reference(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     """`rotate` by its definition (RoFormer, arXiv 2104.09864), in float32 or wider."""
-    wide = torch.promote_types(x_BShd.dtype, torch.float32)
+    wide, half = torch.promote_types(x_BShd.dtype, torch.float32), x_BShd.shape[-1] // 2
     first, second = x_BShd.to(wide).chunk(2, dim=-1)
-    cos, sin = cos_Sr[None, :, None].to(wide), sin_Sr[None, :, None].to(wide)
+    cos, sin = (table[None, :, None, half:].to(wide) for table in (cos_Sd, sin_Sd))
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BShd.dtype)
 
 
-def rotate(x_BShd: Tensor, cos_Sr: Tensor, sin_Sr: Tensor) -> Tensor:
-    """Heads [B, S, h, d] turned by the angles of cos, sin [S, d / 2]; element i pairs with i + d / 2."""
-    return _Rotate.apply(x_BShd, cos_Sr, sin_Sr)
+def rotate(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+    """Heads [B, S, h, d] turned by the angles of `tables`; element i pairs with i + d / 2."""
+    return _Rotate.apply(x_BShd, cos_Sd, sin_Sd)
 
 
 class _Rotate(torch.autograd.Function):
@@ -30,10 +39,9 @@ class _Rotate(torch.autograd.Function):
         return _turn(grad, *ctx.saved_tensors, -1), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    wide, half = torch.promote_types(x.dtype, torch.float32), x.shape[-1] // 2
-    cos, sin = (angle[None, :, None].to(wide) for angle in (cos, sin))
+def _turn(x: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, direction: int) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos_Sd[None, :, None].to(wide), sin_Sd[None, :, None].to(wide)
     wide_x = x.to(wide)
     # Rolled by half its length, each element meets the one it is paired with.
-    across = torch.cat((-direction * sin, direction * sin), -1)
-    return (wide_x * torch.cat((cos, cos), -1)).addcmul_(wide_x.roll(half, -1), across).to(x.dtype)
+    return (wide_x * cos).addcmul_(wide_x.roll(x.shape[-1] // 2, -1), sin, value=direction).to(x.dtype)

@@ -73,7 +73,7 @@ class GroupedQueryAttention(nn.Module):
         return norm(x) if norm is not None and self.per_head else x
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, S, H] → [B, S, H]; cos, sin [S, head_dim / 2] of the tokens' positions."""
+        """[B, S, H] → [B, S, H]; cos, sin [S, head_dim]: tables of the tokens' positions."""
         q = rotate(self._heads(self.q_proj(x_BSH), self.q_norm), cos, sin)
         k = rotate(self._heads(self.k_proj(x_BSH), self.k_norm), cos, sin)
         v = self._heads(self.v_proj(x_BSH), None)
@@ -115,7 +115,7 @@ class LatentAttention(nn.Module):
         self.core = CausalCore()
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, S, H] → [B, S, H]; cos, sin [S, qk_rope_head_dim / 2] of the tokens' positions."""
+        """[B, S, H] → [B, S, H]; cos, sin [S, qk_rope_head_dim]: tables of the tokens' positions."""
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSH))) if self.compress_query else self.q_proj(x_BSH)
         q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split((self.nope, self.rope), -1)
         latent, k_rope = self.kv_a_proj(x_BSH).split((self.latent, self.rope), -1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moesys.kernels.activation import KINDS
 from moesys.kernels.rms_norm import rms_norm
+from moesys.kernels.rotary import tables
 
 
 class Linear(nn.Linear):
@@ -56,7 +57,6 @@ class FeedForward(nn.Module):
 
 
 def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [S, size / 2], float32, of rotary positions (RoFormer, arXiv 2104.09864)."""
+    """Tables [S, size], float32, that `rotate` takes, of rotary positions (RoFormer, arXiv 2104.09864)."""
     exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    angles = positions.float()[:, None] * theta**-exponents
-    return angles.cos(), angles.sin()
+    return tables(positions.float()[:, None] * theta**-exponents)
