@@ -118,13 +118,6 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return empty(shape, dtype).zero_()
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like` of a contiguous tensor on any device; on CPU as `empty`, unless a compiler places it."""
-    if x.is_cuda or torch.compiler.is_compiling():
-        return torch.empty_like(x)
-    return empty(x.shape, x.dtype)
-
-
 @contextmanager
 def recorded() -> Iterator[list[tuple[int, int]]]:
     """Within, large results have memory of their own, noted in the list, whichever thread asks for it.

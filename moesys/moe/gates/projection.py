@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from moesys.kernels import recycle
 
@@ -26,15 +27,8 @@ class GateProjection(nn.Linear):
         return logits_TE if bias is None else logits_TE + bias
 
 
-PIECE = 2**18
-"""Elements of x that are widened at once on CPU: their wide copy stays in a core's second-level cache."""
-
-
-def _pieces(x_TH: Tensor) -> Sequence[Tensor]:
-    """Parts of the tokens that are widened one after another; all together where a compiler or a GPU does better."""
-    if x_TH.is_cuda or torch.compiler.is_compiling():
-        return (x_TH,)
-    return x_TH.split(max(1, PIECE // max(1, x_TH.shape[1])))
+TOKENS = 512
+"""Tokens that are widened at once on CPU: their wide copy stays in the cache."""
 
 
 class _Widened(torch.autograd.Function):
@@ -43,16 +37,27 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weight_EH):  # type: ignore[override]
         ctx.save_for_backward(x_TH, weight_EH)
+        if _all_at_once(x_TH):
+            return x_TH.to(weight_EH.dtype) @ weight_EH.t()
         return torch.cat([x.to(weight_EH.dtype) @ weight_EH.t() for x in _pieces(x_TH)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TE):  # type: ignore[override]
         x_TH, weight_EH = ctx.saved_tensors
-        grad_x, grad_weight = recycle.empty_like(x_TH), torch.zeros_like(weight_EH)
-        start = 0
-        for x in _pieces(x_TH):
-            some = slice(start, start := start + len(x))
-            grad_x[some] = grad_TE[some] @ weight_EH
-            grad_weight.addmm_(grad_TE[some].t(), x.to(weight_EH.dtype))
+        if _all_at_once(x_TH):
+            return (grad_TE @ weight_EH).to(x_TH.dtype), grad_TE.t() @ x_TH.to(weight_EH.dtype)
+        grad_x, grad_weight = recycle.empty(x_TH.shape, x_TH.dtype), torch.zeros_like(weight_EH)
+        for x, grad, out in zip(*map(_pieces, (x_TH, grad_TE, grad_x)), strict=True):
+            out.copy_(grad @ weight_EH)
+            grad_weight.addmm_(grad.t(), x.to(weight_EH.dtype))
         return grad_x, grad_weight
+
+
+def _all_at_once(x_TH: Tensor) -> bool:
+    """Whether tokens are on a GPU, placed by a compiler, or spread over devices, which pieces would bring together."""
+    return x_TH.is_cuda or torch.compiler.is_compiling() or isinstance(x_TH, DTensor)
+
+
+def _pieces(x_TN: Tensor) -> Sequence[Tensor]:
+    return x_TN.split(TOKENS)
