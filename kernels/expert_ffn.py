@@ -20,6 +20,7 @@ from moesys.kernels import expert_ffn_grouped as grouped
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
 from moesys.kernels.choose import choose
+from moesys.kernels.expert_ffn_given import Given
 from moesys.kernels.permute import Permutation
 
 
@@ -81,35 +82,25 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "expert_ffn_backward(Tensor grad, Tensor x, Tensor fc1, Tensor fc2, Tensor counts, Tensor? weight, Tensor? bias1, "
-    "Tensor? index, Tensor? row, Tensor? offsets, Tensor h, str kind, bool of_fc1, bool of_fc2) "
+    "Tensor? index, Tensor? row, Tensor? offsets, str kind, Tensor h, bool of_fc1, bool of_fc2) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, kind) -> tuple[Tensor, Tensor]:
-    """(output, in the shape of x; h [N, G, F]).
-
-    `index_N`: the token of each row, None if x are the rows; `row_N` and `offsets_T1`: the rows of each token, as
-    in `Permutation`, None where they are not needed.
-    """
-    if _in_blocks(x_TH):
-        return blocked.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
-    return grouped.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, kind)
+def _forward(*inputs) -> tuple[Tensor, Tensor]:
+    """(output, in the shape of x; h [N, G, F]) of the inputs of `Given`."""
+    given = Given(*inputs)
+    return (blocked if _in_blocks(given.x_TH) else grouped).forward(given)
 
 
-def _backward(
-    grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, h_NGF, kind, of_fc1, of_fc2
-) -> tuple[Tensor, ...]:
-    """Gradients of x, fc1, fc2, weight and bias1.
+def _backward(grad_TH: Tensor, *inputs) -> tuple[Tensor, ...]:
+    """Gradients of x, fc1, fc2, weight and bias1, of the inputs of `Given`, h and what is asked for.
 
     The last two are empty without their inputs, those of fc1 and fc2 where they are not asked for.
     """
-    grad_TH, inputs = grad_TH.contiguous(), (x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N)
-    if _in_blocks(x_TH):
-        grads = blocked.backward(grad_TH, *inputs, h_NGF, kind, of_fc1, of_fc2)
-    else:
-        grads = grouped.backward(grad_TH, *inputs, row_N, offsets_T1, h_NGF, kind, of_fc1, of_fc2)
-    return _with_empty(grads, x_TH)
+    *given, h_NGF, of_fc1, of_fc2 = inputs
+    way = blocked if _in_blocks(given[0]) else grouped
+    return _with_empty(way.backward(grad_TH.contiguous(), Given(*given), h_NGF, of_fc1, of_fc2), grad_TH)
 
 
 def _with_empty(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -123,15 +114,17 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("moesys::expert_ffn")
-def _(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, kind):
-    rows = len(x_TH) if index_N is None else len(index_N)
-    return _fresh(x_TH), x_TH.new_empty(rows, *fc1.shape[2:])
+def _(*inputs):
+    given = Given(*inputs)
+    return _fresh(given.x_TH), given.x_TH.new_empty(given.rows, *given.fc1.shape[2:])
 
 
 @torch.library.register_fake("moesys::expert_ffn_backward")
-def _(grad_TH, x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, row_N, offsets_T1, h_NGF, kind, of_fc1, of_fc2):
-    given = (x_TH, fc1 if of_fc1 else None, fc2 if of_fc2 else None, weight_N, bias1)
-    return _with_empty([None if t is None else _fresh(t) for t in given], x_TH)
+def _(grad_TH, *inputs):
+    *inputs, _, of_fc1, of_fc2 = inputs
+    given = Given(*inputs)
+    asked = (given.x_TH, given.fc1 if of_fc1 else None, given.fc2 if of_fc2 else None, given.weight_N, given.bias1)
+    return _with_empty([None if t is None else _fresh(t) for t in asked], grad_TH)
 
 
 def _fresh(x: Tensor) -> Tensor:
@@ -153,7 +146,8 @@ class _ExpertFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_TH):  # type: ignore[override]
         _, of_fc1, of_fc2, _, of_weight, of_bias1, *_ = ctx.needs_input_grad
-        grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *ctx.saved_tensors, ctx.kind, of_fc1, of_fc2)
+        *tensors, h = ctx.saved_tensors
+        grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *tensors, ctx.kind, h, of_fc1, of_fc2)
         asked = (True, of_fc1, of_fc2, of_weight, of_bias1)
         x, fc1, fc2, weight, bias1 = (g if a else None for a, g in zip(asked, grads, strict=True))
         return x, fc1, fc2, None, weight, bias1, None, None, None, None
@@ -170,7 +164,7 @@ def _flops(x_shape, fc1_shape, fc2_shape, counts_shape, weight, bias, index, *ar
 def _flops_backward(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
     of_fc1, of_fc2 = shapes[-2:]
     _, hidden, parts, inner = shapes[1]
-    rows = shapes[-4][0]
+    rows = shapes[-3][0]
     return 2 * rows * hidden * inner * (parts * (1 + of_fc1) + 1 + of_fc2)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesys.kernels import activation, recycle
 from moesys.kernels import expert_ffn_small as small
+from moesys.kernels.expert_ffn_given import Given
 from moesys.kernels.workers import Finish, each
 
 BLOCK = 2**18
@@ -70,22 +71,14 @@ def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
     return out if out.dtype == dtype else recycle.empty(out.shape, dtype)
 
 
-def forward(
-    x_TH: Tensor,
-    fc1: Tensor,
-    fc2: Tensor,
-    counts_E: Tensor,
-    weight_N: Tensor | None,
-    bias1: Tensor | None,
-    index_N: Tensor | None,
-    kind: str,
-) -> tuple[Tensor, Tensor]:
+def forward(given: Given) -> tuple[Tensor, Tensor]:
     """As the operation `moesys::expert_ffn`: (output, h [N, G, F])."""
-    wide, rows = working_type(x_TH.dtype), len(x_TH) if index_N is None else len(index_N)
-    if small.fits(x_TH, fc1, fc2, rows, BLOCK):
-        return small.forward(x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, kind)
+    if small.fits(given, BLOCK):
+        return small.forward(given)
+    x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = given
+    wide = working_type(x_TH.dtype)
     out = recycle.empty(x_TH.shape, x_TH.dtype) if index_N is None else recycle.zeros(x_TH.shape, wide)
-    h = recycle.empty((rows, *fc1.shape[2:]), x_TH.dtype)
+    h = recycle.empty((given.rows, *fc1.shape[2:]), x_TH.dtype)
     blocks = list(_blocks(counts_E.tolist(), fc2.shape[1]))
     hs, indices, weights = (_by_block(t, blocks) for t in (h, index_N, weight_N))
     w1, w2 = fc1.flatten(2).unbind(), fc2.unbind()
@@ -182,26 +175,13 @@ def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
         h_e += bias
 
 
-def backward(
-    grad_TH: Tensor,
-    x_TH: Tensor,
-    fc1: Tensor,
-    fc2: Tensor,
-    counts_E: Tensor,
-    weight_N: Tensor | None,
-    bias1: Tensor | None,
-    index_N: Tensor | None,
-    h_NGF: Tensor,
-    kind: str,
-    of_fc1: bool,
-    of_fc2: bool,
-) -> tuple[Tensor | None, ...]:
+def backward(grad_TH: Tensor, given: Given, h_NGF: Tensor, of_fc1: bool, of_fc2: bool) -> tuple[Tensor | None, ...]:
     """As `moesys::expert_ffn_backward`, None for empty; the gradient contiguous."""
-    if weight_N is not None:
-        weight_N = _not_zero(weight_N)
-    if small.fits(x_TH, fc1, fc2, len(h_NGF), BLOCK):
-        inputs = (x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N)
-        return small.backward(grad_TH, *inputs, h_NGF, kind, of_fc1, of_fc2)
+    if given.weight_N is not None:
+        given = given._replace(weight_N=_not_zero(given.weight_N))
+    if small.fits(given, BLOCK):
+        return small.backward(grad_TH, given, h_NGF, of_fc1, of_fc2)
+    x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = given
     wide, counts = working_type(x_TH.dtype), counts_E.tolist()
     grad_x = recycle.empty(x_TH.shape, x_TH.dtype) if index_N is None else recycle.zeros(x_TH.shape, wide)
     # Experts between two blocks have no rows: no block reaches their gradients.

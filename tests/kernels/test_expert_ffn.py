@@ -218,7 +218,7 @@ def test_what_is_traced_lies_in_memory_as_what_is_computed(monkeypatch, layout, 
 
     def strides(*inputs):
         out, h = torch.ops.moesys.expert_ffn(*inputs, "swiglu")
-        grads = torch.ops.moesys.expert_ffn_backward(torch.zeros_like(out), *inputs, h, "swiglu", True, True)
+        grads = torch.ops.moesys.expert_ffn_backward(torch.zeros_like(out), *inputs, "swiglu", h, True, True)
         return [t.stride() for t in (out, h, *grads)]
 
     with FakeTensorMode() as mode:
@@ -346,7 +346,7 @@ def test_operations_keep_their_schema(monkeypatch, block):
     given = (*(torch.randn(s) for s in shapes), p.counts_E, torch.rand(11), None, p.token_A, None, None)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.moesys.expert_ffn.default, (*given, "swiglu"), test_utils=tests)
-    backward = (torch.randn(7, 8), *given, torch.randn(11, 2, 12), "swiglu")
+    backward = (torch.randn(7, 8), *given, "swiglu", torch.randn(11, 2, 12))
     for asked in ((True, True), (False, True), (True, False), (False, False)):
         torch.library.opcheck(torch.ops.moesys.expert_ffn_backward.default, (*backward, *asked), test_utils=tests)
 
