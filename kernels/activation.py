@@ -187,13 +187,17 @@ class Again:
     def __init__(self, h_NGF: Tensor, kind: str, dh: Tensor):
         self.kind, self.h, self.dh = KINDS[kind], h_NGF, dh
         self.inner = dh[:, 0]
-        if self.kind.gated:
-            value = _value(self.kind, h_NGF[:, 0], dh[:, 1])
-            self.value = value if value.data_ptr() == dh[:, 1].data_ptr() else dh[:, 1].copy_(value)
-            torch.mul(self.value, self._linear(), out=self.inner)
-        else:
+        if not self.kind.gated:
             self.value = self.kind.value(h_NGF[:, 0])
             self.inner.copy_(self.value)
+            return
+        # It waits where the gradient of the other part will be.
+        self.value = dh[:, 1]
+        if self.kind.value_out is not None:
+            self.kind.value_out(h_NGF[:, 0], out=self.value)
+        else:
+            self.value.copy_(self.kind.value(h_NGF[:, 0]))
+        torch.mul(self.value, self._linear(), out=self.inner)
 
     def _linear(self) -> Tensor:
         u = self.h[:, 1]

@@ -56,9 +56,13 @@ class Pool:
     def _take(self, size: int) -> UntypedStorage:
         """A free block of about `size` bytes, or a new one."""
         for have in sorted(have for have in self._blocks if size <= have <= size * 5 // 4):
-            for block in self._blocks[have]:
+            for place, block in enumerate(self._blocks[have]):
                 if _is_free(block):
-                    return block
+                    if not block.is_shared():
+                        return block
+                    # Its tensor was moved to where other processes may still look at it.
+                    self._forget(have, place)
+                    return self._take(size)
         self.peak = max(self.peak, self.lent + size)
         while (excess := self.held + size - self.peak) > 0:
             self._drop(excess)
@@ -69,10 +73,13 @@ class Pool:
 
     def _drop(self, excess: int) -> None:
         """Give back the smallest free block of at least `excess` bytes, or the largest that there is."""
-        free = [size for size, blocks in self._blocks.items() if any(map(_is_free, blocks))]
+        free = {size: place for size, blocks in self._blocks.items() if (place := _first_free(blocks)) is not None}
         size = min((size for size in free if size >= excess), default=max(free))
+        self._forget(size, free[size])
+
+    def _forget(self, size: int, place: int) -> None:
         blocks = self._blocks[size]
-        del blocks[next(i for i, block in enumerate(blocks) if _is_free(block))]
+        del blocks[place]
         if not blocks:
             del self._blocks[size]
         self.held -= size
@@ -80,6 +87,10 @@ class Pool:
 
 def _is_free(block: UntypedStorage) -> bool:
     return torch._C._storage_Use_Count(block._cdata) == 1
+
+
+def _first_free(blocks: Sequence[UntypedStorage]) -> int | None:
+    return next((place for place, block in enumerate(blocks) if _is_free(block)), None)
 
 
 def _noted(events: list[tuple[int, int]], size: int) -> Tensor:

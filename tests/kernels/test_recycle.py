@@ -56,6 +56,17 @@ def test_small_results_are_left_to_torch():
     assert pool.lent == 0
 
 
+def test_memory_that_another_process_may_look_at_is_not_lent_again():
+    pool = Pool()
+    x = pool.empty((FLOATS,), torch.float32).fill_(1)
+    seen = x.share_memory_().untyped_storage()
+    where = seen.data_ptr()
+    del x, seen
+    y = pool.empty((FLOATS,), torch.float32)
+    assert y.data_ptr() != where
+    assert pool.held == pool.lent == SMALLEST
+
+
 def test_threads_share_it():
     pool, wrong = Pool(), []
 
