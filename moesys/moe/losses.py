@@ -32,7 +32,7 @@ def load_balancing(
     """
     tokens = probabilities_TE.shape[0] * scope.size
     f_E = scope.sum(load_E.to(probabilities_TE.dtype)) / (tokens * top_k)
-    return _balance(f_E, probabilities_TE.sum(0) / tokens, adjust)
+    return _balance(f_E, probabilities_TE.sum(0), tokens, adjust)
 
 
 def sequence_balancing(
@@ -47,8 +47,8 @@ def sequence_balancing(
     chosen = expert_Tk.reshape(sequences, -1)
     load_SE = chosen.new_zeros(sequences, experts).scatter_add_(1, chosen, torch.ones_like(chosen))
     f_SE = scope.sum(load_SE.to(probabilities_TE.dtype)) / (length * expert_Tk.shape[1])
-    mean_SE = probabilities_TE.view(sequences, -1, experts).sum(1) / length
-    return _balance(f_SE, mean_SE, adjust) / sequences
+    total_SE = probabilities_TE.view(sequences, -1, experts).sum(1)
+    return _balance(f_SE, total_SE, length * sequences, adjust)
 
 
 def global_balancing(
@@ -59,11 +59,13 @@ def global_balancing(
     `load_E` counts the whole global batch. The mean over its micro-batches has P of the global batch too.
     """
     f_E = load_E.to(probabilities_TE.dtype) / load_E.sum()
-    return _balance(f_E, probabilities_TE.sum(0) / (probabilities_TE.shape[0] * scope.size), adjust)
+    return _balance(f_E, probabilities_TE.sum(0), probabilities_TE.shape[0] * scope.size, adjust)
 
 
-def _balance(f: Tensor, mean: Tensor, adjust: Adjust | None) -> Tensor:
-    return mean.shape[-1] * ((f if adjust is None else adjust(f)) * mean).sum()
+def _balance(f: Tensor, total: Tensor, tokens: int, adjust: Adjust | None) -> Tensor:
+    """Σ f · total · E / tokens, all that is constant multiplied first: nothing of it is differentiated."""
+    f = f if adjust is None else adjust(f)
+    return (f * (total.shape[-1] / tokens) * total).sum()
 
 
 def router_z(logits_TE: Tensor, scope: MicroBatch) -> Tensor:
