@@ -23,7 +23,7 @@ import moesys
 from moesys.config.load import dump
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
-from moesys.files import write_whole
+from moesys.files import write_json
 from moesys.launchers.launch import run, workers
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import StopRequests
@@ -125,7 +125,7 @@ def command(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-a2a-", dir=base) as folder:
         spec = RunSpec.of(config, Path(folder))
         (spec.run_dir / "config.yaml").write_text(dump(spec.config))
-        (spec.run_dir / "bench.json").write_text(json.dumps(asdict(options)))
+        write_json(spec.run_dir / "bench.json", asdict(options))
         started = workers(spec, config.launch.launcher, "moesys.train.a2a")
         follow = Follow(spec.run_dir / "follow.jsonl", Console(stderr=True))
         with StopRequests() as stop:
@@ -140,7 +140,7 @@ def command(arguments: argparse.Namespace) -> int:
         facts = {"date": date.today().isoformat(), **found["facts"]}
         Profile(lines(results), facts).save(arguments.profile)
     if arguments.json is not None:
-        write_whole(arguments.json, json.dumps(as_json(results, found["facts"], options), indent=1) + "\n")
+        write_json(arguments.json, as_json(results, found["facts"], options))
     return 1 if any(result.wrong for result in results) else 0
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from moesys.files import write_whole
+from moesys.files import write_json, write_whole
 from moesys.measure.explanation import Explanation
 from moesys.measure.report import run
 from moesys.measure.report.run import ReportError, Run
@@ -101,4 +100,4 @@ def _recorded(folder: Path):  # type: ignore[no-untyped-def]
 
 def _json(path: Path | None, facts: object) -> None:
     if path is not None:
-        write_whole(path, json.dumps(facts, indent=1) + "\n")
+        write_json(path, facts)

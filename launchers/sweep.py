@@ -19,6 +19,7 @@ from rich.console import Console
 from moesys.config.load import dump
 from moesys.config.schema import Config, Section
 from moesys.errors import ConfigError, Problem
+from moesys.files import write_json
 from moesys.launchers import summary
 from moesys.launchers.launch import launch
 from moesys.launchers.lock import locked
@@ -106,7 +107,7 @@ def run(sweep: Sweep, console: Console) -> int:
             return code
     rows = {name: figures(RunSpec.of(config).run_dir) for name, config in sweep.configs.items()}
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    (sweep.folder / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(sweep.folder / "sweep.json", rows)
     (sweep.folder / "table.md").write_text(table(rows))
     console.print(table(rows), highlight=False)
     console.print(f"also in {sweep.folder}")

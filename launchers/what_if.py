@@ -16,7 +16,7 @@ from rich.table import Table
 from moesys.config.load import dump, load
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
-from moesys.files import write_whole
+from moesys.files import write_json
 from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
 from moesys.measure.links import Profile
@@ -54,9 +54,7 @@ def command(arguments: argparse.Namespace) -> int:
         found.append(prediction)
     base = Prediction("as recorded", [], predictor.recorded.total.step, predictor.recorded.total.exposed)
     Console(width=max(100, Console().width)).print(table([base, *found]))
-    write_whole(
-        run_dir / "measure" / "what_if.json", json.dumps([p.as_json() for p in [base, *found]], indent=1) + "\n"
-    )
+    write_json(run_dir / "measure" / "what_if.json", [p.as_json() for p in [base, *found]])
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moesys import __version__
 from moesys.errors import ConfigError, MoesysError
-from moesys.files import write_whole
+from moesys.files import write_json
 from moesys.options import count, output, tolerance
 
 
@@ -193,7 +193,7 @@ def bench_layer(arguments: argparse.Namespace) -> int:
 
 def _write_json(path: Path | None, facts: Callable[[], object]) -> None:
     if path is not None:
-        write_whole(path, json.dumps(facts(), indent=1) + "\n")
+        write_json(path, facts())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -60,5 +60,11 @@ class CheckpointError(MoesysError):
     """A checkpoint that cannot be read or does not fit the model."""
 
 
+class FileError(MoesysError):
+    """A file that is missing, damaged or of another format."""
+
+    exit_code = 2
+
+
 class LaunchError(MoesysError):
     """Workers that could not be started or did not finish."""

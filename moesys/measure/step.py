@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from moesys.files import json_text
+
 Purpose = Literal["expert", "data", "tensor", "context", "pipeline", "step"]
 """What a collective is for: a dimension of parallelism, or what all ranks of a step share."""
 
@@ -102,7 +104,7 @@ class Step:
     def to_json(self) -> str:
         """One line; travels as lists in the order of `Travel`'s fields."""
         ranks = [{**_shallow(r), "travels": [list(_shallow(t).values()) for t in r.travels]} for r in self.ranks]
-        return json.dumps({**_shallow(self), "ranks": ranks}, separators=(",", ":"))
+        return json_text({**_shallow(self), "ranks": ranks}, compact=True)
 
     @classmethod
     def from_json(cls, line: str) -> Step:

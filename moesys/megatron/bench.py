@@ -24,6 +24,7 @@ from moesys.config.schema import Config, MoEConfig
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.samples import Samples
 from moesys.errors import ConfigError, Problem
+from moesys.files import write_json
 from moesys.measure.interleave import alone, interleave, ratio
 from moesys.train import here, native
 from moesys.train.engine import Engine
@@ -134,7 +135,7 @@ def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder
         if rank == 0:
             device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
             told = {"seconds": seconds, "losses": losses, "device": device}
-            (Path(folder) / "told.json").write_text(json.dumps(told))
+            write_json(Path(folder) / "told.json", told)
 
 
 def _engine(config: Config, ranks: Any, corpus: Corpus, plug_in: bool) -> Engine:

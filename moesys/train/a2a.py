@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
-from moesys.files import write_whole
+from moesys.files import json_text, write_json
 from moesys.measure import bench_a2a
 from moesys.measure.bench_a2a import Options
 from moesys.measure.bench_result import Result
@@ -34,13 +34,13 @@ def _measure(config: Config, run_dir: Path) -> None:
 
     def tell(result: Result) -> None:
         if follow is not None:
-            follow.write(json.dumps(result.as_json()) + "\n")
+            follow.write(json_text(result.as_json()) + "\n")
 
     results = bench_a2a.run(config, mesh, Options(**asked), names, tell)
     if mesh.rank == 0:
         facts = {"hosts": names, "backend": dist.get_backend(), "device": _device(mesh.device), "ranks": len(names)}
         found = {"results": [asdict(result) for result in results], "facts": facts}
-        write_whole(run_dir / "results.json", json.dumps(found))
+        write_json(run_dir / "results.json", found)
 
 
 def _device(device: torch.device) -> str:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
+from moesys.files import write_json
 from moesys.measure.explain import explain
 from moesys.measure.interleave import alone, interleave, ratio
 from moesys.measure.recorder import Recorder
@@ -99,7 +100,7 @@ def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder
         recorders = [Recorder(_every(config, n), mesh, Path(folder), 0) for n in (config.measure.every, 1)]
         seconds = interleave(_sides(trainer, recorders, steps), rounds, alone(mesh.device), warmup=1)
         if rank == 0:
-            (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+            write_json(Path(folder) / "seconds.json", seconds)
 
 
 def _every(config: Config, steps: int) -> Config:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.errors import CheckpointError
+from moesys.files import write_json
 from moesys.parallel.freeze import frozen_names
 from moesys.train.engine import Engine
 
@@ -44,7 +45,7 @@ def save(folder: Path, engine: Engine, step: int, samples: int) -> Path:
     if first:
         meta = {"step": step, "samples": samples, "model": config.model.model_dump(), "seed": config.seed}
         meta["freeze"] = config.train.freeze
-        (partial / META).write_text(json.dumps(meta, indent=1))
+        write_json(partial / META, meta)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.config.schema import Config
-from moesys.files import write_whole
+from moesys.files import json_text, write_whole
 from moesys.parallel import comm
 from moesys.parallel.gates_check import IGNORES
 from moesys.train.engine import Engine
@@ -119,7 +119,7 @@ class MetricsLog:
         """One line; numbers among its values become scalars of the step `record["step"]`."""
         if not self.active:
             return
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json_text(record) + "\n")
         scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         if self._board is not None:
             for key, value in scalars.items():
@@ -132,7 +132,7 @@ class MetricsLog:
     def write_load(self, step: int, load: list[list[float]] | None) -> None:
         """One line with every expert's load, of every so many steps only."""
         if self.active and load is not None and step % self._every == 0:
-            self._loads.write(json.dumps({"step": step, "load": load}) + "\n")
+            self._loads.write(json_text({"step": step, "load": load}) + "\n")
 
     def __enter__(self) -> MetricsLog:
         return self

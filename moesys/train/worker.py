@@ -28,7 +28,7 @@ from moesys.config.schema import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
 from moesys.errors import DataError, MoesysError
-from moesys.files import write_whole
+from moesys.files import write_json, write_whole
 from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
@@ -170,7 +170,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     }
     summary["profile"] = trainer.config.measure.profile
     summary["report"] = str(report.write(run_dir, summary))
-    write_whole(old, json.dumps(summary, indent=1) + "\n")
+    write_json(old, summary)
 
 
 def _write_ranks(mesh: Ranks, run_dir: Path) -> None:
@@ -187,7 +187,7 @@ def _write_ranks(mesh: Ranks, run_dir: Path) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, here)
     if mesh.rank == 0:
-        write_whole(run_dir / "ranks.json", json.dumps(everyone, indent=1) + "\n")
+        write_json(run_dir / "ranks.json", everyone)
 
 
 def main(work: Callable[[Config, Path], None] = run) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesys.files import json_text
 from moesys.measure.attribute import costs
 from moesys.measure.intervals import union, without
 from moesys.measure.step import RankStep, Step, Travel
@@ -17,7 +17,7 @@ TRACKS = ("compute", "all-to-all", "other communication")
 
 def write(steps: Sequence[Step], path: Path) -> None:
     """Write the trace as JSON, compressed if the name ends in .gz."""
-    text = json.dumps({"traceEvents": list(events(steps)), "displayTimeUnit": "ms"})
+    text = json_text({"traceEvents": list(events(steps)), "displayTimeUnit": "ms"})
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
