@@ -10,7 +10,7 @@ from typing import Protocol
 from rich.console import Console
 
 from moesys.errors import LaunchError
-from moesys.launchers import placement, slurm, summary
+from moesys.launchers import history, placement, slurm, summary
 from moesys.launchers.failure import Outcome, read_ranks
 from moesys.launchers.progress import Progress
 from moesys.launchers.spec import RunSpec
@@ -54,6 +54,7 @@ def launch(spec: RunSpec, launcher: str, console: Console | None = None) -> int:
     A failing worker's error is printed, and its exit code returned; a stop on request (Ctrl-C, SIGTERM)
     returns 130. Raises `LaunchError` if the workers cannot be started.
     """
+    history.note(spec.run_dir)
     if launcher == "slurm":
         return slurm.submit(spec)
     return watch(workers(spec, launcher), spec, console or Console())

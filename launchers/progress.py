@@ -108,7 +108,7 @@ class Progress:
         if "phase" in metrics:
             self.phase(metrics["phase"])
         elif "heldout_loss" in metrics:
-            self._print(f"step {metrics['step']}: held-out loss {metrics['heldout_loss']:.4f}")
+            self._print(evaluation(metrics))
         elif "loss" in metrics:
             self._latest = metrics
             if not self.console.is_terminal and self._due(metrics):
@@ -143,6 +143,13 @@ def line_of(metrics: Metrics) -> str:
     """One plain line: "step 10/100  loss 5.1234  tokens/s 1,234  …  left 1:05"."""
     parts = [f"step {metrics['step']}/{metrics['steps']}", *figures(metrics), time_left(metrics)]
     return "  ".join(parts).rstrip()
+
+
+def evaluation(metrics: Metrics) -> str:
+    """ "step 100: held-out loss 2.0866 (3.0104 bits per byte)"; without bits where bytes are not known."""
+    line = f"step {metrics['step']}: held-out loss {metrics['heldout_loss']:.4f}"
+    bits = metrics.get("heldout_bits_per_byte")
+    return line if bits is None else f"{line} ({bits:.4f} bits per byte)"
 
 
 def figures(metrics: Metrics) -> list[str]:

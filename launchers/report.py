@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moesys.files import write_json, write_whole
 from moesys.measure.explanation import Explanation
-from moesys.measure.report import run
+from moesys.measure.report import compare, run
 from moesys.measure.report.run import ReportError, Run
 
 
@@ -47,9 +47,8 @@ def command(arguments: argparse.Namespace) -> int:
 def _two(arguments: argparse.Namespace) -> int:
     a, b = arguments.runs
     path = arguments.out or Path(f"report-{a.name}-vs-{b.name}.html")
-    runs = run.write_comparison(a, b, path)
-    if all(r.explanation is not None for r in runs):
-        heads, rows = run.comparison(*runs)
+    runs = compare.write(a, b, path)
+    for heads, rows in compare.tables(*runs):
         Console(width=max(100, Console().width)).print(_table(heads, rows))
     _json(arguments.json, {r.folder.name: None if r.explanation is None else r.explanation.as_json() for r in runs})
     print(path)

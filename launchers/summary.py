@@ -9,21 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moesys.measure.report.facts import RESULTS
+
 ROWS = (
-    ("held-out loss", "heldout_loss", "{:.4f} nats per token"),
-    ("  unigram model", "unigram_loss", "{:.4f}"),
-    ("  bigram model", "bigram_loss", "{:.4f}"),
-    ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
-    ("time in all-to-all", "all_to_all_share", "{:.1%}"),
-    ("parameters", "parameters", "{:,}"),
-    ("  active per token", "active_parameters", "{:,}"),
-    ("steps", "steps", "{}"),
-    ("workers", "world_size", "{}"),
+    *RESULTS,
     ("checkpoint", "checkpoint", "{}"),
     ("metrics", "metrics", "{}"),
     ("report", "report", "{}"),
 )
-"""Label, key of summary.json and format of each row; keys that a run does not have are left out."""
+"""Label, key of summary.json and format of each row: what came out, and where things lie.
+
+Keys that a run does not have are left out.
+"""
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,12 +19,29 @@ from moesys.errors import DataError
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens for training and held-out tokens, each [T]; ids are below `vocab_size`."""
+    """Tokens for training and held-out tokens, each [T]; ids are below `vocab_size`.
+
+    `tokenized`: the tokens are the tokenizer's. Those of a file that another tool wrote may be of any other.
+    """
 
     train: Tokens
     heldout: Tokens
     tokenizer: Tokenizer
     vocab_size: int
+    tokenized: bool = True
+
+    def bytes_per_token(self, pieces: Iterable[np.ndarray]) -> float | None:
+        """Bytes of UTF-8 text / tokens, of pieces of tokens, each [T]; None unless the tokens are the tokenizer's.
+
+        The end of a document is a token without bytes.
+        """
+        if not self.tokenized:
+            return None
+        size = count = 0
+        for tokens in pieces:
+            size += len(self.tokenizer.decode(tokens[tokens != self.tokenizer.end_of_document]))
+            count += len(tokens)
+        return size / count if size else None
 
 
 def vocab_size(config: Config) -> int:
@@ -57,7 +75,8 @@ def open_corpus(config: Config) -> Corpus:
     for side, tokens in (("training", train), ("held-out", heldout)):
         if (rule := too_small(side, len(tokens), config)) is not None:
             raise DataError(f"{data.path or data.kind}: {rule}; {TOO_SMALL_REMEDY}")
-    return Corpus(train, heldout, tokenizer, vocabulary)
+    named = data.kind != "megatron" or data.tokenizer != "bytes"
+    return Corpus(train, heldout, tokenizer, vocabulary, tokenized=named)
 
 
 TOO_SMALL_REMEDY = "use more text, a shorter train.seq_len, or another data.heldout"

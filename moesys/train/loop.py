@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -36,7 +37,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Ranks, corpus: Corpus, dtype: torch.dtype | None = None):
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.corpus = config, mesh, corpus
         self.vocab_size = corpus.vocab_size
         self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype)
         gates.prepare(self.engine, corpus)
@@ -96,6 +97,12 @@ class Trainer:
             layer.statistics.take()
         dist.all_reduce(total)
         return total.item() * size / (self.mesh.degrees.tp * count)
+
+    @cached_property
+    def heldout_bytes_per_token(self) -> float | None:
+        """Bytes of text for each token that `evaluate` predicts; None where the corpus does not know its text."""
+        labels = (self.heldout[number][1:] for number in range(self.heldout_windows()))
+        return self.corpus.bytes_per_token(labels)
 
     def heldout_windows(self) -> int:
         """Held-out sequences that `evaluate` uses."""

@@ -32,6 +32,7 @@ from moesys.files import write_json, write_whole
 from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
+from moesys.measure.report.facts import bits_per_byte
 from moesys.measure.step import Step
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
@@ -118,25 +119,31 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
             log.write({**record, "steps": t.steps, "eta_s": eta, "time": time()})
         log.write_load(step, trainer.load)
         if t.eval_every and step % t.eval_every == 0 and step < t.steps:
-            log.write({"step": step, "heldout_loss": trainer.evaluate()})
+            log.write({"step": step, **_heldout(trainer)})
         if o.checkpoint_every and step % o.checkpoint_every == 0 and step < t.steps:
             _write_measured(recorder.flush(), log)
             saved = trainer.save(folder)
     _write_measured(recorder.flush(), log)
-    heldout = trainer.evaluate()
+    heldout = _heldout(trainer)
     if trainer.step > first:
-        log.write({"step": trainer.step, "heldout_loss": heldout})
+        log.write({"step": trainer.step, **heldout})
         saved = trainer.save(folder)
     seconds = sum(r["step_seconds"] for r in steady)
     tokens = t.global_batch * t.seq_len * len(steady)
     shares = [r["all_to_all_share"] * r["step_seconds"] for r in steady]
     return {
-        "heldout_loss": heldout,
+        **heldout,
         "tokens_per_second": tokens / seconds if seconds else None,
         "all_to_all_share": sum(shares) / seconds if seconds else None,
         "checkpoint": str(saved) if saved else None,
         "communication": explanation.headline() if (explanation := recorder.explanation()) else None,
     }
+
+
+def _heldout(trainer: Trainer) -> dict[str, float]:
+    """The held-out loss, per token and, where the text is known, in bits per byte. Collective."""
+    loss, size = trainer.evaluate(), trainer.heldout_bytes_per_token
+    return {"heldout_loss": loss} | ({} if size is None else {"heldout_bits_per_byte": bits_per_byte(loss, size)})
 
 
 def _write_measured(steps: Sequence[Step], log: MetricsLog) -> None:
@@ -161,7 +168,9 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     summary |= {
         "unigram_loss": unigram,
         "bigram_loss": bigram,
+        "heldout_bytes_per_token": trainer.heldout_bytes_per_token,
         "steps": trainer.step,
+        "tokens": trainer.seen * trainer.config.train.seq_len,
         "vocab_size": corpus.vocab_size,
         "world_size": dist.get_world_size(),
         "parameters": total,

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from moesys.cli import main
+from moesys.launchers import history
 from moesys.measure.links import Line, Profile
+from moesys.measure.report import compare
 from moesys.measure.report import run as report
+from moesys.measure.report.facts import bits_per_byte
+from moesys.measure.report.figures import SERIES
 from moesys.measure.report.run import Run
 from moesys.measure.step import RankStep, Step, Travel, steps_file
 
 LAYERS = ("layers.0", "layers.1")
 
 
-def step(number: int, slow: float) -> Step:
+def step(number: int, slow: float, hosts: Sequence[str]) -> Step:
     """Two ranks of 100 ms, of which rank 1 comes to each dispatch so many ms after rank 0."""
     ranks = []
     for rank in (0, 1):
@@ -60,13 +66,13 @@ def step(number: int, slow: float) -> Step:
                 "flat",
             )
             travels += [there, back]
-        ranks.append(RankStep(rank, "node<1>", 0.0, 0.1, tuple(travels)))
+        ranks.append(RankStep(rank, hosts[rank], 0.0, 0.1, tuple(travels)))
     return Step(number, tuple(ranks), {layer: [30.0, 10.0] for layer in LAYERS})
 
 
-def write_run(folder: Path, slow: float) -> Path:
+def write_run(folder: Path, slow: float, hosts: Sequence[str] = ("a", "a")) -> Path:
     (folder / "measure").mkdir(parents=True)
-    steps = [step(n, slow) for n in (10, 20, 30)]
+    steps = [step(n, slow, hosts) for n in (10, 20, 30)]
     steps_file(folder).write_text("".join(s.to_json() + "\n" for s in steps))
     metrics = [
         {"step": n, "loss": 5 - n / 10, "tokens_per_second": 1000, "imbalance": 1.5, "all_to_all_share": 0.2}
@@ -128,12 +134,12 @@ def test_what_moved_is_set_beside_the_links(run: Path, tmp_path: Path) -> None:
     links = tmp_path / "links.yaml"
     Profile({"all_to_all intra": Line(0.0, 1e-5, 0.0, 0.0, 1, 1e6)}, {"backend": "gloo"}).save(links)
     text = report.write(run, profile=links).read_text()
-    assert "<td>2.40</td></tr>" in text
+    assert '<td data-head="of links">2.40</td></tr>' in text
     assert "fitted bandwidth of all-to-all" in text
 
 
-def test_nothing_comes_from_a_network_and_nothing_is_unescaped(run: Path) -> None:
-    text = report.write(run).read_text()
+def test_nothing_comes_from_a_network_and_nothing_is_unescaped(tmp_path: Path) -> None:
+    text = report.write(write_run(tmp_path / "one", 20, hosts=("node<0>", "node<1>"))).read_text()
     links = set(re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', text))
     assert not [link for link in links if not link.startswith(("#", "data:"))]
     assert "node<1>" not in text
@@ -150,7 +156,7 @@ def test_a_run_without_recorded_steps_has_a_report_too(run: Path) -> None:
 def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys) -> None:
     other = write_run(tmp_path / "two", 5)
     assert main(["report", str(run), str(other), "--out", str(tmp_path / "both.html")]) == 0
-    _, rows = report.comparison(Run.read(run), Run.read(other))
+    _, rows = compare.steps(Run.read(run), Run.read(other))
     assert ("exposed all-to-all", "34.00", "19.00", "-15.00") in rows
     text = (tmp_path / "both.html").read_text()
     assert "one: All-to-all is 34%" in text
@@ -180,13 +186,15 @@ addEventListener("load", () => {
   const ink = getComputedStyle(document.querySelector("svg text")).fill;
   root.setAttribute("data-told", JSON.stringify({problems: window.problems, page: root.scrollWidth,
     window: innerWidth, sentence: p.getBoundingClientRect().height, paper: style.backgroundColor, ink: style.color,
-    drawn: ink, pictures: [...document.querySelectorAll("svg[role=img]")].map(s => s.getBoundingClientRect().height)}));
+    drawn: ink, cut: [...document.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth).length,
+    pictures: [...document.querySelectorAll("svg[role=img]")].map(s => s.getBoundingClientRect()).filter(b => b.height)
+      .map(b => [b.height, b.right])}));
 });
 </script>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_it_without_errors(run: Path, width: int, dark: bool) -> None:
     page = report.write(run)
@@ -205,7 +213,80 @@ def test_a_browser_shows_it_without_errors(run: Path, width: int, dark: bool) ->
     assert told["page"] <= width
     assert told["sentence"] > 20
     assert len(told["pictures"]) >= 8
-    assert min(told["pictures"]) > 50
+    assert min(height for height, _ in told["pictures"]) > 50
+    assert max(right for _, right in told["pictures"]) <= width
+    assert told["cut"] == 0
     assert told["drawn"] == told["ink"]
     bright = [sum(map(int, re.findall(r"\d+", told[key])[:3])) for key in ("paper", "ink")]
     assert (bright[0] < bright[1]) == dark
+
+
+def describe(folder: Path, tokenizer: str, bytes_per_token: float) -> None:
+    """Give a run the configuration, summary and record of launches that `moesys launch` would."""
+    (folder / "config.yaml").write_text(f"name: {folder.name}\ndata: {{tokenizer: {tokenizer}}}\n")
+    facts = {"heldout_loss": 2.0, "heldout_bytes_per_token": bytes_per_token, "parameters": 1000, "profile": None}
+    (folder / "summary.json").write_text(json.dumps(facts))
+    launch = {"time": "2026-01-02T03:04:05+00:00", "command": "moesys launch x.yaml", "versions": {"torch": "2.13.0"}}
+    (folder / "launches.jsonl").write_text(json.dumps(launch) + "\n")
+    places = [{"rank": r, "host": "a", "device": "cpu", "pp": r // 2, "dp_shard": r % 2, "ep": r % 2} for r in range(4)]
+    (folder / "ranks.json").write_text(json.dumps(places))
+
+
+def test_the_page_says_how_the_run_was_made(run: Path) -> None:
+    describe(run, "bytes", 1.0)
+    text = report.write(run).read_text()
+    for told in (
+        "moesys launch x.yaml",
+        "2026-01-02",
+        "torch 2.13.0",
+        "pp 2 × dp 2; experts: ep 2",
+        "tokenizer: bytes",
+    ):
+        assert told in text
+    assert "None" not in text
+    assert "dropped" not in text
+
+
+def test_damaged_surroundings_do_not_cost_the_report(run: Path) -> None:
+    for name in ("config.yaml", "ranks.json", "launches.jsonl"):
+        (run / name).write_bytes(b"\xff{[: \x00")
+    assert "Where a step goes" in report.write(run).read_text()
+
+
+def test_runs_of_other_tokenizers_are_compared_in_bits_per_byte(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "two", 5)
+    describe(run, "bytes", 1.0)
+    describe(other, "words.json", 4.0)
+    compare.write(run, other, tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text()
+    assert "loss, bits per byte" in text
+    assert "loss, nats per token" not in text
+    assert compare.differences(Run.read(run), Run.read(other))[1] == [("data.tokenizer", "bytes", "words.json")]
+
+
+def test_a_run_has_one_colour_in_every_chart(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "two", 5)
+    compare.write(run, other, tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text()
+    training = text[text.index("Training") :]
+    drawn = set(re.findall(r"stroke: (#[0-9a-f]{6})", training))
+    assert drawn <= {*SERIES[:2], "#000000"}
+    assert set(SERIES[:2]) <= drawn
+
+
+def test_names_that_look_like_mathematics_are_text(tmp_path: Path) -> None:
+    odd = write_run(tmp_path / r"c$\frac$d", 20)
+    compare.write(odd, write_run(tmp_path / "two", 5), tmp_path / "both.html")
+    assert r"c$\frac$d" in (tmp_path / "both.html").read_text()
+
+
+def test_secrets_are_not_part_of_a_noted_command() -> None:
+    typed = ["/usr/bin/moesys", "launch", "a b.yaml", "launch.env.WANDB_API_KEY=abc", "model.layers=2"]
+    noted = history.command(typed)
+    assert noted == "moesys launch 'a b.yaml' 'launch.env.WANDB_API_KEY=…' model.layers=2"
+
+
+def test_bits_per_byte_follow_their_definition() -> None:
+    """A uniform guess among 256 bytes costs 8 bits for each, whatever a token is."""
+    assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8)
+    assert bits_per_byte(4 * math.log(256), 4.0) == pytest.approx(8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moesys.measure.explanation import Breakdown
@@ -27,9 +29,28 @@ COLOURS = {
 SERIES = ("#3d7ea6", "#d1495b", "#4c9f70", "#d9a441", "#8d6cab", "#b07d48")
 
 
-def draw(title: str, size: tuple[float, float], paint: Callable[[Any], object], label: str = "") -> str:
-    """An SVG of `size` inches with one pair of axes, on which `paint` draws; `label` tells what it shows."""
+WIDE, NARROW = (8.0, 3), (3.9, 1)
+"""Inches across, and columns of a legend, of the two drawings of each picture: for a screen and for a phone."""
+
+Paint = Callable[[Any, int], object]
+"""Draws on a pair of axes; the number is how many columns the legend may have."""
+
+
+def draw(title: str, height: float, paint: Paint, label: str = "", legend: int = 0) -> str:
+    """Two SVGs of the same axes, of which the page shows the one that fits its width.
+
+    `height` in inches, without the `legend` entries that stand below; `label` tells what it shows.
+    """
+    drawn, text = "", html.escape(label or title)
+    for name, (width, columns) in (("wide", WIDE), ("narrow", NARROW)):
+        size = width, height + 0.2 * -(-legend // columns)
+        drawn += _svg(title, size, paint, columns, f'class="{name}" role="img" aria-label="{text}"')
+    return drawn
+
+
+def _svg(title: str, size: tuple[float, float], paint: Paint, columns: int, attributes: str) -> str:
     import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     ink = {key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
@@ -38,7 +59,8 @@ def draw(title: str, size: tuple[float, float], paint: Callable[[Any], object], 
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "font.size": 9,
-        "svg.hashsalt": title,
+        "svg.hashsalt": attributes,
+        "text.parse_math": False,  # a run's name may have $ in it
     }
     with mpl.rc_context({**style, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         figure = Figure(figsize=size, layout="constrained")
@@ -46,18 +68,24 @@ def draw(title: str, size: tuple[float, float], paint: Callable[[Any], object], 
         axes = figure.subplots()
         axes.patch.set_alpha(0)
         axes.set_prop_cycle(color=SERIES)
-        paint(axes)
+        paint(axes, columns)
         axes.set_title(title, loc="left", fontsize=10)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        # savefig would lay the figure out and draw it twice.
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :].replace(INK, "currentColor")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{label or title}" ', 1)
+    return svg.replace("<svg ", f"<svg {attributes} ", 1)
+
+
+def _legend(axes: Any, columns: int) -> None:
+    """Below the axes, where it hides nothing."""
+    axes.figure.legend(loc="outside lower left", ncols=columns, fontsize=8)
 
 
 def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) -> str:
     """A step as stacked bars of milliseconds, one bar for each of `rows`."""
 
-    def paint(axes: Any) -> None:
+    def paint(axes: Any, columns: int) -> None:
         left = [0.0] * len(rows)
         for part in breakdowns[0].parts:
             width = [b.parts.get(part, 0.0) * 1e3 for b in breakdowns]
@@ -75,45 +103,68 @@ def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) ->
         axes.set_yticks(range(len(rows)), rows)
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds")
-        axes.figure.legend(loc="outside lower left", ncols=3, fontsize=8)
+        _legend(axes, columns)
 
-    return draw(title, (8, 1.4 + 0.28 * len(rows)), paint)
+    parts = sum(any(b.parts.get(name, 0.0) > 0 for b in breakdowns) for name in breakdowns[0].parts)
+    hidden = any(b.hidden > 0 for b in breakdowns)
+    return draw(title, 1.0 + 0.28 * len(rows), paint, legend=parts + hidden)
 
 
-def heat(title: str, table: Sequence[Sequence[float]], xs: Sequence[Any], x: str, y: str, unit: str) -> str:
-    """Values by colour: `table` has a row for each y; `xs` names the columns."""
+def heat(title: str, table: Sequence[Sequence[float]], xs: Sequence[float], x: str, y: str, unit: str) -> str:
+    """Values by colour: `table` has a row for each y; `xs`, evenly spaced, are the places of the columns."""
 
-    def paint(axes: Any) -> None:
-        image = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest")
-        some = range(0, len(xs), max(1, len(xs) // 8))
-        axes.set_xticks(list(some), [str(xs[i]) for i in some])
+    def paint(axes: Any, columns: int) -> None:
+        half = (xs[-1] - xs[0]) / (2 * (len(xs) - 1)) if len(xs) > 1 else 0.5
+        extent = (xs[0] - half, xs[-1] + half, len(table) - 0.5, -0.5)
+        image = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         axes.set(xlabel=x, ylabel=y)
         bar = axes.figure.colorbar(image, ax=axes, label=unit)
         bar.outline.set_visible(False)
 
-    return draw(title, (8, min(6.0, 1.5 + 0.14 * len(table))), paint)
+    return draw(title, min(6.0, 1.5 + 0.14 * len(table)), paint)
 
 
-def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], levels: Mapping[str, float]) -> str:
+@dataclass(frozen=True)
+class Curve:
+    """A line of a picture: (step, value) `points`, and how it looks.
+
+    Attributes:
+        colour: number of its colour; None: the next one.
+        dashed: drawn with dashes.
+        dots: drawn as dots; also where there are fewer than three points.
+    """
+
+    points: Sequence[tuple[float, float]]
+    colour: int | None = None
+    dashed: bool = False
+    dots: bool = False
+
+
+def curves(title: str, lines: Mapping[str, Curve], levels: Mapping[str, float]) -> str:
     """Values over steps, and horizontal lines at `levels`."""
 
-    def paint(axes: Any) -> None:
-        for name, points in lines.items():
-            style = {"marker": "o", "linestyle": ""} if len(points) < 3 or "held-out" in name else {"linewidth": 1.2}
-            axes.plot(*zip(*points, strict=True), label=name, **style)
+    def paint(axes: Any, columns: int) -> None:
+        for i, (name, curve) in enumerate(lines.items()):
+            dots = curve.dots or len(curve.points) < 3
+            look = {"marker": "o", "linestyle": ""} if dots else {"linestyle": "--" if curve.dashed else "-"}
+            colour = SERIES[(i if curve.colour is None else curve.colour) % len(SERIES)]
+            axes.plot(*zip(*curve.points, strict=True), label=name, color=colour, linewidth=1.2, **look)
         for i, (name, value) in enumerate(levels.items()):
             axes.axhline(value, linestyle=(":", "--")[i % 2], color="#9aa0a6", label=name)
         axes.set_xlabel("step")
         if len(lines) + len(levels) > 1:
-            axes.legend(fontsize=8)
+            _legend(axes, columns)
 
-    return draw(title, (8, 2.8), paint)
+    named = len(lines) + len(levels)
+    return draw(title, 2.5, paint, legend=named if named > 1 else 0)
 
 
 def bandwidths(title: str, points: Mapping[str, Sequence[tuple[float, float]]], lines: Mapping[str, Line]) -> str:
     """Bytes per second against bytes, measured (dots) and fitted (lines)."""
 
-    def paint(axes: Any) -> None:
+    def paint(axes: Any, columns: int) -> None:
         for i, (name, measured) in enumerate(points.items()):
             colour = SERIES[i % len(SERIES)]
             axes.plot([b for b, _ in measured], [b / t / 1e9 for b, t in measured], "o", color=colour, label=name)
@@ -127,6 +178,6 @@ def bandwidths(title: str, points: Mapping[str, Sequence[tuple[float, float]]], 
         reach = min(drawn) / 2, max(drawn) * 2  # also where all are the same
         axes.set_ylim(*reach)
         axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="10⁹ bytes per second")
-        axes.legend(fontsize=8)
+        _legend(axes, columns)
 
-    return draw(title, (8, 3.2), paint)
+    return draw(title, 3.0, paint, legend=len(points) or len(lines))

@@ -15,12 +15,22 @@ h1 { font-size: 1.5rem; margin: 0 0 .5rem } h2 { font-size: 1.15rem; margin: 2.2
 p.sentence { font-size: 1.2rem; line-height: 1.45; background: var(--mark); padding: 1rem; border-radius: .5rem }
 p.note { color: var(--soft); font-size: .9rem; margin: .3rem 0 }
 .scroll { overflow-x: auto; margin: .6rem 0 1rem }
-.scroll > svg { display: block; max-width: none; min-width: 36rem; height: auto }
+svg.wide, svg.narrow { display: block; width: 100%; height: auto } svg.wide { display: none }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 600 } th:first-child, td:first-child { text-align: left }
 td.text { white-space: normal; overflow-wrap: anywhere; text-align: left }
-@media (min-width: 44rem) { .scroll > svg { width: 100%; min-width: 0 } }
+td.sub { padding-left: 1.6rem; color: var(--soft) }
+details { margin: .6rem 0 } summary { cursor: pointer; color: var(--soft) }
+pre { background: var(--mark); padding: .8rem; border-radius: .5rem; overflow-x: auto; font-size: .82rem }
+@media (min-width: 44rem) { svg.wide { display: block } svg.narrow { display: none } }
+@media (max-width: 43.99rem) {
+  th, td { padding: .25rem .4rem; white-space: normal }
+  table.cards, .cards tbody, .cards tr, .cards td { display: block } .cards thead { display: none }
+  .cards tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
+  .cards td { border: 0; display: inline-block; padding: .05rem .4rem; text-align: left }
+  .cards td:first-child { display: block; font-weight: 600 } .cards td:empty { display: none }
+  .cards td:not(:first-child)::before { content: attr(data-head) " "; color: var(--soft) } }
 """
 
 
@@ -44,21 +54,40 @@ def sentence(text: str) -> str:
 
 
 def figure(svg: str) -> str:
-    """A picture, which scrolls by itself where the page is narrow."""
-    return f'<div class="scroll" tabindex="0">{svg}</div>'
+    """A picture in its two widths, of which the page's width chooses one."""
+    return f'<div class="figure">{svg}</div>'
+
+
+def folded(title: str, text: str) -> str:
+    """Text that opens on a click."""
+    return f"<details><summary>{_(title)}</summary><pre>{_(text)}</pre></details>"
+
+
+CARDS = 4
+"""Columns from which a narrow page shows each row of a table as a list of its cells."""
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: bool = False) -> str:
-    """A table, which scrolls by itself where the page is narrow; `text`: the last column holds text."""
+    """A table; `text`: the last column holds text. A row whose first cell begins with blanks is part of the one before.
+
+    Where the page is narrow a table of many columns becomes a list; any other scrolls by itself if it must.
+    """
     top = "".join(f'<th scope="col">{_(h)}</th>' for h in heads)
-    body = ""
-    for row in rows:
-        cells = [f"<td>{_(c)}</td>" for c in row]
-        if text:
-            cells[-1] = f'<td class="text">{_(row[-1])}</td>'
-        body += f"<tr>{''.join(cells)}</tr>"
+    body = "".join(f"<tr>{_cells(heads, row, text)}</tr>" for row in rows)
     head = f"<thead><tr>{top}</tr></thead>" if heads else ""
-    return f'<div class="scroll" tabindex="0"><table>{head}<tbody>{body}</tbody></table></div>'
+    kind = ' class="cards"' if len(heads) >= CARDS else ""
+    return f'<div class="scroll" tabindex="0"><table{kind}>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _cells(heads: Sequence[str], row: Sequence[str], text: bool) -> str:
+    cells = []
+    for i, cell in enumerate(row):
+        kind = "sub" if i == 0 and cell.startswith(" ") else "text" if text and i == len(row) - 1 else ""
+        marks = f' class="{kind}"' if kind else ""
+        if len(heads) >= CARDS:
+            marks += f' data-head="{_(heads[i])}"'
+        cells.append(f"<td{marks}>{_(cell.strip())}</td>")
+    return "".join(cells)
 
 
 _ = html.escape

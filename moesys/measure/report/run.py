@@ -1,21 +1,21 @@
-"""The report of a run, or of two beside each other."""
+"""The report of a run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from moesys.errors import MoesysError
-from moesys.files import write_whole
+from moesys.files import json_objects, write_whole
 from moesys.measure.explain import explain
 from moesys.measure.explanation import Explanation
 from moesys.measure.links import Profile
-from moesys.measure.report import figures
-from moesys.measure.report.page import figure, page, section, sentence, table
+from moesys.measure.report import facts, figures
+from moesys.measure.report.figures import Curve
+from moesys.measure.report.page import figure, folded, page, section, sentence, table
 from moesys.measure.step import read_steps
 
 CURVES = (
@@ -55,7 +55,7 @@ class Run:
         Raises:
             ReportError: there is no run.
         """
-        records = _lines(folder / "metrics.jsonl")
+        records = list(json_objects(folder / "metrics.jsonl"))
         if not records:
             raise ReportError(f"{folder} holds no metrics.jsonl of a run: give the folder that moesys launch made")
         path = folder / "summary.json"
@@ -65,7 +65,8 @@ class Run:
         warm = steps[SKIPPED:] if len(steps) > 2 * SKIPPED else steps
         named = profile or (Path(summary["profile"]) if summary.get("profile") else None)
         links = Profile.load(named) if named is not None and (profile or named.exists()) else None
-        return cls(folder, records, _lines(folder / "load.jsonl"), summary, explain(warm) if steps else None, links)
+        loads = list(json_objects(folder / "load.jsonl"))
+        return cls(folder, records, loads, summary, explain(warm) if steps else None, links)
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric."""
@@ -80,27 +81,27 @@ def write(folder: Path, summary: dict[str, Any] | None = None, profile: Path | N
     return path
 
 
-def write_comparison(a: Path, b: Path, path: Path) -> tuple[Run, Run]:
-    """Write a page on two runs beside each other; returns both."""
-    runs = Run.read(a), Run.read(b)
-    write_whole(path, page(f"{a.name} and {b.name}", _comparison(*runs)))
-    return runs
-
-
 def _parts(run: Run) -> list[str]:
     e, parts = run.explanation, []
     if e is not None:
-        parts += [sentence(e.sentence), *_communication(run, e)]
-    parts.append(section("Training", *(figure(svg) for svg in _curves([run]))))
+        parts.append(sentence(e.sentence))
+    if rows := facts.results(run.summary):
+        parts.append(section("What came out", table((), rows)))
+    if e is not None:
+        parts += _communication(run, e)
+    parts.append(section("Training", *map(figure, _curves(run))))
     if run.loads:
         parts.append(section("Load of experts over time", *_loads(run), note="Assignments of each expert / mean."))
-    facts = [(k.replace("_", " "), _text(v)) for k, v in run.summary.items() if not isinstance(v, (dict, list))]
-    parts.append(section("Facts", table((), facts, text=True)))
+    rows = facts.circumstances(run.folder, run.summary)
+    whole = run.folder / "config.yaml"
+    text = [folded("the whole configuration", whole.read_text(errors="replace"))] if whole.is_file() else []
+    if rows or text:
+        parts.append(section("How it was made", table((), rows, text=True), *text))
     return parts
 
 
 def _communication(run: Run, e: Explanation) -> list[str]:
-    names = [f"rank {i} · {host}" for i, host in enumerate(e.hosts)]
+    names = rank_names(e)
     few = range(0, len(e.steps), max(1, len(e.steps) // 12))
     audit = " Audited: ranks met before each dispatch and combine, so nothing was hidden." if e.audit else ""
     note = "Mean over ranks and recorded steps; the parts add up to the step. On CPU, hidden is an upper bound." + audit
@@ -114,6 +115,13 @@ def _communication(run: Run, e: Explanation) -> list[str]:
         svg = figures.heat(title, sizes, range(len(e.bytes)), "to rank", "from rank", "MiB")
         parts.append(section("Who sends how much to whom", figure(svg)))
     return parts + _links(run) + _what_if(run)
+
+
+def rank_names(e: Explanation) -> list[str]:
+    """Each rank with its node, where there are several."""
+    if len(set(e.hosts)) == 1:
+        return [f"rank {rank}" for rank in range(len(e.hosts))]
+    return [f"rank {rank}, node {host}" for rank, host in enumerate(e.hosts)]
 
 
 LEGS = (
@@ -182,19 +190,19 @@ def _what_if(run: Run) -> list[str]:
     return [section("What if", table(heads, rows), note="Predictions, from the recorded steps and the fitted links.")]
 
 
-def _curves(runs: Sequence[Run]) -> list[str]:
+def _curves(run: Run) -> list[str]:
     found = []
     for title, keys in CURVES:
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for run in runs:
-            prefix = f"{run.folder.name}: " if len(runs) > 1 else ""
-            lines |= {prefix + name: run.curve(key) for key, name in keys.items() if run.curve(key)}
+        lines = {name: run.curve(key) for key, name in keys.items()}
+        # What is 0 throughout, as drops of a dropless run, needs no picture.
+        lines = {name: points for name, points in lines.items() if any(value for _, value in points)}
         levels = {}
-        if "loss" in keys and len(runs) == 1:
-            models = ("unigram", "bigram")
-            levels = {f"{m} model": runs[0].summary[f"{m}_loss"] for m in models if f"{m}_loss" in runs[0].summary}
+        if "loss" in keys:
+            known = ((model, run.summary.get(f"{model}_loss")) for model in ("unigram", "bigram"))
+            levels = {f"{model} model": loss for model, loss in known if isinstance(loss, (int, float))}
         if lines:
-            found.append(figures.curves(title, lines, levels))
+            drawn = {name: Curve(points, dots=name == "held-out loss") for name, points in lines.items()}
+            found.append(figures.curves(title, drawn, levels))
     return found
 
 
@@ -210,49 +218,5 @@ def _loads(run: Run) -> list[str]:
     return found
 
 
-def _comparison(a: Run, b: Run) -> list[str]:
-    parts = []
-    if a.explanation is not None and b.explanation is not None:
-        both = (a.explanation, b.explanation)
-        for run, e in zip((a, b), both, strict=True):
-            parts.append(sentence(f"{run.folder.name}: {e.sentence}"))
-        names = [a.folder.name, b.folder.name]
-        bars = figures.stacked("a step of each, mean over ranks", names, [e.total for e in both])
-        parts.append(section("Where a step goes", table(*comparison(a, b)), figure(bars)))
-    parts.append(section("Training", *(figure(svg) for svg in _curves([a, b]))))
-    return parts
-
-
-def comparison(a: Run, b: Run) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
-    """Heads and rows of a table: the parts of a step of each, in milliseconds, and their difference."""
-    assert a.explanation is not None
-    assert b.explanation is not None
-    s, t = a.explanation.total, b.explanation.total
-    names = list(dict.fromkeys([*s.parts, *t.parts]))
-    pairs = [(name, s.parts.get(name, 0.0), t.parts.get(name, 0.0)) for name in names]
-    pairs += [("step", s.step, t.step), ("all-to-all hidden behind compute", s.hidden, t.hidden)]
-    legs = {(x.layer, x.part, x.backward): x.causes.exposed for x in b.explanation.legs}
-    for leg in a.explanation.legs:
-        direction = "backward" if leg.backward else "forward"
-        other = legs.get((leg.layer, leg.part, leg.backward), 0.0)
-        pairs.append((f"{leg.layer} {leg.part} {direction}", leg.causes.exposed, other))
-    rows = [(name, _ms(x), _ms(y), f"{(y - x) * 1e3:+.2f}") for name, x, y in pairs if x or y]
-    return ("ms per step", a.folder.name, b.folder.name, "difference"), rows
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # cut short by the end of its writer
-    return found
-
-
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}"
-
-
-def _text(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from moesys.measure.explanation import Explanation
 from moesys.measure.report import figures
 from moesys.measure.report.page import figure, page, section, sentence, table
+from moesys.measure.report.run import rank_names
 
 NOTE = (
     "Compute is when any kernel ran that is no communication; hidden communication ran beside such, exposed did not; "
@@ -21,7 +22,7 @@ def page_of(e: Explanation, files: Sequence[Path]) -> str:
     rows = [(name, f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in t.parts.items() if s > 0]
     rows.append(("all-to-all hidden", f"{t.hidden * 1e3:.2f}", f"{e.hidden_share:.1%}"))
     rows += [(f"all-to-all: {name}", f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in vars(e.causes).items()]
-    ranks = figures.stacked("ranks", [f"rank {i} · {host}" for i, host in enumerate(e.hosts)], e.by_rank)
+    ranks = figures.stacked("ranks", rank_names(e), e.by_rank)
     few = list(range(len(e.steps)))[:24]
     steps = figures.stacked("steps", [f"step {e.steps[i]}" for i in few], [e.by_step[i] for i in few])
     parts = [

@@ -1,0 +1,149 @@
+"""The report of two runs beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moesys.files import write_whole
+from moesys.measure.explanation import Explanation
+from moesys.measure.report import figures
+from moesys.measure.report.facts import RESULTS, bits_per_byte, configuration
+from moesys.measure.report.figures import Curve
+from moesys.measure.report.page import figure, page, section, sentence, table
+from moesys.measure.report.run import CURVES, Run
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+OWN = ("name", "output.runs", "measure.metrics_port")
+"""Keys that differ between any two runs and say nothing about either."""
+
+
+def write(a: Path, b: Path, path: Path) -> tuple[Run, Run]:
+    """Write a page on two runs beside each other; returns both."""
+    runs = Run.read(a), Run.read(b)
+    write_whole(path, page(f"{_names(*runs)[0]} and {_names(*runs)[1]}", _parts(*runs)))
+    return runs
+
+
+def tables(a: Run, b: Run) -> list[Table]:
+    """What is shown of both on screen and on the page: results, keys that differ, the parts of a step."""
+    return [found for found in (outcome(a, b), differences(a, b), steps(a, b)) if found[1]]
+
+
+def outcome(a: Run, b: Run) -> Table:
+    """What came out of each, and the second's difference from the first."""
+    rows: list[tuple[str, ...]] = []
+    for label, key, form in RESULTS:
+        x, y = (r.summary.get(key) for r in (a, b))
+        shown = [form.format(value) if isinstance(value, (int, float)) else "" for value in (x, y)]
+        if any(shown):
+            rows.append((label, *shown, _change(x, y, form)))
+    return ("result", *_names(a, b), "difference"), rows
+
+
+def _change(x: object, y: object, form: str) -> str:
+    """From x to y: of shares in points, else relative to x; "" where either is unknown or nothing changed."""
+    if not isinstance(x, (int, float)) or not isinstance(y, (int, float)) or x == y:
+        return ""
+    if form.endswith("%}"):
+        return f"{100 * (y - x):+.1f} points"
+    return f"{y / x - 1:+.1%}" if x else ""
+
+
+def differences(a: Run, b: Run) -> Table:
+    """The keys of the configurations whose values differ."""
+    x, y = configuration(a.folder), configuration(b.folder)
+    keys = [key for key in dict.fromkeys([*x, *y]) if x.get(key) != y.get(key) and key not in OWN] if x and y else []
+    rows: list[tuple[str, ...]] = [(key, *(str(c[key]) if key in c else "not there" for c in (x, y))) for key in keys]
+    return ("key", *_names(a, b)), rows
+
+
+def steps(a: Run, b: Run) -> Table:
+    """The parts of a step of each, in milliseconds, and their difference; empty unless both recorded steps."""
+    heads = ("ms per step", *_names(a, b), "difference")
+    if a.explanation is None or b.explanation is None:
+        return heads, []
+    rows: list[tuple[str, ...]] = [
+        (name, f"{x * 1e3:.2f}", f"{y * 1e3:.2f}", f"{(y - x) * 1e3:+.2f}")
+        for name, x, y in _seconds(a.explanation, b.explanation)
+        if x or y
+    ]
+    return heads, rows
+
+
+def _seconds(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float]]:
+    s, t = a.total, b.total
+    for name in dict.fromkeys([*s.parts, *t.parts]):
+        yield name, s.parts.get(name, 0.0), t.parts.get(name, 0.0)
+        if name == "exposed all-to-all":
+            yield from _legs(a, b)
+    yield "step", s.step, t.step
+    yield "all-to-all hidden behind compute", s.hidden, t.hidden
+
+
+def _legs(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float]]:
+    """Exposed seconds of each way of each layer."""
+    seconds = [{(leg.layer, leg.part, leg.backward): leg.causes.exposed for leg in e.legs} for e in (a, b)]
+    for leg in dict.fromkeys([*seconds[0], *seconds[1]]):
+        layer, part, backward = leg
+        name = f"  {layer} {part} {'backward' if backward else 'forward'}"
+        yield name, seconds[0].get(leg, 0.0), seconds[1].get(leg, 0.0)
+
+
+def _names(a: Run, b: Run) -> tuple[str, str]:
+    """The folders' names, with as much of their paths as tells them apart."""
+    x, y = a.folder.resolve().parts, b.folder.resolve().parts
+    count = next((n for n in range(1, max(len(x), len(y))) if x[-n:] != y[-n:]), 1)
+    return "/".join(x[-count:]), "/".join(y[-count:])
+
+
+def _parts(a: Run, b: Run) -> list[str]:
+    names = _names(a, b)
+    parts = []
+    for name, run in zip(names, (a, b), strict=True):
+        if run.explanation is not None:
+            parts.append(sentence(f"{name}: {run.explanation.sentence}"))
+    parts.append(section("What came out", table(*outcome(a, b))))
+    heads, rows = differences(a, b)
+    if configuration(a.folder) and configuration(b.folder):
+        told = table(heads, rows) if rows else "<p>No key of the configuration differs.</p>"
+        parts.append(section("Keys that differ", told))
+    if a.explanation is not None and b.explanation is not None:
+        both = [a.explanation.total, b.explanation.total]
+        bars = figures.stacked("a step of each, mean over ranks", names, both)
+        parts.append(section("Where a step goes", table(*steps(a, b)), figure(bars)))
+    pictures, note = _curves((a, b), names)
+    parts.append(section("Training", *map(figure, pictures), note=note))
+    return parts
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], str]:
+    """Pictures in which a run has one colour everywhere, and a note on the unit of the loss."""
+    sizes = [_bytes_per_token(run) for run in runs]
+    named = [configuration(run.folder).get("data.tokenizer") for run in runs]
+    same = named[0] == named[1] and (sizes[0] == sizes[1] or not all(sizes))
+    note = ""
+    if not same and all(sizes):
+        note = "The tokenizers differ: losses are in bits per byte, at the bytes per token of each run's held-out text."
+    elif not same:
+        note = "The tokenizers differ, and bytes per token are not known: nats per token of the two do not compare."
+    found = []
+    for title, keys in CURVES:
+        per_byte = "loss" in keys and not same and all(sizes)
+        lines = {}
+        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+            for n, (key, label) in enumerate(keys.items()):
+                points = run.curve(key)
+                if per_byte:
+                    points = [(step, bits_per_byte(value, sizes[i] or 1)) for step, value in points]
+                if any(value for _, value in points):
+                    lines[f"{name}: {label}"] = Curve(points, i, dashed=n > 0, dots=key == "heldout_loss")
+        if lines:
+            found.append(figures.curves("loss, bits per byte" if per_byte else title, lines, {}))
+    return found, note
+
+
+def _bytes_per_token(run: Run) -> float | None:
+    value = run.summary.get("heldout_bytes_per_token")
+    return value if isinstance(value, (int, float)) and value > 0 else None

@@ -1,0 +1,114 @@
+"""What a run was and what came out, as rows of a table: label and text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from math import log
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moesys.files import json_objects
+
+Row = tuple[str, str]
+
+RESULTS = (
+    ("held-out loss", "heldout_loss", "{:.4f} nats per token"),
+    ("  in bits per byte", "heldout_bits_per_byte", "{:.4f}"),
+    ("  unigram model", "unigram_loss", "{:.4f} nats per token"),
+    ("  bigram model", "bigram_loss", "{:.4f} nats per token"),
+    ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
+    ("time in all-to-all", "all_to_all_share", "{:.1%}"),
+    ("parameters", "parameters", "{:,}"),
+    ("  active per token", "active_parameters", "{:,}"),
+    ("steps", "steps", "{:,}"),
+    ("tokens trained on", "tokens", "{:,}"),
+    ("workers", "world_size", "{:,}"),
+)
+"""Label, key of summary.json and format of what came out; a row that begins with blanks is part of the one before."""
+
+AXES = (
+    ("pp", ("pp",)),
+    ("dp", ("dp_replicate", "dp_shard")),
+    ("cp", ("cp",)),
+    ("tp", ("tp",)),
+)
+EXPERT_AXES = (("edp", ("edp_replicate", "edp_shard")), ("ep", ("ep",)), ("etp", ("etp",)))
+"""Names of degrees, and the axes of a mesh in ranks.json whose sizes multiply to each."""
+
+
+def results(summary: Mapping[str, Any]) -> list[Row]:
+    """What came out; figures that the run does not have are left out."""
+    found = ((label, form, summary.get(key)) for label, key, form in RESULTS)
+    return [(label, form.format(value)) for label, form, value in found if isinstance(value, (int, float))]
+
+
+def circumstances(folder: Path, summary: Mapping[str, Any]) -> list[Row]:
+    """When, where, with what and how a run was made, as far as its folder says so."""
+    launches = list(json_objects(folder / "launches.jsonl"))
+    rows = [(label, str(value)) for label, value in _launched(launches)]
+    if ranks := placed(folder):
+        hosts = sorted({str(rank.get("host")) for rank in ranks})
+        few = ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
+        rows.append(("hosts", few))
+        rows.append(("device", ", ".join(sorted({str(rank.get("device")) for rank in ranks}))))
+        rows.append(("layout", layout(ranks)))
+    kept = (("checkpoint", "checkpoint"), ("links", "profile"))
+    return rows + [(label, str(summary[key])) for label, key in kept if summary.get(key)]
+
+
+def placed(folder: Path) -> list[dict[str, Any]]:
+    """The entries of the run's ranks.json: of each rank its host, device and places in both meshes."""
+    try:
+        value = json.loads((folder / "ranks.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [rank for rank in value if isinstance(rank, dict)] if isinstance(value, list) else []
+
+
+def _launched(launches: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, object]]:
+    if not launches:
+        return
+    last = launches[-1]
+    again = f", launch {len(launches)} of this run" if len(launches) > 1 else ""
+    yield "launched", f"{last.get('time')}{again}"
+    yield "command", last.get("command")
+    versions = last.get("versions")
+    if isinstance(versions, dict):
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def layout(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """The degrees of parallelism of a run's ranks, as ranks.json places them: "pp 2 × dp 2; experts: ep 2"."""
+
+    def degrees(axes: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
+        sizes = []
+        for name, parts in axes:
+            size = len({tuple(rank.get(part, 0) for part in parts) for rank in ranks})
+            sizes += [f"{name} {size}"] * (size > 1)
+        return sizes
+
+    dense, experts = degrees(AXES), degrees(EXPERT_AXES)
+    return (" × ".join(dense) or "one rank") + (f"; experts: {' × '.join(experts)}" if experts else "")
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """The run's configuration by dotted keys; empty if its config.yaml is missing or damaged."""
+    try:
+        return flat(yaml.safe_load((folder / "config.yaml").read_bytes()))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+
+
+def flat(tree: object, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: leaf for name, sub in tree.items() for key, leaf in flat(sub, f"{prefix}{name}.").items()}
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """A loss that does not depend on the tokenizer: bits for each byte of text, as in The Pile (arXiv 2101.00027)."""
+    return nats_per_token / (log(2) * bytes_per_token)
