@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,3 +146,16 @@ def test_no_torch():
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bytes_per_token_count_the_text_alone(library, configure, tokenizer_file):
+    """The end of a document is a token without bytes, whatever its name is."""
+    size = {side: 0 for side in (True, False)}
+    documents = list(text.documents(DataConfig(kind="text", path=str(library))))
+    for document, held in zip(documents, hashed_names([d.name for d in documents], 0.05), strict=True):
+        size[bool(held)] += len(document.text)
+    for tokenizer in ("bytes", tokenizer_file):
+        corpus = open_corpus(configure(kind="text", path=library, tokenizer=tokenizer))
+        tokens = corpus.train[:]
+        assert corpus.bytes_per_token([tokens]) == pytest.approx(size[False] / len(tokens))
+    assert replace(corpus, tokenized=False).bytes_per_token([tokens]) is None
