@@ -173,6 +173,10 @@ def test_recomputed_alike() -> None:
         torch.testing.assert_close(p.grad, mine.get_parameter(name).grad, msg=name)
     for (a, _), (b, _) in zip(moe_pairs(mine, theirs), moe_pairs(other, theirs), strict=True):
         assert torch.equal(a.moe.gate.local_tokens_per_expert, b.moe.gate.local_tokens_per_expert)
+        plain, recomputed = (layer.moe.statistics.take() for layer in (a, b))
+        assert plain["calls"] == 1 and plain.keys() == recomputed.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(recomputed[name], value)
 
 
 def test_capacity_by_position(monkeypatch) -> None:
