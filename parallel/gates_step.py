@@ -40,6 +40,7 @@ def counted(layers: Mapping[str, MoELayer], mesh: Ranks) -> Iterator[None]:
     kept = [layer.statistics.take() for layer in layers.values()]
     yield
     for layer, statistics in zip(layers.values(), kept, strict=True):
+        layer.statistics.take()
         layer.statistics.totals = statistics
     for gate, total in step_totals([layer.gate for layer in layers.values() if layer.gate.counts_first], mesh):
         gate.before_step(total)

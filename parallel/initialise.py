@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moesys.models.size import kind
 from moesys.moe.gates import cosine
 from moesys.moe.layer import moe_layers
 
@@ -47,17 +48,18 @@ def _fill(param: nn.Parameter, name: str, seed: int, std: float) -> None:
 
 def initial(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: int, std: float) -> Tensor:
     """The part `slices` of the parameter `name` of this `shape`, float32; values that are all the same in any shape."""
-    if "norm" in name.split(".")[-2]:
+    what = kind(name)
+    if what == "norm":
         return torch.ones(())
-    if name.endswith(("bias", "lora_b")):
+    if what == "bias" or name.endswith("_lora_b"):
         return torch.zeros(())
-    if name.endswith("log_temperature"):
+    if what == "temperature":
         return torch.full((), cosine.START)
     return _draw(shape, slices, name, seed, std)
 
 
 def _draw(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: int, std: float) -> Tensor:
-    if len(shape) < 3:
+    if name.split(".")[-2] != "experts":  # of these each expert has its own, whatever their number and slices
         return _normal(shape, f"{seed}/{name}", std)[slices]
     numbers = range(*slices[0].indices(shape[0]))
     return torch.stack([_normal(shape[1:], f"{seed}/{name}/{e}", std)[slices[1:]] for e in numbers])

@@ -328,7 +328,8 @@ class OptimizerConfig(Section):
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
-    """Decay of matrices; norms and biases have none."""
+    """Decay of matrices, those of gates, mixes and LoRA factors and embeddings among them; norms, biases (experts'
+    stacked ones too) and a cosine gate's temperature have none."""
     clip: PositiveFloat | None = 1.0
     """Clip gradients to this global norm; null: never."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moesys.config.schema import DispatchConfig, MoEConfig
 from moesys.errors import Problem
+from moesys.megatron.experts import MegatronExperts
 from moesys.megatron.gate import MegatronGate
 from moesys.megatron.objective import MegatronMoE
 from moesys.megatron.refusal import Refusal
@@ -81,7 +82,7 @@ def _check(m: MoEConfig, groups: Groups) -> None:
 
 def _parts(m: MoEConfig, config: Any, groups: Groups) -> MegatronMoE:
     hidden, own = config.hidden_size, m.ffn_hidden // groups.expt_tp.size()
-    experts = Experts(m.experts // groups.ep.size(), hidden, own, m.activation, m.bias)
+    experts = MegatronExperts(m.experts // groups.ep.size(), hidden, own, m.activation, m.bias)
     shared = None
     if m.shared_experts:
         shared = SharedExperts(hidden, m.shared_width, m.activation, groups.tp, config.sequence_parallel)
@@ -119,7 +120,7 @@ def _dispatcher(experts: int, groups: Groups, d: DispatchConfig, device: torch.d
     return KINDS[d.kind](experts, groups.tp_ep, groups.ep.size(), groups.expt_tp.size(), **more)
 
 
-SPLIT = {"fc1": 3, "fc1_bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
+SPLIT = {"fc1": 3, "linear_fc1.bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
 """The dim that tensor parallelism splits."""
 
 
@@ -153,7 +154,7 @@ def _initialise(layer: MegatronMoE, config: Any, groups: Groups) -> None:
     # Megatron's methods are for [out, in].
     fill(start, [fc1.permute(1, 2, 0) for fc1 in experts.fc1], 1)
     fill(end, [fc2.t() for fc2 in experts.fc2], 1)
-    for bias in (experts.fc1_bias, experts.fc2_bias):
+    for bias in experts.biases():
         if bias is not None:
             bias.zero_()
     if shared is not None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
+from moesys.megatron.experts import own_name
 from moesys.megatron.scope import Groups
 from moesys.megatron.weights import Place
 from moesys.models.size import weights
@@ -127,7 +128,7 @@ class Names:
         if name in REPLICATED:
             return [self._piece(block + REPLICATED[name])]
         if name.startswith("mlp.moe."):
-            own = name.removeprefix("mlp.moe.")
+            own = own_name(name.removeprefix("mlp.moe."))
             spread = {"experts": "ep", "shared": "tp"}.get(own.split(".")[0], "")
             return [self._piece(f"{block}ffn.{own}", *self.place.cuts(own), spread=spread)]
         if match := EXPERT.fullmatch(name):

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from moesys.config.schema import Config
 from moesys.megatron.build import mark
+from moesys.megatron.experts import MegatronExperts
 from moesys.megatron.mesh import MegatronRanks
 from moesys.megatron.scope import Groups
 from moesys.megatron.sharded import sharded
 from moesys.megatron.shared import SharedExperts
 from moesys.models.moe import build_gate
-from moesys.moe.experts import Experts
 from moesys.moe.layer import MoELayer
 from moesys.moe.shared import build_mix
 from moesys.moe.zero import ZeroExperts
@@ -98,7 +98,7 @@ def build(run: Config, ranks: MegatronRanks, groups: Groups, config: Any, layer:
         shared = None
         if m.shared_experts:
             shared = SharedExperts(hidden, m.shared_width, m.activation, groups.tp, config.sequence_parallel, True)
-        experts = Experts(m.experts // d.ep, hidden, m.ffn_hidden // d.etp, m.activation, m.bias)
+        experts = MegatronExperts(m.experts // d.ep, hidden, m.ffn_hidden // d.etp, m.activation, m.bias)
         computed = m.copy_experts + m.constant_experts
         zero = ZeroExperts(hidden, m.zero_experts, m.copy_experts, m.constant_experts) if computed else None
         mix = build_mix(m.shared_mix, hidden, m.cmr_budget, m.cmr_loss)

@@ -6,8 +6,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
+from typing import Literal
 
 from moesys.config.schema import ModelConfig, MoEConfig
+
+Kind = Literal["matrix", "norm", "bias", "temperature"]
+"""What a parameter is, whatever its shape: experts' biases are stacked, [E, …], and no matrices."""
+
+
+def kind(name: str) -> Kind:
+    """What the parameter of this name is; only matrices decay, and only they are multiplied with.
+
+    Matrices are all weights of linear maps: of attention, of feed-forwards, of experts and their LoRA factors, of
+    gates, of mixes and of constant experts; and embeddings.
+    """
+    *above, leaf = name.split(".")
+    module = above[-1] if above else ""
+    if module == "norm" or module.endswith("_norm"):
+        return "norm"
+    if leaf == "bias" or leaf.endswith("_bias"):
+        return "bias"
+    return "temperature" if leaf == "log_temperature" else "matrix"
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,11 @@ class Weight:
     def module(self) -> str:
         """Name of the module that holds it, without the path: "q_proj", "experts", "embed"."""
         return self.name.split(".")[-2]
+
+    @property
+    def kind(self) -> Kind:
+        """What it is."""
+        return kind(self.name)
 
     @property
     def routed(self) -> bool:
@@ -184,7 +208,7 @@ def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[s
     flops = {"embed": 0.0}
     for weight in weights(model, vocab_size):
         part = f"layers.{weight.layer}" if weight.layer is not None else "head"
-        if len(weight.shape) > 1 and weight.name != "embed.weight":
+        if weight.kind == "matrix" and weight.name != "embed.weight":
             flops[part] = flops.get(part, 0.0) + 2 * weight.numel * computed_share(model, weight, seq_len)
     a = model.attention
     size = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim if a.kind == "mla" else 2 * model.head_dim

@@ -47,6 +47,10 @@ class Experts(nn.Module):
         """First of the outputs that this device's slice of fc2_bias belongs to: devices that share an
         expert by its inner size share its output bias by its outputs, so that their sum has it once."""
 
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """fc1_bias and fc2_bias."""
+        return self.fc1_bias, self.fc2_bias
+
     def forward(
         self,
         x_NH: Tensor,
@@ -66,11 +70,10 @@ class Experts(nn.Module):
         which `tokens_per_expert` [G] then refers.
         """
         fc1, fc2 = (_mixed(w, share_GE).to(x_NH.dtype) for w in (self.fc1, self.fc2))
-        bias1 = None if self.fc1_bias is None else _mixed(self.fc1_bias, share_GE).to(x_NH.dtype)
+        bias1, bias2 = (None if b is None else _mixed(b, share_GE).to(x_NH.dtype) for b in self.biases())
         out = expert_ffn(x_NH, fc1, fc2, tokens_per_expert, self.activation, weight_N, bias1, p)
-        if self.fc2_bias is None:
+        if bias2 is None:
             return out
-        bias2 = _mixed(self.fc2_bias, share_GE).to(x_NH.dtype)
         # The device alone knows the counts: without their sum this would wait for it.
         count = len(x_NH if p is None else p.token_A)
         rows = self._output_bias(bias2.repeat_interleave(tokens_per_expert, 0, output_size=count), out, weight_N)

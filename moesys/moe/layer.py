@@ -16,6 +16,7 @@ from moesys.moe.dispatch import Dispatcher
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
 from moesys.moe.lora import LoRAExperts
+from moesys.moe.passes import recomputing
 from moesys.moe.routing import Decision, MicroBatch
 from moesys.moe.shared import Mix
 from moesys.moe.zero import ZeroExperts
@@ -25,14 +26,30 @@ class LayerStatistics:
     """Sums over the forward passes since the last reset, of this device's tokens, kept on the device.
 
     `load` [E] and `dropped` count assignments, `calls` forward passes; each loss is the sum of this
-    device's shares, coefficient included. Recomputation in backward counts again: use ratios.
+    device's shares, coefficient included. Recomputation in backward counts nothing again.
     """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
+        self.unheard = 0
+        """Passes without gradients, in which losses may not have arisen: they do when these are recomputed."""
 
     def add(self, decision: Decision, device: torch.device) -> None:
-        parts: dict[str, Tensor] = {name: loss.detach() for name, loss in decision.losses.items()}
+        """Count a forward pass, once however often it runs."""
+        if recomputing():
+            if self.unheard:
+                self.unheard -= 1
+                self._add(self._losses(decision))
+            return
+        if not decision.losses and not torch.is_grad_enabled():
+            self.unheard += 1
+        self._add(self._losses(decision) | self._counts(decision, device))
+
+    def _losses(self, decision: Decision) -> dict[str, Tensor]:
+        return {name: loss.detach() for name, loss in decision.losses.items()}
+
+    def _counts(self, decision: Decision, device: torch.device) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
         if decision.load_E is not None:
             parts["load"] = decision.load_E
         if decision.zero_load is not None:
@@ -41,13 +58,15 @@ class LayerStatistics:
         # Not as_tensor, which copies a number from the host and waits for that.
         parts["dropped"] = dropped if isinstance(dropped, Tensor) else torch.full((), dropped, device=device)
         parts["calls"] = torch.ones((), device=device)
+        return parts
+
+    def _add(self, parts: dict[str, Tensor]) -> None:
         for name, value in parts.items():
-            # The same operations every time: selective recomputation replays them by their number.
             self.totals[name] = self.totals.get(name, 0) + value
 
     def take(self) -> dict[str, Tensor]:
         """The sums, which start again from nothing."""
-        totals, self.totals = self.totals, {}
+        totals, self.totals, self.unheard = self.totals, {}, 0
         return totals
 
 

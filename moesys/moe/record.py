@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.moe.layer import MoELayer
+from moesys.moe.passes import recomputing
 from moesys.moe.routing import Routing
 
 
@@ -38,7 +39,7 @@ class Recorder:
         self.hooks = [layer.gate.register_forward_hook(partial(self._keep, name)) for name, layer in layers.items()]
 
     def _keep(self, name: str, gate: nn.Module, arguments: tuple[Any, ...], decision: object) -> None:
-        if gate.training and isinstance(decision, Routing):
+        if gate.training and not recomputing() and isinstance(decision, Routing):
             self.kept[name].append(record(arguments[1].number_T, decision))
 
     def take(self) -> dict[str, Recording]:

@@ -11,20 +11,22 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import OptimizerConfig, TrainConfig
+from moesys.models.size import kind
 from moesys.train.checked import decay_steps
 
 
 def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only.
+    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only (see `moesys.models.size.kind`).
 
-    Parameters may be plain or DTensors of any mesh; states are laid out as they are. Those that need no
-    gradient are left out.
+    `parameters`, by their layout-independent names, may be plain or DTensors of any mesh; states are laid out as
+    they are. Those that need no gradient are left out.
     """
     # One group per kind and mesh: the fused update takes tensors of one mesh at a time.
     groups: dict[tuple[bool, Any], dict[str, Any]] = {}
-    for p in (p for p in parameters.values() if p.requires_grad):
-        decay = config.weight_decay if p.ndim > 1 else 0.0
-        key = (p.ndim > 1, p.device_mesh if isinstance(p, DTensor) else None)
+    for name, p in ((name, p) for name, p in parameters.items() if p.requires_grad):
+        decays = kind(name) == "matrix"
+        decay = config.weight_decay if decays else 0.0
+        key = (decays, p.device_mesh if isinstance(p, DTensor) else None)
         groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(p)
     if not groups:  # a pipeline stage whose parameters are all frozen
         groups[False, None] = {"params": [], "weight_decay": 0.0}

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, _get_param_groups
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_sides import (
@@ -172,6 +173,10 @@ def test_recomputed_alike() -> None:
         torch.testing.assert_close(p.grad, mine.get_parameter(name).grad, msg=name)
     for (a, _), (b, _) in zip(moe_pairs(mine, theirs), moe_pairs(other, theirs), strict=True):
         assert torch.equal(a.moe.gate.local_tokens_per_expert, b.moe.gate.local_tokens_per_expert)
+        plain, recomputed = (layer.moe.statistics.take() for layer in (a, b))
+        assert plain["calls"] == 1 and plain.keys() == recomputed.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(recomputed[name], value)
 
 
 def test_capacity_by_position(monkeypatch) -> None:
@@ -206,6 +211,24 @@ def test_counts_and_bias_stay_wide() -> None:
     gate = gpt_model(transformer_config(**BIASED, **LOSSES), plug_in=True).bfloat16().decoder.layers[0].mlp.moe.gate
     assert gate.projection.weight.dtype == torch.bfloat16
     assert {gate.expert_bias.dtype, gate.local_tokens_per_expert.dtype, gate.seen.dtype} == {torch.float32}
+
+
+def test_megatrons_optimizer_lets_no_bias_decay() -> None:
+    """Stacked biases of experts have more dims than one: it must know them by their names."""
+    options = {"add_bias_linear": True, "moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+    model = gpt_model(transformer_config(**options), plug_in=True)
+    groups = _get_param_groups([model], OptimizerConfig(optimizer="adam", lr=0.1), None)
+    multiple = {id(p): group["wd_mult"] for group in groups for p in group["params"]}
+    found = {name: multiple[id(p)] for name, p in model.named_parameters()}
+    assert {name for name, times in found.items() if times == 0.0} == {
+        name for name in found if "norm" in name or "bias" in name
+    }
+    state = model.decoder.layers[0].mlp.moe.state_dict()
+    assert state["experts.fc1_bias"].shape == (8, 2, 12) and state["experts.fc2_bias"].shape == (8, 16)
+    for bias in ("experts.fc1_bias", "experts.fc2_bias"):
+        state[bias] = torch.ones_like(state[bias])
+    model.decoder.layers[0].mlp.moe.load_state_dict(state)
+    assert all(bool(bias.eq(1).all()) for bias in model.decoder.layers[0].mlp.moe.experts.biases())
 
 
 def test_one_block_for_all() -> None:

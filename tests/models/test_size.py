@@ -7,7 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moesys.config import Config
 from moesys.models.decoder import Decoder
+from moesys.models.layers import RMSNorm
 from moesys.models.size import flops_per_token, parameters, weights
+from moesys.moe.gates.cosine import CosineProjection
 
 MODELS = {
     "dense": {"ffn_hidden": 96},
@@ -34,6 +36,7 @@ MODELS = {
     "hash": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": "hash"}},
     "soft": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": {"kind": "soft", "slots": 3}}},
     "smear": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": "smear"}},
+    "biased": {"moe": {"experts": 4, "ffn_hidden": 32, "bias": True, "gate": {"bias": True}}},
     "zero-computation": {
         "moe": {"experts": 8, "ffn_hidden": 32, "zero_experts": 1, "constant_experts": 2, "gate": {"bias": True}}
     },
@@ -48,11 +51,25 @@ def test_weights_are_those_of_the_built_model(model):
     told = {w.name: w.shape for w in weights(config, 320)}
     assert told == {name: tuple(p.shape) for name, p in built.named_parameters()}
     assert parameters(config, 320)[0] == sum(p.numel() for p in built.parameters())
+    assert {w.name: w.kind for w in weights(config, 320)} == what_they_are(built)
+
+
+def what_they_are(built: Decoder) -> dict[str, str]:
+    """By the modules that hold them, not by their names."""
+    found = {}
+    for path, module in built.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            what = "norm" if isinstance(module, RMSNorm) else "bias" if "bias" in leaf else "matrix"
+            if isinstance(module, CosineProjection) and parameter.numel() == 1:
+                what = "temperature"
+            found[f"{path}.{leaf}"] = what
+    return {name: found[name] for name, _ in built.named_parameters()}
 
 
 # k = E, so that every expert sees every token and the count does not depend on the routing
 COUNTED = {
     "top_k": {"experts": 2},
+    "biased": {"experts": 2, "bias": True},
     "dense": {"experts": 3, "gate": "dense"},
     "soft": {"experts": 4, "gate": {"kind": "soft", "slots": 3}},
     "smear": {"experts": 4, "gate": "smear"},

@@ -5,11 +5,13 @@ from math import ceil
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moesys.moe import MoELayer, Tokens
 from moesys.moe.capacity import Capacity
 from moesys.moe.experts import Experts
 from moesys.moe.gates import TopKGate
+from moesys.moe.gates.expert_choice import CausalExpertChoiceGate
 from moesys.moe.losses import Balance
 
 T, H, F, E, K = 24, 16, 12, 6, 2
@@ -108,3 +110,28 @@ def test_routing_is_float32_in_a_bfloat16_model():
     expected = logits.softmax(-1).topk(K).values
     torch.testing.assert_close(routing.weight_A.view(T, K), expected / expected.sum(-1, keepdim=True))
     assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["top_k", "causal"])
+def test_a_recomputed_pass_counts_once(kind, reentrant):
+    torch.manual_seed(0)
+    if kind == "top_k":
+        balance = Balance(balance=0.02, global_balance=0.01, z=0.003)
+        gate = TopKGate(H, E, K, bias_rate=0.1, capacity=Capacity(0.5), balance=balance)
+    else:
+        gate = CausalExpertChoiceGate(H, E, K, z_loss=0.003)
+    layer = MoELayer(gate, Experts(E, H, F))
+    x = torch.randn(2, T // 2, H, requires_grad=True)
+    found = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        for _ in range(2):
+            run(x).sum().backward()
+        found.append((layer.statistics.take(), gate.step_statistics()))
+        gate.load = None
+    (plain, seen), (again, seen_again) = found
+    assert plain["calls"] == 2 and plain["load"].sum() == 2 * T * K
+    assert plain.keys() == again.keys() and "z" in plain
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value)
+    assert torch.equal(seen, seen_again)

@@ -7,7 +7,9 @@ from math import cos, pi
 import pytest
 import torch
 
+from moesys.config import Config
 from moesys.config.schema import OptimizerConfig, TrainConfig
+from moesys.models.decoder import Decoder
 from moesys.train.optimizer import build, learning_rate
 
 
@@ -35,11 +37,24 @@ def test_constant_stays():
     assert set(rates(kind="constant")) == {1.0}
 
 
-def test_matrices_decay_and_vectors_do_not():
-    matrix, vector = (torch.nn.Parameter(torch.ones(*shape)) for shape in ((2, 2), (2,)))
-    optimizer = build(OptimizerConfig(lr=0.5, weight_decay=0.1), {"m": matrix, "v": vector})
-    for p in (matrix, vector):
+def test_matrices_decay_and_biases_norms_and_temperatures_do_not():
+    moe = {"experts": 4, "ffn_hidden": 8, "bias": True, "gate": {"kind": "cosine"}}
+    moe |= {"shared_experts": 1, "shared_mix": "residual", "constant_experts": 2}
+    raw = {"hidden": 16, "layers": 1, "moe": moe, "attention": {"heads": 2, "bias": True, "qk_norm": "head"}}
+    model = Decoder(Config.model_validate({"model": raw}).model, 32)
+    for p in model.parameters():
+        p.data.fill_(1.0)
         p.grad = torch.zeros_like(p)
-    optimizer.step()
-    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 1 - 0.5 * 0.1))
-    torch.testing.assert_close(vector.detach(), torch.ones(2))
+    build(OptimizerConfig(lr=0.5, weight_decay=0.1), dict(model.named_parameters())).step()
+    stay = {name for name, p in model.named_parameters() if torch.equal(p, torch.ones_like(p))}
+    assert stay == {
+        *(f"layers.0.attention.{name}_proj.bias" for name in "qkvo"),
+        *(f"layers.0.{name}.weight" for name in ("attention_norm", "ffn_norm", "attention.q_norm", "attention.k_norm")),
+        *(f"layers.0.ffn.{name}" for name in ("experts.fc1_bias", "experts.fc2_bias", "mix.projection.bias")),
+        "layers.0.ffn.gate.projection.log_temperature",
+        "norm.weight",
+    }
+    for name in set(dict(model.named_parameters())) - stay:
+        torch.testing.assert_close(
+            model.get_parameter(name).detach(), torch.full_like(model.get_parameter(name), 1 - 0.5 * 0.1)
+        )

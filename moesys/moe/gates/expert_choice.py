@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moesys.moe.capacity import capacity, rounded
 from moesys.moe.gates.scored import ScoredGate
+from moesys.moe.passes import recomputing
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 
 NONE = 1e-30
@@ -83,7 +84,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
         self.threshold_E.fill_(-1.0)
 
     def taken(self, score_TE: Tensor, number_T: Tensor, scope: MicroBatch) -> Tensor:
-        if self.training:
+        if self.training and not recomputing():
             seen_EB = self._counts(score_TE)
             self.histogram_EB = seen_EB if self.histogram_EB is None else self.histogram_EB + seen_EB
         best_Tk = score_TE.topk(self.top_k).indices

@@ -14,6 +14,7 @@ from moesys.moe.capacity import Capacity, Wish, assign
 from moesys.moe.gates.gate import Gate
 from moesys.moe.gates.projection import GateProjection as GateProjection
 from moesys.moe.losses import Balance, Seen
+from moesys.moe.passes import recomputing
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 from moesys.moe.zero import ZeroRule
 
@@ -236,8 +237,7 @@ class TopKGate(Gate):
 
     def _count(self, load_E: Tensor, counted_E: Tensor) -> None:
         wanted = [load_E] * bool(self.bias_rate) + [counted_E] * self.counts_first
-        if self.training and wanted:
-            # The same operations every time: selective recomputation replays them by their number.
+        if self.training and wanted and not recomputing():
             self.load = torch.cat(wanted) + (0 if self.load is None else self.load)
 
     def _global_load(self, counted_E: Tensor, scope: MicroBatch) -> Tensor | None:
