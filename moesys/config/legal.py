@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from moesys.config.schema import Config, Section
+from moesys.config.schema import AtMost, Config, Section
 
 _NOUNS: dict[Any, tuple[str, str]] = {
     int: ("a whole number", "whole numbers"),
@@ -17,6 +17,7 @@ _NOUNS: dict[Any, tuple[str, str]] = {
     str: ("text", "texts"),
 }
 _PATTERNS = {
+    r"^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and underscores, the first no digit",
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, dashes and underscores, the first a letter or digit"
 }
 
@@ -70,6 +71,12 @@ def choices(kind: Any) -> list[str]:
 def accepts(kind: Any, scalar: type) -> bool:
     """Whether `scalar` (int, float, str, bool) is legal, constraints aside."""
     return any((get_args(k)[0] if get_origin(k) is Annotated else k) is scalar for k in alternatives(kind))
+
+
+def limits(kind: Any) -> set[float]:
+    """The upper bounds that `describe` does not name, of numbers that no real run comes near."""
+    own = {rule.most for rule in get_args(kind)[1:] if isinstance(rule, AtMost)} if get_origin(kind) is Annotated else set()
+    return own.union(*(limits(inner) for inner in get_args(kind)))
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:

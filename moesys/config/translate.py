@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moesys.config import legal, suggest
+from moesys.config.schema import Variable
 from moesys.config.tree import Entry
 from moesys.errors import Problem
 
@@ -38,10 +39,23 @@ def _illegal(detail: Any, path: list[str], tree: Entry) -> Problem:
     given = entry.given() if entry is not None else ""
     if detail["type"] in ("value_error", "assertion_error"):
         return Problem(key, str(detail["ctx"]["error"]), given=given, where=where)
+    if (most := _too_much(detail, kind)) is not None:
+        return Problem(key, most, given=given, where=where)
+    if detail["loc"][-1] == "[key]":
+        return Problem(key, f"a name here must be {legal.describe(Variable)}", where=where)
     words = legal.describe(kind)
     if detail["type"] == "finite_number":
         words = words.replace("number", "finite number", 1)
     return Problem(key, f"must be {words}", _remedy(kind, entry) if entry is not None else "", given, where)
+
+
+def _too_much(detail: Any, kind: Any) -> str | None:
+    """The rule of an upper bound that `legal.describe` leaves out, where that is what is broken."""
+    if detail["type"] == "string_too_long":
+        return f"has {len(detail['input'])} characters, and must have at most {detail['ctx']['max_length']}"
+    if detail["type"] == "less_than_equal" and detail["ctx"]["le"] in legal.limits(kind):
+        return f"must be at most {detail['ctx']['le']:,}"
+    return None
 
 
 def find(tree: Entry, path: list[str]) -> tuple[Entry | None, str]:
