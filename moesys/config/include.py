@@ -13,7 +13,6 @@ from moesys.config.schema import Config
 from moesys.config.tree import Entry, merge
 from moesys.errors import Problem
 
-
 MOST_FILES = 1000
 """Files that one configuration is made of, each counted as often as it is included."""
 

@@ -18,7 +18,7 @@ _NOUNS: dict[Any, tuple[str, str]] = {
 }
 _PATTERNS = {
     r"^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and underscores, the first no digit",
-    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, dashes and underscores, the first a letter or digit"
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, dashes and underscores, the first a letter or digit",
 }
 
 
@@ -75,8 +75,27 @@ def accepts(kind: Any, scalar: type) -> bool:
 
 def limits(kind: Any) -> set[float]:
     """The upper bounds that `describe` does not name, of numbers that no real run comes near."""
-    own = {rule.most for rule in get_args(kind)[1:] if isinstance(rule, AtMost)} if get_origin(kind) is Annotated else set()
+    own = {rule.most for rule in _rules(kind) if isinstance(rule, AtMost)}
     return own.union(*(limits(inner) for inner in get_args(kind)))
+
+
+def fits(kind: Any, number: float) -> bool:
+    """Whether a number is within the bounds of `kind`."""
+    for rule in _rules(kind):
+        low, above = getattr(rule, "ge", None), getattr(rule, "gt", None)
+        high = getattr(rule, "most", getattr(rule, "le", None))
+        below = getattr(rule, "lt", None)
+        if (low is not None and number < low) or (above is not None and number <= above):
+            return False
+        if (high is not None and number > high) or (below is not None and number >= below):
+            return False
+    return True
+
+
+def _rules(kind: Any) -> list[Any]:
+    """The constraints of an annotated type."""
+    found = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    return [rule for each in found for rule in (each.metadata if isinstance(each, FieldInfo) else [each])]
 
 
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
@@ -97,10 +116,8 @@ def describe(kind: Any) -> str:
 
 
 def _describe(kind: Any, plural: bool = False) -> str:
-    rules: list[Any] = []
-    if get_origin(kind) is Annotated:
-        kind, *found = get_args(kind)
-        rules = [r for f in found for r in (f.metadata if isinstance(f, FieldInfo) else [f])]
+    rules = _rules(kind)
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if kind is type(None):
         return "null"
     if (section := section_of(kind)) is not None:

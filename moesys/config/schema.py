@@ -35,6 +35,8 @@ class LongestText:
         return {**handler(source), "max_length": self.most}
 
 
+LONGEST_RUN_NAME = 200
+
 LARGEST = 10**15
 """Of every whole number: a product of some still fits in 64 bits of a counter."""
 
@@ -501,7 +503,7 @@ class MeasureConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(200)] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(LONGEST_RUN_NAME)] = "run"
     """Name of the run and of its folder; default: the configuration file's name."""
     seed: Seed = 0
     engine: Literal["native", "megatron"] = "native"

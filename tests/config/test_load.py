@@ -132,7 +132,9 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 )
 def test_whatever_is_written_is_read_back(tmp_path, env, freeze, lr, sp):
     raw = {"name": "x", "model": {"hidden": 4, "layers": 1}, "launch": {"env": env}}
-    config = Config.model_validate({**raw, "train": {"optimizer": {"lr": lr}, "freeze": freeze}, "parallel": {"sp": sp, "pp_split": [1]}})
+    config = Config.model_validate(
+        {**raw, "train": {"optimizer": {"lr": lr}, "freeze": freeze}, "parallel": {"sp": sp, "pp_split": [1]}}
+    )
     path = tmp_path / "config.yaml"
     path.write_text(dump(config), encoding="utf-8")
     assert load(path).config == config
