@@ -16,8 +16,3 @@ def host_and_port(address: str) -> tuple[str, int] | None:
     if not host or not (port.isascii() and port.isdigit()):
         return None
     return host, int(port)
-
-
-def bracketed(host: str) -> str:
-    """`host` as it stands before ":PORT": an IPv6 address in brackets."""
-    return f"[{host}]" if ":" in host else host

@@ -22,6 +22,7 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from moesys.errors import LaunchError
+from moesys.launchers.address import host_and_port
 
 CONNECT_S = 5.0
 

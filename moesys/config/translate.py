@@ -36,6 +36,8 @@ def _illegal(detail: Any, path: list[str], tree: Entry) -> Problem:
         path = path[:-1]
     key, kind = ".".join(path), legal.type_at(path)
     entry, where = find(tree, path)
+    if entry is None and (word := find(tree, path[:-1])[0]) is not None and isinstance(word.value, str):
+        entry = word  # one word that stands for a section is its kind
     given = entry.given() if entry is not None else ""
     if detail["type"] in ("value_error", "assertion_error"):
         return Problem(key, str(detail["ctx"]["error"]), given=given, where=where)
@@ -107,7 +109,7 @@ def _remedy(kind: Any, entry: Entry) -> str:
             return "write null"
         if numeric and re.fullmatch(r"[-+]?[0-9][0-9_,]*(\.[0-9]+)?([eE][-+]?[0-9]+)?", value):
             return f"write {re.sub('[_,]', '', value)}, without quotes"
-        near = suggest.nearest(value, legal.choices(kind), 0.5)
+        near = suggest.choice(value, legal.choices(kind))
         return f"did you mean {near}?" if near else ""
     if legal.accepts(kind, str) and not isinstance(value, (list, dict)) and value is not None:
         return f'put it in quotes: "{entry.text}"'

@@ -8,7 +8,7 @@ import pytest
 
 from moesys.errors import LaunchError
 from moesys.launchers import ray_cluster
-from moesys.launchers.address import bracketed, host_and_port
+from moesys.launchers.address import host_and_port
 
 
 @pytest.mark.parametrize(
@@ -28,10 +28,6 @@ from moesys.launchers.address import bracketed, host_and_port
 )
 def test_the_two_parts(address, parts):
     assert host_and_port(address) == parts
-
-
-def test_brackets_come_back():
-    assert [bracketed(host) for host in ("::1", "10.0.0.1", "head")] == ["[::1]", "10.0.0.1", "head"]
 
 
 def test_a_cluster_on_ipv6_is_reached():
