@@ -138,6 +138,8 @@ def choice(word: str, words: Iterable[str]) -> str | None:
     asked = _plain(word).replace("_", "")
     if asked in bare:
         return bare[asked]
+    if asked in ("on", "yes", "true"):
+        return None  # no word of ours in particular
     meant = [ours for ours, *others in SAME if ours in words and asked in (o.replace("_", "") for o in others)]
     return meant[0] if meant else nearest(word, words, 0.5)
 
