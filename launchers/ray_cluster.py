@@ -22,6 +22,7 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from moesys.errors import LaunchError
+from moesys.launchers.address import host_and_port
 
 CONNECT_S = 5.0
 
@@ -151,17 +152,20 @@ def import_slow_libraries() -> None:
 
 def check_reachable(address: str) -> None:
     """Raise `LaunchError` if nothing answers at `address` (HOST:PORT); Ray itself would try for a minute."""
-    host, _, port = address.rpartition(":")
     if address.startswith("ray://"):
         raise LaunchError(
             f"{address} is an address of Ray Client, which Ray Train does not work through"
             "\n    remedy: give HOST:PORT of the head node (usually port 6379), or use `ray job submit`"
         )
-    if not host or not port.isdigit():
-        return  # "auto" and the like, which Ray resolves by itself
+    parts = host_and_port(address)
+    if parts is None:
+        if ":" not in address:
+            return  # "auto" and the like, which Ray resolves by itself
+        remedy = "give HOST:PORT of the head node, an IPv6 address in brackets: [::1]:6379"
+        raise LaunchError(f"{address!r} is no address of a Ray cluster\n    remedy: {remedy}")
     try:
-        socket.create_connection((host, int(port)), CONNECT_S).close()
-    except OSError as error:
+        socket.create_connection(parts, CONNECT_S).close()
+    except (OSError, OverflowError, ValueError) as error:  # ports above 65535; names that are none
         remedy = "\n    remedy: check launch.ray_address, or leave it out to start Ray on this machine"
         raise LaunchError(f"no Ray cluster answers at {address}: {error}{remedy}") from error
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd, isqrt, prod
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
@@ -15,6 +15,8 @@ DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the mesh for dense layers, outermost first: the groups that talk most are neighbours."""
 EXPERT_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
 """Axes of the mesh for experts, over the same ranks."""
+MOST_RANKS = 2**18
+"""Of a world: groups are enumerated rank by rank."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ def resolve(config: Config, world: int | None = None) -> tuple[Degrees | None, l
     """The degrees of `config` on `world` ranks (default: the cluster's), or what makes them impossible."""
     p, cluster = config.parallel, config.cluster
     ranks = cluster.nodes * cluster.ranks_per_node if world is None else world
+    if ranks > MOST_RANKS:
+        rule = f"nodes({cluster.nodes}) · ranks_per_node({cluster.ranks_per_node}) = {ranks} ranks are more than"
+        return None, [Problem("cluster.nodes", f"{rule} {MOST_RANKS:,}", "use fewer")]
     model_ranks = p.tp * p.pp * p.cp
     product = f"tp({p.tp}) · pp({p.pp}) · cp({p.cp})"
     if p.dp == "auto":
@@ -103,4 +108,5 @@ def resolve(config: Config, world: int | None = None) -> tuple[Degrees | None, l
 
 def divisors(n: int) -> list[int]:
     """All divisors of n, ascending."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d != n]

@@ -42,10 +42,17 @@ def check(config: Config, world: int | None = None) -> list[Problem]:
     """Every rule between keys that `config` breaks on `world` ranks (default: the cluster's)."""
     problems = _model(config)
     degrees, unresolved = resolve(config, world)
-    if degrees is None:
-        return problems + unresolved
-    for dimension in DIMENSIONS.values():
-        problems += dimension.check(config, degrees)
+    if degrees is not None:
+        return problems + _layout(config, degrees)
+    # The size of the data axis is not known: what is wrong whatever it is does not hang on it.
+    p = config.parallel
+    first, *others = (_layout(config, Degrees(p.pp, dp, 1, p.cp, p.tp, p.ep, p.etp)) for dp in (1, 2, 3, 5))
+    return problems + unresolved + [problem for problem in first if all(problem in other for other in others)]
+
+
+def _layout(config: Config, degrees: Degrees) -> list[Problem]:
+    """The rules of every dimension and of the engine."""
+    problems = [problem for dimension in DIMENSIONS.values() for problem in dimension.check(config, degrees)]
     return problems + engine_check.check(config, degrees)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import cache
 from itertools import accumulate
 
+import numpy as np
+
 from moesys.config.schema import Config, ModelConfig
 from moesys.errors import Problem
 from moesys.models.size import Weight, flops_per_token
@@ -35,23 +37,31 @@ def balanced(model: ModelConfig, vocab_size: int, seq_len: int, count: int) -> t
     Cost is FLOPs: the head's weigh on the last stage, so that it gets fewer layers.
     """
     flops = flops_per_token(model, vocab_size, seq_len)
-    layers = [flops[f"layers.{i}"] for i in range(model.layers)]
-    prefix = [0.0, *accumulate(layers)]
-    # best[n]: least (largest stage cost, layers per stage) of the first n layers in the stages so far
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    layers = model.layers
+    prefix = np.array([0.0, *accumulate(flops[f"layers.{i}"] for i in range(layers))])
+    # Of the first n layers in the stages so far: the least possible cost of the costliest stage, and the place of the
+    # division that has it among those of all n, in the order of their sizes (smaller first stages come first).
+    cost, place = np.full(layers + 1, np.inf), np.full(layers + 1, layers + 1)
+    cost[0], place[0] = 0.0, 0
+    begins = np.zeros((count, layers + 1), np.int64)
     for stage in range(count):
-        extra = flops["head"] if stage == count - 1 else 0.0
-        ends = [model.layers] if stage == count - 1 else range(stage + 1, model.layers - (count - stage - 1) + 1)
-        following = {}
-        for end in ends:
-            options = [
-                (max(cost, prefix[end] - prefix[start] + extra), (*sizes, end - start))
-                for start, (cost, sizes) in best.items()
-                if start < end
-            ]
-            following[end] = min(options)
-        best = following
-    return best[model.layers][1]
+        last = stage == count - 1
+        following = np.full(layers + 1, np.inf)
+        order = []
+        for end in [layers] if last else range(stage + 1, layers - (count - stage - 1) + 1):
+            costs = np.maximum(cost[stage:end], prefix[end] - prefix[stage:end] + (flops["head"] if last else 0.0))
+            equal = stage + np.flatnonzero(costs == costs.min())
+            begin = begins[stage, end] = equal[place[equal].argmin()]
+            following[end] = costs.min()
+            order.append((int(place[begin]), end - int(begin), end))
+        cost = following
+        place = np.full(layers + 1, layers + 1)
+        for number, (_, _, end) in enumerate(sorted(order)):
+            place[end] = number
+    ends = [layers]
+    for stage in reversed(range(count)):
+        ends.append(int(begins[stage, ends[-1]]))
+    return tuple(end - begin for begin, end in zip(reversed(ends[1:]), reversed(ends[:-1]), strict=True))
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:

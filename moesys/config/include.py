@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from moesys.config import legal
-from moesys.config.read import nearest_file, read_file
+from moesys.config.read import LONGEST_NAME, nearest_file, read_file
 from moesys.config.schema import Config
 from moesys.config.tree import Entry, merge
 from moesys.errors import Problem
+
+MOST_FILES = 1000
+"""Files that one configuration is made of, each counted as often as it is included."""
 
 
 def read_tree(path: Path, problems: list[Problem]) -> Entry | None:
@@ -19,10 +23,11 @@ def read_tree(path: Path, problems: list[Problem]) -> Entry | None:
     Of several included files the later wins. None where `path` itself cannot be read; what is wrong
     with it and with included files is added to `problems`.
     """
-    return _read(path, (), problems)
+    return _read(path, (), problems, count())
 
 
-def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> Entry | None:
+def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem], files: count[int]) -> Entry | None:
+    """`read_tree` of a file that those in `chain` include, one the next; `files` counts what was read."""
     own = read_file(path, problems)
     if own is None:
         return None
@@ -33,12 +38,16 @@ def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem]) -> Entry
     for entry, name in includes:
         target = Path(os.path.normpath(path.parent / name))
         loop = (*chain, path, target)
-        if target.resolve() in [p.resolve() for p in loop[:-1]]:
+        if not os.path.isfile(target):
+            problems.append(_absent(entry, target))
+        elif target.resolve() in [p.resolve() for p in loop[:-1]]:
             rule = f"goes in a circle: {' → '.join(str(p) for p in loop)}"
             problems.append(Problem("include", rule, "remove one of these includes", entry.given(), entry.where))
-        elif not target.is_file():
-            problems.append(_absent(entry, target))
-        elif (found := _read(target, loop[:-1], problems)) is not None:
+        elif (number := next(files)) >= MOST_FILES:
+            if number == MOST_FILES:
+                rule = f"makes more than {MOST_FILES} files, each counted as often as it is included"
+                problems.append(Problem("include", rule, "include fewer", entry.given(), entry.where))
+        elif (found := _read(target, loop[:-1], problems, files)) is not None:
             under = merge(under, found)
     return merge(under, tree)
 
@@ -59,8 +68,14 @@ def _paths(entry: Entry | None, problems: list[Problem]) -> list[tuple[Entry, st
 
 
 def _absent(entry: Entry, target: Path) -> Problem:
-    rule = f"{target} is a folder, not a file" if target.is_dir() else f"there is no file {target}"
-    remedy = "" if target.is_dir() else nearest_file(target)
+    if os.path.isdir(target):
+        rule, remedy = f"{target} is a folder, not a file", ""
+    elif len(target.name) > LONGEST_NAME:
+        rule, remedy = f"a file's name has at most {LONGEST_NAME} characters, and this one {len(target.name)}", ""
+    elif os.path.lexists(target):
+        rule, remedy = f"{target} is no regular file, or may not be read", "include another file"
+    else:
+        rule, remedy = f"there is no file {target}", nearest_file(target)
     remedy = remedy or "paths are relative to the file that includes"
     return Problem("include", rule, remedy, entry.given(), entry.where)
 

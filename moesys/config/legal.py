@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from moesys.config.schema import Config, Section
+from moesys.config.schema import AtMost, Config, Section
 
 _NOUNS: dict[Any, tuple[str, str]] = {
     int: ("a whole number", "whole numbers"),
@@ -17,7 +17,8 @@ _NOUNS: dict[Any, tuple[str, str]] = {
     str: ("text", "texts"),
 }
 _PATTERNS = {
-    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, dashes and underscores, the first a letter or digit"
+    r"^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and underscores, the first no digit",
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, dashes and underscores, the first a letter or digit",
 }
 
 
@@ -72,6 +73,31 @@ def accepts(kind: Any, scalar: type) -> bool:
     return any((get_args(k)[0] if get_origin(k) is Annotated else k) is scalar for k in alternatives(kind))
 
 
+def limits(kind: Any) -> set[float]:
+    """The upper bounds that `describe` does not name, of numbers that no real run comes near."""
+    own = {rule.most for rule in _rules(kind) if isinstance(rule, AtMost)}
+    return own.union(*(limits(inner) for inner in get_args(kind)))
+
+
+def fits(kind: Any, number: float) -> bool:
+    """Whether a number is within the bounds of `kind`."""
+    for rule in _rules(kind):
+        low, above = getattr(rule, "ge", None), getattr(rule, "gt", None)
+        high = getattr(rule, "most", getattr(rule, "le", None))
+        below = getattr(rule, "lt", None)
+        if (low is not None and number < low) or (above is not None and number <= above):
+            return False
+        if (high is not None and number > high) or (below is not None and number >= below):
+            return False
+    return True
+
+
+def _rules(kind: Any) -> list[Any]:
+    """The constraints of an annotated type."""
+    found = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    return [rule for each in found for rule in (each.metadata if isinstance(each, FieldInfo) else [each])]
+
+
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the schema."""
     for name, field in section.model_fields.items():
@@ -90,10 +116,8 @@ def describe(kind: Any) -> str:
 
 
 def _describe(kind: Any, plural: bool = False) -> str:
-    rules: list[Any] = []
-    if get_origin(kind) is Annotated:
-        kind, *found = get_args(kind)
-        rules = [r for f in found for r in (f.metadata if isinstance(f, FieldInfo) else [f])]
+    rules = _rules(kind)
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if kind is type(None):
         return "null"
     if (section := section_of(kind)) is not None:

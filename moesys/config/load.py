@@ -8,7 +8,7 @@ loaded.sources["train.steps"]        # "command line 'train.steps=10'"
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from moesys.config import override
 from moesys.config.include import read_tree
-from moesys.config.schema import Config, Section
+from moesys.config.schema import LONGEST_RUN_NAME, Config, Section
 from moesys.config.translate import problems_of
 from moesys.config.tree import Entry, put, walk
 from moesys.config.write import dump as dump
@@ -36,12 +36,34 @@ class Loaded:
     sources: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What came of reading a configuration: `config`, or None and what is wrong.
+
+    `tree` holds all that could be read; None where part of a file could not, so that nobody knows what is
+    missing.
+    """
+
+    config: Config | None
+    problems: Sequence[Problem]
+    tree: Entry | None
+    sources: Mapping[str, str]
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     """The configuration in `path` with all that it includes; `overrides` ("key.sub=value") win.
 
     Raises:
         ConfigError: everything that is wrong with the files, the overrides and each single key.
     """
+    found = attempt(path, overrides)
+    if found.config is None:
+        raise ConfigError(found.problems)
+    return Loaded(found.config, found.sources)
+
+
+def attempt(path: Path, overrides: Sequence[str] = ()) -> Attempt:
+    """As `load`, but returns what is wrong, for those who can say more."""
     problems: list[Problem] = []
     tree = read_tree(path, problems)
     unread = any(not problem.key or problem.key == "include" for problem in problems)
@@ -55,9 +77,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
         overridden = problem.where.startswith(override.PLACE)
         if overridden or (tree is not None and problem.key not in unreadable):
             problems.append(problem)
-    if problems or config is None:
-        raise ConfigError(sorted(problems, key=_position))
-    return Loaded(config, {"": str(path), **{key: entry.where for key, entry in walk(whole)}})
+    sources = {"": str(path), **{key: entry.where for key, entry in walk(whole)}}
+    readable = None if unread or tree is None else whole
+    return Attempt(None if problems else config, in_order(problems), readable, sources)
 
 
 def _validate(tree: Entry, with_missing: bool) -> tuple[Config | None, list[Problem]]:
@@ -69,8 +91,13 @@ def _validate(tree: Entry, with_missing: bool) -> tuple[Config | None, list[Prob
 
 
 def _name(path: Path) -> str:
-    """A run's name from its file's, with dashes for what a name cannot have."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
+    """A run's name from its file's, with dashes for what a name cannot have, and not too long for one."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:LONGEST_RUN_NAME] or "run"
+
+
+def in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """`problems` by file and line."""
+    return sorted(problems, key=_position)
 
 
 def _position(problem: Problem) -> tuple[str, int]:

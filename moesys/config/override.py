@@ -11,6 +11,9 @@ from moesys.errors import Problem
 PLACE = "command line"
 """What the places of overridden values start with."""
 
+DEEPEST = 16
+"""Names in one dotted key, at most: far more than the schema has."""
+
 
 def apply(tree: Entry, overrides: Sequence[str], problems: list[Problem]) -> Entry:
     """`tree` with `overrides` in their order; values are YAML, a mapping is merged into a section."""
@@ -25,6 +28,9 @@ def _one(tree: Entry, text: str, problems: list[Problem]) -> Entry:
     path = [name.strip() for name in key.split(".")]
     if not equals or not all(path):
         problems.append(Problem("", "is no override", "write key.sub=value, such as train.steps=10", where=where))
+    elif len(path) > DEEPEST:
+        rule = f"has {len(path)} names, and no key is that deep"
+        problems.append(Problem("", rule, "write key.sub=value, such as train.steps=10", where=where[:100]))
     elif path[0] == "include":
         problems.append(Problem("include", "cannot be set here", "include it in the file", where=where))
     elif (entry := parse(value, lambda line: where, where, problems)) is not None:

@@ -25,6 +25,12 @@ from moesys.errors import Problem
 LARGEST = 2**20
 """Bytes: whatever is longer is no configuration and not worth parsing."""
 
+LONGEST_NAME = 255
+"""Characters of a file's name: what Linux's file systems allow."""
+
+MOST_VALUES = 100_000
+"""Values of one file, each alias counted as all that it stands for."""
+
 _TAG = "tag:yaml.org,2002:"
 
 CORE_SCHEMA = {
@@ -114,9 +120,13 @@ def _text(path: Path, problems: list[Problem]) -> str | None:
 
 def nearest_file(path: Path) -> str:
     """A remedy that names the file of nearest name in the same folder."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"there is no folder {path.parent}"
-    near = difflib.get_close_matches(path.name, sorted(os.listdir(path.parent)), 1)
+    try:
+        names = sorted(os.listdir(path.parent))
+    except OSError:  # a folder that this user may not list
+        return ""
+    near = difflib.get_close_matches(path.name, names, 1)
     return f"did you mean {path.parent / near[0]}?" if near else ""
 
 
@@ -136,10 +146,21 @@ def parse(text: str, place: Callable[[int], str], whole: str, problems: list[Pro
         opened = line
     except RecursionError:
         said, line, opened = "nested too deeply", 1, 1
+    except _TooManyValues as error:
+        rule = f"stands for more than {MOST_VALUES:,} values, aliases included"
+        problems.append(Problem("", rule, "use fewer aliases (*name), or none", where=place(error.line)))
+        return None
     plain, remedy = next(((p, r) for pattern, p, r in _SYNTAX if re.search(pattern, said)), (said, ""))
     since = f", in what starts in line {opened}" if opened != line else ""
     problems.append(Problem("", f"is not valid YAML: {plain}{since}", remedy, where=place(line)))
     return None
+
+
+class _TooManyValues(Exception):
+    """Aliases of aliases make more values than anyone can mean; `line` (from 1) holds the first of too many."""
+
+    def __init__(self, line: int) -> None:
+        self.line = line
 
 
 class _Convert:
@@ -148,11 +169,20 @@ class _Convert:
     def __init__(self, place: Callable[[int], str], problems: list[Problem]) -> None:
         self.place, self.problems = place, problems
         self.open: list[Node] = []
+        self.values = 0
+        self.scalars: dict[Node, Scalar] = {}
 
     def entry(self, node: Node, key: str, where: str) -> Entry:
         """The entry of `node`, which is the value of the dotted `key` at `where`."""
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise _TooManyValues(node.start_mark.line + 1)
         if node in self.open:
             return self._refuse(key, where, "contains itself through its anchor", "remove the alias")
+        if node in self.scalars:
+            return Entry(self.scalars[node], where, node.value)
+        if isinstance(node, ScalarNode) and (rule := _unwritable(node.value)):
+            return self._refuse(key, where, rule, "remove the escape")
         self.open.append(node)
         try:
             if isinstance(node, MappingNode) and node.tag == _TAG + "map":
@@ -160,10 +190,13 @@ class _Convert:
             if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
                 return Entry([self.entry(n, key, self._place(n)) for n in node.value], where)
             if isinstance(node, ScalarNode):
-                return Entry(_scalar(node), where, node.value)
+                self.scalars[node] = _scalar(node)
+                return Entry(self.scalars[node], where, node.value)
             raise KeyError(node.tag)
         except (KeyError, ValueError):
             tag = node.tag.replace(_TAG, "!!")
+            if tag == "!!int" and len(node.value) > MOST_DIGITS:
+                return self._refuse(key, where, f"has {len(node.value)} digits", "write a number that was meant")
             return self._refuse(key, where, f"cannot have the tag {tag} here", "remove the tag")
         finally:
             self.open.pop()
@@ -173,7 +206,9 @@ class _Convert:
         for name_node, value in node.value:
             where, name = self._place(name_node), str(name_node.value)
             dotted = f"{key}.{name}" if key else name
-            if not isinstance(name_node, ScalarNode):
+            if isinstance(name_node, ScalarNode) and (rule := _unwritable(name)):
+                self._refuse(key, where, f"has a key that {rule}", "remove the escape")
+            elif not isinstance(name_node, ScalarNode):
                 self._refuse(key, where, "has a key that is not a plain word", "quote text that starts with { or [")
             elif name == "<<" and name_node.style is None:
                 self._refuse(dotted, where, "merging by << is not supported", "use include, or repeat the keys")
@@ -190,6 +225,18 @@ class _Convert:
     def _refuse(self, key: str, where: str, rule: str, remedy: str) -> Entry:
         self.problems.append(Problem(key, rule, remedy, where=where))
         return Entry(None, where)
+
+
+MOST_DIGITS = 4300
+"""Of a whole number: Python itself reads no more."""
+
+
+def _unwritable(text: str) -> str | None:
+    """What of `text`, if anything, cannot be written to a file or stand in a file's name."""
+    if "\0" in text:
+        return "holds a NUL character"
+    half = re.search("[\ud800-\udfff]", text)
+    return f"holds half a character, \\u{ord(half[0]):04x}" if half else None
 
 
 def _scalar(node: ScalarNode) -> Scalar:

@@ -6,15 +6,63 @@ the dimension of parallelism that they concern (`moesys.parallel`). Nothing here
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+
+@dataclass(frozen=True)
+class AtMost:
+    """An upper bound beyond any real use, of numbers that are looped over, allocated by, or added up.
+
+    Messages name it where a number is above it, and nowhere else.
+    """
+
+    most: float
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return {**handler(source), "le": self.most}
+
+
+@dataclass(frozen=True)
+class LongestText:
+    """A text's most characters: file systems allow 255 in a name, to which endings are added."""
+
+    most: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return {**handler(source), "max_length": self.most}
+
+
+LONGEST_RUN_NAME = 200
+
+LARGEST = 10**15
+"""Of every whole number: a product of some still fits in 64 bits of a counter."""
+
+Positive = Annotated[int, Field(ge=1), AtMost(LARGEST)]
+NonNegative = Annotated[int, Field(ge=0), AtMost(LARGEST)]
+Seed = Annotated[int, Field(ge=0), AtMost(2**63 - 1)]
+Layers = Annotated[int, Field(ge=1), AtMost(1024)]
+"""Blocks of a model; stages are chosen among all their divisions."""
+Dim = Annotated[int, Field(ge=1), AtMost(2**24)]
+"""Size of one dim of a tensor."""
+Experts = Annotated[int, Field(ge=1), AtMost(2**15)]
+"""Experts of a layer: recordings hold their numbers in 16 bits."""
+FewExperts = Annotated[int, Field(ge=0), AtMost(2**15)]
+Ranks = Annotated[int, Field(ge=1), AtMost(2**18)]
+"""Processes along one axis, or in all."""
+Pieces = Annotated[int, Field(ge=1), AtMost(2**15)]
+"""Parts that one computation is cut into, one after another."""
+Batch = Annotated[int, Field(ge=1), AtMost(2**24)]
+"""Sequences of a step: a pipeline's schedule lists their micro-batches."""
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Factor = Annotated[float, Field(gt=0), AtMost(2**15)]
+"""Of a capacity; as many as there can be experts drops nothing."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+"""Name of an environment variable."""
 
 
 class Section(BaseModel):
@@ -28,25 +76,25 @@ class Section(BaseModel):
 class AttentionConfig(Section):
     kind: Literal["gqa", "mla"] = "gqa"
     """gqa: grouped-query attention; mla: multi-head latent attention (DeepSeek-V2)."""
-    heads: Positive = 4
+    heads: Dim = 4
     """Query heads."""
-    kv_heads: Positive | None = None
+    kv_heads: Dim | None = None
     """Key and value heads of gqa; default: as many as query heads."""
-    head_dim: Positive | None = None
+    head_dim: Dim | None = None
     """Size of one head of gqa; default: hidden / heads."""
     bias: bool = False
     """A bias on the query, key, value and output projections of gqa."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMSNorm of queries and keys: none, per head (Qwen3) or over all heads together (OLMoE)."""
-    q_lora_rank: Positive | None = None
+    q_lora_rank: Dim | None = None
     """mla: rank of the query's compression; default: queries are not compressed."""
-    kv_lora_rank: Positive = 512
+    kv_lora_rank: Dim = 512
     """mla: rank of the joint compression of keys and values."""
-    qk_nope_head_dim: Positive = 128
+    qk_nope_head_dim: Dim = 128
     """mla: size of a head's part without rotary position."""
-    qk_rope_head_dim: Positive = 64
+    qk_rope_head_dim: Dim = 64
     """mla: size of a head's part with rotary position, shared by all heads of the key."""
-    v_head_dim: Positive = 128
+    v_head_dim: Dim = 128
     """mla: size of a head's value."""
 
 
@@ -85,32 +133,32 @@ class GateConfig(Section):
     top-k, Shazeer et al. 2017)."""
     jitter: Fraction = 0.0
     """top_k, cosine, prototype: in training multiply the gate's input by uniform numbers from 1 ± jitter (Switch)."""
-    groups: Positive = 1
+    groups: Experts = 1
     """top_k, cosine: equal groups of experts of which each token uses `groups_kept`, the best."""
-    groups_kept: Positive = 1
+    groups_kept: Experts = 1
     """top_k, cosine: groups that a token uses."""
     group_score: Literal["max", "top2"] = "max"
     """top_k, cosine: a group's score is its best expert's (DeepSeek-V2) or the sum of its two best (DeepSeek-V3)."""
     second: Literal["always", "random"] = "always"
     """top_k, cosine, with top_k 2. random: in training keep the second expert with probability min(1, 2·g), g its
     share of the two weights (GShard)."""
-    dim: Positive | None = None
+    dim: Dim | None = None
     """cosine: the low dimension; default: half the number of experts, at least 2."""
     causal: bool = False
     """expert_choice: experts take the tokens above a threshold that follows the quantile of earlier steps, so that
     no token's routing depends on later tokens; load is balanced on average."""
     table: Literal["random", "balanced"] = "random"
     """hash: ids to experts at random, or such that each expert has as many of the training data's tokens."""
-    slots: Positive = 1
+    slots: Dim = 1
     """soft: slots per expert and sequence."""
     path: str | None = None
     """replay: the folder of the recording, runs/NAME/routing; relative to the working directory."""
     force: Literal["none", "balanced", "skewed"] = "none"
     """For benchmarks, gates that send each token to top_k experts: balanced chooses them in turn, skewed at random
     with expert e's chance ∝ 1 / (e + 1)^skew, both by the token's number. Weights stay the gate's own."""
-    skew: NonNegativeFloat = 1.0
+    skew: Annotated[float, Field(ge=0), AtMost(64)] = 1.0
     """force skewed: Zipf's exponent."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """hash, random, force skewed: another seed chooses other experts."""
 
     @model_validator(mode="before")
@@ -120,30 +168,30 @@ class GateConfig(Section):
 
 
 class MoEConfig(Section):
-    experts: Positive
+    experts: Experts
     """Routed experts per MoE layer."""
-    top_k: Positive = 2
+    top_k: Experts = 2
     """Experts that each token is sent to."""
-    ffn_hidden: Positive
+    ffn_hidden: Dim
     """Inner size of one expert."""
     activation: Literal["swiglu", "geglu", "clipped_swiglu", "gelu", "relu", "relu2"] = "swiglu"
     """Of the experts: gated (swiglu, geglu, GPT-OSS's clipped_swiglu) or not (gelu, relu, squared relu)."""
     bias: bool = False
     """Biases on the experts' two products."""
     gate: GateConfig = GateConfig()
-    every: Positive = 1
+    every: Layers = 1
     """Of the layers after `first_dense`, every n-th is MoE (the n-th, 2n-th, …)."""
-    first_dense: NonNegative = 0
+    first_dense: Annotated[int, Field(ge=0), AtMost(1024)] = 0
     """The first layers that are dense."""
     normalize: bool = True
     """Divide the chosen experts' probabilities by their sum (Mixtral, Qwen3) or leave them (OLMoE)."""
     scale: PositiveFloat = 1.0
     """Factor on the routing weights (DeepSeek's routed_scaling_factor)."""
-    capacity_factor: PositiveFloat | None = None
+    capacity_factor: Factor | None = None
     """C = ceil(capacity_factor · T · k / E) tokens per expert and micro-batch; null: dropless."""
-    eval_capacity_factor: PositiveFloat | None = None
+    eval_capacity_factor: Factor | None = None
     """The same in evaluation; default: capacity_factor. E / k drops nothing."""
-    min_capacity: NonNegative = 0
+    min_capacity: Annotated[int, Field(ge=0), AtMost(2**24)] = 0
     """Least C, where there is a capacity_factor."""
     drop: Literal["weight", "position", "choice", "priority"] = "weight"
     """Over capacity, drop the assignments of lowest weight; the latest in the micro-batch; last choices before
@@ -171,11 +219,11 @@ class MoEConfig(Section):
     bias_rate: NonNegativeFloat = 0.0
     """Rate u of loss-free balancing (DeepSeek-V3: 0.001): a bias per expert, for selection only, grows after each
     step by u · sign(mean load − load), loads of the global batch; 0: no bias."""
-    zero_experts: NonNegative = 0
+    zero_experts: FewExperts = 0
     """Experts beside `experts` that give zero: a token that chooses them uses fewer (AdaMoE's null experts, MoE++)."""
-    copy_experts: NonNegative = 0
+    copy_experts: FewExperts = 0
     """Experts beside `experts` that give their input back (MoE++)."""
-    constant_experts: NonNegative = 0
+    constant_experts: FewExperts = 0
     """Experts beside `experts` that mix their input with a learned vector (MoE++)."""
     zero_variant: Literal["moe++", "adamoe"] = "moe++"
     """moe++: zero-computation experts share in normalised weights and count by zero_tau in balancing losses; adamoe
@@ -184,14 +232,14 @@ class MoEConfig(Section):
     zero_tau: Annotated[float, Field(gt=0, le=1)] = 1.0
     """moe++: weight τ of zero-computation experts in balancing losses; a true expert's capacity is γ·τ·T·k / (τ·E + Z)
     (the paper has 0.75)."""
-    lora_rank: Positive | None = None
+    lora_rank: Dim | None = None
     """Rank r of experts that are changes W + lora_alpha / r · A·B of one frozen dense feed-forward, A and B each
     expert's own (MoLoRA, LoRAMoE); null: whole experts."""
     lora_alpha: PositiveFloat | None = None
     """Numerator of the factor on these changes; default: lora_rank, a factor of 1."""
-    shared_experts: NonNegative = 0
+    shared_experts: FewExperts = 0
     """Experts that every token passes through, beside the routed ones."""
-    shared_ffn_hidden: Positive | None = None
+    shared_ffn_hidden: Dim | None = None
     """Inner size of one shared expert; default: ffn_hidden. Shared experts have the routed ones' activation, and
     no biases."""
     shared_mix: Literal["add", "gate", "residual", "cmr"] = "add"
@@ -240,13 +288,13 @@ class MoEConfig(Section):
 
 
 class ModelConfig(Section):
-    vocab_size: Positive | None = None
+    vocab_size: Dim | None = None
     """Entries of the embedding; default: the tokenizer's, rounded up to a multiple of 64."""
-    hidden: Positive
+    hidden: Dim
     """Size of the residual stream."""
-    layers: Positive
+    layers: Layers
     """Decoder blocks."""
-    ffn_hidden: Positive | None = None
+    ffn_hidden: Dim | None = None
     """Inner size of the feed-forward of dense layers."""
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig | None = None
@@ -281,7 +329,7 @@ class DispatchConfig(Section):
     """all_to_all: each row to the ranks of its expert; all_gather: every rank sees all tokens of its expert
     group (small groups, many experts per token); hierarchical: once to each node that holds any of a
     token's experts, then once to each rank there (groups that span nodes)."""
-    chunks: Positive = 1
+    chunks: Pieces = 1
     """Pieces of a micro-batch's tokens: one travels while another is computed."""
     overlap_shared: bool = True
     """Compute shared experts while tokens travel."""
@@ -296,27 +344,27 @@ class DispatchConfig(Section):
 
 
 class ParallelConfig(Section):
-    dp: Positive | Literal["auto"] = "auto"
+    dp: Ranks | Literal["auto"] = "auto"
     """Data parallelism: ranks that see different sequences. auto: world size / (tp · pp · cp)."""
-    dp_shard: Positive | Literal["full"] = 1
+    dp_shard: Ranks | Literal["full"] = 1
     """Shard parameters over this many of the dp ranks (FSDP2). 1: replicate; full: over all of them;
     between: hybrid, shards replicated dp / dp_shard times."""
-    tp: Positive = 1
+    tp: Ranks = 1
     """Tensor parallelism: attention, feed-forward, embedding and head split inside layers."""
     sp: bool = True
     """Sequence parallelism: with tp, keep the stream between layers split along the sequence."""
-    pp: Positive = 1
+    pp: Ranks = 1
     """Pipeline parallelism: stages of consecutive layers."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"] = "1f1b"
-    pp_virtual: Positive = 1
+    pp_virtual: Layers = 1
     """Stages per rank (interleaved-1f1b and zero-bubble)."""
-    pp_split: list[Positive] | Literal["auto"] = "auto"
+    pp_split: list[Layers] | Literal["auto"] = "auto"
     """Layers of each stage, first to last; auto: balance the estimated cost of the stages."""
-    cp: Positive = 1
+    cp: Ranks = 1
     """Context parallelism: every sequence split over ranks."""
-    ep: Positive = 1
+    ep: Ranks = 1
     """Expert parallelism: the experts of a layer split over ranks, folded over dp, cp and tp."""
-    etp: Positive = 1
+    etp: Ranks = 1
     """Tensor parallelism of each expert, independent of tp."""
     dispatch: DispatchConfig = DispatchConfig()
 
@@ -347,11 +395,11 @@ class ScheduleConfig(Section):
 
 class TrainConfig(Section):
     steps: Positive = 100
-    seq_len: Positive = 256
+    seq_len: Annotated[int, Field(ge=1), AtMost(2**27)] = 256
     """Tokens per sequence."""
-    global_batch: Positive = 8
+    global_batch: Batch = 8
     """Sequences per optimizer step, over all ranks."""
-    micro_batch: Positive = 1
+    micro_batch: Batch = 1
     """Sequences that one data-parallel rank passes through the model at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of computation; weights of the optimizer are float32 in either case."""
@@ -368,7 +416,7 @@ class TrainConfig(Section):
     """Deterministic algorithms of torch only."""
     eval_every: NonNegative = 0
     """Steps between evaluations on held-out data; 0: at the end only."""
-    eval_sequences: Positive = 64
+    eval_sequences: Batch = 64
     """Held-out sequences per evaluation, rounded up to whole global batches."""
 
 
@@ -391,8 +439,8 @@ class DataConfig(Section):
 
 
 class ClusterConfig(Section):
-    nodes: Positive = 1
-    ranks_per_node: Positive = 1
+    nodes: Ranks = 1
+    ranks_per_node: Annotated[int, Field(ge=1), AtMost(1024)] = 1
     """Worker processes per node: one per GPU; on CPU, any number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     memory_gib: PositiveFloat | None = None
@@ -407,13 +455,13 @@ class LaunchConfig(Section):
     """hosts: 10⁹ bits per second that each pretended host sends, and receives, at most; default: no limit."""
     ray_address: str | None = None
     """Address of a running Ray cluster; default: start Ray on this machine."""
-    timeout_s: PositiveFloat = 300.0
+    timeout_s: Annotated[float, Field(gt=0), AtMost(10**8)] = 300.0
     """Timeout of every process group, and of the wait for all workers to start."""
-    max_failures: NonNegative = 0
+    max_failures: Annotated[int, Field(ge=0), AtMost(10**6)] = 0
     """Restarts of the workers from the latest checkpoint before the run fails (ray)."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1), AtMost(4096)] | None = None
     """CPU threads per worker; default: the node's cores divided by ranks_per_node, at least 1."""
-    env: dict[str, str] = {}
+    env: dict[Variable, str] = {}
     """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller."""
     slurm: dict[str, str] = {}
     """slurm: sbatch options without the dashes, for example {partition: gpu, time: "04:00:00"}."""
@@ -456,9 +504,9 @@ class MeasureConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(LONGEST_RUN_NAME)] = "run"
     """Name of the run and of its folder; default: the configuration file's name."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     engine: Literal["native", "megatron"] = "native"
     """native: this project's model and parallelism; megatron: Megatron-Core's GPTModel, schedules, gradient reduction
     and optimizer, with this project's MoE layer."""

@@ -87,8 +87,61 @@ ELSEWHERE: dict[str, str] = {
 """Names of Hugging Face configurations, Megatron-Core and DeepSpeed for our keys."""
 
 
+SAME: tuple[tuple[str, ...], ...] = (
+    ("cuda", "gpu", "gpus", "nvidia", "nccl"),
+    ("cpu", "gloo", "host"),
+    ("float32", "fp32", "f32", "float", "single"),
+    ("bfloat16", "bf16", "float16", "fp16", "f16", "half", "mixed"),
+    ("float64", "fp64", "f64", "double"),
+    ("fp8", "float8", "float8_e4m3", "e4m3", "fp8_e4m3"),
+    ("adamw", "adam", "fused_adam", "adam_w"),
+    ("apex", "fusedadam"),
+    ("top_k", "switch", "token_choice", "gshard", "mixtral", "noisy_top_k"),
+    ("expert_choice", "ec"),
+    ("cosine", "x_moe"),
+    ("soft", "soft_moe"),
+    ("swiglu", "silu", "swish"),
+    ("relu2", "squared_relu", "relu_squared"),
+    ("gqa", "mha", "mqa", "multi_head"),
+    ("mla", "latent", "multi_latent"),
+    ("all_to_all", "alltoall", "a2a", "all2all"),
+    ("all_gather", "allgather"),
+    ("hierarchical", "two_level", "2dh"),
+    ("interleaved-1f1b", "interleaved", "vpp"),
+    ("zero-bubble", "zb", "zb_h1", "zbv"),
+    ("wsd", "warmup_stable_decay", "trapezoidal", "linear"),
+    ("huggingface", "hf", "datasets"),
+    ("megatron", "mcore", "indexed", "mmap"),
+    ("megatron", "megatron_core", "megatron_lm"),
+    ("text", "txt", "jsonl", "json"),
+    ("local", "torchrun", "processes", "multiprocessing"),
+    ("slurm", "sbatch", "srun"),
+    ("hosts", "netns", "namespaces"),
+    ("selective", "partial", "some"),
+    ("gaussian", "normal"),
+    ("none", "off", "no", "false", "never"),
+    ("full", "all", "block"),
+    ("replay", "record", "recorded"),
+    ("balanced", "uniform"),
+)
+"""Words of our choices, each with other words for the same thing."""
+
+
 def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
+    return name.lower().replace("-", "_").replace(" ", "_")
+
+
+def choice(word: str, words: Iterable[str]) -> str | None:
+    """The one of the legal `words` that `word` stands for: another name of it, another spelling, or a slip."""
+    words = list(words)
+    bare = {_plain(w).replace("_", ""): w for w in words}
+    asked = _plain(word).replace("_", "")
+    if asked in bare:
+        return bare[asked]
+    if asked in ("on", "yes", "true"):
+        return None  # no word of ours in particular
+    meant = [ours for ours, *others in SAME if ours in words and asked in (o.replace("_", "") for o in others)]
+    return meant[0] if meant else nearest(word, words, 0.5)
 
 
 def nearest(word: str, words: Iterable[str], likeness: float = 0.6) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moesys.config import legal, suggest
+from moesys.config.schema import Variable
 from moesys.config.tree import Entry
 from moesys.errors import Problem
 
@@ -35,13 +36,28 @@ def _illegal(detail: Any, path: list[str], tree: Entry) -> Problem:
         path = path[:-1]
     key, kind = ".".join(path), legal.type_at(path)
     entry, where = find(tree, path)
+    if entry is None and (word := find(tree, path[:-1])[0]) is not None and isinstance(word.value, str):
+        entry = word  # one word that stands for a section is its kind
     given = entry.given() if entry is not None else ""
     if detail["type"] in ("value_error", "assertion_error"):
         return Problem(key, str(detail["ctx"]["error"]), given=given, where=where)
+    if (most := _too_much(detail, kind)) is not None:
+        return Problem(key, most, given=given, where=where)
+    if detail["loc"][-1] == "[key]":
+        return Problem(key, f"a name here must be {legal.describe(Variable)}", where=where)
     words = legal.describe(kind)
     if detail["type"] == "finite_number":
         words = words.replace("number", "finite number", 1)
     return Problem(key, f"must be {words}", _remedy(kind, entry) if entry is not None else "", given, where)
+
+
+def _too_much(detail: Any, kind: Any) -> str | None:
+    """The rule of an upper bound that `legal.describe` leaves out, where that is what is broken."""
+    if detail["type"] == "string_too_long":
+        return f"has {len(detail['input'])} characters, and must have at most {detail['ctx']['max_length']}"
+    if detail["type"] == "less_than_equal" and detail["ctx"]["le"] in legal.limits(kind):
+        return f"must be at most {detail['ctx']['le']:,}"
+    return None
 
 
 def find(tree: Entry, path: list[str]) -> tuple[Entry | None, str]:
@@ -93,7 +109,7 @@ def _remedy(kind: Any, entry: Entry) -> str:
             return "write null"
         if numeric and re.fullmatch(r"[-+]?[0-9][0-9_,]*(\.[0-9]+)?([eE][-+]?[0-9]+)?", value):
             return f"write {re.sub('[_,]', '', value)}, without quotes"
-        near = suggest.nearest(value, legal.choices(kind), 0.5)
+        near = suggest.choice(value, legal.choices(kind))
         return f"did you mean {near}?" if near else ""
     if legal.accepts(kind, str) and not isinstance(value, (list, dict)) and value is not None:
         return f'put it in quotes: "{entry.text}"'

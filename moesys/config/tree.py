@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 Scalar = str | int | float | bool | None
 
+SHOWN = 60
+"""Characters of a value in an error message, at most."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -34,16 +37,28 @@ class Entry:
         return self.value
 
     def given(self) -> str:
-        """The value for an error message: 'two', 1e3, [4, 0], {tp: 2}."""
+        """The value for an error message: 'two', 1e3, [4, 0], {tp: 2}; cut after 57 characters."""
+        text = ""
+        for part in self._parts():
+            text += part[: SHOWN + 1]
+            if len(text) > SHOWN:
+                return f"{text[: SHOWN - 3]}..."
+        return text
+
+    def _parts(self) -> Iterator[str]:
+        """The text of `given`, piece by piece: a value may be long, and its beginning is enough."""
         if isinstance(self.value, dict):
-            full = "{" + ", ".join(f"{key}: {entry.given()}" for key, entry in self.value.items()) + "}"
+            for number, (key, entry) in enumerate(self.value.items()):
+                yield f"{', ' if number else '{'}{key}: "
+                yield from entry._parts()
+            yield "}" if self.value else "{}"
         elif isinstance(self.value, list):
-            full = "[" + ", ".join(entry.given() for entry in self.value) + "]"
-        elif isinstance(self.value, str):
-            full = repr(self.value)
+            for number, entry in enumerate(self.value):
+                yield ", " if number else "["
+                yield from entry._parts()
+            yield "]" if self.value else "[]"
         else:
-            full = self.text or "empty"
-        return full if len(full) <= 60 else f"{full[:57]}..."
+            yield repr(self.value) if isinstance(self.value, str) else self.text or "empty"
 
 
 def merge(under: Entry, over: Entry) -> Entry:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from moesys.config.load import load, locate
+from moesys.config.load import attempt, in_order, locate
 from moesys.config.schema import Config, TrainConfig
+from moesys.config.stand_ins import independent
 from moesys.data import check as data
 from moesys.errors import ConfigError, Problem
 from moesys.parallel import dimension
@@ -23,14 +25,36 @@ def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = 
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    loaded = load(path, overrides)
-    problems = dimension.check(loaded.config, world) + training(loaded.config.train) + output(loaded.config)
-    problems += engine(loaded.config)
-    if with_data:
-        problems += data.check(loaded.config) + replay(loaded.config)
-    if problems:
-        raise ConfigError(locate(problems, loaded.sources, loaded.config))
-    return loaded.config
+    found = attempt(path, overrides)
+    _DATA_ANSWERS.clear()
+    if found.config is not None:
+        problems = locate(_rules(found.config, world, with_data), found.sources, found.config)
+    elif found.tree is not None:
+        rules = partial(_rules, world=world, with_data=with_data)
+        others, some = independent(found.tree, found.problems, rules)
+        problems = in_order([*found.problems, *locate(others, found.sources, some)])
+    else:
+        problems = list(found.problems)
+    if problems or found.config is None:
+        raise ConfigError(problems)
+    return found.config
+
+
+_DATA_ANSWERS: dict[str, list[Problem]] = {}
+"""What the data check said of each of its inputs: it lists folders, and few of the keys in error are its own."""
+
+
+def _data(config: Config) -> list[Problem]:
+    asked = repr((config.data, config.train, config.model.vocab_size))
+    if asked not in _DATA_ANSWERS:
+        _DATA_ANSWERS[asked] = data.check(config)
+    return _DATA_ANSWERS[asked]
+
+
+def _rules(config: Config, world: int | None, with_data: bool) -> list[Problem]:
+    """Every rule between keys that `config` breaks."""
+    problems = dimension.check(config, world) + training(config.train) + output(config) + engine(config)
+    return problems + ([*_data(config), *replay(config)] if with_data else [])
 
 
 def output(config: Config) -> list[Problem]:
