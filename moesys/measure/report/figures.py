@@ -64,7 +64,7 @@ def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) ->
             if max(width) > 0:
                 axes.barh(range(len(rows)), width, left=left, height=0.8, color=COLOURS[part], label=part)
             left = [a + b for a, b in zip(left, width, strict=True)]
-        hidden = [b.hidden * 1e3 for b in breakdowns]
+        hidden = [(b.hidden or 0.0) * 1e3 for b in breakdowns]
         if max(hidden) > 0:
             compute = [b.compute * 1e3 for b in breakdowns]
             start = [max(0.0, c - h) for c, h in zip(compute, hidden, strict=True)]
