@@ -63,8 +63,8 @@ def _traces(arguments: argparse.Namespace) -> int:
     from moesys.measure.report.trace import page_of
     from moesys.measure.trace import read
 
-    steps = read(arguments.trace, lambda text: print(text, flush=True))
-    found = explain(steps)
+    traces = read(arguments.trace, lambda text: print(text, flush=True), arguments.all_to_all_kernels)
+    found = explain(traces.steps, traces.notes)
     show(found, Console(width=max(100, Console().width)))
     path = arguments.out or Path("report-trace.html")
     write_whole(path, page_of(found, arguments.trace))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -191,7 +191,7 @@ class _Operator:
         begin = now(x.device)
         out = self._packet(x, *arguments)
         ranks = tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(arguments[-1])))
-        size, sent = x.nbytes * (len(ranks) if self._kind == "all_gather" else 1), ()
+        size, sent = x.nbytes * (len(ranks) if self._kind == "all_gather" else 1), cast("tuple[int, ...]", ())
         if self._kind == "all_to_all":
             size, sent = _parts(x, arguments[1], len(ranks))
         event = Event(self._kind, size, begin, begin, begin, group=arguments[-1], ranks=ranks, sent=sent)
