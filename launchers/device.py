@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moesys.config.schema import ClusterConfig
 from moesys.errors import LaunchError
+from moesys.words import plural
 
 
 def visible_gpus(env: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> int:
@@ -45,11 +46,6 @@ def inventory(gpus: Sequence[int]) -> str:
     kinds = sorted(Counter(gpus).items(), reverse=True)
     parts = [f"{plural(nodes, 'node')} with {plural(count, 'GPU')}" for count, nodes in kinds]
     return " and ".join(parts) or "no nodes"
-
-
-def plural(count: int, noun: str) -> str:
-    """ "1 node", "2 nodes"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def hide_gpus(device: str) -> dict[str, str]:

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moesys.files import write_json, write_whole
+from moesys.measure.choice import newest
 from moesys.measure.explanation import Explanation
 from moesys.measure.report import compare, run
 from moesys.measure.report.run import ReportError, Run
+from moesys.measure.step import Step, read_steps
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -60,8 +62,8 @@ def _traces(arguments: argparse.Namespace) -> int:
     from moesys.measure.report.trace import page_of
     from moesys.measure.trace import read
 
-    steps = read(arguments.trace, lambda text: print(text, flush=True))
-    found = explain(steps)
+    traces = read(arguments.trace, lambda text: print(text, flush=True), arguments.all_to_all_kernels)
+    found = explain(traces.steps, traces.notes)
     show(found, Console(width=max(100, Console().width)))
     path = arguments.out or Path("report-trace.html")
     write_whole(path, page_of(found, arguments.trace))
@@ -72,11 +74,13 @@ def _traces(arguments: argparse.Namespace) -> int:
 
 def show(e: Explanation, console: Console) -> None:
     """The sentence, and where a step goes."""
-    console.print(e.sentence)
-    rows = [(name, f"{s * 1e3:.2f}", f"{s / e.total.step:.1%}") for name, s in e.total.parts.items() if s > 0]
-    rows += [(f"all-to-all: {name}", f"{s * 1e3:.2f}", f"{s / e.total.step:.1%}") for name, s in vars(e.causes).items()]
-    rows.append(("all-to-all hidden", f"{e.total.hidden * 1e3:.2f}", f"{e.hidden_share:.1%}"))
-    console.print(_table(("of a step", "ms", "share"), rows))
+    console.print(e.sentence, highlight=False)
+    whole = e.total.step
+    rows = [(name, f"{s * 1e3:.2f}", f"{s / whole:.1%}") for name, s in e.total.parts.items() if s > 0]
+    rows += [(f"all-to-all: {name}", f"{s * 1e3:.2f}", f"{s / whole:.1%}") for name, s in e.causes.parts.items()]
+    if e.total.hidden is not None:
+        rows.append(("all-to-all hidden", f"{e.total.hidden * 1e3:.2f}", f"{e.total.hidden / whole:.1%}"))
+    console.print(_table((f"of a {e.unit}", "ms", "share"), rows))
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
@@ -88,13 +92,14 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
     return shown
 
 
-def _recorded(folder: Path):  # type: ignore[no-untyped-def]
-    from moesys.measure.step import read_steps
-
-    steps = read_steps(folder)
-    if not steps:
+def _recorded(folder: Path) -> list[Step]:
+    """The steps of the layout that recorded last, those that warm up included."""
+    choice = newest(read_steps(folder))
+    if not choice.steps:
         raise ReportError(f"{folder} recorded no steps: launch it with --measure")
-    return steps
+    if choice.note:
+        print(choice.note)
+    return choice.steps
 
 
 def _json(path: Path | None, facts: object) -> None:

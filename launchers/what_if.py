@@ -19,13 +19,11 @@ from moesys.errors import MoesysError
 from moesys.files import write_json
 from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
+from moesys.measure.choice import explained
 from moesys.measure.links import Profile
 from moesys.measure.step import Step, read_steps
 from moesys.measure.what_if import Prediction, Predictor, variants
 from moesys.train.checked import load_checked
-
-SKIPPED = 2
-"""Recorded steps that warm up what later ones find warm."""
 
 
 class WhatIfError(MoesysError):
@@ -59,17 +57,19 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def recorded(run_dir: Path) -> tuple[Config, list[Step]]:
-    """A run's configuration and recorded steps, the first ones left out.
+    """A run's configuration, and its recorded steps that are explained.
 
     Raises:
         WhatIfError: it has none.
     """
     if not (run_dir / "summary.json").exists():
         raise WhatIfError(f"{run_dir} is no finished run: give the folder that moesys launch made")
-    steps = read_steps(run_dir)
-    if not steps:
+    choice = explained(read_steps(run_dir))
+    if not choice.steps:
         raise WhatIfError(f"{run_dir} recorded no steps: launch it with --measure")
-    return load(run_dir / "config.yaml").config, steps[SKIPPED:] or steps
+    if choice.note:
+        print(choice.note)
+    return load(run_dir / "config.yaml").config, choice.steps
 
 
 def measure(config: Config, runs: Path) -> float:

@@ -239,6 +239,8 @@ def parser() -> argparse.ArgumentParser:
         help="one run's folder, or two to compare, or what bench a2a --json wrote",
     )
     sub.add_argument("--trace", type=Path, nargs="+", metavar="FILE", help="traces of torch's profiler, one a rank")
+    text = "--trace: kernels without metadata whose names match are all-to-all; none: none is (default: inferred)"
+    sub.add_argument("--all-to-all-kernels", metavar="REGEX", help=text)
     sub.add_argument("--out", type=output, help="the page of two runs or of traces; default: in this folder")
     sub.add_argument("--json", type=output, help="write the figures here")
     sub.add_argument("--perfetto", type=output, metavar="FILE", help="write recorded steps as a trace (.json[.gz])")

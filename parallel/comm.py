@@ -55,8 +55,9 @@ class Event:
 
     `begin` is when it was started, `waited` when its result was needed, `end` when it was there; `met` is
     when all ranks had arrived, where an `audit` made them wait for each other before anything travelled.
-    `bytes` is what this rank contributes, its own part included (the gathered size of an all-gather or a
-    reduce-scatter); `sent` how much of it goes to each of `ranks`, in their order, where that is known.
+    `bytes` is S of nccl-tests: what this rank contributes, its own part included (the gathered size of an
+    all-gather or a reduce-scatter; what is reduced in an all-reduce); of a message its size. `sent` is how much of
+    it goes to each of `ranks`, in their order, where that is known.
     """
 
     kind: str
@@ -172,17 +173,22 @@ _arrived = _functional.wait_tensor.default
 def _start(
     kind: str, way: Way, op: Any, x: Tensor, group: dist.ProcessGroup, *arguments: Any, rows: list[int] | None = None
 ) -> Pending:
-    """`op(x, *arguments, group)`; `rows`: how many of x go to each rank, None if they all go everywhere."""
+    """`op(x, *arguments, group)`; `rows`: how many of x go to each rank, None if they all go everywhere.
+
+    Nobody says to whom the parts of an all-reduce go.
+    """
     if _recording is None or op in _kept:
         return Pending(op(x, *arguments, group.group_name), None)
     ranks = tuple(dist.get_process_group_ranks(group))
-    if rows is None:
-        sent = (x.nbytes,) * len(ranks)
-    else:
+    sent: tuple[int, ...] = ()
+    if rows is not None:
         per_row = x.nbytes // max(1, len(x))
         sent = tuple(n * per_row for n in rows)
+    elif kind != "all_reduce":
+        sent = (x.nbytes,) * len(ranks)
     begin = now(x.device)
-    event = Event(kind, sum(sent), begin, begin, begin, way, group.group_name, ranks, sent)
+    size = sum(sent) if sent else x.nbytes
+    event = Event(kind, size, begin, begin, begin, way, group.group_name, ranks, sent)
     _recording.append(event)
     if _audit and way.level:
         _meet(group, x.device)

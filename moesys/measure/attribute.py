@@ -24,7 +24,8 @@ class Cost:
 
     Attributes:
         wait: seconds of its exposed time until the last rank of the group began.
-        transfer: the rest of its exposed time.
+        transfer: the rest of its exposed time, where all ranks of the group were seen.
+        untold: the rest where they were not: bytes moving, or waiting for ranks that were not seen.
         uneven: the part of `wait` that uneven experts caused.
         last: the rank that began last, None if it is this one or the group's travels are not known.
         evenness: bytes that a rank moves to and from others, mean over the group / most of any rank; 1 if unknown.
@@ -34,13 +35,14 @@ class Cost:
     travel: Travel
     wait: float
     transfer: float
+    untold: float = 0.0
     uneven: float = 0.0
     last: int | None = None
     evenness: float = 1.0
 
     @property
     def causes(self) -> Causes:
-        return Causes(self.transfer, self.wait - self.uneven, self.uneven)
+        return Causes(self.transfer, self.wait - self.uneven, self.uneven, self.untold)
 
 
 def costs(step: Step) -> dict[int, list[Cost]]:
@@ -65,19 +67,20 @@ def matched(step: Step) -> dict[tuple[object, ...], dict[int, Travel]]:
 
 def _taken_apart(travels: Mapping[int, Travel], computed: Mapping[int, Mapping[int, float]]) -> Iterator[Cost]:
     last = max(travels, key=lambda rank: travels[rank].begin)
-    whole, even = len(travels) > 1, evenness(travels)
+    whole, even = set(travels) == set(travels[last].ranks) and len(travels) > 1, evenness(travels)
     for rank, t in _without_meeting(travels).items():
         seconds = sum(max(0.0, end - begin) for begin, end in t.exposed)
         wait, arrived = 0.0, travels[last].begin
         if t.met is not None:
             wait = t.met - t.begin
-        elif whole and t.kind != "send":
+        elif t.kind != "send":
             wait = max(0.0, min(t.end, arrived) - t.waited)
         uneven = 0.0
         if rank != last and wait > 0 and (t.part, t.backward) in AFTER_EXPERTS:
             here, there = (computed[r].get(id(travels[r])) for r in (rank, last))
             uneven = min(wait, _longer(t, travels[last], here, there))
-        yield Cost(rank, t, wait, seconds - wait, uneven, last if rank != last and wait > 0 else None, even)
+        rest = (seconds - wait, 0.0) if whole else (0.0, seconds - wait)
+        yield Cost(rank, t, wait, *rest, uneven, last if rank != last and wait > 0 else None, even)
 
 
 def _without_meeting(travels: Mapping[int, Travel]) -> Mapping[int, Travel]:

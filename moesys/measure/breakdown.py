@@ -23,7 +23,7 @@ def breakdown(r: RankStep, mine: Sequence[Cost]) -> Breakdown:
     piped = any(cost.travel.purpose == "pipeline" for cost in mine)
     own = exposures(r, mine, busy or [])
     for cost, seconds in zip(mine, map(length, own), strict=True):
-        waited = seconds * cost.wait / (cost.wait + cost.transfer) if cost.wait > 0 else 0.0
+        waited = seconds * cost.wait / (cost.wait + cost.transfer + cost.untold) if cost.wait > 0 else 0.0
         purpose = cost.travel.purpose
         if purpose == "step":
             # With pipelining the first thing that all ranks share is where stages wait for the last one.
@@ -36,10 +36,12 @@ def breakdown(r: RankStep, mine: Sequence[Cost]) -> Breakdown:
         else:
             spent[purpose] += seconds
     taken = union(i for pieces in own for i in pieces)
-    air = common(union((t.begin, t.end) for t in r.travels if t.purpose == "expert"), whole)
     compute = r.seconds - length(taken) if busy is None else length(busy)
     spent["idle"] += r.seconds - compute - length(taken)
-    hidden = length(without(air, taken) if busy is None else common(air, busy))
+    hidden = None
+    if busy is not None:
+        air = common(union((t.begin, t.end) for t in r.travels if t.purpose == "expert"), whole)
+        hidden = length(common(air, busy))
     used = {cost.travel.purpose for cost in mine}
     others: dict[str, float] = {name: spent[name] for name in OTHERS if name in used}
     return Breakdown(r.seconds, compute, spent["expert"], others, spent["bubble"], spent["idle"], hidden)
@@ -69,5 +71,5 @@ def mean(parts: Iterable[Breakdown]) -> Breakdown:
         others={name: fmean(b.others.get(name, 0.0) for b in every) for name in names},
         bubble=fmean(b.bubble for b in every),
         idle=fmean(b.idle for b in every),
-        hidden=fmean(b.hidden for b in every),
+        hidden=None if any(b.hidden is None for b in every) else fmean(b.hidden or 0.0 for b in every),
     )

@@ -5,7 +5,7 @@ All seconds are per step, means over ranks and recorded steps unless a name says
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 
@@ -20,8 +20,9 @@ class Breakdown:
         others: the same for other communication, by purpose ("data", "tensor", "context", "pipeline").
         bubble: it waited for a pipeline neighbour that was not done computing.
         idle: it waited for other ranks in what all ranks of a step share, or (in traces of a GPU) did nothing.
-        hidden: dispatch or combine was on its way while the rank computed: part of `compute`. On CPU,
-            where nobody tells when bytes arrived before they were asked for, an upper bound.
+        hidden: dispatch or combine was on its way while the rank computed: part of `compute`. None where nobody saw
+            when it computed: a run's own record has when bytes set off and when they were needed, not what was done
+            meanwhile, nor whether they had arrived long before.
     """
 
     step: float
@@ -30,7 +31,7 @@ class Breakdown:
     others: dict[str, float]
     bubble: float
     idle: float
-    hidden: float
+    hidden: float | None
 
     @property
     def parts(self) -> dict[str, float]:
@@ -42,27 +43,39 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Causes:
-    """Why all-to-all was exposed: the three add up to the exposed seconds.
+    """Why all-to-all was exposed: they add up to the exposed seconds.
 
     Attributes:
         transfer: every rank had arrived, and bytes moved.
         late: another rank had not arrived yet, for a reason other than its experts.
         uneven: another rank had not arrived yet because its experts had more tokens than this rank's.
+        untold: one of the three, in traces that lack ranks of the group. 0 in runs of this project.
     """
 
     transfer: float = 0.0
     late: float = 0.0
     uneven: float = 0.0
+    untold: float = 0.0
 
     @property
     def exposed(self) -> float:
-        return self.transfer + self.late + self.uneven
+        return self.transfer + self.waiting + self.untold
+
+    @property
+    def waiting(self) -> float:
+        return self.late + self.uneven
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """All by name; `untold` only if there is any."""
+        parts = asdict(self)
+        return parts if self.untold > 0 else {k: v for k, v in parts.items() if k != "untold"}
 
     def __add__(self, other: Causes) -> Causes:
-        return Causes(self.transfer + other.transfer, self.late + other.late, self.uneven + other.uneven)
+        return Causes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def scaled(self, factor: float) -> Causes:
-        return Causes(self.transfer * factor, self.late * factor, self.uneven * factor)
+        return Causes(*(value * factor for value in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,6 @@ class Leg:
 
     Attributes:
         causes: of its exposed seconds.
-        hidden: seconds on its way while the rank computed.
         bytes_inter, bytes_intra: bytes per step, of all ranks together, between nodes and inside
             them; what a rank keeps for itself is in neither.
         bandwidth: bytes per second: the most bytes that any rank sent to others, over the seconds from
@@ -85,7 +97,6 @@ class Leg:
     part: str
     backward: bool
     causes: Causes
-    hidden: float
     bytes_inter: int
     bytes_intra: int
     bandwidth: float | None
@@ -102,9 +113,10 @@ class Layer:
     Attributes:
         seconds: from dispatch's start to combine's end, forward and backward together.
         even_seconds: an estimate of the same if every expert had received equally many tokens.
-        rank_imbalance: tokens that the busiest rank received / mean over ranks.
-        expert_imbalance: tokens of the busiest expert / mean over experts; None if not known.
-        busiest_rank, busiest_expert: who they are, None if not known.
+        rank_imbalance: tokens that the busiest rank of a step received / mean over ranks, mean over steps.
+        expert_imbalance: tokens of the busiest expert of a step / mean over experts, mean over steps; None if not
+            known. The mean of it over layers is what metrics of these steps call `imbalance`.
+        busiest_rank, busiest_expert: who had most in all steps together, None if not known.
     """
 
     name: str
@@ -127,11 +139,14 @@ class Explanation:
         by_step, by_rank: the same per recorded step (mean over ranks) and per rank (mean over steps).
         causes: of all exposed dispatch and combine.
         legs, layers: per MoE layer.
-        waited_for: seconds per step that others waited for each rank, by rank.
+        ranks: numbers of the ranks, in the order of `by_rank`, `waited_for`, `hosts`, `bytes` and each leg's `by_rank`.
+        waited_for: seconds per step that others waited for each rank.
         hosts: of each rank.
         bytes: [sender][receiver] per step of dispatch and combine; a rank's own part is 0.
         load: [recorded step] of [layer][expert] assignments.
         audit: whether barriers kept wait and transfer apart.
+        marked: False if a "step" is a whole trace that does not tell where its steps begin.
+        untold_because: why some waiting cannot be told, as "from the trace of one rank"; "" if all of it can.
     """
 
     steps: list[int]
@@ -142,11 +157,19 @@ class Explanation:
     causes: Causes
     legs: list[Leg]
     layers: list[Layer]
+    ranks: list[int]
     waited_for: list[float]
     hosts: list[str]
     bytes: list[list[int]]
     load: list[dict[str, list[float]]]
     audit: bool = False
+    marked: bool = True
+    untold_because: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What all seconds are of: "step", or "trace" if steps cannot be told apart."""
+        return "step" if self.marked else "trace"
 
     @property
     def exposed_share(self) -> float:
@@ -154,28 +177,39 @@ class Explanation:
         return self.total.exposed / self.total.step
 
     @property
-    def hidden_share(self) -> float:
-        """Hidden all-to-all / step."""
-        return self.total.hidden / self.total.step
+    def hidden_share(self) -> float | None:
+        """Hidden all-to-all / step, where it was seen."""
+        return None if self.total.hidden is None else self.total.hidden / self.total.step
 
     @property
-    def wait_share(self) -> float:
-        """Waiting, for late ranks or for uneven experts, / exposed all-to-all; 0 if none is exposed."""
-        return 1 - self.causes.transfer / self.causes.exposed if self.causes.exposed > 0 else 0.0
+    def wait_share(self) -> float | None:
+        """Waiting, for late ranks or for uneven experts, / exposed all-to-all of which waiting can be told.
+
+        0 if none is exposed, None if it cannot be told of any.
+        """
+        known = self.causes.exposed - self.causes.untold
+        if known > 0:
+            return self.causes.waiting / known
+        return None if self.causes.untold > 0 else 0.0
+
+    @property
+    def shares(self) -> dict[str, float | None]:
+        """`exposed_share` and `wait_share`, and `hidden_share` where it was seen."""
+        hidden = {} if self.hidden_share is None else {"hidden_share": self.hidden_share}
+        return {"exposed_share": self.exposed_share, "wait_share": self.wait_share, **hidden}
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with the three shares."""
-        shares = {name: getattr(self, name) for name in ("exposed_share", "hidden_share", "wait_share")}
-        return shares | asdict(self)
+        """Everything, with the shares."""
+        return self.shares | asdict(self)
 
     def headline(self) -> dict[str, Any]:
         """What summary.json keeps: the shares, the parts of the step, and causes per layer."""
-        keys = ("exposed_share", "hidden_share", "wait_share")
+        hidden = {} if self.total.hidden is None else {"hidden all-to-all": self.total.hidden}
         return {
             "sentence": self.sentence,
             "steps": self.steps,
-            **{key: getattr(self, key) for key in keys},
-            "seconds": {"step": self.total.step, "hidden all-to-all": self.total.hidden, **self.total.parts},
+            **self.shares,
+            "seconds": {"step": self.total.step, **hidden, **self.total.parts},
             "causes": asdict(self.causes),
             "layers": [asdict(layer) for layer in self.layers],
             "legs": [{k: v for k, v in asdict(leg).items() if k != "by_rank"} for leg in self.legs],

@@ -34,7 +34,6 @@ class _Sums:
     """Of one leg over all recorded steps."""
 
     by_rank: dict[int, Causes] = field(default_factory=lambda: defaultdict(Causes))
-    hidden: float = 0.0
     inter: int = 0
     intra: int = 0
     rates: int = 0
@@ -46,7 +45,6 @@ class _Sums:
     def add(self, cost: Cost, hosts: Mapping[int, str]) -> None:
         t, rank = cost.travel, cost.rank
         self.by_rank[rank] += cost.causes
-        self.hidden += max(0.0, t.waited - (t.begin if t.met is None else t.met))
         for peer, size in zip(t.ranks, t.sent, strict=False):
             if hosts.get(peer) != hosts[rank]:
                 self.inter += size
@@ -87,7 +85,6 @@ def _leg(key: Key, s: _Sums, steps: Sequence[Step]) -> Leg:
     return Leg(
         *key,
         causes=sum(s.by_rank.values(), Causes()).scaled(1 / (n * holders)),
-        hidden=s.hidden / (n * holders),
         bytes_inter=s.inter // n,
         bytes_intra=s.intra // n,
         bandwidth=s.rate_bytes / s.rate_seconds if s.rate_seconds > 0 else None,
@@ -102,8 +99,9 @@ def layers(steps: Sequence[Step], taken: Sequence[Mapping[int, Sequence[Cost]]])
     """Every MoE layer. Means over the ranks that hold it."""
     seconds: dict[str, list[float]] = defaultdict(list)
     even: dict[str, list[float]] = defaultdict(list)
-    rows: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    rows: dict[str, list[dict[int, float]]] = defaultdict(list)
     for step, by_rank in zip(steps, taken, strict=True):
+        received: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
         for r in step.ranks:
             spent: dict[str, float] = defaultdict(float)
             for one in passes(r.travels):
@@ -113,22 +111,26 @@ def layers(steps: Sequence[Step], taken: Sequence[Mapping[int, Sequence[Cost]]])
                 seconds[name].append(s)
                 even[name].append(s - sum(c.uneven + c.transfer * (1 - c.evenness) for c in mine))
             for t in (t for t in r.travels if t.layer):
-                rows[t.layer][r.rank] += computed_rows(t)
+                received[t.layer][r.rank] += computed_rows(t)
+        for name, by in received.items():
+            rows[name].append(by)
     return [
         _layer(name, fmean(seconds[name]), fmean(even[name]), rows[name], steps)
         for name in sorted(seconds, key=lambda name: order((name, "", False)))
     ]
 
 
-def _layer(name: str, seconds: float, even: float, rows: Mapping[int, float], steps: Sequence[Step]) -> Layer:
-    total = [sum(column) for column in zip(*(s.load[name] for s in steps if s.load.get(name)), strict=True)]
+def _layer(name: str, seconds: float, even: float, rows: Sequence[Mapping[int, float]], steps: Sequence[Step]) -> Layer:
+    loads = [load for step in steps if (load := step.load.get(name))]
+    total = [sum(column) for column in zip(*loads, strict=False)]
+    by_rank = {rank: sum(row.get(rank, 0.0) for row in rows) for row in rows for rank in row}
     return Layer(
         name,
         seconds,
         even,
-        rank_imbalance=imbalance(list(rows.values())),
-        expert_imbalance=imbalance(total) if total else None,
-        busiest_rank=max(rows, key=lambda rank: rows[rank]) if any(rows.values()) else None,
+        rank_imbalance=fmean(imbalance(list(row.values())) for row in rows),
+        expert_imbalance=fmean(map(imbalance, loads)) if loads else None,
+        busiest_rank=max(by_rank, key=lambda rank: by_rank[rank]) if any(by_rank.values()) else None,
         busiest_expert=total.index(max(total)) if total else None,
     )
 
@@ -149,13 +151,13 @@ def kept(rank: int, t: Travel) -> int:
 
 
 def matrix(steps: Iterable[Step]) -> list[list[int]]:
-    """Bytes per step from each rank (row) to each other of dispatch and combine."""
+    """Bytes per step from each rank (row) to each other of dispatch and combine, in the order of the steps' ranks."""
     every = list(steps)
-    world = len(every[0].ranks)
-    found = [[0] * world for _ in range(world)]
+    place = {r.rank: i for i, r in enumerate(every[0].ranks)}
+    found = [[0] * len(place) for _ in place]
     for r in (r for step in every for r in step.ranks):
         for t in (t for t in r.travels if t.purpose == "expert"):
             for peer, size in zip(t.ranks, t.sent, strict=False):
-                if peer != r.rank:
-                    found[r.rank][peer] += size
+                if peer != r.rank and peer in place:
+                    found[place[r.rank]][place[peer]] += size
     return [[size // len(every) for size in row] for row in found]

@@ -21,13 +21,15 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.measure import clocks
-from moesys.measure.explain import explain
+from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
 from moesys.measure.step import Purpose, RankStep, Step, Travel, read_steps, steps_file
 from moesys.measure.watch import watched
 from moesys.parallel import comm, nodes
 from moesys.parallel.comm import Event, Time
+from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import Ranks
+from moesys.words import plural
 
 HELD = 16
 """Recorded steps that ranks hold before they are brought together."""
@@ -131,9 +133,8 @@ class Recorder:
         return steps
 
     def explanation(self) -> Explanation | None:
-        """What all recorded steps of the run say, on rank 0; None if there are none."""
-        steps = read_steps(self.path.parent.parent)
-        return explain(steps) if steps else None
+        """What the recorded steps of the run say, on rank 0; None if there are none."""
+        return of_run(read_steps(self.path.parent.parent))
 
     def _travels(self, recording: Recording) -> Iterator[Travel]:
         numbers: Counter[tuple[Any, ...]] = Counter()
@@ -166,7 +167,19 @@ class Recorder:
         start = first.begin + everyone[0]["offset"]
         parts = enumerate(everyone)
         ranks = tuple(_moved(p["steps"][i], rank, p["host"], p["offset"] - start) for rank, p in parts)
-        return Step(first.number, ranks, self._loads.pop(first.number, {}), self.config.measure.audit)
+        load = self._loads.pop(first.number, {})
+        return Step(first.number, ranks, load, self.config.measure.audit, layout_of(self.config, self.mesh.degrees))
+
+
+def layout_of(config: Config, degrees: Degrees) -> str:
+    """What decides how long the communication of a step takes, in words: steps that agree in it can be averaged."""
+    p, t = config.parallel, config.train
+    axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp")
+    parts = [f"{axis} {size}" for axis in axes if (size := getattr(degrees, axis)) > 1]
+    if degrees.ep * degrees.etp > 1:
+        parts.append(f"{p.dispatch.kind} dispatch in {plural(p.dispatch.chunks, 'chunk')}")
+    parts.append(f"{t.global_batch} × {t.seq_len} tokens in micro-batches of {t.micro_batch}")
+    return f"{plural(degrees.world, 'rank')} ({', '.join(parts)})"
 
 
 def purpose_of(event: Event, groups: Mapping[str, Purpose]) -> Purpose:
@@ -181,18 +194,21 @@ def purpose_of(event: Event, groups: Mapping[str, Purpose]) -> Purpose:
 
 
 def purposes(mesh: Ranks) -> dict[str, Purpose]:
-    """The dimension that each process group of the run serves, by its name."""
+    """The dimension that each process group of the run serves, by its name.
+
+    Axes that span the world share its group. Where tensor or context ranks are also the ranks that hold copies of
+    experts, the group is theirs: sums of gradients say what they are.
+    """
     found: dict[str, Purpose] = {}
     for axes, group in mesh.groups():
-        name = group.group_name
         if axes[0] in ("ep", "etp"):
             continue  # what goes to experts says so itself, and this may be the same group as another axis'
         if any("dp" in axis for axis in axes):
-            found[name] = "data"
+            found.setdefault(group.group_name, "data")
         elif axes[0] == "pp":
-            found[name] = "pipeline"
+            found[group.group_name] = "pipeline"
         else:
-            found[name] = "tensor" if "tp" in mesh.active(*axes) else "context"
+            found[group.group_name] = "tensor" if "tp" in mesh.active(*axes) else "context"
     return found
 
 

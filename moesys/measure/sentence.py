@@ -10,28 +10,43 @@ NOTEWORTHY = 1.2
 
 def sentence(e: Explanation) -> str:
     """One to three sentences: how much, how much of it is seen, what it is spent on, and who is waited for."""
-    if not e.legs and e.total.exposed + e.total.hidden == 0:
-        return f"No all-to-all: every expert is where its tokens are, in steps of {_time(e.total.step)}."
-    share = e.exposed_share + e.hidden_share
-    text = f"All-to-all is {_percent(share)} of the step of {_time(e.total.step)}: {_percent(e.exposed_share)} exposed"
-    text += f", {_percent(e.hidden_share)} hidden behind computation." if e.hidden_share >= 0.005 else "."
+    whole = f"the {e.unit} of {_time(e.total.step)}" + ", which does not mark its steps" * (not e.marked)
+    if not e.legs and e.total.exposed + (e.total.hidden or 0) == 0:
+        if e.total.hidden is None:
+            return f"No all-to-all: every expert is where its tokens are, in steps of {_time(e.total.step)}."
+        return f"No all-to-all was seen in {whole}."
+    if e.hidden_share is None or e.hidden_share < 0.005:
+        text = f"Exposed all-to-all is {_percent(e.exposed_share)} of {whole}."
+    else:
+        text = f"All-to-all is {_percent(e.exposed_share + e.hidden_share)} of {whole}: "
+        text += f"{_percent(e.exposed_share)} exposed, {_percent(e.hidden_share)} hidden behind computation."
     return f"{text} {_why(e)}" if e.exposed_share >= 0.005 else text
 
 
 def _why(e: Explanation) -> str:
-    c = e.causes
-    if e.wait_share < 1 / 3:
-        return f"{_fraction(c.transfer / c.exposed)} of what is exposed is moving bytes."
-    slow = max(range(len(e.waited_for)), key=lambda rank: e.waited_for[rank])
+    untold = e.causes.untold / e.causes.exposed if e.causes.exposed > 0 else 0.0
+    if untold < 0.02:
+        return f"{_cause(e, 'what is exposed')}."
+    cannot = f"waiting cannot be told apart from moving bytes {e.untold_because}"
+    if untold > 0.98:
+        return f"In what is exposed {cannot}."
+    return f"In {_percent(untold)} of what is exposed {cannot}. {_cause(e, 'the rest')}."
+
+
+def _cause(e: Explanation, what: str) -> str:
+    c, share = e.causes, e.wait_share or 0.0
+    if share < 1 / 3:
+        return f"{_fraction(1 - share)} of {what} is moving bytes"
+    slow = max(range(len(e.waited_for)), key=lambda place: e.waited_for[place])
     mostly = e.waited_for[slow] > 0.5 * sum(e.waited_for)
-    whom = f"for rank {slow}" if mostly else f"for other ranks, most for rank {slow}"
-    text = f"{_fraction(e.wait_share)} of what is exposed is waiting {whom}"
+    whom = f"for rank {e.ranks[slow]}" if mostly else f"for other ranks, most for rank {e.ranks[slow]}"
+    text = f"{_fraction(share)} of {what} is waiting {whom}"
     layer = _uneven(e)
     if c.uneven >= c.late and layer is not None:
-        return f"{text}, because experts are uneven: {layer}."
+        return f"{text}, because experts are uneven: {layer}"
     if c.uneven >= 0.2 * (c.uneven + c.late) and layer is not None:
-        return f"{text}, in part because experts are uneven: {layer}."
-    return f"{text}, which arrives late."
+        return f"{text}, in part because experts are uneven: {layer}"
+    return f"{text}, which arrives late"
 
 
 def _uneven(e: Explanation) -> str | None:
@@ -39,13 +54,14 @@ def _uneven(e: Explanation) -> str | None:
     found = max(e.layers, key=lambda layer: layer.rank_imbalance, default=None)
     if found is None or found.busiest_rank is None:
         return None
-    return f"in {found.name} rank {found.busiest_rank} gets {found.rank_imbalance:.2g} times the mean{_expert(found)}"
+    ranks = f"in {found.name} the busiest rank gets {found.rank_imbalance:.3g} times the mean"
+    return f"{ranks} (mostly rank {found.busiest_rank}){_expert(found)}"
 
 
 def _expert(layer: Layer) -> str:
     if layer.busiest_expert is None or layer.expert_imbalance is None or layer.expert_imbalance < NOTEWORTHY:
         return ""
-    return f", and expert {layer.busiest_expert} {layer.expert_imbalance:.2g} times"
+    return f", and the busiest expert {layer.expert_imbalance:.3g} times (mostly expert {layer.busiest_expert})"
 
 
 def _fraction(x: float) -> str:

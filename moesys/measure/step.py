@@ -6,15 +6,26 @@ Written one JSON object a line to runs/NAME/measure/steps.jsonl, and read back f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from moesys.files import json_text
+from pydantic import Field, TypeAdapter, ValidationError
+
+from moesys.files import json_objects, json_text
 
 Purpose = Literal["expert", "data", "tensor", "context", "pipeline", "step"]
 """What a collective is for: a dimension of parallelism, or what all ranks of a step share."""
+
+DEEP_EP = "deep_ep"
+"""Kind of travels in traces that are DeepEP's kernels: their group is not known, and they wait inside themselves."""
+
+Seconds = Annotated[float, Field(allow_inf_nan=False, ge=-1e10, le=1e10)]
+Size = Annotated[int, Field(ge=0, le=2**60)]
+"""Bytes."""
+Rank = Annotated[int, Field(ge=0, le=2**31)]
 
 PURPOSES: tuple[Purpose, ...] = ("expert", "data", "tensor", "context", "pipeline", "step")
 
@@ -30,7 +41,8 @@ class Travel:
         number: it is the number-th of its group in the step, from 0: the same on all its ranks.
         begin, waited, end: when it was started, when its result was needed, and when that was there.
             Between `begin` and `waited` this rank did something else; from `waited` to `end` nothing.
-        bytes: what this rank contributes, its own part included.
+        bytes: S of nccl-tests: what this rank contributes, its own part included (the gathered size of an all-gather
+            or a reduce-scatter; what is reduced in an all-reduce); of a message its size.
         sent: how many of them go to each of `ranks`, where that is known.
         layer: the MoE layer ("layers.3") that it belongs to, or "".
         part: "dispatch" to the experts (counts, rows, weights), "combine" back from them, or "".
@@ -41,18 +53,18 @@ class Travel:
 
     kind: str
     purpose: Purpose
-    ranks: tuple[int, ...]
+    ranks: tuple[Rank, ...]
     number: int
-    begin: float
-    waited: float
-    end: float
-    bytes: int
-    sent: tuple[int, ...] = ()
+    begin: Seconds
+    waited: Seconds
+    end: Seconds
+    bytes: Size
+    sent: tuple[Size, ...] = ()
     layer: str = ""
     part: str = ""
     backward: bool = False
     level: str = ""
-    met: float | None = None
+    met: Seconds | None = None
 
     @property
     def exposed(self) -> tuple[tuple[float, float], ...]:
@@ -69,12 +81,12 @@ class Travel:
 class RankStep:
     """One rank's step: it lasted from `begin` to `end` on the same clock as its travels."""
 
-    rank: int
+    rank: Rank
     host: str
-    begin: float
-    end: float
+    begin: Seconds
+    end: Seconds
     travels: tuple[Travel, ...]
-    compute: tuple[tuple[float, float], ...] | None = None
+    compute: tuple[tuple[Seconds, Seconds], ...] | None = None
     """When it computed, where that was seen (traces of a GPU); None: whenever it did not wait."""
 
     @property
@@ -89,12 +101,16 @@ class Step:
     Attributes:
         load: assignments per MoE layer and expert, over all ranks.
         audit: whether a barrier before each collective kept its wait and its transfer apart.
+        layout: degrees of parallelism and sizes of batches that it ran with; "" of old records and of traces.
+        marked: False if this is a whole trace, of however many steps, that does not tell where steps begin.
     """
 
     number: int
     ranks: tuple[RankStep, ...]
-    load: dict[str, list[float]] = field(default_factory=dict)
+    load: dict[str, list[Annotated[float, Field(allow_inf_nan=False, ge=0)]]] = field(default_factory=dict)
     audit: bool = False
+    layout: str = ""
+    marked: bool = True
 
     @property
     def seconds(self) -> float:
@@ -108,27 +124,40 @@ class Step:
 
     @classmethod
     def from_json(cls, line: str) -> Step:
-        """Inverse of `to_json`; ValueError, KeyError or TypeError if the line is no such object."""
-        value = json.loads(line)
-        ranks = tuple(RankStep(**{**r, **_rank_fields(r)}) for r in value.pop("ranks"))
-        return cls(ranks=ranks, **value)
+        """Inverse of `to_json`; ValueError if the line is no such object."""
+        return _step(json.loads(line))
+
+    def alike(self, other: Step) -> bool:
+        """Whether both were recorded of the same ranks in the same way, as far as the records tell."""
+        same = [r.rank for r in self.ranks] == [r.rank for r in other.ranks] and self.audit == other.audit
+        return same and (self.layout == other.layout or not (self.layout and other.layout))
 
 
 def _shallow(x: Any) -> dict[str, Any]:
     return {f.name: getattr(x, f.name) for f in fields(x)}
 
 
-def _rank_fields(value: dict[str, Any]) -> dict[str, Any]:
-    compute = value.get("compute")
-    return {
-        "travels": tuple(_travel(t) for t in value["travels"]),
-        "compute": None if compute is None else tuple((a, b) for a, b in compute),
-    }
+TRAVEL = tuple(f.name for f in fields(Travel))
 
 
-def _travel(values: list[Any]) -> Travel:
-    kind, purpose, ranks, number, begin, waited, end, size, sent, *rest = values
-    return Travel(kind, purpose, tuple(ranks), number, begin, waited, end, size, tuple(sent), *rest)
+@cache
+def _schema() -> TypeAdapter[Step]:
+    return TypeAdapter(Step)
+
+
+def _step(value: Mapping[str, Any]) -> Step:
+    """A step from JSON; ValueError if it is none, or contradicts itself."""
+    try:
+        ranks = [{**r, "travels": [dict(zip(TRAVEL, t, strict=False)) for t in r["travels"]]} for r in value["ranks"]]
+        step = _schema().validate_python({**value, "ranks": ranks})
+    except (ValidationError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    if not step.ranks or len({r.rank for r in step.ranks}) < len(step.ranks):
+        raise ValueError("no ranks, or one twice")
+    for r in step.ranks:
+        if r.end <= r.begin or any(r.rank not in t.ranks or len(t.sent) not in (0, len(t.ranks)) for t in r.travels):
+            raise ValueError(f"rank {r.rank}: times or groups that cannot be")
+    return step
 
 
 def steps_file(run_dir: Path) -> Path:
@@ -137,14 +166,11 @@ def steps_file(run_dir: Path) -> Path:
 
 
 def read_steps(run_dir: Path) -> list[Step]:
-    """The recorded steps of a run, none if it recorded none; a line cut short by a crash is left out."""
-    path = steps_file(run_dir)
-    return list(_whole(path.read_text().splitlines())) if path.exists() else []
-
-
-def _whole(lines: Iterable[str]) -> Iterable[Step]:
-    for line in lines:
+    """The recorded steps of a run, none if it recorded none; damaged lines are left out."""
+    found = []
+    for value in json_objects(steps_file(run_dir)):
         try:
-            yield Step.from_json(line)
-        except (ValueError, KeyError, TypeError):
+            found.append(_step(value))
+        except ValueError:
             continue
+    return found

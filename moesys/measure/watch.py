@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -67,33 +67,36 @@ def _first(arguments: tuple[Any, ...]) -> Tensor:
     return torch.empty(0)
 
 
-def _own(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    return sum(t.nbytes for t in arguments[0]), ()
-
-
 def _bytes(given: Any) -> int:
     return sum(map(_bytes, given)) if isinstance(given, (list, tuple)) else int(given.nbytes)
 
 
-def _given(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    return _bytes(arguments[1]), ()
+def _own(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
+    """What is first among the arguments, whole."""
+    return _bytes(arguments[0]), ()
 
 
 def _gathered(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    return _bytes(arguments[1]) * group.size(), ()
-
-
-def _listed(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    outputs = arguments[0][0]
-    return sum(t.nbytes for t in (outputs if isinstance(outputs, list) else arguments[1][0])), ()
+    """The larger of output and input, which is that of all ranks together."""
+    return max(map(_bytes, arguments[:2])), ()
 
 
 def _split(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    x, rows = arguments[1], arguments[3]
+    return _parts(arguments[1], arguments[3], group.size())
+
+
+def _parts(x: Tensor, rows: list[int] | None, ranks: int) -> tuple[int, tuple[int, ...]]:
+    """Bytes of x and of its parts: so many rows to each rank, or as many to each."""
     if not rows:
-        return x.nbytes, (x.nbytes // group.size(),) * group.size()
+        return x.nbytes, (x.nbytes // ranks,) * ranks
     per_row = x.nbytes // max(1, len(x))
     return x.nbytes, tuple(n * per_row for n in rows)
+
+
+def _listed(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
+    """A tensor to each rank."""
+    sent = tuple(map(_bytes, arguments[1]))
+    return sum(sent), sent
 
 
 METHODS: dict[str, tuple[str, Sizes]] = {
@@ -101,8 +104,12 @@ METHODS: dict[str, tuple[str, Sizes]] = {
     "allreduce_coalesced": ("all_reduce", _own),
     "broadcast": ("broadcast", _own),
     "reduce": ("reduce", _own),
-    "allgather": ("all_gather", _listed),
-    "reduce_scatter": ("reduce_scatter", _listed),
+    "allgather": ("all_gather", _gathered),
+    "allgather_coalesced": ("all_gather", _gathered),
+    "reduce_scatter": ("reduce_scatter", _gathered),
+    "gather": ("gather", _gathered),
+    "scatter": ("scatter", _gathered),
+    "alltoall": ("all_to_all", _listed),
     "send": ("send", _own),
     "recv": ("recv", _own),
     # The names until torch 2.12, and since.
@@ -110,10 +117,10 @@ METHODS: dict[str, tuple[str, Sizes]] = {
     "all_gather_single": ("all_gather", _gathered),
     "allgather_into_tensor_coalesced": ("all_gather", _gathered),
     "all_gather_single_coalesced": ("all_gather", _gathered),
-    "_reduce_scatter_base": ("reduce_scatter", _given),
-    "reduce_scatter_single": ("reduce_scatter", _given),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _given),
-    "reduce_scatter_single_coalesced": ("reduce_scatter", _given),
+    "_reduce_scatter_base": ("reduce_scatter", _gathered),
+    "reduce_scatter_single": ("reduce_scatter", _gathered),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _gathered),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", _gathered),
     "alltoall_base": ("all_to_all", _split),
     "all_to_all_single": ("all_to_all", _split),
 }
@@ -184,8 +191,10 @@ class _Operator:
         begin = now(x.device)
         out = self._packet(x, *arguments)
         ranks = tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(arguments[-1])))
-        size = x.nbytes * (len(ranks) if self._kind == "all_gather" else 1)
-        event = Event(self._kind, size, begin, begin, begin, group=arguments[-1], ranks=ranks)
+        size, sent = x.nbytes * (len(ranks) if self._kind == "all_gather" else 1), cast("tuple[int, ...]", ())
+        if self._kind == "all_to_all":
+            size, sent = _parts(x, arguments[1], len(ranks))
+        event = Event(self._kind, size, begin, begin, begin, group=arguments[-1], ranks=ranks, sent=sent)
         comm.note(event)
         self._in_air[out.data_ptr()] = event
         return out

@@ -14,7 +14,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
@@ -150,10 +149,9 @@ def _write_measured(steps: Sequence[Step], log: MetricsLog) -> None:
     """What recorded steps say, among the metrics of these steps."""
     for step in steps:
         e = explain([step])
-        shares = {"exposed_share": e.exposed_share, "hidden_share": e.hidden_share, "wait_share": e.wait_share}
         parts = {f"seconds/{name}": seconds for name, seconds in e.total.parts.items()}
-        causes = {f"seconds/all-to-all {name}": seconds for name, seconds in asdict(e.causes).items()}
-        log.write({"step": step.number, **shares, **parts, **causes})
+        causes = {f"seconds/all-to-all {name}": seconds for name, seconds in e.causes.parts.items()}
+        log.write({"step": step.number, **e.shares, **parts, **causes})
 
 
 def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, corpus: Corpus) -> None:

@@ -8,10 +8,13 @@ import pytest
 from measured import DELAY_S, record
 from support import changed
 
+from moesys.config.schema import Config
+from moesys.data.corpus import open_corpus
 from moesys.measure.attribute import matched
 from moesys.measure.explain import explain
 from moesys.measure.explanation import Explanation
 from moesys.measure.step import Step, read_steps
+from moesys.models.size import weights
 
 STEPS = 6
 LATE_STEPS = 9
@@ -28,7 +31,7 @@ def recorded(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Recorded steps of two ranks that share the experts, by scenario; the first step is left out."""
     measured = {"every": 1}
     base = changed(small, {"parallel": {"ep": 2}, "train": {"global_batch": 2, "steps": STEPS}, "measure": measured})
-    one = {"train": {"global_batch": 1}}
+    one, short = {"train": {"global_batch": 1}}, {"train": {"steps": 2}}
     late = changed(base, {"train": {"steps": LATE_STEPS}})
     scenarios = {
         "late": (late, LATE),
@@ -38,6 +41,9 @@ def recorded(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "tensor": (changed(base, {"parallel": {"tp": 2, "sp": True}}, one), "nothing"),
         "context": (changed(base, {"parallel": {"cp": 2}}, one), "nothing"),
         "pipeline": (changed(base, {"parallel": {"pp": 2, "ep": 1}}), "nothing"),
+        # The ranks that split tensors or the context are also those that hold copies of the experts: one group.
+        "tensor over all": (changed(base, {"parallel": {"tp": 2, "sp": True, "ep": 1}}, one, short), "nothing"),
+        "context over all": (changed(base, {"parallel": {"cp": 2, "ep": 1}}, one, short), "nothing"),
     }
     folder = tmp_path_factory.mktemp("measured")
     record(scenarios, 2, folder)
@@ -77,7 +83,7 @@ def test_a_gate_forced_onto_one_expert_is_imbalance(recorded: dict) -> None:
     waits = middle(recorded["overloaded"], lambda e: leg(e, "layers.2", "combine").by_rank[1].uneven)
     assert waits > 2 * middle(recorded["overloaded"], lambda e: leg(e, "layers.2", "combine").by_rank[0].uneven)
     assert e.causes.uneven > e.causes.late
-    assert "expert 0 4 times" in e.sentence
+    assert "the busiest expert 4 times (mostly expert 0)" in e.sentence
 
 
 @pytest.mark.parametrize(
@@ -88,6 +94,8 @@ def test_a_gate_forced_onto_one_expert_is_imbalance(recorded: dict) -> None:
         ("tensor", {"tensor"}),
         ("context", {"data", "context"}),
         ("pipeline", {"pipeline"}),
+        ("tensor over all", {"tensor", "data"}),
+        ("context over all", {"context", "data"}),
     ],
 )
 def test_other_communication_is_told_by_its_kind(recorded: dict, scenario: str, kinds: set[str]) -> None:
@@ -119,3 +127,11 @@ def test_bytes_are_those_of_the_routing(recorded: dict, small: dict) -> None:
     assert sum(t.sent[0] for t in rows) == tokens * hidden * 4 * 4  # over four layers
     back = [t for t in step.ranks[0].travels if t.kind == "all_to_all" and t.part == "combine" and not t.backward]
     assert sum(t.sent[1] for t in back) == tokens * hidden * 4 * 4
+
+
+def test_a_sum_of_gradients_counts_their_bytes_once(recorded: dict, small: dict) -> None:
+    """Every dense parameter in float32: what is reduced, not as often as there are ranks."""
+    sums = [t for t in recorded["late"][0].ranks[0].travels if t.purpose == "data" and t.kind == "all_reduce"]
+    config = Config.model_validate(small)
+    dense = [w for w in weights(config.model, open_corpus(config).vocab_size) if not w.routed]
+    assert sum(t.bytes for t in sums) == 4 * sum(w.numel for w in dense)

@@ -49,11 +49,18 @@ def test_a_late_rank_is_waited_for_until_it_begins() -> None:
     assert "rank 1" in e.sentence and "late" in e.sentence
 
 
-def test_what_travels_while_the_rank_computes_is_hidden() -> None:
-    e = explain([step((100, [dispatch((10, 40, 45))]), (100, [dispatch((10, 30, 45))]))])
-    assert e.total.hidden == pytest.approx(0.025)
+def test_what_is_hidden_is_only_told_where_computation_was_seen() -> None:
+    """Under way from 10 to 45 and needed at 40: nobody knows whether anything was computed meanwhile."""
+    one = step((100, [dispatch((10, 40, 45))]), (100, [dispatch((10, 30, 45))]))
+    e = explain([one])
     assert e.total.exposed == pytest.approx(0.010)
-    assert e.hidden_share == pytest.approx(0.25)
+    assert (e.total.hidden, e.hidden_share) == (None, None)
+    assert e.sentence.startswith("Exposed all-to-all is 10% of the step of 100 ms.")
+    assert "hidden" not in e.sentence
+    assert "hidden_share" not in e.headline()
+    seen = replace(one, ranks=tuple(replace(r, compute=((0.0, 0.02), (0.08, 0.1))) for r in one.ranks))
+    assert explain([seen]).total.hidden == pytest.approx(0.010)
+    assert "hidden behind computation" in explain([seen]).sentence
 
 
 def test_the_rank_with_more_rows_makes_the_wait_uneven() -> None:
@@ -70,7 +77,14 @@ def test_the_rank_with_more_rows_makes_the_wait_uneven() -> None:
     assert (layer.busiest_rank, layer.busiest_expert) == (0, 0)
     assert layer.expert_imbalance == pytest.approx(2.0)
     assert (layer.seconds, layer.even_seconds) == (pytest.approx(0.045), pytest.approx(0.035))
-    assert "expert 0" in e.sentence
+    assert "the busiest expert 2 times (mostly expert 0)" in e.sentence
+
+
+def test_imbalance_is_the_mean_over_steps_as_in_the_metrics() -> None:
+    """Expert 0 has all in one step and expert 1 in the next: together they are even, and each step is not."""
+    ranks = [(50.0, [dispatch((0, 0, 10)), combine((20, 20, 25))])] * 2
+    steps = [step(*ranks, load={"layers.2": load}) for load in ([8.0, 0.0], [0.0, 8.0])]
+    assert explain(steps).layers[0].expert_imbalance == 2.0
 
 
 def test_more_time_than_rows_explain_is_late_not_uneven() -> None:
@@ -147,6 +161,26 @@ def test_a_gpu_trace_says_when_it_computed() -> None:
         {"compute": 0.04, "exposed all-to-all": 0.02, "pipeline bubble": 0.0, "idle": 0.04}
     )
     assert total.hidden == pytest.approx(0.01)
+
+
+def test_ranks_that_were_not_seen_may_have_been_waited_for() -> None:
+    """A group of three of which two were seen: rank 4 waited 20 for rank 6, and nobody knows how long for rank 7."""
+    group = {"ranks": (4, 6, 7), "sent": (1, 1, 1)}
+    ranks = [(4, dispatch((10, 10, 60), **group)), (6, dispatch((30, 30, 60), **group))]
+    e = explain([Step(1, tuple(RankStep(rank, "a", 0.0, 0.1, (t,)) for rank, t in ranks))])
+    assert (e.ranks, e.waited_for) == ([4, 6], [0.0, pytest.approx(0.010)])
+    assert (e.causes.late, e.causes.untold, e.causes.transfer) == (pytest.approx(0.010), pytest.approx(0.030), 0)
+    assert "In 75% of what is exposed waiting cannot be told apart from moving bytes" in e.sentence
+    assert "without the traces of the other ranks of its groups (7)" in e.sentence
+    assert "of the rest is waiting for rank 6, which arrives late" in e.sentence
+
+
+def test_one_rank_alone_tells_nothing_of_waiting() -> None:
+    e = explain([Step(1, (RankStep(3, "a", 0.0, 0.1, (dispatch((10, 10, 60), ranks=(0, 3)),)),))])
+    assert e.wait_share is None
+    assert e.causes.parts == {"transfer": 0, "late": 0, "uneven": 0, "untold": pytest.approx(0.050)}
+    assert "moving bytes from the trace of one rank" in e.sentence
+    assert "is moving bytes" not in e.sentence
 
 
 def test_no_all_to_all_is_said() -> None:

@@ -159,8 +159,8 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys) -> None:
     _, rows = compare.steps(Run.read(run), Run.read(other))
     assert ("exposed all-to-all", "34.00", "19.00", "-15.00") in rows
     text = (tmp_path / "both.html").read_text()
-    assert "one: All-to-all is 34%" in text
-    assert "two: All-to-all is 19%" in text
+    assert "one: Exposed all-to-all is 34%" in text
+    assert "two: Exposed all-to-all is 19%" in text
     assert "-15.00" in capsys.readouterr().out
 
 

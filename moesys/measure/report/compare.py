@@ -79,7 +79,6 @@ def _seconds(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float
         if name == "exposed all-to-all":
             yield from _legs(a, b)
     yield "step", s.step, t.step
-    yield "all-to-all hidden behind compute", s.hidden, t.hidden
 
 
 def _legs(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float]]:

@@ -92,7 +92,7 @@ def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) ->
             if max(width) > 0:
                 axes.barh(range(len(rows)), width, left=left, height=0.8, color=COLOURS[part], label=part)
             left = [a + b for a, b in zip(left, width, strict=True)]
-        hidden = [b.hidden * 1e3 for b in breakdowns]
+        hidden = [(b.hidden or 0.0) * 1e3 for b in breakdowns]
         if max(hidden) > 0:
             compute = [b.compute * 1e3 for b in breakdowns]
             start = [max(0.0, c - h) for c, h in zip(compute, hidden, strict=True)]
@@ -106,7 +106,7 @@ def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) ->
         _legend(axes, columns)
 
     parts = sum(any(b.parts.get(name, 0.0) > 0 for b in breakdowns) for name in breakdowns[0].parts)
-    hidden = any(b.hidden > 0 for b in breakdowns)
+    hidden = any(map(bool, (b.hidden for b in breakdowns)))
     return draw(title, 1.0 + 0.28 * len(rows), paint, legend=parts + hidden)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moesys.errors import MoesysError
 from moesys.files import json_objects, write_whole
-from moesys.measure.explain import explain
+from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
 from moesys.measure.links import Profile
 from moesys.measure.report import facts, figures
@@ -23,12 +23,9 @@ CURVES = (
     ("tokens per second", {"tokens_per_second": "tokens per second"}),
     ("load: largest / mean", {"imbalance": "of experts", "rank_imbalance": "of ranks"}),
     ("share of assignments dropped", {"dropped": "dropped"}),
-    ("share of time in all-to-all", {"all_to_all_share": "all-to-all"}),
+    ("exposed all-to-all, share of the step", {"all_to_all_share": "exposed all-to-all"}),
 )
 """Title, and metrics with their names, of each picture of curves."""
-
-SKIPPED = 2
-"""Recorded steps that warm up what later ones find warm: left out where there are more than twice as many."""
 
 
 class ReportError(MoesysError):
@@ -61,12 +58,10 @@ class Run:
         path = folder / "summary.json"
         if summary is None:
             summary = json.loads(path.read_text()) if path.exists() else {}
-        steps = read_steps(folder)
-        warm = steps[SKIPPED:] if len(steps) > 2 * SKIPPED else steps
         named = profile or (Path(summary["profile"]) if summary.get("profile") else None)
         links = Profile.load(named) if named is not None and (profile or named.exists()) else None
         loads = list(json_objects(folder / "load.jsonl"))
-        return cls(folder, records, loads, summary, explain(warm) if steps else None, links)
+        return cls(folder, records, loads, summary, of_run(read_steps(folder)), links)
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric."""
@@ -104,7 +99,7 @@ def _communication(run: Run, e: Explanation) -> list[str]:
     names = rank_names(e)
     few = range(0, len(e.steps), max(1, len(e.steps) // 12))
     audit = " Audited: ranks met before each dispatch and combine, so nothing was hidden." if e.audit else ""
-    note = "Mean over ranks and recorded steps; the parts add up to the step. On CPU, hidden is an upper bound." + audit
+    note = "Mean over ranks and recorded steps; the parts add up to the step." + audit
     shown = [f"step {e.steps[i]}" for i in few], [e.by_step[i] for i in few]
     steps = figures.stacked("recorded steps, mean over ranks", *shown)
     ranks = figures.stacked("ranks, mean over recorded steps", names[:64], e.by_rank[:64])
@@ -120,8 +115,8 @@ def _communication(run: Run, e: Explanation) -> list[str]:
 def rank_names(e: Explanation) -> list[str]:
     """Each rank with its node, where there are several."""
     if len(set(e.hosts)) == 1:
-        return [f"rank {rank}" for rank in range(len(e.hosts))]
-    return [f"rank {rank}, node {host}" for rank, host in enumerate(e.hosts)]
+        return [f"rank {rank}" for rank in e.ranks]
+    return [f"rank {rank}, node {host}" for rank, host in zip(e.ranks, e.hosts, strict=True)]
 
 
 LEGS = (
@@ -135,9 +130,8 @@ def _step_table(e: Explanation) -> str:
     t = e.total
     rows = [(name, _ms(seconds), f"{seconds / t.step:.1%}") for name, seconds in t.parts.items() if seconds > 0]
     c = e.causes
-    causes = [(f"  of all-to-all: {name}", _ms(s), f"{s / t.step:.1%}") for name, s in vars(c).items()]
-    extra = [("all-to-all hidden behind compute", _ms(t.hidden), f"{t.hidden / t.step:.1%}")]
-    return table(("part", "ms", "of step"), [*rows[:2], *causes, *rows[2:], ("step", _ms(t.step), ""), *extra])
+    causes = [(f"  of all-to-all: {name}", _ms(s), f"{s / t.step:.1%}") for name, s in c.parts.items()]
+    return table(("part", "ms", "of step"), [*rows[:2], *causes, *rows[2:], ("step", _ms(t.step), "")])
 
 
 def _layer_table(e: Explanation) -> str:
@@ -161,12 +155,12 @@ def _leg_table(e: Explanation, run: Run) -> str:
         rate = "" if leg.bandwidth is None else f"{leg.bandwidth / 1e9:.3f}"
         sizes = f"{leg.bytes_intra / 2**20:.2f}", f"{leg.bytes_inter / 2**20:.2f}"
         direction = "backward" if leg.backward else "forward"
-        times = (c.exposed, leg.hidden, c.transfer, c.late, c.uneven)
+        times = (c.exposed, c.transfer, c.late, c.uneven)
         links = ""
         if run.profile is not None and leg.each is not None:
             links = f"{run.profile.seconds(leg.inside, leg.between) / leg.each:.2f}"
         rows.append((f"{leg.layer} {leg.part} {direction}", *map(_ms, times), *sizes, rate, links))
-    heads = ("way", "exposed", "hidden", "transfer", "late", "uneven", "MiB inside", "MiB between", "GB/s", "of links")
+    heads = ("way", "exposed", "transfer", "late", "uneven", "MiB inside", "MiB between", "GB/s", "of links")
     return table(heads, rows)
 
 

@@ -20,14 +20,18 @@ def page_of(e: Explanation, files: Sequence[Path]) -> str:
     """The page."""
     t = e.total
     rows = [(name, f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in t.parts.items() if s > 0]
-    rows.append(("all-to-all hidden", f"{t.hidden * 1e3:.2f}", f"{e.hidden_share:.1%}"))
-    rows += [(f"all-to-all: {name}", f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in vars(e.causes).items()]
+    if t.hidden is not None:
+        rows.append(("all-to-all hidden behind compute", f"{t.hidden * 1e3:.2f}", f"{t.hidden / t.step:.1%}"))
+    rows += [(f"  of all-to-all: {name}", f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in e.causes.parts.items()]
     ranks = figures.stacked("ranks", rank_names(e), e.by_rank)
     few = list(range(len(e.steps)))[:24]
-    steps = figures.stacked("steps", [f"step {e.steps[i]}" for i in few], [e.by_step[i] for i in few])
+    names = [f"step {e.steps[i]}" if e.marked else "trace" for i in few]
+    steps = figures.stacked(f"{e.unit}s", names, [e.by_step[i] for i in few])
     parts = [
         sentence(e.sentence),
-        section("Where a step goes", table(("part", "ms", "of step"), rows), figure(steps), figure(ranks), note=NOTE),
+        section(
+            f"Where a {e.unit} goes", table(("part", "ms", "share"), rows), figure(steps), figure(ranks), note=NOTE
+        ),
         section("Files", table((), [(str(path),) for path in files], text=True)),
     ]
     return page("traces", parts)
