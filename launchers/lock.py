@@ -16,9 +16,13 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Make `run_dir` and hold it; whatever ends this process releases it.
 
     Raises:
-        LaunchError: another process holds it.
+        LaunchError: another process holds it, or it cannot be made.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"{run_dir} cannot be made: {(error.strerror or str(error)).lower()}"
+        raise LaunchError(f"{rule}\n    remedy: choose another output.runs, or another name=NAME") from None
     with (run_dir / "launch.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@ moesys sweep configs/sweeps/gates.yaml
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,13 @@ from rich.console import Console
 
 from moesys.config.load import dump
 from moesys.config.schema import Config, Section
-from moesys.errors import ConfigError, Problem
+from moesys.errors import CheckpointError, ConfigError, Problem
 from moesys.files import write_json
 from moesys.launchers import summary
 from moesys.launchers.launch import launch
 from moesys.launchers.lock import locked
 from moesys.launchers.spec import RunSpec
+from moesys.train import resume, run_folder
 from moesys.train.checked import load_checked
 
 COLUMNS = (
@@ -100,7 +102,12 @@ def _read(path: Path) -> SweepFile:
 
 
 def run(sweep: Sweep, console: Console) -> int:
-    """Train what is not trained yet, then write and print the table; the exit code of a run that fails."""
+    """Train what is not trained yet, then write and print the table; the exit code of a run that fails.
+
+    Raises:
+        CheckpointError: the folder of a run holds figures of other settings; names each, before any starts.
+    """
+    _require_same(sweep)
     for number, (name, config) in enumerate(sweep.configs.items(), 1):
         console.print(f"{sweep.name} {number}/{len(sweep.configs)}: {name}")
         if code := _train(config, console):
@@ -114,15 +121,29 @@ def run(sweep: Sweep, console: Console) -> int:
     return 0
 
 
+def _require_same(sweep: Sweep) -> None:
+    """A figure of the table is of one configuration from the first step to the last."""
+    rows, folders = [], []
+    for config in sweep.configs.values():
+        spec = RunSpec.of(config)
+        run_folder.check(spec.run_dir)
+        if changed := resume.trained_with(spec.run_dir, spec.config):
+            folders.append(shlex.quote(str(spec.run_dir)))
+            rows += [f"  {spec.run_dir}", *(f"    {change}" for change in changed)]
+    if folders:
+        text = "\n".join([f"{len(folders)} of {len(sweep.configs)} runs were trained with other settings", *rows])
+        remedy = f"train them anew: rm -r {' '.join(folders)}; or give the sweep's file another name"
+        raise CheckpointError(f"{text}\n    remedy: {remedy}")
+
+
 def _train(config: Config, console: Console) -> int:
+    """Train one run to its end, unless it is there: whatever is in its folder has this configuration."""
     spec = RunSpec.of(config)
-    text, written = dump(spec.config), spec.run_dir / "config.yaml"
     found = summary.read(spec.run_dir)
-    if found is not None and found["steps"] == config.train.steps and written.read_text() == text:
+    if found is not None and found["steps"] == config.train.steps:
         console.print(f"  already trained: {spec.run_dir}")
         return 0
-    with locked(spec.run_dir):
-        written.write_text(text)
+    with locked(spec.run_dir), run_folder.proposed(spec.run_dir, dump(spec.config)):
         return launch(spec, config.launch.launcher, console)
 
 
@@ -132,7 +153,8 @@ def figures(run_dir: Path) -> dict[str, Any]:
     steps = [r for r in records if "loss" in r]
     last = steps[-max(1, round(LAST * len(steps))) :]
     means = {key: fmean(r[key] for r in last) for key, value in last[-1].items() if isinstance(value, float)}
-    return means | (summary.read(run_dir) or {})
+    found = summary.read(run_dir) or {}
+    return means | {key: value for key, value in found.items() if key != "config"}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

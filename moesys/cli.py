@@ -53,11 +53,14 @@ def launch(arguments: argparse.Namespace) -> int:
     from moesys.launchers.launch import launch as start
     from moesys.launchers.lock import locked
     from moesys.launchers.spec import RunSpec
+    from moesys.train import resume, run_folder
 
     spec = RunSpec.of(config)
+    run_folder.check(spec.run_dir)
     with locked(spec.run_dir):
-        (spec.run_dir / "config.yaml").write_text(dump(spec.config))
-        return start(spec, config.launch.launcher)
+        resume.check(spec.run_dir, spec.config)
+        with run_folder.proposed(spec.run_dir, dump(spec.config)):
+            return start(spec, config.launch.launcher)
 
 
 def sweep(arguments: argparse.Namespace) -> int:

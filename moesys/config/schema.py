@@ -418,6 +418,8 @@ class TrainConfig(Section):
     """Steps between evaluations on held-out data; 0: at the end only."""
     eval_sequences: Batch = 64
     """Held-out sequences per evaluation, rounded up to whole global batches."""
+    resume_changed: list[str] = []
+    """Keys that a run may have changed since its checkpoint though they change what it is: [seed, data.heldout]."""
 
 
 class DataConfig(Section):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,21 @@ class Corpus:
             size += len(self.tokenizer.decode(tokens[tokens != self.tokenizer.end_of_document]))
             count += len(tokens)
         return size / count if size else None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """train_tokens, heldout_tokens, and a digest that other tokens do not have; of long texts it sees a part."""
+        digest = blake2b(digest_size=16)
+        for tokens in (self.train, self.heldout):
+            begins = np.linspace(0, max(0, len(tokens) - PIECE), PIECES, dtype=np.int64)
+            for begin in np.unique(begins).tolist():
+                digest.update(tokens[begin : begin + PIECE].tobytes())
+        sizes = {"train_tokens": len(self.train), "heldout_tokens": len(self.heldout)}
+        return sizes | {"digest": digest.hexdigest()}
+
+
+PIECE, PIECES = 1 << 17, 64
+"""Tokens of one piece that the fingerprint sees, and pieces of each side, evenly spaced."""
 
 
 def vocab_size(config: Config) -> int:

@@ -88,7 +88,7 @@ class HFTokenizer:
     """A tokenizer.json file, by the package `tokenizers`.
 
     No special tokens are added around a text, and the file's own truncation and padding, meant for
-    batches of a model's input, are off. Bytes that are not UTF-8 become U+FFFD.
+    batches of a model's input, are off. Bytes that are not UTF-8 become U+FFFD. `content`: the file's bytes.
 
     Raises:
         DataError: the package is missing, or the file is not a tokenizer.
@@ -96,11 +96,12 @@ class HFTokenizer:
 
     def __init__(self, path: Path):
         self.path = path
+        self.content = read(path)
         self.vocab_size = max(_ids(path)) + 1
 
     @property
     def identity(self) -> str:
-        return blake2b(read(self.path), digest_size=16).hexdigest()
+        return blake2b(self.content, digest_size=16).hexdigest()
 
     @property
     def end_of_document(self) -> int | None:

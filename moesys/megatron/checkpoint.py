@@ -7,19 +7,18 @@ engine. Nothing is gathered.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from moesys.megatron.names import Piece
+from moesys.train import storage
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 
@@ -132,11 +131,10 @@ class State:
             for slot in SLOTS:
                 _add(slots, f"{piece.name}/{slot}", piece, parameter, start, state[slot])
             slots[f"{piece.name}/step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
-        with _quiet():
-            dcp.save({"model": model, "optimizer": slots}, checkpoint_id=folder)
+        storage.save({"model": model, "optimizer": slots}, folder)
 
-    def load(self, folder: Path) -> None:
-        """Read everything from `folder`. Collective over the world."""
+    def load(self, folder: Path) -> set[str]:
+        """Read everything from `folder`; which of the gates' buffers are not there. Collective over the world."""
         model: dict[str, Any] = dict(self.buffers)
         weights: dict[str, Any] = {}
         slots: dict[str, Any] = {}
@@ -150,13 +148,14 @@ class State:
             for slot in SLOTS:
                 _add(slots, f"{piece.name}/{slot}", piece, parameter, start, state[slot])
             steps[f"{piece.name}/step"] = torch.zeros((), dtype=torch.float32)
-        with _quiet():
-            dcp.load({"model": model, "optimizer": slots | steps}, checkpoint_id=folder)
-            dcp.load({"model": weights}, checkpoint_id=folder)
+        fresh = {f"model.{name}" for name in self.buffers}
+        fresh = storage.load({"model": model, "optimizer": slots | steps}, folder, optional=fresh)
+        storage.load({"model": weights}, folder)
         if steps:
             step = next(iter(steps.values()))
             for optimizer in self.optimizers:
                 _count(optimizer.optimizer, step)
+        return fresh
 
 
 Kept = tuple[int | None, Tensor, dict[str, Any]]
@@ -210,7 +209,3 @@ def _add(to: dict[str, Any], key: str, piece: Piece, like: Tensor, start: int | 
         if (where := placed(piece, box)) is not None:
             begin = max(0, (piece.rows.start if piece.rows else 0) - box[0][0])
             parts.held[where[0]] = here[begin : begin + where[1][0]]
-
-
-def _quiet() -> warnings.catch_warnings:
-    return warnings.catch_warnings(action="ignore", category=UserWarning)

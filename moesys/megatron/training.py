@@ -191,8 +191,8 @@ class MegatronEngine:
     def save(self, folder: Path) -> None:
         self._state().save(folder)
 
-    def load(self, folder: Path) -> None:
-        self._state().load(folder)
+    def load(self, folder: Path) -> set[str]:
+        return self._state().load(folder)
 
     def _state(self) -> State:
         pieces = [(parameter, piece) for parameter, piece, _ in self.held()]

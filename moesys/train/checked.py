@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from moesys.config.changes import KINDS, Kind
 from moesys.config.load import attempt, in_order, locate
 from moesys.config.schema import Config, TrainConfig
 from moesys.config.stand_ins import independent
@@ -126,7 +127,18 @@ def training(config: TrainConfig) -> list[Problem]:
     if s.kind == "wsd" and s.warmup + decay_steps(config) > config.steps:
         rule = f"warmup({s.warmup}) + decay({decay_steps(config)}) must be at most train.steps({config.steps})"
         problems.append(Problem("train.schedule.decay", rule, "shorten one of them or train longer"))
-    return problems
+    return problems + resumption(config)
+
+
+def resumption(config: TrainConfig) -> list[Problem]:
+    """Whether the keys that may have changed are ones that need to be named."""
+    wanted = [key for key, kind in KINDS.items() if kind is Kind.MEANT] + ["data.path", "data.tokenizer"]
+    remedy = f"choose from {', '.join(wanted)}"
+    return [
+        Problem("train.resume_changed", f"{key!r} is no key whose change must be asked for by name", remedy)
+        for key in config.resume_changed
+        if key not in wanted
+    ]
 
 
 def _has_apex() -> bool:

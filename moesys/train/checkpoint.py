@@ -1,100 +1,211 @@
 """Checkpoints: complete or absent, and independent of the layout they were written under.
 
 The engine writes its tensors beside the checkpoint's final name, which they get when all ranks are done.
+`docs/launching.md` has the content of moesys.json.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import platform
+import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from pydantic import ValidationError
+from torch import Tensor
 
+from moesys import __version__
+from moesys.config.changes import Change, saved_form
 from moesys.config.schema import Config
+from moesys.data.corpus import Corpus
+from moesys.data.tokenizers import HFTokenizer
 from moesys.errors import CheckpointError
 from moesys.files import write_json
+from moesys.models.decoder import Decoder
+from moesys.moe.layer import moe_layers
 from moesys.parallel.freeze import frozen_names
+from moesys.parallel.initialise import canonical
+from moesys.train import resume, storage
 from moesys.train.engine import Engine
+from moesys.train.resume import META, complete, damaged, read
+from moesys.train.resume import newest as newest
 
-META = "moesys.json"
-
-
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step in `folder`, if any."""
-    complete = sorted(path for path in folder.glob("step-*") if (path / META).exists())
-    return complete[-1] if complete else None
+PARTIAL = re.compile(r"\.partial-\d{8,}")
+TOKENIZER = "tokenizer.json"
 
 
-def save(folder: Path, engine: Engine, step: int, samples: int) -> Path:
-    """Write `folder`/step-N and remove all but the newest `output.keep`. Collective over the world."""
-    config = engine.config
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{step:08d}"
-    first = dist.get_rank() == 0
-    if first:
+@dataclass(frozen=True)
+class Loaded:
+    """Where a run goes on: after `step` steps and `samples` sequences, with the `changes` since.
+
+    `fresh` names what the checkpoint does not have and what thus begins as in a new run; `state` is as it was saved.
+    """
+
+    step: int
+    samples: int
+    changes: list[Change]
+    fresh: list[str]
+    state: Mapping[str, Any]
+
+
+def save(
+    folder: Path,
+    engine: Engine,
+    corpus: Corpus,
+    step: int,
+    samples: int,
+    *,
+    state: Mapping[str, Any] | None = None,
+    rotate: bool = True,
+) -> Path:
+    """Write `folder`/step-N and remove all but the newest `output.keep`. Collective over the world.
+
+    Args:
+        state: JSON to be kept in moesys.json and given back by `load`.
+        rotate: whether older checkpoints are removed; False keeps them all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".partial-*"):
-            shutil.rmtree(left)
+        for left in filter(lambda path: PARTIAL.fullmatch(path.name), folder.iterdir()):
+            _remove(left)
         partial.mkdir()
+        if isinstance(corpus.tokenizer, HFTokenizer):
+            (partial / TOKENIZER).write_bytes(corpus.tokenizer.content)
     dist.barrier()
     engine.save(partial)
     dist.barrier()
-    if first:
-        meta = {"step": step, "samples": samples, "model": config.model.model_dump(), "seed": config.seed}
-        meta["freeze"] = config.train.freeze
-        write_json(partial / META, meta)
-        if final.exists():
-            shutil.rmtree(final)
+    files = _all_checksums(partial)
+    if rank == 0:
+        meta = {"step": step, "samples": samples, **_facts(engine, corpus, world), "state": dict(state or {})}
+        meta["files"] = files
+        write_json(partial / META, meta | {"checksum": resume.checksum(meta)})
+        if os.path.lexists(final):
+            _remove(final)
         os.replace(partial, final)
-        complete = sorted(path for path in folder.glob("step-*") if (path / META).exists())
-        for old in complete[: -config.output.keep]:
-            shutil.rmtree(old)
+        if rotate:
+            for old in complete(folder)[: -engine.config.output.keep]:
+                shutil.rmtree(old)
     dist.barrier()
     return final
 
 
-def load(path: Path, engine: Engine) -> tuple[int, int]:
-    """Restore the engine from a checkpoint: (step, samples seen). Collective over the world.
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _all_checksums(folder: Path) -> dict[str, list[int]]:
+    """`storage.checksums` of a folder, each rank's share from that rank. Collective over the world."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, storage.checksums(folder, dist.get_rank(), len(parts)))
+    return {name: facts for part in parts for name, facts in part.items()}
+
+
+def _facts(engine: Engine, corpus: Corpus, world: int) -> dict[str, Any]:
+    """What is needed to use a checkpoint without its run: all of it is in docs/launching.md."""
+    config, tokenizer = engine.config, corpus.tokenizer
+    model = config.model.model_copy(update={"vocab_size": corpus.vocab_size})
+    own = isinstance(tokenizer, HFTokenizer)
+    return {
+        "engine": config.engine,
+        "vocab_size": corpus.vocab_size,
+        "dtype": config.train.dtype,
+        "seed": config.seed,
+        "tokenizer": {
+            "kind": TOKENIZER if own else "bytes",
+            "name": config.data.tokenizer,
+            "identity": tokenizer.identity,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_document": tokenizer.end_of_document,
+        },
+        "data": corpus.fingerprint,
+        "versions": {"moesys": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "world_size": world,
+        "layout": asdict(engine.mesh.degrees),
+        "config": saved_form(config.model_copy(update={"model": model})),
+    }
+
+
+def load(path: Path, engine: Engine, corpus: Corpus) -> Loaded:
+    """Restore the engine from a checkpoint. Collective over the world.
 
     Raises:
-        CheckpointError: as `check`.
+        CheckpointError: damaged, or not of this run; see `resume.judge`.
     """
-    meta = check(path, engine.config)
-    engine.load(path)
-    return meta["step"], meta["samples"]
+    config = engine.config
+    meta = read(path)
+    changes = resume.judge(meta, config, corpus.fingerprint)
+    _require_state(meta, config)
+    wrong = storage.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
+    storage.agree(str(damaged(path, wrong)) if wrong else None)
+    fresh = engine.load(path)
+    return Loaded(meta.step, _samples(meta, config), changes, sorted(fresh), meta.state)
 
 
-def check(path: Path, config: Config) -> dict[str, Any]:
-    """The metadata of a checkpoint, if it fits the model.
+def _samples(meta: resume.Meta, config: Config) -> int:
+    """Sequences of the run's present length in what it has seen: the same share of an epoch."""
+    length = meta.config.get("train", {}).get("seq_len", config.train.seq_len)
+    return -(-meta.samples * length // config.train.seq_len)
 
-    Raises:
-        CheckpointError: unreadable, or of another model; names the keys that differ.
-    """
-    try:
-        meta = json.loads((path / META).read_text())
-        saved, asked = _flat(meta["model"]), _flat(config.model.model_dump())
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove it, or choose another run name") from None
-    different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
-    if different:
-        rows = "".join(f"\n  model.{key}: saved {saved.get(key)}, now {asked.get(key)}" for key in different)
-        raise CheckpointError(
-            f"{path} is of another model:{rows}\n    remedy: restore these keys, or choose another run name"
-        )
-    thawed = frozen_names(config.model, meta.get("freeze", [])) - frozen_names(config.model, config.train.freeze)
+
+def _require_state(meta: resume.Meta, config: Config) -> None:
+    before = meta.config.get("train", {}).get("freeze", [])
+    thawed = frozen_names(config.model, before) - frozen_names(config.model, config.train.freeze)
     if thawed:
         raise CheckpointError(
-            f"{path} has no optimizer state of {min(thawed)}, which was frozen when it was written"
-            f"\n    remedy: restore train.freeze: {meta['freeze']}, or choose another run name"
+            f"{meta.path} has no optimizer state of {min(thawed)}, which was frozen when it was written"
+            f"\n    remedy: restore train.freeze: {before}, or choose another run name"
         )
-    return meta
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def model(path: Path) -> Decoder:
+    """The model in a checkpoint, on the CPU in float32, for one process and without anything of its run.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    meta = read(path)
+    if wrong := storage.verify(path, meta.files):
+        raise damaged(path, wrong)
+    if not meta.whole:
+        raise CheckpointError(f"{path} was written before checkpoints kept their configuration\n    remedy: {AGAIN}")
+    try:
+        config = Config.model_validate(meta.config).model
+    except ValidationError as error:
+        rule = f"its configuration is of another version: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+        remedy = f"use the version that wrote it, which {META} names"
+        raise CheckpointError(f"{path}: {rule}\n    remedy: {remedy}") from None
+    assert config.vocab_size is not None
+    found = Decoder(config, config.vocab_size)
+    metadata = storage.read_metadata(path)
+    state: dict[str, Any] = {canonical(n, config.tie_embeddings): p.detach() for n, p in found.named_parameters()}
+    for name, layer in moe_layers(found).items():
+        for key, saved in _buffers(metadata, f"{name}.gate."):
+            setattr(layer.gate, key, saved)
+            state[f"{name}.gate.{key}"] = saved
+    storage.load({"model": state}, path)
+    return found.eval()
+
+
+AGAIN = "let its run go on for a step (train.steps), which saves a new one"
+
+
+def _buffers(metadata: Any, prefix: str) -> list[tuple[str, Tensor]]:
+    """Room for what a gate keeps beside parameters, by its names there."""
+    start = f"model.{prefix}"
+    inside = {k.removeprefix(start): t for k, t in metadata.state_dict_metadata.items() if k.startswith(start)}
+    names = [name for name in inside if "." not in name]
+    return [(name, torch.empty(inside[name].size, dtype=inside[name].properties.dtype)) for name in names]

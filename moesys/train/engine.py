@@ -57,8 +57,12 @@ class Engine(Protocol):
     def save(self, folder: Path) -> None:
         """Write model and optimizer to `folder`, which one rank creates."""
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, under whatever combination of parallelism."""
+    def load(self, folder: Path) -> set[str]:
+        """Restore what `save` wrote, under whatever combination of parallelism.
+
+        What gates keep ("model.layers.0.ffn.gate.selection_bias") may be missing there, stays as it is, and is
+        returned. Raises CheckpointError if anything else is missing, or something is damaged.
+        """
 
 
 class EngineModule(Protocol):

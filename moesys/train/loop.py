@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -45,6 +45,7 @@ class Trainer:
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
         self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)
         self.step, self.seen = 0, 0
+        self.resumed: checkpoint.Loaded | None = None
         self.events: list[comm.Event] = []
         """The project's own collectives in the last step's passes through the model, on this rank."""
         self.load: list[list[float]] | None = None
@@ -108,15 +109,19 @@ class Trainer:
         """Held-out sequences that `evaluate` uses."""
         return min(self.config.train.eval_sequences, len(self.heldout))
 
-    def save(self, folder: Path) -> Path:
-        """Write a checkpoint of this step under `folder`. Collective."""
-        return checkpoint.save(folder, self.engine, self.step, self.seen)
+    def save(self, folder: Path, state: Mapping[str, Any] | None = None, rotate: bool = True) -> Path:
+        """Write a checkpoint of this step under `folder`; arguments as of `checkpoint.save`. Collective."""
+        return checkpoint.save(folder, self.engine, self.corpus, self.step, self.seen, state=state, rotate=rotate)
 
     def resume(self, folder: Path) -> Path | None:
-        """Continue from the newest checkpoint under `folder`, if there is one. Collective."""
+        """Continue from the newest checkpoint under `folder`, if there is one. Collective.
+
+        `self.resumed` has what it says: what has changed since, and what was kept with it.
+        """
         path = checkpoint.newest(folder)
         if path is not None:
-            self.step, self.seen = checkpoint.load(path, self.engine)
+            self.resumed = checkpoint.load(path, self.engine, self.corpus)
+            self.step, self.seen = self.resumed.step, self.resumed.samples
         return path
 
     def _mine(self, numbers: range) -> range:

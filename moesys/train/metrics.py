@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from math import ceil
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.config.schema import Config
-from moesys.files import json_text, write_whole
+from moesys.files import json_objects, json_text, write_whole
 from moesys.parallel import comm
 from moesys.parallel.gates_check import IGNORES
 from moesys.train.engine import Engine
@@ -159,13 +158,9 @@ def _continued(path: Path, last: int) -> TextIO:
 
 
 def _truncate(path: Path, last: int) -> None:
+    """Keep the records of steps up to `last`; lines that are damaged or cut short are no records."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # a line cut short by the end of its writer
-    write_whole(path, "".join(kept))
+    steps = ((record, record.get("step")) for record in json_objects(path))
+    kept = [record for record, step in steps if isinstance(step, int) and step <= last]
+    write_whole(path, "".join(f"{json_text(record)}\n" for record in kept))

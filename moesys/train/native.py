@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -20,7 +18,7 @@ from moesys.moe.layer import MoELayer
 from moesys.parallel.compose import compose
 from moesys.parallel.degrees import Degrees, resolve
 from moesys.parallel.mesh import ParallelMesh, Ranks
-from moesys.train import optimizer
+from moesys.train import optimizer, storage
 
 
 def joined(config: Config) -> tuple[Degrees, torch.device]:
@@ -88,15 +86,11 @@ class NativeEngine:
         return {name: _whole(value) for name, value in found.items()}
 
     def save(self, folder: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.save(self._state(), checkpoint_id=folder)
+        storage.save(self._state(), folder)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> set[str]:
         self._allocate()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(self._state(), checkpoint_id=folder)
+        return storage.load(self._state(), folder, optional={f"model.{name}" for name in self.model.named_buffers()})
 
     def _state(self) -> dict[str, Any]:
         parameters = self.model.named_parameters()

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import socket
@@ -22,12 +20,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moesys.config.changes import differences
 from moesys.config.load import load
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
 from moesys.errors import DataError, MoesysError
-from moesys.files import write_json, write_whole
+from moesys.files import read_json, write_json, write_whole
 from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
@@ -35,13 +34,11 @@ from moesys.measure.report.facts import bits_per_byte
 from moesys.measure.step import Step
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
+from moesys.train import checkpoint, resume, run_folder
 from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
-
-SAMPLED = 2**20
-"""Tokens of each side that ranks compare before they train."""
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -79,7 +76,9 @@ def _train(config: Config, run_dir: Path) -> None:
     _agree(corpus)
     trainer = Trainer(config, mesh, corpus)
     folder = run_dir / "checkpoints"
-    trainer.resume(folder)
+    _tell(trainer.resume(folder), trainer, folder)
+    if mesh.rank == 0:
+        run_folder.accept(run_dir)
     routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
     recorder = Recorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
@@ -88,16 +87,28 @@ def _train(config: Config, run_dir: Path) -> None:
         _write_summary(summary, trainer, run_dir, corpus)
 
 
+def _tell(path: Path | None, trainer: Trainer, folder: Path) -> None:
+    """Say, once, where a run goes on from and what has changed since."""
+    if dist.get_rank() != 0:
+        return
+    lines = resume.incomplete(folder)
+    if path is not None and (resumed := trainer.resumed) is not None:
+        lines.append(f"going on from {path}: {resumed.step} steps and {resumed.samples:,} samples are done")
+        lines += [f"  changed since: {change.arrow()}" for change in resumed.changes]
+        lines += [f"  not in it, thus new: {name}" for name in resumed.fresh]
+    if lines:
+        print("\n".join(lines), flush=True)
+
+
 def _agree(corpus: Corpus) -> None:
     """Stop if ranks read different text: a file that differs on one node, or another Python version."""
-    parts = (corpus.train, corpus.heldout)
-    digest = hashlib.blake2b(b"".join(bytes(part[:SAMPLED]) for part in parts)).hexdigest()
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), *map(len, parts), digest))
+    dist.all_gather_object(everyone, (socket.gethostname(), corpus.fingerprint))
     odd = [f"rank {rank} on {told[0]}" for rank, told in enumerate(everyone) if told[1:] != everyone[0][1:]]
     if odd:
         rule = f"the data of {odd[0]} are not those of rank 0 on {everyone[0][0]}"
-        raise DataError(f"{rule}: {everyone[0][1]:,} training tokens there; put the same files on every node")
+        tokens = everyone[0][1]["train_tokens"]
+        raise DataError(f"{rule}: {tokens:,} training tokens there; put the same files on every node")
 
 
 def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Recorder, folder: Path) -> dict[str, Any]:
@@ -158,11 +169,11 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     windows = np.stack([trainer.heldout[n] for n in range(trainer.heldout_windows())])
     unigram, bigram = cross_entropies(corpus.train, windows, corpus.vocab_size)
     total, active = parameters(trainer.config.model, corpus.vocab_size)
-    old = run_dir / "summary.json"
-    if summary["tokens_per_second"] is None and old.exists():
-        # Nothing was left to train: the figures of the run that did the work stay.
-        kept = json.loads(old.read_text())
-        summary |= {k: kept.get(k) for k in ("tokens_per_second", "all_to_all_share", "checkpoint")}
+    old, config = run_dir / "summary.json", resume.now(trainer.config)
+    if summary["tokens_per_second"] is None:
+        # Nothing was left to train: the figures of the run that did the work stay, if they are of this configuration.
+        summary |= _kept(old, config)
+        summary["checkpoint"] = str(checkpoint.newest(run_dir / "checkpoints"))
     summary |= {
         "unigram_loss": unigram,
         "bigram_loss": bigram,
@@ -175,9 +186,19 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
         "active_parameters": active,
         "metrics": str(run_dir / "metrics.jsonl"),
     }
+    summary["config"] = config
     summary["profile"] = trainer.config.measure.profile
     summary["report"] = str(report.write(run_dir, summary))
     write_json(old, summary)
+
+
+def _kept(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Figures of speed in a summary, where they were measured in the same configuration."""
+    if not path.is_file():
+        return {}
+    before = read_json(path, "remove it")
+    same = isinstance(before.get("config"), dict) and not differences(before["config"], config)
+    return {key: before.get(key) for key in ("tokens_per_second", "all_to_all_share")} if same else {}
 
 
 def _write_ranks(mesh: Ranks, run_dir: Path) -> None:

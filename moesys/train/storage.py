@@ -1,0 +1,241 @@
+"""The files of a checkpoint: written, checked and read without running anything that is in them.
+
+`torch.distributed.checkpoint` keeps tensors in `__RANK_N.distcp` and what they are in `.metadata`, a pickle. A pickle
+can name any function and have it called, so that one is read by an unpickler that knows the classes of
+checkpoints and nothing else; tensors are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from moesys.errors import CheckpointError
+from moesys.train.resume import damaged
+
+METADATA = ".metadata"
+BLOCK = 1 << 22
+
+KNOWN = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+    "collections": {"OrderedDict"},
+}
+"""Module → names that `.metadata` may use: classes that hold data, and one function that looks a layout up."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
+        return super().find_class(module, name)
+
+
+class Reader(FileSystemReader):
+    """Reads a checkpoint's tensors by metadata that were read and checked before."""
+
+    def __init__(self, folder: Path, metadata: Metadata):
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata that were given."""
+        return self._metadata
+
+
+def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
+    """What the tensors of a checkpoint are and where they lie; executes nothing.
+
+    Args:
+        part, parts: whether their places are in the files is asked of every `parts`-th file, from the `part`-th on.
+
+    Raises:
+        CheckpointError: `.metadata` is missing, damaged, or names what no checkpoint does; or its tensors lie
+            outside of the checkpoint's files.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+    except OSError as error:
+        raise damaged(folder, f"{METADATA} cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except Exception as error:  # whatever a damaged pickle makes its reader raise
+        raise damaged(folder, f"{METADATA} cannot be read: {str(error) or type(error).__name__}") from None
+    try:
+        wrong = _misplaced(folder, metadata, part, parts)
+    except (AttributeError, TypeError, ValueError):
+        wrong = f"{METADATA} holds something else than tensors and their places"
+    if wrong:
+        raise damaged(folder, wrong)
+    if metadata.storage_meta is None:
+        metadata.storage_meta = StorageMeta()
+    return metadata
+
+
+def _misplaced(folder: Path, metadata: Any, part: int, parts: int) -> str | None:
+    """What of the tensors' places is not in the checkpoint's files."""
+    if not isinstance(metadata, Metadata):
+        return f"{METADATA} holds no metadata"
+    ends: dict[str, tuple[int, str]] = {}
+    for index, place in metadata.storage_data.items():
+        name, end = place.relative_path, place.offset + place.length
+        if not re.fullmatch(r"\w+\.distcp", name) or place.offset < 0 or place.length < 0:
+            return f"{METADATA} has {index.fqn} in {name!r} at {place.offset}"
+        if place.transform_descriptors:
+            return f"{METADATA} has {index.fqn} in an encoding that this program does not write"
+        ends[name] = max(ends.get(name, (0, "")), (end, index.fqn))
+    for name in sorted(ends)[part::parts]:
+        end, last = ends[name]
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (size := (folder / name).stat().st_size) < end:
+            return f"{name} was cut short: it has {size:,} bytes, and {last} ends at {end:,}"
+    return None
+
+
+State = dict[str, dict[str, Any]]
+"""Tensors by name, of the model and of the optimizer, as `torch.distributed.checkpoint` takes them."""
+
+
+def save(state: State, folder: Path) -> None:
+    """Write tensors to a folder. Collective over the world.
+
+    Raises:
+        CheckpointError: they cannot be written; says why.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.save(state, checkpoint_id=folder)
+    except (CheckpointException, OSError) as error:
+        remedy = "make room or choose another output.runs; the same command goes on from the checkpoint before"
+        raise CheckpointError(f"{folder} could not be written: {_cause(error)}\n    remedy: {remedy}") from None
+
+
+def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]:
+    """Read tensors into `state`; the names that the checkpoint lacks. Collective over the world.
+
+    Args:
+        state: is left without those.
+        optional: names that may be missing, which then keep the values that they have.
+
+    Raises:
+        CheckpointError: damaged, or a tensor is missing or of another shape or type; the same on all ranks.
+    """
+    metadata, wrong, missing = None, None, set[str]()
+    place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        metadata = read_metadata(folder, *place)
+        missing = _missing(state, metadata, folder)
+        if unmet := sorted(missing - set(optional)):
+            wrong = _lacks(folder, unmet[0], len(unmet) - 1)
+    except CheckpointError as error:
+        wrong = str(error)
+    agree(wrong)
+    assert metadata is not None
+    for section, tensors in state.items():
+        state[section] = {name: value for name, value in tensors.items() if f"{section}.{name}" not in missing}
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.load(state, storage_reader=Reader(folder, metadata))
+    except (CheckpointException, Exception) as error:
+        raise damaged(folder, _cause(error)) from None
+    return missing
+
+
+def agree(wrong: str | None) -> None:
+    """Raise the first rank's `wrong` on every rank, if any has one. Collective over the world, where there is one."""
+    everyone: list[Any] = [wrong]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, wrong)
+    if told := next((text for text in everyone if text is not None), None):
+        raise CheckpointError(told)
+
+
+def _missing(state: State, metadata: Metadata, folder: Path) -> set[str]:
+    """Names of tensors that are not in the checkpoint; raises CheckpointError where one is something else there."""
+    missing = set()
+    for section, tensors in state.items():
+        for name, wanted in tensors.items():
+            key = f"{section}.{name}"
+            found = metadata.state_dict_metadata.get(key)
+            if found is None:
+                missing.add(key)
+            elif not isinstance(found, TensorStorageMetadata):
+                raise damaged(folder, f"{METADATA} has no tensor at {key}")
+            elif found.size != wanted.size():
+                rule = f"{key} has the shape {list(found.size)} there, and {list(wanted.size())} in this model"
+                raise CheckpointError(f"{folder} is of another model: {rule}\n    remedy: {OTHER}")
+            elif found.properties.dtype.is_floating_point != wanted.dtype.is_floating_point:
+                raise damaged(folder, f"{key} is of {found.properties.dtype} there, and should be of {wanted.dtype}")
+    return missing
+
+
+OTHER = "restore the keys of the model that it was written with, which its moesys.json has, or choose another run name"
+
+
+def _lacks(folder: Path, name: str, others: int) -> str:
+    more = f" and {others} more" if others else ""
+    return f"{folder} lacks {name}{more}, which this configuration needs\n    remedy: {OTHER}"
+
+
+def checksums(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of every `parts`-th file of a folder, from the `part`-th on, by name."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return {name: [(folder / name).stat().st_size, crc32(folder / name)] for name in names[part::parts]}
+
+
+def crc32(path: Path) -> int:
+    """The CRC-32 of a file; it differs for every change of up to 32 neighbouring bits."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def verify(folder: Path, files: Mapping[str, Any], part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with every `parts`-th of the files, whose `checksums` are given; None if nothing is."""
+    for name in sorted(files)[part::parts]:
+        size, expected = files[name]
+        try:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes, and had {size:,} when it was written"
+            if crc32(folder / name) != expected:
+                return f"{name} has changed since it was written: its checksum is another"
+        except OSError as error:
+            return f"{name} cannot be read: {(error.strerror or str(error)).lower()}"
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's error, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = error.failures[min(error.failures)]
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
