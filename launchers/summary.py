@@ -15,15 +15,18 @@ ROWS = (
     ("  bigram model", "bigram_loss", "{:.4f}"),
     ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
     ("time in all-to-all", "all_to_all_share", "{:.1%}"),
+    ("routing", "routing", "{}"),
     ("parameters", "parameters", "{:,}"),
     ("  active per token", "active_parameters", "{:,}"),
     ("steps", "steps", "{}"),
+    ("  skipped, not finite", "skipped_steps", "{}"),
     ("workers", "world_size", "{}"),
     ("checkpoint", "checkpoint", "{}"),
     ("metrics", "metrics", "{}"),
     ("report", "report", "{}"),
 )
-"""Label, key of summary.json and format of each row; keys that a run does not have are left out."""
+"""Label, key of summary.json and format of each row. Keys that a run does not have are left out, and skipped steps
+where there are none."""
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:
@@ -38,7 +41,9 @@ def table(summary: dict[str, Any], run_dir: Path) -> Table:
     result.add_column(no_wrap=True)
     result.add_column(overflow="fold")
     for label, key, form in ROWS:
-        if summary.get(key) is not None:
+        if key == "heldout_loss" and key in summary and summary[key] is None:
+            result.add_row(label, "not finite")
+        elif summary.get(key) is not None and not (key == "skipped_steps" and not summary[key]):
             result.add_row(label, form.format(summary[key]))
     if summary.get("communication"):
         result.add_row("communication", summary["communication"]["sentence"])

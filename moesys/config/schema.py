@@ -344,6 +344,15 @@ class ScheduleConfig(Section):
     """Final learning rate as a share of lr."""
 
 
+class SkipsConfig(Section):
+    """Steps whose loss or gradient is not finite update nothing: how many of them a run survives."""
+
+    consecutive: NonNegative = 5
+    """In a row; one more ends the run."""
+    total: NonNegative = 100
+    """In the whole run, resumptions included; one more ends it."""
+
+
 class TrainConfig(Section):
     steps: Positive = 100
     seq_len: Positive = 256
@@ -359,6 +368,7 @@ class TrainConfig(Section):
     frozen weights of LoRA experts need not be named."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    skips: SkipsConfig = SkipsConfig()
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute in backward: nothing, all but matrix products and communication, or whole blocks."""
     compile: bool = False

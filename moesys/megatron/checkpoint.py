@@ -135,6 +135,15 @@ class State:
         with _quiet():
             dcp.save({"model": model, "optimizer": slots}, checkpoint_id=folder)
 
+    def slots(self) -> dict[str, Tensor]:
+        """What the optimizer has of this rank's parameters: "NAME/main", and "NAME/SLOT" of what it keeps."""
+        found = {}
+        for name, (_, main, state) in (
+            (piece.name, self.kept[id(p)]) for p, piece in self.pieces if id(p) in self.kept
+        ):
+            found |= {f"{name}/main": main} | {f"{name}/{slot}": state[slot] for slot in SLOTS}
+        return found
+
     def load(self, folder: Path) -> None:
         """Read everything from `folder`. Collective over the world."""
         model: dict[str, Any] = dict(self.buffers)
@@ -168,6 +177,9 @@ def _kept(optimizer: Any) -> Iterator[tuple[nn.Parameter, Kept]]:
     """What one of Megatron's optimizers has on this rank; its state is made where it is not there yet."""
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
+    if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+        for state in inner.state.values():
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))  # which `init_state_fn` forgets
     done = {id(p): group.get("step", 0) for group in inner.param_groups for p in group["params"]}
     for parameter, start, main in _mains(optimizer):
         yield parameter, (start, main.detach(), {"step": done[id(main)], **inner.state[main]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from moesys.config.load import load, locate
@@ -96,15 +97,20 @@ def decay_steps(config: TrainConfig) -> int:
 def training(config: TrainConfig) -> list[Problem]:
     """Rules of the training section, and packages that it asks for."""
     o, s, problems = config.optimizer, config.schedule, []
-    if o.kind == "apex" and not _has_apex():
-        rule = "needs NVIDIA apex with its FusedAdam, which is not installed"
-        problems.append(Problem("train.optimizer.kind", rule, "install NVIDIA/apex from source, or use adamw"))
+    if o.kind == "apex" and (rule := _lacks_apex()):
+        remedy = "build NVIDIA/apex from source with its CUDA extensions, or set it to adamw"
+        problems.append(Problem("train.optimizer.kind", rule, remedy))
     if s.kind == "wsd" and s.warmup + decay_steps(config) > config.steps:
         rule = f"warmup({s.warmup}) + decay({decay_steps(config)}) must be at most train.steps({config.steps})"
         problems.append(Problem("train.schedule.decay", rule, "shorten one of them or train longer"))
     return problems
 
 
-def _has_apex() -> bool:
-    """Whether NVIDIA's apex is installed, and not the package of the same name on the registry."""
-    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
+def _lacks_apex() -> str:
+    """Why NVIDIA's apex cannot be used, "" where it can; nothing is imported, which may be of another project."""
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return "needs NVIDIA apex with its FusedAdam, which is not installed"
+    if PathFinder.find_spec("apex.optimizers", found.submodule_search_locations or []) is None:
+        return f"needs NVIDIA apex, and {found.origin or found.name} is another project of that name, from the registry"
+    return ""

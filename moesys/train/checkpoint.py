@@ -28,8 +28,11 @@ def newest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def save(folder: Path, engine: Engine, step: int, samples: int) -> Path:
-    """Write `folder`/step-N and remove all but the newest `output.keep`. Collective over the world."""
+def save(folder: Path, engine: Engine, step: int, samples: int, extra: dict[str, Any] | None = None) -> Path:
+    """Write `folder`/step-N and remove what is `surplus`. Collective over the world.
+
+    `extra`: what else is to be found again by `kept`; "skips" counts skipped steps, "consecutive" and "total".
+    """
     config = engine.config
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
@@ -44,16 +47,36 @@ def save(folder: Path, engine: Engine, step: int, samples: int) -> Path:
     dist.barrier()
     if first:
         meta = {"step": step, "samples": samples, "model": config.model.model_dump(), "seed": config.seed}
-        meta["freeze"] = config.train.freeze
+        meta |= {"freeze": config.train.freeze, **(extra or {})}
         write_json(partial / META, meta)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-        complete = sorted(path for path in folder.glob("step-*") if (path / META).exists())
-        for old in complete[: -config.output.keep]:
+        for old in surplus(folder, config.output.keep):
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def surplus(folder: Path, keep: int) -> list[Path]:
+    """Checkpoints that are no longer needed, the oldest first: all but the newest `keep` good ones and the newest.
+
+    A good one was written after a step that updated. One that was written while steps were being skipped is good for
+    going on, but takes the place of no good one: whether training recovers is not known then.
+    """
+    complete = sorted(path for path in folder.glob("step-*") if (path / META).exists())
+    good = [path for path in complete if not kept(path, "skips").get("consecutive")]
+    needed = {*good[-keep:], *complete[-1:]}
+    return [path for path in complete if path not in needed]
+
+
+def kept(path: Path, key: str) -> dict[str, Any]:
+    """What a checkpoint keeps under `key` beside what it is of; {} where it is older than that, or unreadable."""
+    try:
+        found = json.loads((path / META).read_text()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load(path: Path, engine: Engine) -> tuple[int, int]:

@@ -102,6 +102,9 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
             return self.threshold_E.new_zeros(self.experts * self.BINS)
         return found.flatten()
 
+    def skip_step(self) -> None:
+        self.histogram_EB = None
+
     def after_step(self, total: Tensor) -> None:
         passed = self._quantile(total.view(self.experts, self.BINS).double())
         old = self.threshold_E.double()
