@@ -2,7 +2,7 @@
 
 FusedAdam knows nothing of DTensors, and counts its steps in its parameter groups. Here it gets this rank's parts of
 parameters, as plain tensors, and each parameter's state is what torch's AdamW keeps: "step", "exp_avg" and
-"exp_avg_sq", laid out as the parameter is. So a checkpoint does not depend on which of the two wrote it, nor on the layout.
+"exp_avg_sq", laid out as the parameter is. So either continues the other's checkpoints, on any number of ranks.
 """
 
 from __future__ import annotations

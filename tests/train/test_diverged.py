@@ -35,7 +35,7 @@ def strict(path: Path) -> list:
 
 @pytest.fixture(scope="module")
 def diverged(small: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
-    """A run of three steps, which then goes on with a learning rate that ruins its weights in one step, twice."""
+    """A run of three steps, which then goes on with a learning rate that ruins its weights in one step."""
     folder = tmp_path_factory.mktemp("diverged")
     raw = changed(
         small,
@@ -50,20 +50,17 @@ def diverged(small: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     )
     path = folder / "bad.yaml"
     path.write_text(yaml.safe_dump(raw))
-    ruin = ["train.optimizer.lr=1e30", "train.steps=9"]
-    return folder / "bad", [launched(path), launched(path, *ruin), launched(path, *ruin)]
+    return folder / "bad", [launched(path), launched(path, "train.optimizer.lr=1e30", "train.steps=9")]
 
 
 def test_the_run_stops_and_says_where_it_went_wrong(diverged):
-    _, (good, bad, again) = diverged
+    _, (good, bad) = diverged
     assert good.returncode == 0, good.stderr
-    for ended in (bad, again):
-        text = ended.stdout + ended.stderr
-        assert ended.returncode == 1 and "Traceback" not in text, text
-        assert "skipped for it is not finite, 3 in a row, and train.skips.consecutive is 2: loss " in text
-        assert "norm of the gradients" in text and "first in the gradient of" in text and "remedy: lower" in text
-    assert "step 5: skipped, for it is not finite" in bad.stdout and "step 5:" not in again.stdout
-    assert "skipped 3" in bad.stdout
+    text = bad.stdout + bad.stderr
+    assert bad.returncode == 1 and "Traceback" not in text, text
+    assert "step 7: skipped for it is not finite, 3 in a row, and train.skips.consecutive is 2: loss " in text
+    assert "norm of the gradients" in text and "first in the gradient of" in text and "remedy: lower" in text
+    assert "step 5: skipped, for it is not finite" in bad.stdout
 
 
 def test_good_checkpoints_stay(diverged):
