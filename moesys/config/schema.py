@@ -323,7 +323,8 @@ class ParallelConfig(Section):
 
 class OptimizerConfig(Section):
     kind: Literal["adamw", "apex"] = "adamw"
-    """adamw: torch's, fused where the device has it; apex: NVIDIA apex's FusedAdam."""
+    """adamw: torch's, fused where the device has it; apex: NVIDIA apex's FusedAdam (GPU; both continue each other's
+    checkpoints)."""
     lr: PositiveFloat = 3e-4
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8

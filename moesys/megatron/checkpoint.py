@@ -136,13 +136,9 @@ class State:
             dcp.save({"model": model, "optimizer": slots}, checkpoint_id=folder)
 
     def slots(self) -> dict[str, Tensor]:
-        """What the optimizer has of this rank's parameters: "NAME/main", and "NAME/SLOT" of what it keeps."""
-        found = {}
-        for name, (_, main, state) in (
-            (piece.name, self.kept[id(p)]) for p, piece in self.pieces if id(p) in self.kept
-        ):
-            found |= {f"{name}/main": main} | {f"{name}/{slot}": state[slot] for slot in SLOTS}
-        return found
+        """What the optimizer keeps here of this rank's parameters, by "NAME/SLOT"."""
+        held = [(piece.name, self.kept[id(p)][2]) for p, piece in self.pieces if id(p) in self.kept]
+        return {f"{name}/{slot}": state[slot] for name, state in held for slot in SLOTS}
 
     def load(self, folder: Path) -> None:
         """Read everything from `folder`. Collective over the world."""

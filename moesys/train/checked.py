@@ -26,7 +26,7 @@ def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = 
     """
     loaded = load(path, overrides)
     problems = dimension.check(loaded.config, world) + training(loaded.config.train) + output(loaded.config)
-    problems += engine(loaded.config)
+    problems += engine(loaded.config) + apex(loaded.config)
     if with_data:
         problems += data.check(loaded.config) + replay(loaded.config)
     if problems:
@@ -95,14 +95,27 @@ def decay_steps(config: TrainConfig) -> int:
 
 
 def training(config: TrainConfig) -> list[Problem]:
-    """Rules of the training section, and packages that it asks for."""
-    o, s, problems = config.optimizer, config.schedule, []
-    if o.kind == "apex" and (rule := _lacks_apex()):
-        remedy = "build NVIDIA/apex from source with its CUDA extensions, or set it to adamw"
-        problems.append(Problem("train.optimizer.kind", rule, remedy))
+    """Rules of the training section."""
+    s, problems = config.schedule, []
     if s.kind == "wsd" and s.warmup + decay_steps(config) > config.steps:
         rule = f"warmup({s.warmup}) + decay({decay_steps(config)}) must be at most train.steps({config.steps})"
         problems.append(Problem("train.schedule.decay", rule, "shorten one of them or train longer"))
+    return problems
+
+
+def apex(config: Config) -> list[Problem]:
+    """Whether NVIDIA's apex can be used, where it is asked for."""
+    if config.train.optimizer.kind != "apex":
+        return []
+    key, remedy = "train.optimizer.kind", "set it to adamw"
+    problems = []
+    if config.engine == "megatron":
+        rule = "Megatron-Core takes the fused Adam that it finds itself: Transformer Engine's, else apex's"
+        problems.append(Problem(key, rule, f"{remedy}, or set engine: native"))
+    if config.cluster.device == "cpu":
+        problems.append(Problem(key, "apex computes on a GPU alone, and cluster.device is cpu", remedy))
+    if rule := _lacks_apex():
+        problems.append(Problem(key, rule, f"build NVIDIA/apex from source with its CUDA extensions, or {remedy}"))
     return problems
 
 

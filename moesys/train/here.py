@@ -33,7 +33,7 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="moesys-") as folder:
         try:
             mp.start_processes(_call, (work, world, *arguments, folder), nprocs=world, start_method="forkserver")
-        except mp.ProcessException:
+        except (mp.ProcessRaisedException, mp.ProcessExitedException):
             if text := next((path.read_text() for path in sorted(Path(folder).glob("told-*.txt"))), ""):
                 raise MoesysError(text) from None
             raise
