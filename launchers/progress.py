@@ -25,7 +25,8 @@ from moesys.launchers.follow import Tail
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
-"imbalance", "all_to_all_share" and "eta_s"; an evaluation "step" and "heldout_loss"; a phase "phase"."""
+"imbalance", "all_to_all_share" and "eta_s"; an evaluation "step" and "heldout_loss"; a phase "phase"; what a user
+should see "step" and "warning"."""
 
 FIELDS = (
     ("loss", "loss", "{:.4f}"),
@@ -35,6 +36,12 @@ FIELDS = (
     ("all_to_all_share", "all-to-all", "{:.1%}"),
 )
 """Key, label and format of the figures shown."""
+
+FAULTS = (("skipped", "skipped"), ("dead_experts", "dead experts"), ("collapsed_layers", "collapsed layers"))
+"""Key and label of counts that are shown where there are any."""
+
+LOST, NOT_FINITE = ("loss", "grad_norm"), "not finite"
+"""What every step has: null in its record, as JSON has no NaN, it is no number."""
 
 
 class Progress:
@@ -107,6 +114,8 @@ class Progress:
     def _take(self, metrics: Metrics) -> None:
         if "phase" in metrics:
             self.phase(metrics["phase"])
+        elif "warning" in metrics:
+            self._print(f"step {metrics['step']}: {metrics['warning']}")
         elif "heldout_loss" in metrics:
             self._print(evaluation(metrics))
         elif "loss" in metrics:
@@ -147,15 +156,21 @@ def line_of(metrics: Metrics) -> str:
 
 def evaluation(metrics: Metrics) -> str:
     """ "step 100: held-out loss 2.0866 (3.0104 bits per byte)"; without bits where bytes are not known."""
-    line = f"step {metrics['step']}: held-out loss {metrics['heldout_loss']:.4f}"
-    bits = metrics.get("heldout_bits_per_byte")
+    loss, bits = metrics["heldout_loss"], metrics.get("heldout_bits_per_byte")
+    line = f"step {metrics['step']}: held-out loss {NOT_FINITE if loss is None else f'{loss:.4f}'}"
     return line if bits is None else f"{line} ({bits:.4f} bits per byte)"
 
 
 def figures(metrics: Metrics) -> list[str]:
     """The figures of a step, each with its label; those that a run does not have are left out."""
-    present = [(key, label, form) for key, label, form in FIELDS if metrics.get(key) is not None]
-    return [f"{label} {form.format(metrics[key])}" for key, label, form in present]
+    found = []
+    for key, label, form in FIELDS:
+        value = metrics.get(key)
+        if value is not None:
+            found.append(f"{label} {form.format(value)}")
+        elif key in LOST and key in metrics:
+            found.append(f"{label} {NOT_FINITE}")
+    return found + [f"{label} {metrics[key]}" for key, label in FAULTS if metrics.get(key)]
 
 
 def time_left(metrics: Metrics) -> str:

@@ -13,13 +13,15 @@ from moesys.measure.report.facts import RESULTS
 
 ROWS = (
     *RESULTS,
+    ("routing", "routing", "{}"),
+    ("steps skipped", "skipped_steps", "{:,}, not finite"),
     ("checkpoint", "checkpoint", "{}"),
     ("metrics", "metrics", "{}"),
     ("report", "report", "{}"),
 )
 """Label, key of summary.json and format of each row: what came out, and where things lie.
 
-Keys that a run does not have are left out.
+Keys that a run does not have are left out, and skipped steps where there are none.
 """
 
 
@@ -35,7 +37,9 @@ def table(summary: dict[str, Any], run_dir: Path) -> Table:
     result.add_column(no_wrap=True)
     result.add_column(overflow="fold")
     for label, key, form in ROWS:
-        if summary.get(key) is not None:
+        if key == "heldout_loss" and key in summary and summary[key] is None:
+            result.add_row(label, "not finite")
+        elif summary.get(key) is not None and not (key == "skipped_steps" and not summary[key]):
             result.add_row(label, form.format(summary[key]))
     if summary.get("communication"):
         result.add_row("communication", summary["communication"]["sentence"])

@@ -152,7 +152,8 @@ def figures(run_dir: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     last = steps[-max(1, round(LAST * len(steps))) :]
-    means = {key: fmean(r[key] for r in last) for key, value in last[-1].items() if isinstance(value, float)}
+    numbers = {key: [r[key] for r in last if isinstance(r.get(key), float)] for key in last[-1]}
+    means = {key: fmean(values) for key, values in numbers.items() if values}
     found = summary.read(run_dir) or {}
     return means | {key: value for key, value in found.items() if key != "config"}
 

@@ -60,6 +60,10 @@ class CheckpointError(MoesysError):
     """A checkpoint that cannot be read or does not fit the model."""
 
 
+class TrainingError(MoesysError):
+    """Training whose numbers are not finite and cannot go on."""
+
+
 class FileError(MoesysError):
     """A file that is missing, damaged or of another format."""
 

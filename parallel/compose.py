@@ -86,6 +86,11 @@ class Composed:
         for gate, total in step_totals([layer.gate for layer in self.moe_layers().values()], self.mesh):
             gate.after_step(total)
 
+    def skip_step(self) -> None:
+        """Let gates forget a step that updates nothing."""
+        for layer in self.moe_layers().values():
+            layer.gate.skip_step()
+
     def _count(self, mine: tuple[Tensor, Tensor]) -> None:
         """Let gates that must know the global batch before they route see it: a forward pass, as in training."""
         with counted(self.moe_layers(), self.mesh):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf, prod
+from math import inf, prod, sqrt
 
 import torch
 import torch.distributed as dist
@@ -75,27 +75,25 @@ class Gradients:
         if self.tied is not None and self.tied[0].grad is not None:
             _sum([local(self.tied[0].grad)], self.tied[1])
 
-    def norm(self) -> Tensor:
-        """The true global L2 norm of all gradients, over all dimensions of parallelism: float64 scalar.
+    def norm(self, loss: Tensor) -> tuple[float, float]:
+        """The true global L2 norm of all gradients, over all dimensions of parallelism, and the sum of `loss`.
 
         Each rank adds the squares of what it holds, divided by how many ranks hold the same: one
-        all-reduce of one number, whatever the layout.
+        all-reduce of two numbers, whatever the layout, and one wait of the host. `loss`: this rank's share.
         """
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         squares = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         if grads:
             copies = torch.tensor(self._copies, device=self.mesh.device, dtype=torch.float64)
             squares = (torch.stack(torch._foreach_norm(grads)).double().square() / copies).sum()
-        return comm.total(squares, way=comm.STEP).sqrt()
+        whole, total = comm.total(torch.stack([squares, loss.double()]), way=comm.STEP).tolist()
+        return sqrt(whole), total
 
-    def clip(self, limit: float | None) -> float:
-        """Scale the gradients so that their global norm is at most `limit`; the norm before that."""
-        norm = self.norm()
+    def clip(self, limit: float | None, norm: float) -> None:
+        """Scale the gradients, whose global norm is `norm`, so that it becomes `limit` at most."""
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         if grads and limit is not None and limit < inf:
-            scale = (limit / (norm + 1e-12)).clamp(max=1.0)
-            torch._foreach_mul_(grads, scale.item())
-        return norm.item()
+            torch._foreach_mul_(grads, min(1.0, limit / (norm + 1e-12)))
 
 
 def _sum(grads: Iterable[Tensor], group: dist.ProcessGroup) -> None:

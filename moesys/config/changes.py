@@ -61,6 +61,7 @@ _WORDS = {
         model.moe.gate: jitter second path force skew
         parallel.dispatch.payload
         train: steps global_batch micro_batch dtype freeze
+        train.skips: consecutive total
         train.optimizer: kind lr betas eps weight_decay clip
         train.schedule: kind warmup decay min_ratio
         """,

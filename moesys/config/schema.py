@@ -371,7 +371,8 @@ class ParallelConfig(Section):
 
 class OptimizerConfig(Section):
     kind: Literal["adamw", "apex"] = "adamw"
-    """adamw: torch's, fused where the device has it; apex: NVIDIA apex's FusedAdam."""
+    """adamw: torch's, fused where the device has it; apex: NVIDIA apex's FusedAdam (GPU; both continue each other's
+    checkpoints)."""
     lr: PositiveFloat = 3e-4
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
@@ -393,6 +394,15 @@ class ScheduleConfig(Section):
     """Final learning rate as a share of lr."""
 
 
+class SkipsConfig(Section):
+    """Steps whose loss or gradient is not finite update nothing: how many of them a run survives."""
+
+    consecutive: NonNegative = 5
+    """In a row; one more ends the run."""
+    total: NonNegative = 100
+    """In the whole run, resumptions included; one more ends it."""
+
+
 class TrainConfig(Section):
     steps: Positive = 100
     seq_len: Annotated[int, Field(ge=1), AtMost(2**27)] = 256
@@ -408,6 +418,7 @@ class TrainConfig(Section):
     frozen weights of LoRA experts need not be named."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    skips: SkipsConfig = SkipsConfig()
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute in backward: nothing, all but matrix products and communication, or whole blocks."""
     compile: bool = False

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from moesys.config.schema import Config, MoEConfig
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.samples import Samples
-from moesys.errors import ConfigError, Problem
+from moesys.errors import ConfigError, Problem, TrainingError
 from moesys.files import write_json
 from moesys.measure.interleave import alone, interleave, ratio
 from moesys.train import here, native
@@ -188,7 +188,9 @@ def _step(engine: Engine, batches: list[Batch]) -> Callable[[], None]:
     def steps() -> None:
         for batch in batches:
             engine.train(*batch)
-            engine.update(rate)
+            update = engine.update(rate)
+            if update.bad is not None:
+                raise TrainingError(f"bench megatron: a step is not finite: the norm of its gradients is {update.norm}")
         dist.barrier()
 
     return steps

@@ -133,6 +133,11 @@ class State:
             slots[f"{piece.name}/step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
         storage.save({"model": model, "optimizer": slots}, folder)
 
+    def slots(self) -> dict[str, Tensor]:
+        """What the optimizer keeps here of this rank's parameters, by "NAME/SLOT"."""
+        held = [(piece.name, self.kept[id(p)][2]) for p, piece in self.pieces if id(p) in self.kept]
+        return {f"{name}/{slot}": state[slot] for name, state in held for slot in SLOTS}
+
     def load(self, folder: Path) -> set[str]:
         """Read everything from `folder`; which of the gates' buffers are not there. Collective over the world."""
         model: dict[str, Any] = dict(self.buffers)
@@ -167,6 +172,9 @@ def _kept(optimizer: Any) -> Iterator[tuple[nn.Parameter, Kept]]:
     """What one of Megatron's optimizers has on this rank; its state is made where it is not there yet."""
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
+    if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+        for state in inner.state.values():
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))  # which `init_state_fn` forgets
     done = {id(p): group.get("step", 0) for group in inner.param_groups for p in group["params"]}
     for parameter, start, main in _mains(optimizer):
         yield parameter, (start, main.detach(), {"step": done[id(main)], **inner.state[main]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,14 @@ from moesys.megatron.names import Names, Piece, gathered, place_of
 from moesys.megatron.native_layer import Marks, NativeLayer
 from moesys.megatron.quiet import quiet
 from moesys.megatron.scope import Groups
+from moesys.megatron.step import step
 from moesys.moe.layer import MoELayer
 from moesys.parallel import pipeline
 from moesys.parallel.cost import counting_passes
 from moesys.parallel.gates_step import counted, numbers, step_totals
 from moesys.parallel.initialise import initial
+from moesys.train.engine import Update
+from moesys.train.finite import nonfinite
 
 
 class _MicroBatch(NamedTuple):
@@ -117,15 +121,24 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         return self._run(tokens, labels, samples, forward_only=False)
 
-    def update(self, rate: float) -> float:
-        o = self.config.train.optimizer
+    def update(self, rate: float) -> Update:
+        o, gates = self.config.train.optimizer, [layer.gate for layer in self.moe_layers().values()]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
-        _, norm, _ = self.optimizer.step()
-        for gate, total in step_totals([layer.gate for layer in self.moe_layers().values()], self.ranks):
-            gate.after_step(total)
-        return float(norm)
+        norm = step(self.optimizer)
+        if isfinite(norm):
+            for gate, total in step_totals(gates, self.ranks):
+                gate.after_step(total)
+            return Update(norm)
+        for gate in gates:
+            gate.skip_step()
+        gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.held()}  # type: ignore[attr-defined]
+        return Update(norm, nonfinite(gradients, order=2))
+
+    def nonfinite(self) -> list[str]:
+        held = {piece.name: part for _, piece, part in self.held()} | self._buffers()
+        return [*nonfinite(held), *nonfinite(self._state().slots())]
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
@@ -204,6 +217,10 @@ class MegatronEngine:
 
 
 def _loss(counts_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """What backward starts from, the mean over a micro-batch's tokens, and the sum."""
+    """What backward starts from, the mean over a micro-batch's tokens, and the sum.
+
+    A sum that is not finite makes every gradient NaN, so that their norm, which all ranks know, tells of it.
+    """
     total = (losses_BS.float() * counts_BS).sum()
-    return total / counts_BS.numel(), total.detach()
+    one = 1 + 0 * total.detach()
+    return total * one / counts_BS.numel(), total.detach()

@@ -29,6 +29,7 @@ from moesys.data.corpus import open_corpus
 from moesys.errors import MoesysError
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import ParallelMesh
+from moesys.train.guard import demand_numbers
 from moesys.train.loop import Trainer
 from moesys.train.optimizer import build
 from moesys.train.verify import reference
@@ -72,7 +73,10 @@ def compare(config: Config, rounds: int, steps: int) -> dict[str, list[float]]:
     try:
         mesh = ParallelMesh(Degrees(), torch.device("cpu"), config.launch.timeout_s)
         trainer = Trainer(config, mesh, open_corpus(config))
-        sides = {"moesys": lambda: trainer.train_step(), "transformers": _transformers(config, trainer)}
+        sides = {
+            "moesys": lambda: demand_numbers(trainer.train_step(), "bench train"),
+            "transformers": _transformers(config, trainer),
+        }
         tokens = config.train.global_batch * config.train.seq_len
         for step in sides.values():
             step()

@@ -28,6 +28,7 @@ from moesys.measure.recorder import Recorder
 from moesys.measure.step import Step
 from moesys.parallel import comm
 from moesys.train import here
+from moesys.train.guard import demand_numbers
 from moesys.train.loop import Trainer
 
 
@@ -111,7 +112,7 @@ def _every(config: Config, steps: int) -> Config:
 def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str, Callable[[], object]]:
     def off() -> None:
         for _ in range(steps):
-            trainer.train_step()
+            demand_numbers(trainer.train_step(), "bench measure")
         dist.barrier()
 
     def bare() -> None:
@@ -121,7 +122,7 @@ def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str,
     def recorded(recorder: Recorder) -> None:
         for _ in range(steps):
             with recorder.step(trainer.step + 1) as recording:
-                trainer.train_step()
+                demand_numbers(trainer.train_step(), "bench measure")
             explained(recorder.keep(recording, trainer.load))
         explained(recorder.flush())
         dist.barrier()

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from moesys.config.changes import KINDS, Kind
@@ -55,6 +56,7 @@ def _data(config: Config) -> list[Problem]:
 def _rules(config: Config, world: int | None, with_data: bool) -> list[Problem]:
     """Every rule between keys that `config` breaks."""
     problems = dimension.check(config, world) + training(config.train) + output(config) + engine(config)
+    problems += apex(config)
     return problems + ([*_data(config), *replay(config)] if with_data else [])
 
 
@@ -119,11 +121,8 @@ def decay_steps(config: TrainConfig) -> int:
 
 
 def training(config: TrainConfig) -> list[Problem]:
-    """Rules of the training section, and packages that it asks for."""
-    o, s, problems = config.optimizer, config.schedule, []
-    if o.kind == "apex" and not _has_apex():
-        rule = "needs NVIDIA apex with its FusedAdam, which is not installed"
-        problems.append(Problem("train.optimizer.kind", rule, "install NVIDIA/apex from source, or use adamw"))
+    """Rules of the training section."""
+    s, problems = config.schedule, []
     if s.kind == "wsd" and s.warmup + decay_steps(config) > config.steps:
         rule = f"warmup({s.warmup}) + decay({decay_steps(config)}) must be at most train.steps({config.steps})"
         problems.append(Problem("train.schedule.decay", rule, "shorten one of them or train longer"))
@@ -141,6 +140,27 @@ def resumption(config: TrainConfig) -> list[Problem]:
     ]
 
 
-def _has_apex() -> bool:
-    """Whether NVIDIA's apex is installed, and not the package of the same name on the registry."""
-    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
+def apex(config: Config) -> list[Problem]:
+    """Whether NVIDIA's apex can be used, where it is asked for."""
+    if config.train.optimizer.kind != "apex":
+        return []
+    key, remedy = "train.optimizer.kind", "set it to adamw"
+    problems = []
+    if config.engine == "megatron":
+        rule = "Megatron-Core takes the fused Adam that it finds itself: Transformer Engine's, else apex's"
+        problems.append(Problem(key, rule, f"{remedy}, or set engine: native"))
+    if config.cluster.device == "cpu":
+        problems.append(Problem(key, "apex computes on a GPU alone, and cluster.device is cpu", remedy))
+    if rule := _lacks_apex():
+        problems.append(Problem(key, rule, f"build NVIDIA/apex from source with its CUDA extensions, or {remedy}"))
+    return problems
+
+
+def _lacks_apex() -> str:
+    """Why NVIDIA's apex cannot be used, "" where it can; nothing is imported, which may be of another project."""
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return "needs NVIDIA apex with its FusedAdam, which is not installed"
+    if PathFinder.find_spec("apex.optimizers", found.submodule_search_locations or []) is None:
+        return f"needs NVIDIA apex, and {found.origin or found.name} is another project of that name, from the registry"
+    return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,24 @@ MODULES = {"native": "moesys.train.native", "megatron": "moesys.megatron.engine"
 """By the values of `engine` in the configuration; found by name, for Megatron's stands on a floor above."""
 
 
-class Engine(Protocol):
-    """A model and its optimizer, as one rank has them. Every method but `moe_layers` is collective over the world.
+class Update(NamedTuple):
+    """What came of a step's gradients.
 
-    Names of parameters and of layers are those of `moesys.models.Decoder`, whatever the layout.
+    Attributes:
+        norm: their global L2 norm before clipping.
+        bad: None where weights were updated. Where the norm or the loss is not finite nothing was, and these
+            are the parameters of this rank whose gradients are not finite.
+    """
+
+    norm: float
+    bad: list[str] | None = None
+
+
+class Engine(Protocol):
+    """A model and its optimizer, as one rank has them.
+
+    Every method but `moe_layers` and `nonfinite` is collective over the world. Names of parameters and of
+    layers are those of `moesys.models.Decoder`, whatever the layout.
     """
 
     @property
@@ -39,8 +53,16 @@ class Engine(Protocol):
         rank's share of the mean loss: the sum over the world is tp times that.
         """
 
-    def update(self, rate: float) -> float:
-        """Clip, step with learning rate `rate`, forget the gradients; their global norm before clipping."""
+    def update(self, rate: float) -> Update:
+        """Clip, step with learning rate `rate`, forget the gradients.
+
+        Where their norm or the loss of the step is not finite, nothing moves: neither weights, nor what the
+        optimizer keeps, nor what gates follow. All ranks agree on that.
+        """
+
+    def nonfinite(self) -> list[str]:
+        """What this rank holds that is not finite, by name: weights, what gates keep, and "NAME/SLOT" of the
+        optimizer. Not collective."""
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         """As `train`, forward only; labels below 0 count for nothing, but the divisor stays."""

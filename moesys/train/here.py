@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moesys.config.schema import Config
+from moesys.errors import MoesysError
 from moesys.parallel.mesh import Ranks
 
 
@@ -23,12 +24,29 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     """Run `work(rank, world, *arguments, folder)`, importable by name, in `world` processes to its end.
 
     Yields the folder, in which results may be left; it is removed afterwards.
+
+    Raises:
+        MoesysError: what a process raised that a user is to read.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
     with tempfile.TemporaryDirectory(prefix="moesys-") as folder:
-        mp.start_processes(work, (world, *arguments, folder), nprocs=world, start_method="forkserver")
+        try:
+            mp.start_processes(_call, (work, world, *arguments, folder), nprocs=world, start_method="forkserver")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException):
+            if text := next((path.read_text() for path in sorted(Path(folder).glob("told-*.txt"))), ""):
+                raise MoesysError(text) from None
+            raise
         yield Path(folder)
+
+
+def _call(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+    """`work(rank, *arguments)`, whose last argument is the folder; leaves there what a user is to read."""
+    try:
+        work(rank, *arguments)
+    except MoesysError as error:
+        Path(arguments[-1], f"told-{rank}.txt").write_text(str(error))
+        raise
 
 
 @contextmanager

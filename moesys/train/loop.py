@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +19,9 @@ from moesys.data.samples import Samples
 from moesys.parallel import comm
 from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, gates, optimizer
+from moesys.train.balance import BalanceWatch, Fault
 from moesys.train.engine import Engine, engine_of
+from moesys.train.guard import Guard, demand_finite
 from moesys.train.metrics import collect
 
 IGNORED = -100
@@ -46,6 +48,9 @@ class Trainer:
         self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)
         self.step, self.seen = 0, 0
         self.resumed: checkpoint.Loaded | None = None
+        self.guard, self.balance = Guard(config.train.skips), BalanceWatch(config)
+        self.faults: list[Fault] = []
+        """What the last step made certain about collapsed routers."""
         self.events: list[comm.Event] = []
         """The project's own collectives in the last step's passes through the model, on this rank."""
         self.load: list[list[float]] | None = None
@@ -54,7 +59,11 @@ class Trainer:
         """Called in every step when gradients are complete, before clipping."""
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step over the next global batch: its metrics. Collective."""
+        """One optimizer step over the next global batch: its metrics. Collective.
+
+        A step whose loss or gradients are not finite updates nothing and counts as a step: `guard` says whether the
+        run may go on.
+        """
         t = self.config.train
         begin = perf_counter()
         self.step += 1
@@ -67,17 +76,21 @@ class Trainer:
         if self.before_update is not None:
             self.before_update()
         rate = optimizer.learning_rate(t, self.step)
-        norm = self.engine.update(rate)
+        update = self.engine.update(rate)
         self._synchronise()
         travel = sum(e.exposed for e in self.events if e.level)
         values = collect(self.engine, loss, travel)
         self.load = values.pop("load", None)
+        skip = self.guard.take(self.step, values["loss"], update, self.engine)
+        self.faults = self.balance.take(self.step, None if skip else self.load)
         seconds = perf_counter() - begin
         return {
             "step": self.step,
             **{k: v for k, v in values.items() if k != "all_to_all_seconds"},
+            **self.balance.counts(),
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": update.norm,
+            "skipped": self.guard.total,
             "all_to_all_share": values["all_to_all_seconds"] / seconds,
             "tokens_per_second": t.global_batch * t.seq_len / seconds,
             "step_seconds": seconds,
@@ -109,19 +122,32 @@ class Trainer:
         """Held-out sequences that `evaluate` uses."""
         return min(self.config.train.eval_sequences, len(self.heldout))
 
-    def save(self, folder: Path, state: Mapping[str, Any] | None = None, rotate: bool = True) -> Path:
-        """Write a checkpoint of this step under `folder`; arguments as of `checkpoint.save`. Collective."""
-        return checkpoint.save(folder, self.engine, self.corpus, self.step, self.seen, state=state, rotate=rotate)
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint of this step under `folder`. Collective.
+
+        Raises:
+            TrainingError: something to be written is not finite; nothing is written, and nothing removed.
+        """
+        what, do = f"step {self.step}: no checkpoint is written", "go back to an older checkpoint"
+        demand_finite(self.engine, what, f"{do} in {folder}, with a lower train.optimizer.lr")
+        state = {"skips": self.guard.as_json(), "balance": self.balance.as_json()}
+        return checkpoint.save(folder, self.engine, self.corpus, self.step, self.seen, state)
 
     def resume(self, folder: Path) -> Path | None:
         """Continue from the newest checkpoint under `folder`, if there is one. Collective.
 
         `self.resumed` has what it says: what has changed since, and what was kept with it.
+
+        Raises:
+            TrainingError: something in it is not finite.
         """
         path = checkpoint.newest(folder)
         if path is not None:
             self.resumed = checkpoint.load(path, self.engine, self.corpus)
             self.step, self.seen = self.resumed.step, self.resumed.samples
+            self.guard.restore(self.resumed.state.get("skips") or {})
+            self.balance.restore(self.step, self.resumed.state.get("balance") or {})
+            demand_finite(self.engine, str(path), "remove it, so that the run goes on from the one before")
         return path
 
     def _mine(self, numbers: range) -> range:

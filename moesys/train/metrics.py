@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -120,13 +120,18 @@ class MetricsLog:
             return
         self._file.write(json_text(record) + "\n")
         scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-        if self._board is not None:
-            for key, value in scalars.items():
-                self._board.add_scalar(key, value, record["step"])
         if self._exporter is not None:
-            self._exporter.tell(scalars | {"step": record["step"]})
+            self._exporter.tell(scalars | {"step": record["step"]})  # NaN is a number to Prometheus
+        finite = {k: v for k, v in scalars.items() if isfinite(v)}
+        if self._board is not None:
+            for key, value in finite.items():
+                self._board.add_scalar(key, value, record["step"])
         if self._wandb is not None:
-            self._wandb.log(scalars, step=record["step"])
+            self._wandb.log(finite, step=record["step"])
+
+    def warn(self, step: int, text: str) -> None:
+        """One line that a user should see; the live display shows it."""
+        self.write({"step": step, "warning": text})
 
     def write_load(self, step: int, load: list[list[float]] | None) -> None:
         """One line with every expert's load, of every so many steps only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from moesys.errors import MoesysError
 from moesys.moe.layer import MoELayer
 from moesys.parallel.compose import compose
 from moesys.parallel.degrees import Degrees, resolve
+from moesys.parallel.gradients import local
 from moesys.parallel.mesh import ParallelMesh, Ranks
 from moesys.train import optimizer, storage
+from moesys.train.engine import Update
+from moesys.train.finite import nonfinite
 
 
 def joined(config: Config) -> tuple[Degrees, torch.device]:
@@ -56,20 +60,35 @@ class NativeEngine:
         self.config, self.mesh = config, mesh
         self.model = compose(config, mesh, vocab_size, dtype)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
+        self._loss = torch.zeros((), device=mesh.device)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
-        loss = self.model.train(tokens, labels, samples)
+        loss = self._loss = self.model.train(tokens, labels, samples)
         self.model.gradients.reduce()
         return loss
 
-    def update(self, rate: float) -> float:
-        norm = self.model.gradients.clip(self.config.train.optimizer.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+    def update(self, rate: float) -> Update:
+        norm, loss = self.model.gradients.norm(self._loss)
+        bad = None if isfinite(norm) and isfinite(loss) else self._bad_gradients()
+        if bad is None:
+            self.model.gradients.clip(self.config.train.optimizer.clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.model.after_step()
+        else:
+            self.model.skip_step()
         self.optimizer.zero_grad()
-        self.model.after_step()
-        return norm
+        return Update(norm, bad)
+
+    def _bad_gradients(self) -> list[str]:
+        parameters = self.model.named_parameters()
+        return nonfinite({name: local(p.grad) for name, p in parameters.items() if p.grad is not None}, order=2)
+
+    def nonfinite(self) -> list[str]:
+        state = self._state()
+        kept = {name: value for name, value in state["optimizer"].items() if value.ndim}
+        return nonfinite({name: local(value) for name, value in (state["model"] | kept).items()})
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         return self.model.evaluate(tokens, labels, samples)
@@ -89,11 +108,12 @@ class NativeEngine:
         storage.save(self._state(), folder)
 
     def load(self, folder: Path) -> set[str]:
-        self._allocate()
         return storage.load(self._state(), folder, optional={f"model.{name}" for name in self.model.named_buffers()})
 
     def _state(self) -> dict[str, Any]:
         parameters = self.model.named_parameters()
+        if not self.optimizer.state:
+            self._allocate()
         slots = {
             f"{name}/{slot}": value
             for name, p in parameters.items()
@@ -105,7 +125,7 @@ class NativeEngine:
         return {"model": model, "optimizer": slots}
 
     def _allocate(self) -> None:
-        """Make the optimizer create its state: a step of zeros that changes nothing."""
+        """Make the optimizer create its state: a step of zeros that changes nothing, and that no count keeps."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -113,6 +133,8 @@ class NativeEngine:
                 p.grad = torch.zeros_like(p)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for kept in self.optimizer.state.values():
+            kept["step"].zero_()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 

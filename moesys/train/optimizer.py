@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import OptimizerConfig, TrainConfig
 from moesys.models.size import kind
+from moesys.train.apex_adam import ApexAdam
 from moesys.train.checked import decay_steps
 
 
@@ -32,9 +33,7 @@ def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> to
         groups[False, None] = {"params": [], "weight_decay": 0.0}
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.kind == "apex":
-        from apex.optimizers import FusedAdam
-
-        return FusedAdam(list(groups.values()), adam_w_mode=True, **settings)
+        return ApexAdam(groups.values(), **settings)
     return torch.optim.AdamW(list(groups.values()), fused=True, **settings)
 
 

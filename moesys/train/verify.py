@@ -19,6 +19,7 @@ from moesys.errors import Problem
 from moesys.parallel import dimension
 from moesys.parallel.mesh import Ranks
 from moesys.train import here
+from moesys.train.guard import demand_numbers
 
 if TYPE_CHECKING:
     from moesys.train.loop import Trainer
@@ -154,9 +155,12 @@ def observe(config: Config, mesh: Ranks, steps: int, weights: torch.dtype) -> tu
 
     trainer = Trainer(config, mesh, open_corpus(config), weights)
     found = Trace()
+    world = mesh.degrees.world
+    ranks = f"{world} process{'es' * (world > 1)}"
     trainer.before_update = lambda: found.gradients.append(trainer.engine.gradients())
     for _ in range(steps):
         record = trainer.train_step()
+        demand_numbers(record, f"{config.name} in {ranks} cannot be compared")
         found.losses.append(record["loss"])
         found.norms.append(record["grad_norm"])
     found.parameters = trainer.engine.weights()

@@ -35,6 +35,7 @@ from moesys.measure.step import Step
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, resume, run_folder
+from moesys.train.balance import sentence
 from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
@@ -128,6 +129,11 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
             eta = spent / (step - first) * (t.steps - step)
             log.write({**record, "steps": t.steps, "eta_s": eta, "time": time()})
         log.write_load(step, trainer.load)
+        if trainer.faults:
+            log.warn(step, sentence(trainer.faults))
+        if trainer.guard.consecutive:
+            log.warn(step, f"skipped, for it is not finite: {trainer.guard.last}")
+            trainer.guard.check(checkpoint.newest(folder))
         if t.eval_every and step % t.eval_every == 0 and step < t.steps:
             log.write({"step": step, **_heldout(trainer)})
         if o.checkpoint_every and step % o.checkpoint_every == 0 and step < t.steps:
@@ -138,11 +144,15 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
     if trainer.step > first:
         log.write({"step": trainer.step, **heldout})
         saved = trainer.save(folder)
+    faults = trainer.balance.faults()
     seconds = sum(r["step_seconds"] for r in steady)
     tokens = t.global_batch * t.seq_len * len(steady)
     shares = [r["all_to_all_share"] * r["step_seconds"] for r in steady]
     return {
         **heldout,
+        "skipped_steps": trainer.guard.total,
+        "routing_faults": [fault.as_json() for fault in faults],
+        "routing": sentence(faults) or None,
         "tokens_per_second": tokens / seconds if seconds else None,
         "all_to_all_share": sum(shares) / seconds if seconds else None,
         "checkpoint": str(saved) if saved else None,

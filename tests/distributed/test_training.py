@@ -11,6 +11,7 @@ from support import changed
 from torch.multiprocessing import ProcessRaisedException
 
 from moesys.config import Config
+from moesys.errors import MoesysError
 from moesys.train import verify
 
 
@@ -29,6 +30,15 @@ def test_float64_agrees_far_below_float32(small):
     config = Config.model_validate(changed(small, {"parallel": {"pp": 2, "ep": 2}, "cluster": {"ranks_per_node": 4}}))
     report = verify.verify(config, 4, 2, 1e-12, "float64")
     assert report.passed, report
+
+
+def test_what_is_not_finite_is_not_compared(small):
+    change = {"model": {"layers": 1, "hidden": 32}, "train": {"optimizer": {"lr": 1e30}}}
+    config = Config.model_validate(changed(small, change, {"name": "ruined"}))
+    with pytest.raises(
+        MoesysError, match=r"ruined in 1 process cannot be compared: step 2 is not finite: .*\n.*remedy"
+    ):
+        verify.trace(config, 1, 3)
 
 
 def test_compiled_blocks_compute_the_same(small):

@@ -68,6 +68,19 @@ def test_phases_and_evaluations_are_told(tmp_path):
     assert lines[-1] == "step 7: held-out loss 2.5000"
 
 
+def test_what_is_not_finite_is_said(tmp_path):
+    def write(progress: Progress) -> None:
+        record(tmp_path, loss=None, grad_norm=None, skipped=2, dead_experts=3, collapsed_layers=0)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 7, "warning": "layers.0: no token for expert 1 since step 3"}) + "\n")
+            file.write(json.dumps({"step": 7, "heldout_loss": None}) + "\n")
+
+    lines = shown(tmp_path, write).splitlines()[1:]
+    assert lines[0].startswith("step 1/100  loss not finite  tokens/s 12,346  grad norm not finite  imbalance 1.25")
+    assert lines[0].endswith("skipped 2  dead experts 3  left 1:02:05")
+    assert lines[1:] == ["step 7: layers.0: no token for expert 1 since step 3", "step 7: held-out loss not finite"]
+
+
 def test_rank_0_is_heard(tmp_path):
     def write(progress: Progress) -> None:
         (tmp_path / "logs").mkdir()
@@ -120,6 +133,17 @@ def test_the_summary_shows_the_loss_beside_the_simple_models(tmp_path):
     order = [out.index(text) for text in ("1.5000", "3.2500", "2.5000", "10,000 tokens/s", "step-00000010")]
     assert order == sorted(order)
     assert "report" not in out
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_the_summary_says_what_went_wrong(tmp_path, skipped):
+    values = {"heldout_loss": None, "skipped_steps": skipped, "routing": "layers.0: no token for expert 1 since step 3"}
+    (tmp_path / "summary.json").write_text(json.dumps(values))
+    console = Console(file=io.StringIO(), width=120)
+    summary.show(tmp_path, console)
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in console.file.getvalue().splitlines()]
+    assert ["held-out loss", "not finite"] in rows and ["routing", values["routing"]] in rows
+    assert (["steps skipped", "3, not finite"] in rows) == bool(skipped)
 
 
 def test_no_summary_no_table(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from math import isnan
 from urllib.request import urlopen
 
 import pytest
@@ -27,8 +28,10 @@ def read(port: int) -> dict[str, tuple[dict[str, str], float]]:
 def test_the_latest_metrics_are_served_and_then_no_longer(port: int) -> None:
     exporter = Exporter("tiny", port, "127.0.0.1")
     exporter.tell({"loss": 3.5, "seconds/exposed all-to-all": 0.25, "step": 3})
-    exporter.tell({"loss": 3.25, "step": 4})
-    assert read(port) == {
+    exporter.tell({"loss": 3.25, "step": 4, "grad_norm": float("nan")})
+    found = read(port)
+    assert isnan(found.pop("moesys_grad_norm")[1]), "what is not finite now is not what was finite before"
+    assert found == {
         "moesys_loss": ({"run": "tiny"}, 3.25),
         "moesys_seconds_exposed_all_to_all": ({"run": "tiny"}, 0.25),
         "moesys_step": ({"run": "tiny"}, 4.0),

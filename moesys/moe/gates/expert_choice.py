@@ -93,7 +93,8 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
 
     def _counts(self, score_TE: Tensor) -> Tensor:
         """Tokens per expert and bin: int64 [E, BINS]."""
-        place = ((score_TE.log2() / self.OCTAVES + 1) * self.BINS).clamp(0, self.BINS - 1).long()
+        # NaN is in no bin, and its step counts for nothing.
+        place = ((score_TE.log2() / self.OCTAVES + 1) * self.BINS).nan_to_num(0.0).clamp(0, self.BINS - 1).long()
         row = torch.arange(self.experts, device=score_TE.device) * self.BINS
         return torch.bincount((place + row).flatten(), minlength=self.experts * self.BINS).view(-1, self.BINS)
 
@@ -102,6 +103,9 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
         if found is None:
             return self.threshold_E.new_zeros(self.experts * self.BINS)
         return found.flatten()
+
+    def skip_step(self) -> None:
+        self.histogram_EB = None
 
     def after_step(self, total: Tensor) -> None:
         passed = self._quantile(total.view(self.experts, self.BINS).double())

@@ -58,3 +58,6 @@ class Gate(nn.Module):
 
     def after_step(self, total: Tensor) -> None:
         """Called once after each optimizer step with the sum of `step_statistics`."""
+
+    def skip_step(self) -> None:
+        """Called in place of `after_step` where the optimizer skipped the step: forget its statistics."""

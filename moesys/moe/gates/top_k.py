@@ -255,8 +255,11 @@ class TopKGate(Gate):
     def before_step(self, total: Tensor) -> None:
         self.global_load, self.load = total[-self.candidates :], None
 
-    def after_step(self, total: Tensor) -> None:
+    def skip_step(self) -> None:
         self.load = self.global_load = None
+
+    def after_step(self, total: Tensor) -> None:
+        self.skip_step()
         if self.bias_rate:
             load_E = total[: self.candidates]
             load_E = load_E if self.zero is None else self.zero.adjust(load_E)

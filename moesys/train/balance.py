@@ -1,0 +1,155 @@
+"""Telling routers that have collapsed: experts that get no tokens, and layers that send every token to the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moesys.config.schema import Config
+
+WINDOW = 20
+"""Steps in a row that a state must hold before it is told, or all steps of a run that has fewer: single steps come
+and go."""
+
+SILENT = 1000
+"""An expert is dead when the mean expert has got this many assignments since it got its last one: its share is below a
+thousandth of a balanced one's, which chance does not explain."""
+
+NEAR = 0.95
+"""A layer is collapsed when one expert gets at least this share of all its tokens. With k experts per token its
+imbalance, largest / mean load, is then at least this share of the largest one possible, E / k."""
+
+EXEMPT = ("dense", "soft", "smear", "expert_choice")
+"""Gates whose experts all take part, or choose their tokens: balance means nothing there, or is given."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with the routing of one layer.
+
+    Attributes:
+        layer: "layers.3".
+        kind: "dead", or "collapsed".
+        experts: those without tokens, or the one with nearly all of them.
+        since: first step since which all of them are so.
+    """
+
+    layer: str
+    kind: str
+    experts: tuple[int, ...]
+    since: int
+
+    def __str__(self) -> str:
+        count, shown = len(self.experts), ", ".join(map(str, self.experts[:8]))
+        who = f"expert{'s' * (count > 1)} {shown}" + (f" and {count - 8} more" if count > 8 else "")
+        if self.kind == "collapsed":
+            each = "each get" if count > 1 else "gets"
+            return f"{self.layer}: {who} {each} at least {NEAR:.0%} of all tokens since step {self.since}"
+        return f"{self.layer}: no token for {who} since step {self.since}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"layer": self.layer, "kind": self.kind, "experts": list(self.experts), "since": self.since}
+
+
+def sentence(faults: Sequence[Fault], most: int = 4) -> str:
+    """Several faults in one line, at most so many in full."""
+    more = len(faults) - most
+    return "; ".join([*map(str, faults[:most]), *([f"and {more} more in other layers"] if more > 0 else [])])
+
+
+class BalanceWatch:
+    """Follows every step's load, which all ranks have gathered for the metrics."""
+
+    def __init__(self, config: Config):
+        model, t = config.model, config.train
+        moe = model.moe
+        self.layers = [f"layers.{i}" for i in range(model.layers) if model.is_moe(i)]
+        self.active = bool(
+            moe is not None
+            and self.layers
+            and moe.gate.kind not in EXEMPT
+            and moe.gate.force == "none"
+            and moe.experts > moe.choices
+        )
+        if moe is None:
+            return
+        shape = (len(self.layers), moe.experts)
+        self.steps, self.warmup, self.window = t.steps, t.schedule.warmup, min(WINDOW, t.steps)
+        self.tokens, self.choices = t.global_batch * t.seq_len, moe.choices
+        self.step = 0
+        # First steps since which experts get nothing, or all: the next one, where they do not.
+        self.silent_LE, self.full_LE = np.ones(shape, np.int64), np.ones(shape, np.int64)
+        self.missed_LE = np.zeros(shape)
+        self._told: set[tuple[str, str, int]] = set()
+
+    def take(self, step: int, load: Sequence[Sequence[float]] | None) -> list[Fault]:
+        """Count a step's `load`, assignments per layer and expert; what it makes certain and was not told before.
+
+        Nothing is told before the learning rate's warm-up ends, unless the run ends with it. `load` None: of a step
+        whose numbers say nothing.
+        """
+        if not self.active or load is None:
+            return []
+        self.step, load_LE = step, np.asarray(load)
+        total_L1 = load_LE.sum(1, keepdims=True)
+        self.silent_LE[load_LE > 0] = step + 1
+        self.missed_LE = np.where(load_LE > 0, 0.0, self.missed_LE + total_L1 / load_LE.shape[1])
+        # Where some assignments count for nothing, their sum says of fewer tokens than there are.
+        self.full_LE[load_LE < NEAR * np.maximum(self.tokens, total_L1 / self.choices)] = step + 1
+        if step <= self.warmup and step < self.steps:
+            return []
+        fresh = [fault for fault in self.faults() if not self._known(fault)]
+        self._told |= {(fault.layer, fault.kind, expert) for fault in fresh for expert in fault.experts}
+        return fresh
+
+    def _known(self, fault: Fault) -> bool:
+        return all((fault.layer, fault.kind, expert) in self._told for expert in fault.experts)
+
+    def faults(self) -> list[Fault]:
+        """What is wrong now, layer by layer."""
+        if not self.active:
+            return []
+        last = self.step - self.window + 1
+        dead_LE = (self.silent_LE <= last) & (self.missed_LE >= SILENT)
+        found = []
+        for i, layer in enumerate(self.layers):
+            of_layer = (("collapsed", self.full_LE[i] <= last, self.full_LE), ("dead", dead_LE[i], self.silent_LE))
+            for kind, is_E, since_LE in of_layer:
+                if is_E.any():
+                    experts = np.flatnonzero(is_E)
+                    found.append(Fault(layer, kind, tuple(experts.tolist()), int(since_LE[i, experts].max())))
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """For metrics: dead experts of all layers, and collapsed layers; nothing where balance means nothing."""
+        if not self.active:
+            return {}
+        faults = self.faults()
+        dead = sum(len(fault.experts) for fault in faults if fault.kind == "dead")
+        return {"dead_experts": dead, "collapsed_layers": sum(fault.kind == "collapsed" for fault in faults)}
+
+    def as_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps: layer's place, expert, first step (and what was missed) of those that are so now."""
+        if not self.active:
+            return {}
+        silent = np.argwhere(self.silent_LE <= self.step).tolist()
+        full = np.argwhere(self.full_LE <= self.step).tolist()
+        return {
+            "silent": [[i, e, int(self.silent_LE[i, e]), float(self.missed_LE[i, e])] for i, e in silent],
+            "full": [[i, e, int(self.full_LE[i, e])] for i, e in full],
+        }
+
+    def restore(self, step: int, kept: dict[str, Any]) -> None:
+        """Go on from what the checkpoint of `step` kept; as if all was well before, where it kept nothing."""
+        if not self.active:
+            return
+        self.step = step
+        self.silent_LE.fill(step + 1)
+        self.full_LE.fill(step + 1)
+        for i, e, since, missed in kept.get("silent", []):
+            self.silent_LE[i, e], self.missed_LE[i, e] = since, missed
+        for i, e, since in kept.get("full", []):
+            self.full_LE[i, e] = since

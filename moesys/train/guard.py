@@ -1,0 +1,133 @@
+"""Steps whose numbers are not finite: skipped and counted, and the end of a run that no longer has any others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moesys.config.schema import SkipsConfig
+from moesys.errors import TrainingError
+from moesys.train.engine import Engine, Update
+from moesys.train.finite import place
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A step that updated nothing.
+
+    Attributes:
+        gradients: parameters whose gradients are not finite, in the model's order. None at all if only the loss is
+            not finite, or the gradients' squares are more than their type holds.
+        state: weights, buffers and "NAME/SLOT" of the optimizer that are not finite, in the model's order.
+    """
+
+    step: int
+    loss: float
+    norm: float
+    gradients: list[str]
+    state: list[str]
+
+    def __str__(self) -> str:
+        found = f"loss {self.loss:.6g}, norm of the gradients {self.norm:.6g}"
+        if self.gradients:
+            found += f", first in the gradient of {named(self.gradients)}"
+        return found
+
+
+class Guard:
+    """Counts the skipped steps of a run, and says when it must end.
+
+    Attributes:
+        consecutive: skipped steps since the last one that updated.
+        total: skipped steps of the run.
+        last: the latest of them in this process.
+    """
+
+    def __init__(self, allowed: SkipsConfig):
+        self.allowed = allowed
+        self.consecutive = self.total = 0
+        self.last: Skip | None = None
+
+    def take(self, step: int, loss: float, update: Update, engine: Engine) -> Skip | None:
+        """Count a step; what is known of it if it was skipped. Collective then, and only then."""
+        if update.bad is None:
+            self.consecutive = 0
+            return None
+        gradients, state = gathered(update.bad, engine.nonfinite())
+        self.consecutive, self.total = self.consecutive + 1, self.total + 1
+        self.last = Skip(step, loss, update.norm, gradients, state)
+        return self.last
+
+    def check(self, newest: Path | None = None) -> None:
+        """Raise if the last step was one too many; `newest` is the newest checkpoint, for the message.
+
+        Raises:
+            TrainingError: more steps were skipped than `train.skips` allows, or weights are not finite, which no
+                later step repairs.
+        """
+        skip, a = self.last, self.allowed
+        if not self.consecutive or skip is None:
+            return
+        if skip.state:
+            raise TrainingError(f"step {skip.step}: not finite: {named(skip.state)}; {skip}{remedy(newest)}")
+        if self.consecutive > a.consecutive:
+            rule = f"{self.consecutive} in a row, and train.skips.consecutive is {a.consecutive}"
+        elif self.total > a.total:
+            rule = f"{self.total} in this run, and train.skips.total is {a.total}"
+        else:
+            return
+        raise TrainingError(f"step {skip.step}: skipped for it is not finite, {rule}: {skip}{remedy(newest)}")
+
+    def as_json(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"consecutive": self.consecutive, "total": self.total}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Count on from what a checkpoint kept; from nothing where it kept nothing."""
+        self.consecutive, self.total = (int(kept.get(key, 0)) for key in ("consecutive", "total"))
+
+
+def demand_finite(engine: Engine, what: str, remedy: str) -> None:
+    """Raise if a weight, or what gates or the optimizer keep, is not finite on any rank. Collective.
+
+    Raises:
+        TrainingError: "`what`: not finite: NAME", and `remedy`.
+    """
+    (found,) = gathered(engine.nonfinite())
+    if found:
+        raise TrainingError(f"{what}: not finite: {named(found)}\n    remedy: {remedy}")
+
+
+def demand_numbers(record: dict[str, Any], what: str) -> None:
+    """Raise if a training step that is to be compared or timed was not finite.
+
+    Raises:
+        TrainingError: names the step.
+    """
+    bad = [key for key in ("loss", "grad_norm") if not isfinite(record[key])]
+    if bad:
+        found = ", ".join(f"{key} is {record[key]}" for key in bad)
+        raise TrainingError(f"{what}: step {record['step']} is not finite: {found}{remedy(None)}")
+
+
+def gathered(*names: list[str]) -> list[list[str]]:
+    """Each list with what all ranks have in it, once, in the model's order. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, names)
+    return [sorted({name for rank in everyone for name in rank[i]}, key=place) for i in range(len(names))]
+
+
+def named(names: list[str]) -> str:
+    """The first of several tensors, and how many more there are."""
+    more = len(names) - 1
+    return names[0] + (f" (and {more} other tensor{'s' * (more > 1)})" if more else "")
+
+
+def remedy(newest: Path | None) -> str:
+    """What to do about a run whose numbers are no longer finite."""
+    where = f"; {newest} is finite: the run goes on from there" if newest else ""
+    return f"\n    remedy: lower train.optimizer.lr, lengthen its warm-up, or clip more (train.optimizer.clip){where}"

@@ -1,0 +1,141 @@
+"""Steps with a gradient or a loss that is not finite on one rank, in worker processes; importable by name."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from batches import connected, forget, join, start
+
+from moesys.config import Config
+from moesys.errors import TrainingError
+from moesys.parallel.gradients import local
+from moesys.train import checkpoint
+
+TARGET = "layers.3.ffn.experts.fc1"
+BAD = {1: "gradient", 3: "gradient", 4: "loss"}
+"""Steps, and what is not finite in them."""
+STEPS = 6
+
+
+def observed(configs: Mapping[str, Config], world: int, folder: Path) -> list[dict[str, Any]]:
+    """By rank, of each configuration what `_observe` finds."""
+    start(_work, world, dict(configs), folder)
+    return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _work(rank: int, world: int, configs: dict[str, Config], folder: Path) -> None:
+    join(rank, world, folder)
+    found = {}
+    for number, (name, config) in enumerate(configs.items()):
+        found[name] = _observe(config, folder / str(number))
+    torch.save(found, folder / f"found-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _observe(config: Config, folder: Path) -> dict[str, Any]:
+    """A run with poisoned steps, stopped and continued from a checkpoint after every poisoned one; and the same run
+    from which these steps are left out."""
+    from moesys.data.corpus import open_corpus
+    from moesys.train.loop import Trainer
+
+    config, mesh = connected(config)
+    corpus = open_corpus(config)
+    trainer = Trainer(config, mesh, corpus)
+    found: dict[str, Any] = {"kept": [], "skips": [], "records": [], "checkpoints": []}
+    for step in range(1, STEPS + 1):
+        before = trainer.engine.weights()
+        if step in BAD:
+            poison(trainer.engine, BAD[step])
+        found["records"].append(trainer.train_step())
+        if step in BAD:
+            found["kept"].append(_equal(before, trainer.engine.weights()))
+            found["skips"].append(trainer.guard.last)
+            trainer.save(folder)
+            trainer = Trainer(config, mesh, corpus)
+            trainer.resume(folder)
+            found["checkpoints"].append((trainer.guard.consecutive, trainer.guard.total))
+    reference = Trainer(config, mesh, corpus)
+    for step in range(1, STEPS + 1):
+        if step in BAD:
+            reference.step += 1
+            reference.seen += config.train.global_batch
+        else:
+            reference.train_step()
+    found["equal"] = _equal(trainer.engine.weights(), reference.engine.weights())
+    found["moved"] = not _equal(before, trainer.engine.weights())
+    found["state"] = _poisoned_state(trainer, folder)
+    del trainer, reference, mesh
+    gc.collect()
+    if config.engine == "native":
+        forget()  # Megatron's ranks do so themselves
+    return found
+
+
+def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def poison(engine: Any, what: str) -> None:
+    """Spoil the next step on the last rank alone: before its gradients are reduced."""
+    mine = dist.get_rank() == dist.get_world_size() - 1
+    if what == "loss":
+        update = engine.update
+        if mine:
+            hook = engine.moe_layers()["layers.3.ffn"].register_forward_hook(lambda _, __, out: out * float("nan"))
+
+        def healed(rate: float) -> Any:
+            engine.update = update
+            if mine:
+                hook.remove()
+            return update(rate)
+
+        engine.update = healed
+    elif engine.config.engine == "native":
+        reduce = engine.model.gradients.reduce
+
+        def poisoned() -> None:
+            engine.model.gradients.reduce = reduce
+            if mine:
+                local(engine.model.named_parameters()[TARGET].grad).view(-1)[0] = float("inf")
+            reduce()
+
+        engine.model.gradients.reduce = poisoned
+    else:
+        finalize = engine.transformer.finalize_model_grads_func
+
+        def spoiled(*arguments: Any, **more: Any) -> None:
+            engine.transformer.finalize_model_grads_func = finalize
+            if mine:
+                next(p for p, piece, _ in engine.held() if piece.name == TARGET).main_grad.view(-1)[0] = float("inf")
+            finalize(*arguments, **more)
+
+        engine.transformer.finalize_model_grads_func = spoiled
+
+
+def _poisoned_state(trainer: Any, folder: Path) -> list[str]:
+    """What is said, and which checkpoints are left, when a weight on the last rank is not finite."""
+    before = sorted(path.name for path in folder.glob("step-*"))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        name = "layers.3.attention.o_proj.weight"
+        if trainer.config.engine == "native":
+            local(trainer.engine.model.named_parameters()[name].detach()).view(-1)[0] = float("nan")
+        else:
+            next(part for _, piece, part in trainer.engine.held() if piece.name == name).view(-1)[0] = float("nan")
+    told = []
+    try:
+        trainer.save(folder)
+    except TrainingError as error:
+        told.append(str(error))
+    assert sorted(path.name for path in folder.glob("step-*")) == before
+    trainer.train_step()
+    try:
+        trainer.guard.check(checkpoint.newest(folder))
+    except TrainingError as error:
+        told.append(str(error))
+    return told

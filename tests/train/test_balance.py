@@ -1,0 +1,103 @@
+"""Collapsed routers are told, with the step since which; healthy ones, and those that only begin, are not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from support import changed
+
+from moesys.config.schema import Config
+from moesys.train.balance import BalanceWatch, Fault, sentence
+
+BASE: dict[str, Any] = {
+    "model": {"hidden": 8, "layers": 2, "moe": {"experts": 4, "top_k": 2, "ffn_hidden": 8}},
+    "train": {"steps": 100, "seq_len": 64, "global_batch": 8},
+}
+TOKENS = 512
+EVEN = [256, 256, 256, 256]
+COLLAPSED = [512, 0, 509, 3]
+
+
+def watch(*changes: dict[str, Any]) -> BalanceWatch:
+    return BalanceWatch(Config.model_validate(changed(BASE, *changes)))
+
+
+def told(found: BalanceWatch, loads: list[list[list[float]]]) -> dict[int, list[Fault]]:
+    """What is told, by the step that tells it."""
+    return {step: faults for step, load in enumerate(loads, 1) if (faults := found.take(step, load))}
+
+
+def test_a_collapsed_router_is_told_once_with_its_first_step():
+    found = watch()
+    faults = told(found, [[EVEN, EVEN]] * 5 + [[EVEN, COLLAPSED]] * 60)
+    expected = [Fault("layers.1", "collapsed", (0, 2), 6), Fault("layers.1", "dead", (1,), 6)]
+    assert faults == {25: expected}
+    assert found.faults() == expected
+    assert found.counts() == {"dead_experts": 1, "collapsed_layers": 1}
+    assert sentence(expected) == (
+        "layers.1: experts 0, 2 each get at least 95% of all tokens since step 6; "
+        "layers.1: no token for expert 1 since step 6"
+    )
+
+
+def test_a_run_of_few_steps_tells_what_held_in_all_of_them():
+    assert [f.since for f in told(watch({"train": {"steps": 4}}), [[COLLAPSED, EVEN]] * 4)[4]] == [1, 1]
+
+
+def test_experts_that_wake_up_are_well_again():
+    found = watch()
+    told(found, [[COLLAPSED, EVEN]] * 30 + [[EVEN, EVEN]])
+    assert found.faults() == [] and found.counts() == {"dead_experts": 0, "collapsed_layers": 0}
+
+
+def test_nothing_is_told_before_the_warm_up_ends():
+    found = watch({"train": {"schedule": {"warmup": 40}}})
+    assert [*told(found, [[COLLAPSED, EVEN]] * 60)] == [41]
+
+
+def test_few_tokens_prove_nothing():
+    """64 experts, 8 assignments a step: most get nothing in twenty steps, by chance alone."""
+    found = watch({"model": {"layers": 1, "moe": {"experts": 64, "top_k": 1}}})
+    draw = np.random.default_rng(0)
+    loads = [[np.bincount(draw.integers(0, 64, 8), minlength=64).tolist()] for _ in range(100)]
+    assert told(found, loads) == {}
+
+
+def test_uneven_is_not_collapsed():
+    """An expert with 94% of the tokens, and one with a hundredth of the mean load."""
+    assert told(watch(), [[[481, 270, 270, 3], EVEN]] * 100) == {}
+
+
+@pytest.mark.parametrize("gate", ["dense", "soft", "smear", "expert_choice"])
+def test_gates_without_balance_are_left_alone(gate):
+    found = watch({"model": {"moe": {"gate": gate}}})
+    assert told(found, [[COLLAPSED, COLLAPSED]] * 60) == {} and found.counts() == {}
+
+
+def test_every_expert_of_every_token_is_no_collapse():
+    found = watch({"model": {"moe": {"top_k": 4}}})
+    assert told(found, [[[TOKENS] * 4] * 2] * 60) == {}
+
+
+def test_dense_models_have_no_routers():
+    config = Config.model_validate({"model": {"hidden": 8, "layers": 1, "ffn_hidden": 8}})
+    found = BalanceWatch(config)
+    assert found.take(1, None) == [] and found.counts() == {} and found.as_json() == {}
+
+
+def test_resumption_remembers_since_when():
+    first = watch()
+    assert told(first, [[COLLAPSED, EVEN]] * 10) == {}
+    second = watch()
+    second.restore(10, json.loads(json.dumps(first.as_json())))
+    for step in range(11, 21):
+        faults = second.take(step, [COLLAPSED, EVEN])
+    assert [fault.since for fault in faults] == [1, 1]
+
+
+def test_long_lists_are_cut():
+    text = sentence([Fault(f"layers.{i}", "dead", tuple(range(12)), 3) for i in range(6)])
+    assert "experts 0, 1, 2, 3, 4, 5, 6, 7 and 4 more" in text and text.endswith("and 2 more in other layers")
