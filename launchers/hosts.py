@@ -94,6 +94,7 @@ class Hosts:
             "MOESYS_NETNS": self.namespace(host),
             "MOESYS_NODE_IP": self.address(host),
             "GLOO_SOCKET_IFNAME": INTERFACE,
+            "NCCL_SOCKET_IFNAME": INTERFACE,
         }
 
     def close(self) -> None:

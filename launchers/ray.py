@@ -19,7 +19,8 @@ from moesys.errors import LaunchError
 from moesys.launchers import device
 from moesys.launchers.failure import PORT_TAKEN, Outcome, clear_traces
 from moesys.launchers.ray_worker import Task, train_loop
-from moesys.launchers.spec import LOOPBACK, RunSpec, default_threads
+from moesys.launchers.spec import RunSpec, default_threads
+from moesys.loopback import LOOPBACK
 
 if TYPE_CHECKING:
     from moesys.launchers.ray_cluster import EmbeddedRay, ExistingRay

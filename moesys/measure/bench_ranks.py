@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from moesys.kernels.expert_ffn_blocked import working_type
+from moesys.loopback import stay_here
 from moesys.measure import deepspeed_layer
 from moesys.measure.bench_layer import Shape, both, build, dense
 from moesys.measure.interleave import interleave, slowest
@@ -69,6 +70,7 @@ class Result:
 
 def run(shape: Shape, dtype: torch.dtype, ranks: int, rounds: int | None, peers: Peers) -> Result:
     """Time the layer on `ranks` processes of this machine, its cores divided among them."""
+    stay_here()
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.measure.bench_ranks"])
     with tempfile.TemporaryDirectory(prefix="moesys-bench-") as folder:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
 from moesys.errors import MoesysError
+from moesys.loopback import stay_here
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import ParallelMesh
 from moesys.train.loop import Trainer
@@ -65,10 +65,8 @@ def run(
 
 def compare(config: Config, rounds: int, steps: int) -> dict[str, list[float]]:
     """Tokens per second of each round, one round of each side after the other, on the same batches."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    dist.init_process_group("gloo", address, rank=0, world_size=1)
+    stay_here()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = ParallelMesh(Degrees(), torch.device("cpu"), config.launch.timeout_s)
         trainer = Trainer(config, mesh, open_corpus(config))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moesys.config.schema import Config
+from moesys.loopback import stay_here
 from moesys.parallel.mesh import Ranks
 
 
@@ -24,6 +25,7 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
 
     Yields the folder, in which results may be left; it is removed afterwards.
     """
+    stay_here()
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
     with tempfile.TemporaryDirectory(prefix="moesys-") as folder:
