@@ -116,7 +116,7 @@ def gpu_comment(spec: RunSpec) -> str:
 
 def exports(spec: RunSpec) -> dict[str, str]:
     """Variables written into the script. Those of the submitting shell, tokens among them, go with sbatch."""
-    fixed = {"PYTHONPATH": spec.env["PYTHONPATH"], "PYTHONUNBUFFERED": "1"}
+    fixed = {"PYTHONPATH": spec.env["PYTHONPATH"], "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if spec.config.launch.threads is not None:
         fixed["OMP_NUM_THREADS"] = str(spec.config.launch.threads)
     return fixed | {name: spec.env[name] for name in spec.config.launch.env if name not in secrets(spec)}

@@ -25,6 +25,7 @@ LATE = ("HF_", "WANDB_", "TOKENIZERS_")
 ASSIGNED_PER_WORKER = ("CUDA_VISIBLE_DEVICES",)
 """Never passed on from the caller: the launcher decides which devices a worker sees."""
 
+
 @dataclass(frozen=True)
 class RunSpec:
     """One run, ready to be launched.

@@ -6,6 +6,7 @@ read and write what the ranks agree on. Here it listens on the one address that 
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -14,16 +15,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from moesys.errors import MoesysError
-
 EVERYWHERE = ""
 """In place of an address: all interfaces."""
 
 _held: list[socket.socket] = []
-
-
-class PortTaken(MoesysError):
-    """Rank 0 cannot listen where the ranks are to meet."""
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
@@ -80,7 +75,7 @@ def join(backend: str, timeout: timedelta, env: Mapping[str, str] | None = None)
     and of the process group. Under torchrun, which keeps a store itself, that one is used.
 
     Raises:
-        PortTaken: rank 0 cannot listen on MASTER_PORT.
+        torch.distributed.DistNetworkError: rank 0 cannot listen on MASTER_PORT; as torch's own store says it.
     """
     env = os.environ if env is None else env
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "MASTER_ADDR" not in env:
@@ -104,10 +99,9 @@ def _kept(host: str, port: int, world: int, several_nodes: bool, timeout: timede
         try:
             server = listen(address, port)
         except OSError as error:
-            raise PortTaken(
-                f"the rendezvous of the ranks cannot be at {host}:{port}: {(error.strerror or str(error)).lower()}"
-                "\n    remedy: launch again, or set another MASTER_PORT where you start the ranks yourself"
-            ) from None
+            taken = "EADDRINUSE, " if error.errno == errno.EADDRINUSE else ""
+            said = f"the ranks cannot meet at {host}:{port}: {taken}{(error.strerror or str(error)).lower()}"
+            raise dist.DistNetworkError(said) from None
     else:
         _held.remove(server)
     # The store owns the descriptor from here on, and closes it.

@@ -11,7 +11,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moesys import leftovers
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
 from moesys.errors import MoesysError
@@ -129,12 +129,12 @@ def _batches(config: Config, trainer: Trainer) -> Iterator[Tensor]:
 
 def first_step(path: Path, overrides: list[str], launcher: str) -> float:
     """Seconds from the command to the first training step's record."""
-    with tempfile.TemporaryDirectory(prefix="moesys-bench-") as folder:
+    with leftovers.temporary("bench") as folder:
         changes = [*overrides, "train.steps=1", "train.eval_sequences=1", "name=first", f"output.runs={folder}"]
         command = [sys.executable, "-m", "moesys.cli", "launch", str(path), "--launcher", launcher, *changes]
         begin = monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        metrics = Path(folder) / "first" / "metrics.jsonl"
+        metrics = folder / "first" / "metrics.jsonl"
         while process.poll() is None and not _has_step(metrics):
             sleep(0.02)
         seconds = monotonic() - begin

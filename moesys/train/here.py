@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moesys import leftovers
 from moesys.config.schema import Config
 from moesys.loopback import stay_here
 from moesys.parallel.mesh import Ranks
@@ -28,9 +28,9 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     stay_here()
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
-    with tempfile.TemporaryDirectory(prefix="moesys-") as folder:
-        mp.start_processes(work, (world, *arguments, folder), nprocs=world, start_method="forkserver")
-        yield Path(folder)
+    with leftovers.temporary("proof") as folder:
+        mp.start_processes(work, (world, *arguments, str(folder)), nprocs=world, start_method="forkserver")
+        yield folder
 
 
 @contextmanager
