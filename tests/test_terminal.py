@@ -77,7 +77,8 @@ def test_torchs_profiler_is_silent() -> None:
     """It otherwise prints lines of its own ("USDT: … profiler_start") between those of `moesys bench layer`."""
     code = (
         "from moesys.cli import main\nmain(['config', '--schema'])\n"
-        "import torch\nfrom moesys.measure.memory import peak_bytes\nprint(peak_bytes(lambda: torch.ones(99) + 1, torch.device('cpu')))"
+        "import torch\nfrom moesys.measure.memory import peak_bytes\n"
+        "print(peak_bytes(lambda: torch.ones(99) + 1, torch.device('cpu')))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
