@@ -27,5 +27,5 @@ setup(
         "hf": ["datasets>=3", "tokenizers>=0.20"],
         "megatron": ["megatron-core==0.16.1"],
     },
-    entry_points={"console_scripts": ["moesys = moesys.cli:main"]},
+    entry_points={"console_scripts": ["moesys = moesys.__main__:main"]},
 )

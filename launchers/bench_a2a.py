@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import date
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moesys
+from moesys import leftovers
 from moesys.config.load import dump
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
@@ -122,8 +122,8 @@ def command(arguments: argparse.Namespace) -> int:
     options = options_of(arguments, config)
     base = Path(config.output.runs).expanduser()
     base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-a2a-", dir=base) as folder:
-        spec = RunSpec.of(config, Path(folder))
+    with leftovers.temporary("bench-a2a-", base) as folder:
+        spec = RunSpec.of(config, folder)
         (spec.run_dir / "config.yaml").write_text(dump(spec.config))
         write_json(spec.run_dir / "bench.json", asdict(options))
         started = workers(spec, config.launch.launcher, "moesys.train.a2a")

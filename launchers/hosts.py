@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from moesys import leftovers
 from moesys.errors import LaunchError
 from moesys.launchers.local import LocalWorkers
 from moesys.launchers.spec import RunSpec
@@ -62,11 +62,13 @@ class Hosts:
     def __init__(self, count: int, gbit: float | None = None):
         self.count, self.gbit = count, gbit
         self._name = f"ms{os.getpid()}x{next(_numbers)}"
+        self._owned: leftovers.Owned | None = None
 
     def __enter__(self) -> Hosts:
         if why := unavailable():
             raise LaunchError(why)
-        _remove_orphans()
+        self._owned = leftovers.Owned("hosts")
+        self._owned.network(self._name)
         try:
             _run(f"ip link add {self._name} mtu {MTU} type bridge")
             _run(f"ip link set {self._name} up")
@@ -94,11 +96,13 @@ class Hosts:
             "MOESYS_NETNS": self.namespace(host),
             "MOESYS_NODE_IP": self.address(host),
             "GLOO_SOCKET_IFNAME": INTERFACE,
+            "NCCL_SOCKET_IFNAME": INTERFACE,
         }
 
     def close(self) -> None:
         """Remove the hosts and their links. Harmless twice."""
-        _remove(self._name)
+        if self._owned is not None:
+            self._owned.remove()
 
     def _add(self, host: int) -> None:
         name, outside = self.namespace(host), f"{self._name}v{host}"
@@ -151,23 +155,3 @@ def _run(command: str | list[str]) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise LaunchError(f"pretended hosts: `{' '.join(words)}` failed: {done.stderr.strip()}")
-
-
-def _remove(name: str) -> None:
-    """The bridge and the hosts of this name, if they exist; links go with their hosts."""
-    for namespace in _namespaces():
-        if namespace.startswith(f"{name}h"):
-            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
-    subprocess.run(["ip", "link", "delete", name], capture_output=True)
-
-
-def _remove_orphans() -> None:
-    for namespace in _namespaces():
-        owner, _, rest = namespace.removeprefix("ms").partition("x")
-        if namespace.startswith("ms") and owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            _remove(f"ms{owner}x{rest.partition('h')[0]}")
-
-
-def _namespaces() -> list[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
-    return [line.split()[0] for line in listed.stdout.splitlines() if line.strip()]

@@ -22,7 +22,8 @@ from moesys.launchers.failure import (
 )
 from moesys.launchers.port import ReservedPort
 from moesys.launchers.processes import Ended, Processes
-from moesys.launchers.spec import LOOPBACK, RunSpec
+from moesys.launchers.spec import RunSpec
+from moesys.loopback import LOOPBACK
 
 HOST = "127.0.0.1"
 SETTLE_S = 2.0

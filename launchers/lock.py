@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moesys import leftovers
 from moesys.errors import LaunchError
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir` and hold it; whatever ends this process releases it.
+    """Make `run_dir` and hold it; whatever ends this process releases it. What killed runs left is removed first.
 
     Raises:
         LaunchError: another process holds it, or it cannot be made.
     """
+    leftovers.remove()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

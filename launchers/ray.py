@@ -6,20 +6,20 @@ is shown, and how everything ends.
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesys import leftovers
 from moesys.errors import LaunchError
 from moesys.launchers import device
 from moesys.launchers.failure import PORT_TAKEN, Outcome, clear_traces
-from moesys.launchers.ray_worker import Task, train_loop
-from moesys.launchers.spec import LOOPBACK, RunSpec, default_threads
+from moesys.launchers.ray_worker import Task
+from moesys.launchers.spec import RunSpec, default_threads
+from moesys.loopback import LOOPBACK
 
 if TYPE_CHECKING:
     from moesys.launchers.ray_cluster import EmbeddedRay, ExistingRay
@@ -48,7 +48,6 @@ def job_environment(spec: RunSpec) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",  # a worker whose peer is gone cannot leave its group
     }
 
 
@@ -82,12 +81,22 @@ class RayWorkers:
         self._closing.enter_context(ray_cluster.environment(RAY_ENV | job_env))
         address = ray_cluster.find_address(self.spec.config.launch.ray_address)
         self._check_nodes(address)
+        owned = leftovers.Owned("ray")
+        self._closing.callback(owned.remove)
         if address is None:
-            self._ray = ray_cluster.EmbeddedRay(self.spec.world)
+            self._ray = ray_cluster.EmbeddedRay(self.spec.world, owned)
+            self._storage = owned.path / "train"
         else:
             self._ray = ray_cluster.ExistingRay(address)
+            self._storage = self.spec.run_dir / "ray"  # seen by all nodes
+            owned.claim(self._storage)
         self._closing.callback(self._ray.stop)
-        self._ray.start(job_env)
+        try:
+            with ray_cluster.output_to(self.spec.run_dir / "logs" / "ray.log"):
+                self._ray.start(job_env)
+        except LaunchError:
+            self._keep_logs()
+            raise
         self._trainer = self._make_trainer()
         phase(f"starting {self.spec.world} workers")
         self._start_fit()
@@ -106,17 +115,15 @@ class RayWorkers:
         timeout_s = self.spec.config.launch.timeout_s
         outcome = outcome_of(self._error, self.spec.run_dir, self._ray.where, timeout_s)
         if outcome.message.startswith("Ray failed"):
-            self._ray.keep_logs(self.spec.run_dir / "logs" / "ray")
+            self._keep_logs()
         return outcome
+
+    def _keep_logs(self) -> None:
+        self._ray.keep_logs(self.spec.run_dir / "logs" / "ray")
 
     def stop(self) -> None:
         """End the workers, and Ray if it was started for them."""
         self._closing.close()
-        shutil.rmtree(self._storage, ignore_errors=True)
-
-    @property
-    def _storage(self) -> Path:
-        return self.spec.run_dir / "ray"
 
     def _check_nodes(self, address: str | None) -> None:
         nodes = self.spec.config.cluster.nodes
@@ -134,12 +141,10 @@ class RayWorkers:
         placement = ray_placement.choose(config, spec.world, ray_cluster.living_nodes(), self._ray.where)
         task = Task(config=config, run_dir=str(spec.run_dir), cwd=str(Path.cwd()), worker=self.worker)
         return ray_trainer.make(
-            train_loop,
             task,
             placement,
             world=spec.world,
             env=self._worker_env(placement.device, placement.cores),
-            timeout_s=math.ceil(config.launch.timeout_s),
             max_failures=config.launch.max_failures,
             storage=self._storage,
         )

@@ -8,23 +8,33 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import secrets
 import shutil
 import socket
-import tempfile
+import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.state import available_resources_per_node
+from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
 
 from moesys.errors import LaunchError
 from moesys.launchers.address import host_and_port
+from moesys.leftovers import Owned
 
 CONNECT_S = 5.0
+
+TOKEN = secrets.token_hex(32)
+"""Of every embedded Ray of this process: Ray keeps the first that it reads."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +59,78 @@ def find_address(configured: str | None, env: Mapping[str, str] | None = None) -
 
 
 @contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of this process for a while; Ray reads its settings from there, also while imported."""
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables of this process for a while, or remove those that are None; Ray reads its settings from there."""
     before = {key: os.environ.get(key) for key in variables}
-    os.environ.update(variables)
+    _set(variables)
     try:
         yield
     finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for key, value in variables.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = value
+
+
+@contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Append to `log` what this process prints meanwhile, from C++ as well, and what Ray's threads ever die of.
+
+    Ray asks its users to report what it prints there. What it raises is enough for ours.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threading.excepthook = lambda death: _append(log, death)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    shown = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        for descriptor in shown:
+            os.dup2(file, descriptor)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.close(file)
+        for descriptor, before in shown.items():
+            os.dup2(before, descriptor)
+            os.close(before)
+        if not log.stat().st_size:
+            log.unlink()
+
+
+def _append(log: Path, death: threading.ExceptHookArgs) -> None:
+    with suppress(OSError), log.open("a", encoding="utf-8", errors="replace") as file:
+        traceback.print_exception(death.exc_type, death.exc_value, death.exc_traceback, file=file)
 
 
 class EmbeddedRay:
-    """Ray started on this machine, in a folder of its own, with one logical CPU per worker."""
+    """Ray started on this machine, with one logical CPU per worker, its files in the folder of `owned`.
+
+    Nobody else gets at it: that folder is this user's alone, Ray's processes listen on the loopback interface,
+    and they serve only who knows a token that is made for them and written nowhere.
+    """
 
     where = "this machine"
     single_machine = True
 
-    def __init__(self, world: int):
-        self.world = world
-        # Not under $TMPDIR: the paths of Unix sockets inside must stay below 107 characters.
-        self._folder = tempfile.mkdtemp(prefix="moesys-", dir="/tmp")
+    def __init__(self, world: int, owned: Owned):
+        self.world, self._owned = world, owned
+        self._closing = ExitStack()
 
     def start(self, job_env: Mapping[str, str]) -> None:
         """Start Ray; `job_env` is meant for its processes and inherited by them."""
+        # Ray enables its tokens by itself unless RAY_AUTH_MODE says something. Its name for the other variable
+        # comes from where it is the default: there Ray is for one machine, and stays on loopback.
+        private = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": TOKEN, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+        self._closing.enter_context(environment(self._owned.environment | private))
+        self._closing.enter_context(on_loopback())
+        AuthenticationTokenLoader.instance().reset_cache()
         preload = threading.Thread(target=import_slow_libraries, daemon=True)
         preload.start()
         try:
@@ -84,23 +139,44 @@ class EmbeddedRay:
                 num_cpus=self.world,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=self._folder,
+                logging_level=logging.CRITICAL,
+                _temp_dir=str(self._owned.path),
             )
         except Exception as error:
             self.stop()
-            raise LaunchError(f"Ray could not be started on this machine: {error}") from error
+            raise LaunchError(
+                f"Ray could not be started on this machine: {first_sentence(error)}\n    remedy: try again when the "
+                "machine has less to do, or look into logs/ray in the run's folder; --launcher local needs no Ray"
+            ) from error
         preload.join()
         silence_driver()
 
     def keep_logs(self, folder: Path) -> None:
         """Copy the logs of Ray's own processes to `folder`, for errors that are not a worker's."""
-        shutil.copytree(f"{self._folder}/session_latest/logs", folder, dirs_exist_ok=True)
+        logs = self._owned.path / "session_latest" / "logs"
+        if logs.is_dir():
+            shutil.copytree(logs, folder, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+            folder.chmod(0o700)
 
     def stop(self) -> None:
-        """End Ray's processes, the workers among them, and remove their folder."""
+        """End Ray's processes, the workers among them."""
         ray.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._closing.close()
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Let a Ray that starts meanwhile take 127.0.0.1 for this machine's address, and listen there alone.
+
+    Its variable for that was read when Ray was imported, which may have been before; `_node_ip_address` of
+    `ray.init` would not do, as Ray replaces a loopback address.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 class ExistingRay:
@@ -117,17 +193,18 @@ class ExistingRay:
         Raises `LaunchError` where no cluster answers, or this machine is not one of its nodes.
         """
         check_reachable(self.address)
+        authenticate(self.address)
         try:
             ray.init(
                 address=self.address,
                 runtime_env={"env_vars": dict(job_env)},
                 log_to_driver=False,
-                logging_level=logging.ERROR,
+                logging_level=logging.CRITICAL,
             )
         except Exception as error:
             raise LaunchError(
-                f"could not join {self.where}: {error}\n    remedy: run this command on a node of the cluster, "
-                "with the same versions of Python and Ray, or submit it with `ray job submit`"
+                f"could not join {self.where}: {first_sentence(error)}\n    remedy: run this command on a node of the "
+                "cluster, with the same versions of Python and Ray, or submit it with `ray job submit`"
             ) from error
         silence_driver()
 
@@ -137,6 +214,45 @@ class ExistingRay:
     def stop(self) -> None:
         """Leave the cluster; it then ends this job's workers."""
         ray.shutdown()
+
+
+def authenticate(address: str) -> None:
+    """Show the cluster at HOST:PORT the token that it asks for, if it asks for one and this user has it.
+
+    A Ray started by `ray start` asks for one where its user had one already. Ray itself would try twenty times,
+    and then speak of something else.
+
+    Raises:
+        LaunchError: the cluster does not accept what this user has.
+    """
+    if not address.rpartition(":")[2].isdigit() or _accepts_us(address):
+        return
+    if maybe_enable_token_auth_if_token_available(warn_if_disabled=False) and _accepts_us(address):
+        return
+    mode = os.environ.get("RAY_AUTH_MODE")
+    wrong = (
+        "and the one that is set here is another's" if mode == "token" else f"and RAY_AUTH_MODE is {mode or 'not set'}"
+    )
+    raise LaunchError(
+        f"the Ray cluster at {address} asks for a token, {wrong}\n    remedy: export RAY_AUTH_MODE=token, with the "
+        "cluster's token in RAY_AUTH_TOKEN or in ~/.ray/auth_token (`ray get-auth-token` on its head prints it)"
+    )
+
+
+def _accepts_us(address: str) -> bool:
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        return False
+    except Exception:
+        return True  # something else is wrong, which `ray.init` will say
+    return True
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first line of what Ray says, without its advice to report it."""
+    lines = [line for line in str(error).strip().splitlines() if "github.com" not in line and line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def silence_driver() -> None:

@@ -6,16 +6,19 @@ At run time the names of `ray.train` are those of its version 2; type checkers s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from moesys.launchers.ray_placement import Placement
+from moesys.launchers.ray_rendezvous import Rendezvous, loop
 from moesys.launchers.ray_worker import Task
+from moesys.launchers.spec import told_late
 
 NEEDLESS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 """Parts of Ray Train that each start one more process. The cleaner fills its log on a Ray without dashboard
@@ -54,27 +57,27 @@ class Trainer(TorchTrainer):
 
 
 def make(
-    loop: Callable[[Any], None],
     task: Task,
     placement: Placement,
     *,
     world: int,
-    env: dict[str, str],
-    timeout_s: int,
+    env: Mapping[str, str],
     max_failures: int,
     storage: Path,
 ) -> TorchTrainer:
-    """A trainer of `world` workers that call `loop(task)` with environment `env`.
+    """A trainer of `world` workers that do `task` with environment `env`.
+
+    Ray writes the environment of processes that it is to start into its logs, so only what a process needs from its
+    first moment takes this way.
 
     `max_failures` restarts of all workers; Ray's own failures to start them are counted apart, up to the
     same number. Nothing is reported through Ray, so `storage` stays empty but for its bookkeeping.
     """
-    backend = "nccl" if placement.device == "cuda" else "gloo"
+    late = told_late(env)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     return Trainer(
-        loop,
-        train_loop_config=dict(task),
-        torch_config=TorchConfig(backend=backend, timeout_s=timeout_s),
+        partial(loop, late, task),  # not train_loop_config, which Ray Train may export
+        torch_config=Rendezvous(backend="nccl" if placement.device == "cuda" else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=world,
             use_gpu=placement.device == "cuda",
@@ -88,6 +91,6 @@ def make(
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=max_failures, controller_failure_limit=max_failures
             ),
-            worker_runtime_env={"env_vars": env},
+            worker_runtime_env={"env_vars": {name: value for name, value in env.items() if name not in late}},
         ),
     )

@@ -8,6 +8,7 @@ of other users on shared nodes, and a `ray stop` at the end that takes every Ray
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 from moesys.config.load import dump
+from moesys.config.secret import is_secret
 from moesys.errors import LaunchError
 from moesys.launchers.spec import RunSpec
 
@@ -114,10 +116,16 @@ def gpu_comment(spec: RunSpec) -> str:
 
 def exports(spec: RunSpec) -> dict[str, str]:
     """Variables written into the script. Those of the submitting shell, tokens among them, go with sbatch."""
-    fixed = {"PYTHONPATH": spec.env["PYTHONPATH"], "PYTHONUNBUFFERED": "1"}
+    fixed = {"PYTHONPATH": spec.env["PYTHONPATH"], "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if spec.config.launch.threads is not None:
         fixed["OMP_NUM_THREADS"] = str(spec.config.launch.threads)
-    return fixed | spec.config.launch.env
+    return fixed | {name: spec.env[name] for name in spec.config.launch.env if name not in secrets(spec)}
+
+
+def secrets(spec: RunSpec) -> dict[str, str]:
+    """Variables of `launch.env` that are not written: sbatch gets them in its environment, and passes that on."""
+    given = {name: spec.env[name] for name in spec.config.launch.env}
+    return {name: value for name, value in given.items() if is_secret(name, value)}
 
 
 def submit(spec: RunSpec) -> int:
@@ -130,7 +138,7 @@ def submit(spec: RunSpec) -> int:
         remedy = "print the script with --dry-run and submit it where there is one"
         raise LaunchError(f"there is no sbatch on this machine\n    remedy: {remedy}")
     path = write(spec)
-    return subprocess.run([sbatch, str(path)]).returncode
+    return subprocess.run([sbatch, str(path)], env={**os.environ, **secrets(spec)}).returncode
 
 
 def write(spec: RunSpec) -> Path:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import moesys
 from moesys.config.schema import Config
+from moesys.config.secret import hidden, is_secret, resolved
 
 PASSED_ON = (
     "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "MOESYS_", "OMP_", "GOMP_", "MKL_",
@@ -19,25 +19,25 @@ PASSED_ON = (
 """Beginnings of the caller's variables that workers get. On a Ray cluster nothing else of the caller's
 environment reaches them: workers inherit from the cluster's own processes."""
 
+LATE = ("HF_", "WANDB_", "TOKENIZERS_")
+"""Beginnings of variables that nothing reads before a worker's own code runs."""
+
 ASSIGNED_PER_WORKER = ("CUDA_VISIBLE_DEVICES",)
 """Never passed on from the caller: the launcher decides which devices a worker sees."""
-
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-"""For workers of one machine: gloo else looks the host's name up, and where that leads is anybody's guess."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
     """One run, ready to be launched.
 
-    `run_dir` is absolute; `world` counts worker processes; `env` is what `worker_environment` returns,
-    the same for all workers (RANK and its relatives are added by each launcher).
+    `config` holds no secrets; `run_dir` is absolute; `world` counts worker processes; `env` is what
+    `worker_environment` returns, the same for all workers (RANK and its relatives are added by each launcher).
     """
 
     config: Config
     run_dir: Path
     world: int
-    env: Mapping[str, str]
+    env: Mapping[str, str] = field(repr=False)
 
     @classmethod
     def of(cls, config: Config, run_dir: Path | None = None, world: int | None = None) -> RunSpec:
@@ -46,7 +46,7 @@ class RunSpec:
         cluster = config.cluster
         folder = Path(config.output.runs) / config.name if run_dir is None else run_dir
         return cls(
-            config=config,
+            config=hidden(config),
             run_dir=folder.absolute(),
             world=cluster.nodes * cluster.ranks_per_node if world is None else world,
             env=worker_environment(config),
@@ -58,6 +58,10 @@ def worker_environment(config: Config, caller: Mapping[str, str] | None = None) 
 
     `caller` is the launching process's environment (default: the real one). `launch.env` wins over it.
     OMP_NUM_THREADS is `launch.threads`, else the caller's, else this node's cores / ranks_per_node.
+    Whatever the terminal understands, workers write their logs in UTF-8.
+
+    Raises:
+        ConfigError: `launch.env` refers to a variable that the caller lacks.
     """
     caller = os.environ if caller is None else caller
     env = {k: v for k, v in caller.items() if k.startswith(PASSED_ON) and k not in ASSIGNED_PER_WORKER}
@@ -67,7 +71,16 @@ def worker_environment(config: Config, caller: Mapping[str, str] | None = None) 
     env.setdefault("OMP_NUM_THREADS", str(default_threads(cores(), config.cluster.ranks_per_node)))
     env["PYTHONPATH"] = python_path(caller.get("PYTHONPATH", ""))
     env.setdefault("PYTHONUNBUFFERED", "1")  # so that logs can be followed line by line
-    return env | config.launch.env
+    env |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    return env | resolved(config.launch.env, caller)
+
+
+def told_late(env: Mapping[str, str]) -> dict[str, str]:
+    """What of `env` is handed to workers that run already, and not to the system that starts them.
+
+    Such a system may write down what it is given, as Ray does: secrets, and what only libraries of the worker read.
+    """
+    return {name: value for name, value in env.items() if is_secret(name, value) or name.startswith(LATE)}
 
 
 def cores() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,6 +12,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from moesys import leftovers
 from moesys.config.load import dump, load
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
@@ -78,8 +78,8 @@ def measure(config: Config, runs: Path) -> float:
     Returns the median seconds of its recorded steps.
     """
     output = config.output.model_copy(update={"tensorboard": False})
-    with tempfile.TemporaryDirectory(prefix="what-if-", dir=runs) as folder:
-        spec = RunSpec.of(config.model_copy(update={"output": output}), Path(folder))
+    with leftovers.temporary("what-if-", runs) as folder:
+        spec = RunSpec.of(config.model_copy(update={"output": output}), folder)
         (spec.run_dir / "config.yaml").write_text(dump(spec.config))
         if launch(spec, config.launch.launcher, Console(stderr=True, quiet=True)):
             raise WhatIfError(f"{config.name} did not run with this setting")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moesys import __version__
+from moesys import __version__, terminal
 from moesys.errors import ConfigError, MoesysError
 from moesys.files import write_json
 from moesys.options import count, output, tolerance
@@ -328,6 +328,7 @@ def a2a_options(sub: argparse.ArgumentParser) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; errors meant for the user become one message and an exit code."""
+    terminal.forgive()
     # argparse takes no positional arguments after an option once it has seen some: collect overrides.
     arguments, rest = parser().parse_known_args(words)
     if strange := [word for word in rest if word.startswith("-") or "=" not in word]:
@@ -336,6 +337,7 @@ def main(words: Sequence[str] | None = None) -> int:
     # OpenMP's idle threads spin for some ten milliseconds before they sleep, on cores that experts' own threads
     # need; it is told how long when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all levels: its profiler tells of every start and stop
     try:
         return arguments.run(arguments)
     except MoesysError as error:

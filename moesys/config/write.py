@@ -9,6 +9,7 @@ import yaml
 
 from moesys.config.read import CORE_SCHEMA
 from moesys.config.schema import Config
+from moesys.config.secret import hidden
 
 
 class _Dumper(yaml.SafeDumper):
@@ -38,8 +39,8 @@ _Dumper.add_representer(str, _text)
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration, every key with its value, as YAML that `load` reads back."""
-    text: str = yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    """The resolved configuration, every key with its value but for secrets (secret.py), as YAML that `load` reads."""
+    text: str = yaml.dump(hidden(config).model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return text
 
 

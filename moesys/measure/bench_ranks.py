@@ -7,13 +7,11 @@ in which the layer multiplies.
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -21,7 +19,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from moesys import leftovers
 from moesys.kernels.expert_ffn_blocked import working_type
+from moesys.loopback import stay_here
 from moesys.measure import deepspeed_layer
 from moesys.measure.bench_layer import Shape, both, build, dense
 from moesys.measure.interleave import interleave, slowest
@@ -69,12 +69,13 @@ class Result:
 
 def run(shape: Shape, dtype: torch.dtype, ranks: int, rounds: int | None, peers: Peers) -> Result:
     """Time the layer on `ranks` processes of this machine, its cores divided among them."""
+    stay_here()
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.measure.bench_ranks"])
-    with tempfile.TemporaryDirectory(prefix="moesys-bench-") as folder:
-        arguments = (ranks, shape, dtype, rounds, folder, peers)
+    with leftovers.temporary("bench") as folder:
+        arguments = (ranks, shape, dtype, rounds, str(folder), peers)
         mp.start_processes(_work, arguments, nprocs=ranks, start_method="forkserver")
-        seconds: dict[str, list[float]] = torch.load(Path(folder) / "seconds.pt")
+        seconds: dict[str, list[float]] = torch.load(folder / "seconds.pt")
     beyond = {}
     for side in (name for name in seconds if not name.startswith("arithmetic")):
         multiplies_in = working_type(dtype) if side.startswith("moesys") else dtype

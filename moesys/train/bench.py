@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -24,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moesys import leftovers
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
 from moesys.errors import MoesysError
+from moesys.loopback import stay_here
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import ParallelMesh
 from moesys.train.guard import demand_numbers
@@ -66,10 +66,8 @@ def run(
 
 def compare(config: Config, rounds: int, steps: int) -> dict[str, list[float]]:
     """Tokens per second of each round, one round of each side after the other, on the same batches."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    dist.init_process_group("gloo", address, rank=0, world_size=1)
+    stay_here()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = ParallelMesh(Degrees(), torch.device("cpu"), config.launch.timeout_s)
         trainer = Trainer(config, mesh, open_corpus(config))
@@ -135,12 +133,12 @@ def _batches(config: Config, trainer: Trainer) -> Iterator[Tensor]:
 
 def first_step(path: Path, overrides: list[str], launcher: str) -> float:
     """Seconds from the command to the first training step's record."""
-    with tempfile.TemporaryDirectory(prefix="moesys-bench-") as folder:
+    with leftovers.temporary("bench") as folder:
         changes = [*overrides, "train.steps=1", "train.eval_sequences=1", "name=first", f"output.runs={folder}"]
         command = [sys.executable, "-m", "moesys.cli", "launch", str(path), "--launcher", launcher, *changes]
         begin = monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        metrics = Path(folder) / "first" / "metrics.jsonl"
+        metrics = folder / "first" / "metrics.jsonl"
         while process.poll() is None and not _has_step(metrics):
             sleep(0.02)
         seconds = monotonic() - begin

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,8 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moesys import leftovers
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
+from moesys.loopback import stay_here
 from moesys.parallel.mesh import Ranks
 
 
@@ -28,16 +29,18 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     Raises:
         MoesysError: what a process raised that a user is to read.
     """
+    stay_here()
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
-    with tempfile.TemporaryDirectory(prefix="moesys-") as folder:
+    with leftovers.temporary("proof") as folder:
         try:
-            mp.start_processes(_call, (work, world, *arguments, folder), nprocs=world, start_method="forkserver")
+            words = (world, *arguments, str(folder))
+            mp.start_processes(_call, (work, *words), nprocs=world, start_method="forkserver")
         except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            if text := next((path.read_text() for path in sorted(Path(folder).glob("told-*.txt"))), ""):
+            if text := next((path.read_text() for path in sorted(folder.glob("told-*.txt"))), ""):
                 raise MoesysError(text) from None
             raise
-        yield Path(folder)
+        yield folder
 
 
 def _call(rank: int, work: Callable[..., None], *arguments: Any) -> None:

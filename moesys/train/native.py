@@ -20,6 +20,7 @@ from moesys.parallel.compose import compose
 from moesys.parallel.degrees import Degrees, resolve
 from moesys.parallel.gradients import local
 from moesys.parallel.mesh import ParallelMesh, Ranks
+from moesys.parallel.rendezvous import join
 from moesys.train import optimizer, storage
 from moesys.train.engine import Update
 from moesys.train.finite import nonfinite
@@ -34,7 +35,7 @@ def joined(config: Config) -> tuple[Degrees, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.launch.timeout_s)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        join("nccl" if cuda else "gloo", timeout)
     degrees, problems = resolve(config, dist.get_world_size())
     if degrees is None:
         raise MoesysError("; ".join(map(str, problems)))

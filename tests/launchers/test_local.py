@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from support import listening
 
 from moesys.errors import LaunchError
 from moesys.launchers.failure import WorkerError
@@ -83,6 +84,7 @@ def test_workers_deaf_to_sigterm_are_killed(launched):
 def test_workers_die_with_a_killed_driver(launched):
     run = launched("local", 2, MOESYS_TOY="wait")
     pids = run.wait_until_training()
+    assert listening(pids).keys() == {"127.0.0.1"}
     run.process.kill()
     run.wait_until_gone(pids, timeout=5)
 

@@ -1,7 +1,7 @@
 """The Ray launcher with real Ray: few starts, because each takes many seconds.
 
-One run on a simulated cluster of two nodes; one that fails twice, one whose worker is killed and one that
-is interrupted on an embedded Ray.
+Two runs on a simulated cluster of two nodes, one of them refused; on an embedded Ray one that fails twice, one
+whose worker is killed, one that is interrupted and one whose driver is killed.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import os
 import re
 import signal
+import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from ray.cluster_utils import Cluster
 from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from support import listening
 
 from moesys.errors import LaunchError
 from moesys.launchers import failure, ray_cluster, ray_placement, ray_trainer
+from moesys.launchers.lock import locked
 from moesys.launchers.ray import RayWorkers
 from moesys.launchers.ray_cluster import Node
 from moesys.launchers.ray_errors import outcome_of
@@ -29,19 +33,33 @@ from moesys.launchers.spec import RunSpec
 
 
 @pytest.fixture
-def cluster() -> Iterator[str]:
-    """The address of a cluster of two nodes, each with room for all workers, and a head with room for none."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        nodes.add_node(num_cpus=8)
-    yield nodes.address
-    nodes.shutdown()
+def cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """The address of a cluster of two nodes that asks for a token, and the file that holds it."""
+    token = tmp_path / "token"
+    token.write_text("0123456789" * 4)
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, str(Path(__file__).with_name("cluster.py"))]
+    env = {**os.environ, **settings}
+    process = subprocess.Popen(
+        command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    while ":" not in (line := process.stdout.readline()):
+        assert line, "the cluster did not start"
+    yield line.split()[-1], str(token)
+    process.communicate()
 
 
 def test_ranks_lie_on_their_nodes_with_their_environment(launched, cluster, tmp_path):
-    """Left to itself Ray would pack all four workers on one node."""
-    settings = [f"launch.ray_address={cluster}", "cluster.nodes=2", "launch.env={FROM_LAUNCH_ENV: yes please}"]
-    run = launched("ray", 2, *settings, "data.kind=text", "data.path=corpus", NCCL_DEBUG="WARN", UNRELATED="too")
+    """Left to itself Ray would pack all four workers on one node. The cluster asks for a token."""
+    address, token = cluster
+    stranger = launched("ray", 2, f"launch.ray_address={address}", RAY_AUTH_TOKEN_PATH="/nowhere", HOME=str(tmp_path))
+    code, _, err = stranger.finish()
+    assert code == 1 and "InvalidAuthToken" not in err
+    assert err.startswith(f"moesys: the Ray cluster at {address} asks for a token, and RAY_AUTH_MODE is not set\n")
+    assert "    remedy: export RAY_AUTH_MODE=token, with the cluster's token in RAY_AUTH_TOKEN or in ~/.ray" in err
+    settings = [f"launch.ray_address={address}", "cluster.nodes=2", "launch.env={FROM_LAUNCH_ENV: yes please}"]
+    settings += ["data.kind=text", "data.path=corpus"]
+    run = launched("ray", 2, *settings, NCCL_DEBUG="WARN", UNRELATED="too", RAY_AUTH_TOKEN_PATH=token)
     code, out, err = run.finish()
     assert (code, err) == (0, "")
     assert "starting Ray …" in out and "starting 4 workers …" in out
@@ -73,10 +91,28 @@ def test_a_failing_worker_is_restarted_then_its_error_shown_once(launched):
     assert not run.alive()
 
 
-def test_sigkill_of_a_worker_ends_the_run(launched):
-    run = launched("ray", 2, MOESYS_TOY="wait")
+def folder_of(processes: dict[int, str]) -> Path:
+    """The temporary folder of the Ray that these processes, by their command lines, are."""
+    (folder,) = set(re.findall(r"/tmp/moesys-\d+/ray-\w+", " ".join(processes.values())))
+    return Path(folder)
+
+
+def test_sigkill_of_a_worker_ends_the_run_that_nobody_could_reach_or_read(launched):
+    settings = "launch.env={MY_PASSWORD: hunter2, PLAIN: shown}"
+    run = launched("ray", 2, settings, MOESYS_TOY="wait", HF_TOKEN="hunter3", WANDB_API_KEY="hunter4")
     pids = run.wait_until_training()
     assert {worker["GLOO_SOCKET_IFNAME"] for worker in run.seen()} == {"lo"}
+    assert {worker["HF_TOKEN"] for worker in run.seen()} == {"hunter3"}
+    processes = run.descendants()
+    found = listening([run.process.pid, *processes])
+    assert found.keys() == {"127.0.0.1"} and len(found["127.0.0.1"]) > 5
+    folder = folder_of(processes)
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    (token,) = {token_of(pid) for pid in processes} - {""}
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    text = b"".join(path.read_bytes() for path in written)
+    assert b"PLAIN" in text and b"hunter" not in text and len(token) > 30 and token.encode() not in text
+    assert "hunter" not in " ".join(processes.values())
     os.kill(pids[1], signal.SIGKILL)
     begin = time.monotonic()
     code, out, err = run.finish()
@@ -91,13 +127,34 @@ def test_ctrl_c_leaves_nothing(launched):
     run = launched("ray", 2, MOESYS_TOY="wait")
     run.wait_until_training()
     processes = run.descendants()
-    (folder,) = set(re.findall(r"/tmp/moesys-\w+", " ".join(processes.values())))
-    assert len(processes) > 5 and Path(folder).is_dir()
+    folder = folder_of(processes)
+    assert len(processes) > 5 and folder.is_dir()
     run.process.send_signal(signal.SIGINT)
     code, _, err = run.finish(timeout=30)
     assert (code, err) == (130, "moesys: stopped by SIGINT\n")
     run.wait_until_gone(processes, timeout=5)
-    assert not Path(folder).exists()
+    assert not folder.exists()
+
+
+def test_the_next_start_removes_what_a_killed_driver_left(launched, tmp_path):
+    run = launched("ray", 2, MOESYS_TOY="wait")
+    run.wait_until_training()
+    processes = run.descendants()
+    folder = folder_of(processes)
+    run.process.kill()
+    run.process.wait()
+    assert folder.is_dir()
+    with locked(tmp_path / "another"):
+        assert not folder.exists() and not (run.run_dir / "ray").exists()
+    run.wait_until_gone(processes, timeout=60)
+
+
+def token_of(pid: int) -> str:
+    """The token in a process's environment, "" if it has none or is gone."""
+    with suppress(OSError):
+        found = re.search(rb"RAY_AUTH_TOKEN=([^\0]*)", Path(f"/proc/{pid}/environ").read_bytes())
+        return found[1].decode() if found else ""
+    return ""
 
 
 def test_a_missing_ray_is_told_with_its_remedy(config, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SHOWN = (
     "FROM_LAUNCH_ENV",
     "MOESYS_NODE_IP",
     "UNRELATED",
+    "HF_TOKEN",
 )
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -76,11 +78,12 @@ def write(path: Path, value: object) -> None:
 
 
 def gloo_barrier() -> Callable[[], None]:
-    """A collective over all workers, initialising torch.distributed unless the launcher did."""
+    """A collective over all workers, which join their process group."""
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
+    from moesys.parallel.rendezvous import join
+
+    join("gloo", timedelta(seconds=60))
     return dist.barrier
 
 

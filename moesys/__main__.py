@@ -1,0 +1,62 @@
+"""The `moesys` command as a process: stopped by Ctrl-C at any moment, and reading UTF-8 wherever it runs.
+
+python -m moesys launch configs/quickstart.yaml
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+STOPPED = 130
+
+_asked: list[int] = []
+
+
+def main() -> int:
+    """Run one command; returns its exit code, 130 after Ctrl-C."""
+    try:
+        signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _unraisable
+        _read_utf8()
+        from moesys.cli import main as command
+
+        return command()
+    except KeyboardInterrupt:
+        return STOPPED
+    except Exception:
+        if _asked:  # while libraries are imported they make errors of their own of it
+            return STOPPED
+        raise
+    finally:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(STOPPED))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _asked.append(number)
+    raise KeyboardInterrupt
+
+
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C in a place that cannot raise it is told by nobody."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+
+
+def _read_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has files in another encoding, as ours never are.
+
+    The terminal keeps the encoding that it has.
+    """
+    import locale
+
+    if sys.flags.utf8_mode or locale.getencoding().lower().replace("-", "") == "utf8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", getattr(sys.stdout, "encoding", None) or "ascii")
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

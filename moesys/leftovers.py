@@ -1,0 +1,219 @@
+"""What belongs to a process and must not outlive it: folders, pretended hosts, processes.
+
+A process that ends in order removes its own. One that is killed by SIGKILL cannot; so whatever is made is first
+written down, beside who owns it, in /tmp/moesys-UID, and every start removes what belongs to the dead. Nothing else
+is touched: a process number alone proves nothing, as it may be another's by now, so the mark has the time at which
+the owner started, the boot of the machine, and the namespace in which the number counts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moesys.errors import FileError
+from moesys.files import read_json, write_json
+
+MARK = "owner.json"
+"""In every folder below `root()`: its owner, and what else belongs to it."""
+
+CLAIM = ".owner"
+"""In a claimed folder elsewhere: the name of the folder below `root()` that it belongs to."""
+
+VARIABLE = "MOESYS_OWNED"
+"""In the environment of processes that belong to a folder below `root()`: its path."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, told apart from every other that has or had its number."""
+
+    pid: int
+    start: str | None
+    """Clock ticks from the machine's boot to the process's start; None where the system does not say."""
+    boot: str | None
+    space: str | None
+    """The namespace of process numbers."""
+    host: str
+
+    @classmethod
+    def here(cls) -> Owner:
+        """This process."""
+        pid = os.getpid()
+        return cls(pid, _started(pid), _boot(), _space(), os.uname().nodename)
+
+    def is_dead(self) -> bool:
+        """Whether it certainly runs no more; False where that cannot be known from here."""
+        if self.host != os.uname().nodename:
+            return False
+        if self.boot != _boot():
+            return True
+        if self.space != _space():
+            return False
+        if self.start is not None:
+            return _started(self.pid) != self.start
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
+def _started(pid: int) -> str | None:
+    """When a running process started; None if there is none (or only one that waits to be reaped)."""
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if words[0] in "ZX" else words[19]
+    return None
+
+
+def _boot() -> str | None:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None
+
+
+def _space() -> str | None:
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return None
+
+
+def root() -> Path:
+    """The folder of this user, made if need be, that nobody else can read.
+
+    Not under $TMPDIR: whoever starts next must find it, and the paths of Unix sockets inside must stay below
+    107 characters.
+
+    Raises:
+        FileError: something of another user has its name.
+    """
+    path = _root()
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise FileError(f"{path} is no folder of this user\n    remedy: have it removed")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        path.chmod(0o700)
+    return path
+
+
+def _root() -> Path:
+    base = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+    return base / f"moesys-{os.getuid()}"
+
+
+class Owned:
+    """A folder of this process, `path`, and what else it will leave if it is killed.
+
+    `kind` begins the folder's name. What the dead left is removed first.
+    """
+
+    def __init__(self, kind: str):
+        remove()
+        self._mark: dict[str, Any] = {"owner": asdict(Owner.here()), "folders": [], "networks": []}
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=root()))
+        write_json(new / MARK, self._mark)
+        self.path = new.with_name(f"{kind}-{new.name.removeprefix('.new-')}")
+        new.rename(self.path)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For processes that belong to this one."""
+        return {VARIABLE: str(self.path)}
+
+    def claim(self, folder: Path) -> None:
+        """Make `folder`, or take the one that is there, to be removed with all that will be in it."""
+        self._note("folders", str(folder.absolute()))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CLAIM).write_text(self.path.name)
+
+    def network(self, name: str) -> None:
+        """Note pretended hosts that will be made: a bridge `name` and namespaces whose names begin with it."""
+        self._note("networks", name)
+
+    def remove(self) -> None:
+        """Remove all of it. Harmless twice."""
+        _clear(self.path, self._mark)
+
+    def _note(self, key: str, value: str) -> None:
+        self._mark[key].append(value)
+        write_json(self.path / MARK, self._mark)
+
+
+@contextmanager
+def temporary(prefix: str, folder: Path | None = None) -> Iterator[Path]:
+    """A new folder inside `folder` (default: this user's own), removed at the end, or after this process's death."""
+    owned = Owned(prefix.rstrip("-"))
+    try:
+        if folder is None:
+            yield owned.path
+        else:
+            made = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+            owned.claim(made)
+            yield made
+    finally:
+        owned.remove()
+
+
+def remove() -> None:
+    """Remove what dead processes of this user left. Never fails: what cannot be removed stays."""
+    with suppress(OSError):
+        if _root().lstat().st_uid == os.getuid():
+            for path in sorted(_root().iterdir()):
+                _remove_if_dead(path)
+
+
+def _remove_if_dead(path: Path) -> None:
+    try:
+        mark = read_json(path / MARK, "")
+        owner = Owner(**mark["owner"])
+    except (FileError, KeyError, TypeError):
+        return  # it is being made, or removed by another
+    if owner.is_dead():
+        _clear(path, mark)
+
+
+def _clear(path: Path, mark: dict[str, Any]) -> None:
+    if not (path / MARK).exists():
+        return
+    _end_processes(path)
+    for name in mark["networks"]:
+        remove_network(name)
+    for folder in map(Path, mark["folders"]):
+        with suppress(OSError):
+            if (folder / CLAIM).read_text() == path.name:
+                shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_processes(path: Path) -> None:
+    """SIGKILL to every process that belongs to `path`."""
+    wanted = f"{VARIABLE}={path}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if wanted in environ.read_bytes().split(b"\0") and int(environ.parent.name) != os.getpid():
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+
+
+def remove_network(name: str) -> None:
+    """Remove the bridge `name` and the network namespaces of its hosts, if they exist; links go with them."""
+    if shutil.which("ip") is None:
+        return
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
+    for namespace in (line.split()[0] for line in listed.stdout.splitlines() if line.strip()):
+        if namespace.startswith(f"{name}h"):
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
+    subprocess.run(["ip", "link", "delete", name], capture_output=True)

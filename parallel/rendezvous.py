@@ -1,0 +1,110 @@
+"""How the ranks of a run find each other: a store that rank 0 keeps, reachable where it must be and nowhere else.
+
+torch's own `env://` lets rank 0's store listen on every interface of its machine: anybody who reaches the port may
+read and write what the ranks agree on. Here it listens on the one address that the ranks are told, MASTER_ADDR.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch.distributed as dist
+
+EVERYWHERE = ""
+"""In place of an address: all interfaces."""
+
+_held: list[socket.socket] = []
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """A listening socket on `host` alone; port 0: one that the system chooses.
+
+    Raises:
+        OSError: the address is none of this machine's, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+        server.listen(socket.SOMAXCONN)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def reserve(host: str) -> int:
+    """Listen on `host` for the store that this process will keep later; returns the port.
+
+    Nobody can take the port in between, as when a free one is looked for and let go again.
+    """
+    while _held:
+        _held.pop().close()
+    _held.append(listen(host))
+    port: int = _held[0].getsockname()[1]
+    return port
+
+
+def address_to_bind(host: str, several_nodes: bool) -> str:
+    """The address of this machine on which the store of a run with MASTER_ADDR `host` listens.
+
+    A name may lead to loopback on its own machine (Debian's 127.0.1.1); on several nodes such a store would be
+    out of the others' reach, so there, and where the name is unknown or another machine's, it listens everywhere.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        address = str(next((a for f, *_, a in found if f == socket.AF_INET), found[0][-1])[0])
+        if several_nodes and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            return EVERYWHERE
+        listen(address).close()
+    except OSError:
+        return EVERYWHERE
+    return address
+
+
+def join(backend: str, timeout: timedelta, env: Mapping[str, str] | None = None) -> None:
+    """Join the process group that `env` describes: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun has them.
+
+    `env` defaults to this process's environment, `LOCAL_WORLD_SIZE` to `WORLD_SIZE`. `timeout` is that of the store
+    and of the process group. Under torchrun, which keeps a store itself, that one is used.
+
+    Raises:
+        torch.distributed.DistNetworkError: rank 0 cannot listen on MASTER_PORT; as torch's own store says it.
+    """
+    env = os.environ if env is None else env
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "MASTER_ADDR" not in env:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    if rank == 0:
+        several = int(env.get("LOCAL_WORLD_SIZE", world)) < world
+        store = _kept(host, port, world, several, timeout)
+    else:
+        store = dist.TCPStore(host, port, world, is_master=False, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _kept(host: str, port: int, world: int, several_nodes: bool, timeout: timedelta) -> dist.TCPStore:
+    """The store in this process, on the socket that `reserve` holds for it if there is one."""
+    server = next((s for s in _held if s.getsockname()[1] == port), None)
+    if server is None:
+        address = address_to_bind(host, several_nodes)
+        try:
+            server = listen(address, port)
+        except OSError as error:
+            taken = "EADDRINUSE, " if error.errno == errno.EADDRINUSE else ""
+            said = f"the ranks cannot meet at {host}:{port}: {taken}{(error.strerror or str(error)).lower()}"
+            raise dist.DistNetworkError(said) from None
+    else:
+        _held.remove(server)
+    # The store owns the descriptor from here on, and closes it.
+    return dist.TCPStore(
+        host, port, world, is_master=True, timeout=timeout, master_listen_fd=server.detach(), use_libuv=True
+    )
