@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moesys.errors import LaunchError
+from moesys.launchers import folder
 
 
 @contextmanager
@@ -17,8 +18,9 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     Raises:
         LaunchError: another process holds it.
+        FileError: it cannot be made or written to.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    folder.make(run_dir)
     with (run_dir / "launch.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

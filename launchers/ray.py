@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesys.errors import LaunchError
 from moesys.launchers import device
-from moesys.launchers.failure import PORT_TAKEN, Outcome, clear_traces
+from moesys.launchers.failure import Outcome, clear_traces
 from moesys.launchers.ray_worker import Task, train_loop
 from moesys.launchers.spec import LOOPBACK, RunSpec, default_threads
 
@@ -98,11 +98,11 @@ class RayWorkers:
             return None
         if self._error is None:
             return Outcome(0)
-        if PORT_TAKEN.search(str(self._error)) and self._attempts < ATTEMPTS:
+        from moesys.launchers.ray_errors import is_port_taken, outcome_of
+
+        if is_port_taken(self._error) and self._attempts < ATTEMPTS:
             self._start_fit()
             return None
-        from moesys.launchers.ray_errors import outcome_of
-
         timeout_s = self.spec.config.launch.timeout_s
         outcome = outcome_of(self._error, self.spec.run_dir, self._ray.where, timeout_s)
         if outcome.message.startswith("Ray failed"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from moesys import __version__
 from moesys.errors import ConfigError, MoesysError
 from moesys.files import write_json
+from moesys.launchers import foreign
 from moesys.options import count, output, tolerance
 
 
@@ -328,6 +329,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if strange := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser().error(f"unrecognized arguments: {' '.join(strange)}")
     arguments.overrides = [*arguments.overrides, *rest]
+    foreign.forget()
     # OpenMP's idle threads spin for some ten milliseconds before they sleep, on cores that experts' own threads
     # need; it is told how long when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moesys.errors import DataError, MoesysError
+from moesys.errors import DataError
+from moesys.train import rank
 
 SHOWN = (
     "OMP_NUM_THREADS",
@@ -93,17 +94,6 @@ def ray_node() -> str | None:
     return ray.get_runtime_context().get_node_id()
 
 
-def main() -> int:
-    """As `moesys.train.worker` does: errors go to errors/rank-N.txt, the exit code is theirs."""
-    run_dir = Path(sys.argv[1])
-    try:
-        run(None, run_dir)
-    except Exception as error:
-        (run_dir / "errors").mkdir(exist_ok=True)
-        (run_dir / "errors" / f"rank-{os.environ['RANK']}.txt").write_text(f"{error}\n")
-        return error.exit_code if isinstance(error, MoesysError) else 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    folder = Path(sys.argv[1])
+    rank.leave(rank.process(lambda: run(None, folder), folder))
