@@ -24,7 +24,7 @@ from moesys.files import json_objects
 from moesys.launchers.failure import log_file
 from moesys.launchers.follow import Tail
 from moesys.train.beat import beat_file
-from moesys.train.rank import MARK
+from moesys.train.rank import OURS
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
@@ -106,8 +106,8 @@ class Progress:
             self._draw()
 
     def _hear(self, lines: Iterable[str]) -> None:
-        """Rank 0's output, without the line of its log that says what was started."""
-        self.tell(line for line in lines if not line.startswith(MARK))
+        """Rank 0's output, without the lines of its log that the launcher tells by itself."""
+        self.tell(line for line in lines if not line.startswith(OURS))
 
     def _follow(self) -> None:
         for line in self._metrics.lines():

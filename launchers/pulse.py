@@ -64,11 +64,11 @@ class Pulse:
         self._looked = now
         for rank in range(self.world):
             self._read(rank, now)
-        silent = {rank: sign for rank, sign in self._signs.items() if now - sign.seen > self.timeout_s / 4}
+        silent = {rank: sign for rank, sign in self._signs.items() if self._is_silent(sign, now)}
         news = [self._line(sign, now) for rank, sign in silent.items() if rank not in self._told]
         self._told = set(silent)
         # Where all fell silent at once, it is the run folder that does not answer, or this machine that slept.
-        return news if len(silent) < self.world else []
+        return news if len(silent) < len(self._signs) else []
 
     def explain(self, outcome: Outcome) -> Outcome:
         """`outcome`, told by the rank that did not come where it says that others waited for one in vain."""
@@ -97,6 +97,11 @@ class Pulse:
             self._signs[rank] = Sign(now, said)
         elif last is not None and last.said["host"] == os.uname().nodename:
             self._signs[rank] = replace(last, state=state(last.said["pid"]) or last.state)
+
+    def _is_silent(self, sign: Sign, now: float) -> bool:
+        """Whether the user is to hear of it: a process of this machine that computes may have no time for signs."""
+        here = sign.said["host"] == os.uname().nodename
+        return now - sign.seen > self.timeout_s / 4 and (sign.state in STATES or not here)
 
     def _line(self, sign: Sign, now: float) -> str:
         return f"{sign.who} has not answered for {now - sign.seen:.0f} s, since {sign.place}{self._why(sign)}"

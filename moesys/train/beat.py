@@ -108,6 +108,8 @@ def step(number: int) -> None:
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is, "moesys/train/loop.py:58 train_step", and whether it waits for other ranks."""
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
     if frame is None:
         return "", False
     waits = frame.f_code.co_filename.endswith(WAITING)

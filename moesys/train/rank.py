@@ -32,6 +32,9 @@ from moesys.train.ending import Failure
 MARK = "=== attempt "
 """Begins the line of a log that says what was started when."""
 
+OURS = "=== "
+"""Begins lines of a log that are for its reader alone: the launcher tells the same itself."""
+
 COMMAND = "MOESYS_COMMAND"
 """The variable with the command that the user gave."""
 
@@ -71,7 +74,7 @@ def process(work: Callable[[], None], run_dir: Path) -> int:
         failure.send()
         failure.write(run_dir)
         with suppress(OSError):
-            print(f"rank {rank} failed: {failure.sentence.splitlines()[0]}", file=sys.stderr, flush=True)
+            print(f"{OURS}rank {rank} failed: {failure.sentence.splitlines()[0]}", file=sys.stderr, flush=True)
         return failure.exit_code or 1
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -49,6 +50,22 @@ def test_sigkill_of_a_worker_ends_the_run(launched):
     assert time.monotonic() - begin < 5
     assert code == 128 + signal.SIGKILL
     assert err.startswith(f"moesys: rank 2 (pid {pids[2]}, node {os.uname().nodename}) was killed by SIGKILL")
+    assert not run.alive()
+
+
+def test_a_stopped_worker_is_named_and_not_those_that_waited_for_it(launched):
+    run = launched("local", 3, "launch.timeout_s=10", MOESYS_TOY="wait", MOESYS_TOY_TIMEOUT="10")
+    pids = run.wait_until_training()
+    os.kill(pids[1], signal.SIGSTOP)
+    code, out, err = run.finish()
+    who = rf"rank 1 \(pid {pids[1]}, node \S+\)"
+    why = rf"it is stopped, by SIGSTOP or Ctrl-Z: `kill -CONT {pids[1]}` lets it go on"
+    assert code == 1
+    assert re.search(rf"{who} has not answered for \d+ s, since .+: {why}\n", out), out
+    waited = r"the other ranks waited 10 s for it \(launch\.timeout_s\)"
+    assert re.match(rf"moesys: {who} does not answer since .+: {why}; {waited}\n", err), err
+    assert "Traceback" not in out + err
+    assert json.loads((run.run_dir / "beats" / "rank-0.json").read_text())["waits"]
     assert not run.alive()
 
 

@@ -2,7 +2,7 @@
 
 `python toy_worker.py RUN_DIR` for the local launcher, `toy_worker:run` for Ray. What it does is in the
 environment variable MOESYS_TOY: "ok", "fail" (rank 1 raises a DataError), "wait" (until killed),
-"stubborn" (the same, deaf to SIGTERM), "quit" (rank 1 exits with 7 without a word).
+"stubborn" (the same, deaf to SIGTERM). MOESYS_TOY_TIMEOUT: seconds that its steps wait for other ranks.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from moesys.errors import DataError
-from moesys.train import rank
+from moesys.train import beat, rank
 
 SHOWN = (
     "OMP_NUM_THREADS",
@@ -52,12 +53,11 @@ def behave(mode: str, rank: int, barrier: Callable[[], None], run_dir: Path) -> 
     """Fail, wait or take five steps and write a summary."""
     if mode == "fail" and rank == 1:
         raise DataError("the corpus is empty")
-    if mode == "quit" and rank == 1:
-        os._exit(7)
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     steps = 5 if mode == "ok" else 10**6
     for step in range(1, steps + 1):
+        beat.step(step)
         barrier()
         time.sleep(0.02)
         if rank == 0:
@@ -82,7 +82,11 @@ def gloo_barrier() -> Callable[[], None]:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    return dist.barrier
+    if (seconds := os.environ.get("MOESYS_TOY_TIMEOUT")) is None:
+        return dist.barrier
+    beat.every(beat.interval(float(seconds)))
+    group = dist.new_group(timeout=timedelta(seconds=float(seconds)))
+    return lambda: dist.barrier(group)
 
 
 def ray_node() -> str | None:
