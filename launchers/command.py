@@ -15,7 +15,7 @@ def command_line(words: Sequence[str] | None = None) -> str:
     """The command that started this process, default `sys.argv`, without what `launch.env` may hold of secrets."""
     program, *rest = sys.argv if words is None else words
     name = "moesys" if Path(program).name == "moesys" or program.endswith("moesys/cli.py") else f"python {program}"
-    return " ".join([name, *(shlex.quote(re.sub(r"^(launch\.env\S*?)=.*", r"\1=…", word)) for word in rest)])
+    return " ".join([name, *(shlex.quote(re.sub(r"^(launch(\.env[^=]*)?)=.*", r"\1=…", word)) for word in rest)])
 
 
 def going_on(run_dir: Path, step: int, config: Config) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 
 from moesys.errors import LaunchError
-from moesys.launchers import foreign, placement, prepare, slurm, summary
+from moesys.launchers import placement, prepare, slurm, summary
 from moesys.launchers.command import command_line, going_on
 from moesys.launchers.failure import Outcome, read_ranks
 from moesys.launchers.progress import Progress
@@ -84,7 +84,6 @@ def workers(spec: RunSpec, launcher: str, program: str = "moesys.train.worker") 
     if launcher == "ray":
         from moesys.launchers.ray import RayWorkers  # Ray takes half a second to import
 
-        foreign.forget()  # Ray's processes inherit this one's environment
         return RayWorkers(spec, f"{program}:run")
     raise LaunchError(f"there is no launcher {launcher!r}: use ray, local, hosts or slurm")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesys.errors import LaunchError
-from moesys.launchers import device
+from moesys.launchers import device, foreign
 from moesys.launchers.failure import Outcome, clear_traces
 from moesys.launchers.ray_worker import Task, train_loop
 from moesys.launchers.spec import LOOPBACK, RunSpec, default_threads
@@ -72,6 +72,7 @@ class RayWorkers:
         Raises `LaunchError` where there is no Ray or it is too small.
         """
         clear_traces(self.spec.run_dir)
+        foreign.forget()  # Ray's processes inherit this one's environment
         job_env = job_environment(self.spec)
         phase("starting Ray")
         try:

@@ -14,9 +14,17 @@ from moesys.errors import LaunchError
 from moesys.launchers.local import LocalWorkers
 from moesys.launchers.spec import RunSpec
 
+TORCHRUN = {
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "x",
+    "GROUP_RANK": "3", "ROLE_RANK": "3", "RANK": "3", "WORLD_SIZE": "9", "MASTER_ADDR": "10.255.0.1",
+}  # fmt: skip
+"""What torchrun tells its processes. A worker that inherits the first waits for a store that nobody starts."""
+
 
 def test_a_run_ends_with_its_summary(launched):
-    run = launched("local", 4, "launch.env={FROM_LAUNCH_ENV: yes please}", NCCL_DEBUG="WARN", UNRELATED="too")
+    run = launched(
+        "local", 4, "launch.env={FROM_LAUNCH_ENV: yes please}", NCCL_DEBUG="WARN", UNRELATED="too", **TORCHRUN
+    )
     code, out, err = run.finish()
     assert (code, err) == (0, "")
     assert "starting 4 workers" in out and "hello from rank 0" in out and "hello from rank 1" not in out
@@ -29,7 +37,10 @@ def test_a_run_ends_with_its_summary(launched):
     assert {worker["FROM_LAUNCH_ENV"] for worker in seen} == {"yes please"}
     assert {worker["NCCL_DEBUG"] for worker in seen} == {"WARN"}
     assert {worker["CUDA_VISIBLE_DEVICES"] for worker in seen} == {""}
-    assert (run.run_dir / "logs" / "rank-3.log").read_text().splitlines()[1:] == ["hello from rank 3"]
+    head, *rest = (run.run_dir / "logs" / "rank-3.log").read_text().splitlines()
+    who = rf"rank 3 of 4, host \S+, pid {seen[3]['pid']}, moesys \S+, torch \S+, Python \S+: \S+python\S* .*toy_worker"
+    assert re.match(rf"=== attempt 1, \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC: {who}", head), head
+    assert rest == ["hello from rank 3"]
 
 
 def test_the_first_error_is_shown_once_and_its_code_returned(launched):
