@@ -1,55 +1,30 @@
-"""Why a run failed: the one worker whose error came first, told apart from the errors that followed from it.
+"""Why a run failed: the one worker whose failure came first, told apart from the failures that followed from it.
 
 When a worker dies, the others fail a moment later because their peer is gone. Only the first is of use.
-A worker that raises leaves its message in `errors/rank-N.txt` of the run's folder.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import traceback
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesys.errors import MoesysError
+from moesys.train.ending import Failure, Kind, error_file
+from moesys.train.rank import MARK
 
-LOST_PEER = re.compile(
-    r"Connection (closed|reset) by|Connection refused|Broken pipe|Socket closed|recvValue failed"
-    r"|sendBytes failed|ncclRemoteError|remote process exited|communicator (was|is) aborted"
-    r"|failed to recv, got 0 bytes",
-    re.IGNORECASE,
-)
-"""What gloo, NCCL and torch's TCPStore say when the worker at the other end is gone."""
-
-PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+TAIL_BYTES = 2**16
+"""Of a log, how much of its end is looked at."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its exit code and, unless that is 0, what to tell the user."""
+    """How a run ended: its exit code, unless that is 0 what to tell the user, and what kind of failure it was."""
 
     exit_code: int
     message: str = ""
-
-
-@dataclass(frozen=True)
-class WorkerError:
-    """What one worker left behind: its message and when it wrote it (ns since 1970)."""
-
-    rank: int
-    text: str
-    time: int
-
-    @property
-    def is_consequence(self) -> bool:
-        """Whether the error only says that another worker is gone."""
-        return LOST_PEER.search(self.text) is not None
-
-
-def error_file(run_dir: Path, rank: int) -> Path:
-    """Where the worker of `rank` writes its error."""
-    return run_dir / "errors" / f"rank-{rank}.txt"
+    kind: Kind | None = None
 
 
 def log_file(run_dir: Path, rank: int) -> Path:
@@ -57,48 +32,33 @@ def log_file(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank-{rank}.log"
 
 
-def record(run_dir: Path, rank: int, error: BaseException) -> str:
-    """Write `error` to its rank's error file unless the worker did so itself; returns the file's text.
-
-    A `MoesysError` is its message alone; anything else is a bug and keeps its traceback.
-    """
-    path = error_file(run_dir, rank)
-    if not path.exists():
-        known = isinstance(error, MoesysError)
-        text = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    return path.read_text().rstrip()
+def first_cause(failures: Iterable[Failure]) -> Failure:
+    """Of at least one failure the one that the others follow from."""
+    return min(failures, key=lambda failure: failure.order)
 
 
-def exit_code_of(error: BaseException) -> int:
-    """The exit code of a worker that ended with `error`."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    return error.exit_code if isinstance(error, MoesysError) else 1
+def outcome(failure: Failure, who: str, run_dir: Path) -> Outcome:
+    """How a run ended that `failure` of the worker called `who` ended."""
+    return Outcome(failure.exit_code, message(failure, who, run_dir), failure.kind)
 
 
-def read_errors(run_dir: Path) -> list[WorkerError]:
-    """The errors that workers of this run wrote, the earliest first."""
-    errors = []
-    for path in (run_dir / "errors").glob("rank-*.txt"):
-        number = re.fullmatch(r"rank-(\d+)", path.stem)
-        if number:
-            text = path.read_text(errors="replace").rstrip()
-            errors.append(WorkerError(int(number[1]), text, path.stat().st_mtime_ns))
-    return sorted(errors, key=lambda error: error.time)
-
-
-def first_cause(errors: list[WorkerError]) -> WorkerError | None:
-    """Of errors sorted by time, the first that is not merely the loss of a peer; else the first."""
-    causes = [error for error in errors if not error.is_consequence]
-    return next(iter([*causes, *errors]), None)
+def message(failure: Failure, who: str, run_dir: Path) -> str:
+    """What to tell the user: the cause in a sentence, and below it what helps to find more."""
+    if failure.kind in (Kind.CRASH, Kind.EXIT):
+        return f"{who} {failure.text}"
+    if failure.kind is Kind.USER:
+        return f"{who} failed:\n{failure.sentence}"
+    if failure.kind is Kind.BUG:
+        return f"{who} failed: {failure.text}"
+    path = error_file(run_dir, failure.rank)
+    return f"{who} failed: {failure.sentence}" + (f"\n    traceback: {path}" if path.exists() else "")
 
 
 def clear_traces(run_dir: Path) -> None:
-    """Remove what an earlier attempt left and this one would mistake for its own: errors and rank map."""
+    """Remove what an earlier attempt left and this one would mistake for its own: errors, signs of life, rank map."""
     for path in [*(run_dir / "errors").glob("rank-*.txt"), run_dir / "ranks.json"]:
         path.unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "beats", ignore_errors=True)
 
 
 def read_ranks(run_dir: Path) -> dict[int, dict[str, object]]:
@@ -124,10 +84,19 @@ def name(rank: int, run_dir: Path, pid: int | None = None, host: str | None = No
     return f"rank {rank} ({', '.join(known)})" if known else f"rank {rank}"
 
 
+def log_text(run_dir: Path, rank: int) -> str:
+    """The end of what a worker printed in its last attempt; "" if there is no log."""
+    path = log_file(run_dir, rank)
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    before, mark, after = text.rpartition(MARK)
+    return after.partition("\n")[2] if mark else before + after
+
+
 def log_tail(run_dir: Path, rank: int, lines: int = 10) -> str:
     """The last lines of a worker's log, indented, below a line that names the log; "" if there are none."""
-    path = log_file(run_dir, rank)
-    if not path.exists():
-        return ""
-    tail = path.read_text(errors="replace").rstrip().splitlines()[-lines:]
-    return "\n".join([f"the last lines of {path}:", *(f"  {line}" for line in tail)]) if tail else ""
+    tail = log_text(run_dir, rank).rstrip().splitlines()[-lines:]
+    return "\n".join([f"the last lines of {log_file(run_dir, rank)}:", *(f"  {line}" for line in tail)]) if tail else ""

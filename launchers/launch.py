@@ -5,17 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from rich.console import Console
 
 from moesys.errors import LaunchError
-from moesys.launchers import history, placement, slurm, summary
+from moesys.launchers import history, placement, prepare, slurm, summary
+from moesys.launchers.command import command_line, going_on
 from moesys.launchers.failure import Outcome, read_ranks
 from moesys.launchers.progress import Progress
+from moesys.launchers.pulse import Pulse
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import STOPPED, StopRequests
 from moesys.parallel.degrees import resolve
+from moesys.train.rank import COMMAND
 
 POLL_S = 0.1
 
@@ -52,20 +56,24 @@ def launch(spec: RunSpec, launcher: str, console: Console | None = None) -> int:
     """Run `spec` with `launcher` to its end (slurm: submit it); returns the exit code, 0 if it finished.
 
     A failing worker's error is printed, and its exit code returned; a stop on request (Ctrl-C, SIGTERM)
-    returns 130. Raises `LaunchError` if the workers cannot be started.
+    returns 130. Raises `MoesysError` if the workers cannot be started, or the data cannot be read.
     """
     history.note(spec.run_dir)
     if launcher == "slurm":
         return slurm.submit(spec)
-    return watch(workers(spec, launcher), spec, console or Console())
+    started = workers(spec, launcher)
+    prepare.port(spec.config, launcher)
+    prepare.data(spec.config, launcher)
+    return watch(started, spec, console or Console())
 
 
 def workers(spec: RunSpec, launcher: str, program: str = "moesys.train.worker") -> Workers:
     """The not yet started workers of `launcher`; each will run the module `program` on the run's folder.
 
-    In the module, `run(config, run_dir)` does the work of a rank, and `main()` that of a process.
+    In the module, `run(config, run_dir)` does the work of a rank.
     """
-    command = [sys.executable, "-m", program, str(spec.run_dir)]
+    spec = replace(spec, env={**spec.env, COMMAND: command_line()})
+    command = [sys.executable, "-m", "moesys.train.rank", program, str(spec.run_dir)]
     if launcher == "local":
         from moesys.launchers.local import LocalWorkers
 
@@ -90,6 +98,8 @@ def watch(started: Workers, spec: RunSpec, console: Console) -> int:
         print(f"moesys: {outcome.message}", file=sys.stderr)
     if outcome.exit_code not in (0, STOPPED):
         print(f"the output of all workers is in {spec.run_dir / 'logs'}", file=sys.stderr)
+    if outcome.exit_code and progress.step:
+        print(going_on(spec.run_dir, progress.step, spec.config), file=sys.stderr)
     if outcome.exit_code == 0:
         summary.show(spec.run_dir, console)
     return outcome.exit_code
@@ -97,7 +107,7 @@ def watch(started: Workers, spec: RunSpec, console: Console) -> int:
 
 def run(started: Workers, spec: RunSpec, progress: Watcher, stop: StopRequests) -> Outcome:
     """The loop of `watch`; whatever happens in it, no worker is left running."""
-    placed = False
+    placed, pulse = False, Pulse(spec.run_dir, spec.world, spec.config.launch.timeout_s)
     try:
         started.start(progress.phase)
         stop.install()
@@ -105,8 +115,9 @@ def run(started: Workers, spec: RunSpec, progress: Watcher, stop: StopRequests) 
             outcome = started.poll()
             if outcome is not None:
                 progress.failed = outcome.exit_code != 0
-                return outcome
+                return pulse.explain(outcome)
             progress.refresh()
+            progress.tell(pulse.look())
             if not placed and (ranks := read_ranks(spec.run_dir)):
                 placed = True
                 progress.tell(misplaced(spec, ranks))

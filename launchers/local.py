@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from moesys.errors import LaunchError
-from moesys.launchers import device
-from moesys.launchers.failure import (
-    PORT_TAKEN,
-    Outcome,
-    WorkerError,
-    clear_traces,
-    log_file,
-    log_tail,
-    name,
-    read_errors,
-)
+from moesys.launchers import crash, device, foreign
+from moesys.launchers.failure import Outcome, clear_traces, first_cause, log_file, name, outcome
 from moesys.launchers.port import ReservedPort
 from moesys.launchers.processes import Ended, Processes
 from moesys.launchers.spec import RunSpec
 from moesys.loopback import LOOPBACK
+from moesys.train.ending import Failure, Kind
 
 HOST = "127.0.0.1"
 SETTLE_S = 2.0
-"""How long after a failure to wait at most for workers that wrote an error to end by themselves."""
+"""How long after a failure to wait at most for workers that told one to end by themselves."""
 ATTEMPTS = 3
 """How often to start when the rendezvous port turns out to be taken."""
 
@@ -36,12 +27,12 @@ class LocalWorkers:
     """The workers of a run as child processes.
 
     `command` is run once per rank with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT set; default: `python -m moesys.train.worker RUN_DIR`.
+    MASTER_PORT set; default: training, `python -m moesys.train.rank moesys.train.worker RUN_DIR`.
     """
 
     def __init__(self, spec: RunSpec, command: Sequence[str] | None = None):
         self.spec = spec
-        self.command = command or [sys.executable, "-m", "moesys.train.worker", str(spec.run_dir)]
+        self.command = command or [sys.executable, "-m", "moesys.train.rank", "moesys.train.worker", str(spec.run_dir)]
         self._attempts = 0
         self._processes = Processes([], [], [])
         self._port: ReservedPort | None = None
@@ -55,6 +46,7 @@ class LocalWorkers:
         phase(f"starting {self.spec.world} workers")
         clear_traces(self.spec.run_dir)
         self._attempts += 1
+        self._killed_before = crash.kills()
         self._port = ReservedPort()
         environments = [self.environment(rank, self._port.number) for rank in range(self.spec.world)]
         logs = [log_file(self.spec.run_dir, rank) for rank in range(self.spec.world)]
@@ -76,7 +68,7 @@ class LocalWorkers:
             "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
             "MASTER_ADDR": HOST, "MASTER_PORT": port, "MOESYS_NODE_IP": HOST,
         }  # fmt: skip
-        inherited = {**LOOPBACK, **os.environ, **self.spec.env, **device.hide_gpus(chosen)}
+        inherited = {**LOOPBACK, **foreign.without(os.environ), **self.spec.env, **device.hide_gpus(chosen)}
         return {**inherited, **{key: str(value) for key, value in own.items()}}
 
     def poll(self) -> Outcome | None:
@@ -98,37 +90,33 @@ class LocalWorkers:
     def _failed(self) -> Outcome | None:
         ended = self._settled()
         self.stop()
-        errors = read_errors(self.spec.run_dir)
-        rank = culprit(ended, errors)
-        text = next((error.text for error in errors if error.rank == rank), None)
-        if text and PORT_TAKEN.search(text) and self._attempts < ATTEMPTS:
+        failures = self._failures(ended)
+        cause = first_cause(failures)
+        if cause.kind is Kind.PORT and self._attempts < ATTEMPTS:
             self.start(lambda phase: None)
             return None
-        who = name(rank, self.spec.run_dir, self._processes.pids[rank], os.uname().nodename)
-        code = ended[rank].code if rank in ended else 1
-        if text is not None:
-            return Outcome(code, f"{who} failed:\n{text}")
-        return Outcome(code, f"{who} {ended[rank]}\n{log_tail(self.spec.run_dir, rank)}".rstrip())
+        who = name(cause.rank, self.spec.run_dir, self._processes.pids[cause.rank], os.uname().nodename)
+        return outcome(cause, who, self.spec.run_dir)
 
     def _settled(self) -> dict[int, Ended]:
-        """The workers that failed, once those that wrote an error have ended too."""
+        """The workers that ended, once those that told a failure have ended too."""
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline:
             time.sleep(0.05)
-            ended = {rank: end for rank, end in self._processes.ended().items() if end.code}
-            if {error.rank for error in read_errors(self.spec.run_dir)} <= ended.keys():
+            ended = self._processes.ended()
+            if self._processes.failures().keys() <= ended.keys():
                 break
         return ended
 
-
-def culprit(ended: Mapping[int, Ended], errors: Sequence[WorkerError]) -> int:
-    """The rank whose failure came first, of workers that `ended` in failure and `errors` sorted by time.
-
-    A crash without a word comes before errors (which the loss of that worker may have caused), but an abort
-    after them (gloo aborts the process of a worker that lost its peer); the loss of a peer comes last.
-    """
-    wrote = {error.rank for error in errors}
-    silent = [rank for rank in ended if rank not in wrote]
-    crashed = [rank for rank in silent if ended[rank].signal not in (None, signal.SIGABRT)]
-    causes = [error.rank for error in errors if not error.is_consequence]
-    return [*crashed, *causes, *silent, *(error.rank for error in errors)][0]
+    def _failures(self, ended: Mapping[int, Ended]) -> list[Failure]:
+        """What workers told, and what is known of those that `ended` without a word."""
+        told = self._processes.failures()
+        silent = {rank: end for rank, end in ended.items() if rank not in told}
+        failures = list(told.values())
+        for rank, end in silent.items():
+            if end.code:
+                failures.append(crash.failure(rank, end, self.spec.run_dir, self._killed_before))
+        if first_cause(failures).kind in (Kind.TIMEOUT, Kind.LOST):
+            early = "ended with exit code 0 before the run was at its end"
+            failures += [Failure(rank, Kind.EXIT, early) for rank, end in silent.items() if not end.code]
+        return failures

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moesys import leftovers
 from moesys.errors import LaunchError
+from moesys.launchers import folder
 
 
 @contextmanager
@@ -17,14 +18,11 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Make `run_dir` and hold it; whatever ends this process releases it. What killed runs left is removed first.
 
     Raises:
-        LaunchError: another process holds it, or it cannot be made.
+        LaunchError: another process holds it.
+        FileError: it cannot be made or written to.
     """
     leftovers.remove()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        rule = f"{run_dir} cannot be made: {(error.strerror or str(error)).lower()}"
-        raise LaunchError(f"{rule}\n    remedy: choose another output.runs, or another name=NAME") from None
+    folder.make(run_dir)
     with (run_dir / "launch.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from moesys.train.ending import PIPE, Failure
+
 TETHER = str(Path(__file__).with_name("tether.py"))
 
 
@@ -28,11 +30,18 @@ class Ended:
     code: int
     signal: signal.Signals | None = None
 
+    @property
+    def by(self) -> str | None:
+        """The name of the signal that ended it, also where it caught the signal and exited with 128 + n."""
+        if self.signal is not None:
+            return self.signal.name
+        known = {number.value for number in signal.Signals}
+        return signal.Signals(self.code - 128).name if self.code - 128 in known else None
+
     def __str__(self) -> str:
-        if self.signal is None:
-            return f"exited with code {self.code}"
-        hint = " (by someone, or by the kernel for lack of memory)" if self.signal is signal.SIGKILL else ""
-        return f"was killed by {self.signal.name}{hint}"
+        if self.signal is not None:
+            return f"was killed by {self.signal.name}"
+        return f"exited with code {self.code}" + (f", as on {self.by}" if self.by else "")
 
 
 class Processes:
@@ -44,11 +53,16 @@ class Processes:
 
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Sequence[Path]):
         self._popen: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[int] = []
+        self._told: list[bytes] = []
         self._ended: dict[int, Ended] = {}
         tethered = [sys.executable, "-I", "-S", TETHER, str(os.getpid()), *command]
         try:
             for environment, log in zip(environments, logs, strict=True):
-                self._popen.append(spawn(tethered, environment, log))
+                process, pipe = spawn(tethered, environment, log)
+                self._popen.append(process)
+                self._pipes.append(pipe)
+                self._told.append(b"")
         except BaseException:
             self.end(grace_s=0)
             raise
@@ -65,6 +79,14 @@ class Processes:
                 self._note(rank, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         return dict(self._ended)
 
+    def failures(self) -> dict[int, Failure]:
+        """Rank → the failure that its process has told, see `moesys.train.ending`."""
+        for rank, pipe in enumerate(self._pipes):
+            with suppress(BlockingIOError):
+                while part := os.read(pipe, 2**16):
+                    self._told[rank] += part
+        return {rank: Failure.parse(told.decode()) for rank, told in enumerate(self._told) if told.endswith(b"\n")}
+
     def end(self, grace_s: float = 5.0) -> None:
         """SIGTERM to all that still run, SIGKILL to what is left of every group after `grace_s` seconds."""
         for rank in self._running():
@@ -77,6 +99,9 @@ class Processes:
                 self._signal(rank, signal.SIGKILL)
                 self._note(rank, os.WEXITED | os.WNOWAIT)
                 process.wait()
+        self.failures()
+        while self._pipes:
+            os.close(self._pipes.pop())
 
     def _running(self) -> list[int]:
         ended = self.ended()
@@ -92,19 +117,29 @@ class Processes:
             os.killpg(self._popen[rank].pid, number)
 
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start one process as leader of its own group, its output appended to `log`."""
+def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """Start one process as leader of its own group, its output appended to `log`; and the pipe of its failure."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
     output: IO[bytes]
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
+    try:
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                env={**environment, PIPE: str(writing)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                pass_fds=(writing,),
+            )
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    return process, reading
 
 
 def from_status(state: os.waitid_result) -> Ended:

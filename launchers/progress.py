@@ -1,7 +1,7 @@
 """The live display of a run: what is being waited for, then loss, speed and balance, and rank 0's own output.
 
-Everything is read from files in the run's folder that rank 0 writes (metrics.jsonl, logs/rank-0.log), so
-the display costs the workers nothing and is the same for every launcher.
+Everything is read from files in the run's folder that rank 0 writes (metrics.jsonl, logs/rank-0.log, its sign
+of life), so the display costs the workers nothing and is the same for every launcher.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from moesys.files import json_objects
 from moesys.launchers.failure import log_file
 from moesys.launchers.follow import Tail
+from moesys.train.beat import beat_file
+from moesys.train.rank import OURS
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
-"imbalance", "all_to_all_share" and "eta_s"; an evaluation "step" and "heldout_loss"; a phase "phase"; what a user
-should see "step" and "warning"."""
+"imbalance", "all_to_all_share" and "eta_s"; an evaluation "step" and "heldout_loss"; what a user should see "step"
+and "warning"."""
 
 FIELDS = (
     ("loss", "loss", "{:.4f}"),
@@ -55,12 +58,16 @@ class Progress:
         self.console = console or Console()
         self.interval_s = interval_s
         self._metrics = Tail(run_dir / "metrics.jsonl")
-        self._ranks = run_dir / "ranks.json"
+        self._beat = beat_file(run_dir, 0)
         self._output = Tail(log_file(run_dir, 0))
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._phase, self._since = "", time.monotonic()
         self._latest: Metrics | None = None
+        """The step that is shown; None while a phase is."""
+        self._last: Metrics | None = None
         self._printed_step, self._printed_at = 0, time.monotonic()
+        self.step = 0
+        """The last step that was logged."""
         self.failed = False
         """Set when the run has failed: the rest of rank 0's output, mostly of lost peers, stays in its log."""
 
@@ -73,12 +80,12 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.failed:
-            self.tell(self._output.last())
+            self._hear(self._output.last())
         self._follow()
         if self.console.is_terminal:
             self._live.stop()
-            if self._latest:
-                self._print(line_of(self._latest))
+            if self._last:
+                self._print(line_of(self._last))
 
     def phase(self, text: str) -> None:
         """Name what is being waited for; shown until the next phase or the first step."""
@@ -97,12 +104,17 @@ class Progress:
 
     def refresh(self) -> None:
         """Show what has been written since the last call."""
-        self.tell(self._output.lines())
+        self._hear(self._output.lines())
         self._follow()
-        if self._phase.startswith("starting") and self._latest is None and self._ranks.exists():
-            self.phase("loading data")
+        said = next(json_objects(self._beat), {})
+        if said.get("shown"):
+            self.phase(said["at"])
         if self.console.is_terminal:
             self._draw()
+
+    def _hear(self, lines: Iterable[str]) -> None:
+        """Rank 0's output, without the lines of its log that the launcher tells by itself."""
+        self.tell(line for line in lines if not line.startswith(OURS))
 
     def _follow(self) -> None:
         for line in self._metrics.lines():
@@ -112,14 +124,13 @@ class Progress:
                 self._print(line)
 
     def _take(self, metrics: Metrics) -> None:
-        if "phase" in metrics:
-            self.phase(metrics["phase"])
-        elif "warning" in metrics:
+        if "warning" in metrics:
             self._print(f"step {metrics['step']}: {metrics['warning']}")
         elif "heldout_loss" in metrics:
             self._print(evaluation(metrics))
         elif "loss" in metrics:
-            self._latest = metrics
+            self._latest = self._last = metrics
+            self.step = metrics["step"]
             if not self.console.is_terminal and self._due(metrics):
                 self._printed_step, self._printed_at = metrics["step"], time.monotonic()
                 self._print(line_of(metrics))

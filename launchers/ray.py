@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesys import leftovers
 from moesys.errors import LaunchError
-from moesys.launchers import device
-from moesys.launchers.failure import PORT_TAKEN, Outcome, clear_traces
+from moesys.launchers import device, foreign
+from moesys.launchers.failure import Outcome, clear_traces
 from moesys.launchers.ray_worker import Task
 from moesys.launchers.spec import RunSpec, default_threads
 from moesys.loopback import LOOPBACK
@@ -71,6 +71,7 @@ class RayWorkers:
         Raises `LaunchError` where there is no Ray or it is too small.
         """
         clear_traces(self.spec.run_dir)
+        foreign.forget()  # Ray's processes inherit this one's environment
         job_env = job_environment(self.spec)
         phase("starting Ray")
         try:
@@ -107,11 +108,11 @@ class RayWorkers:
             return None
         if self._error is None:
             return Outcome(0)
-        if PORT_TAKEN.search(str(self._error)) and self._attempts < ATTEMPTS:
+        from moesys.launchers.ray_errors import is_port_taken, outcome_of
+
+        if is_port_taken(self._error) and self._attempts < ATTEMPTS:
             self._start_fit()
             return None
-        from moesys.launchers.ray_errors import outcome_of
-
         timeout_s = self.spec.config.launch.timeout_s
         outcome = outcome_of(self._error, self.spec.run_dir, self._ray.where, timeout_s)
         if outcome.message.startswith("Ray failed"):

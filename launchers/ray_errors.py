@@ -8,7 +8,8 @@ from pathlib import Path
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from moesys.launchers.failure import Outcome, first_cause, log_tail, name, read_errors
+from moesys.launchers.failure import Outcome, first_cause, log_tail, name, outcome
+from moesys.train.ending import PORT_TAKEN, Failure, Kind
 
 NODE_LOST = re.compile(r"node (\S+ )?(has )?(died|failed|was terminated|is dead)", re.IGNORECASE)
 
@@ -32,17 +33,27 @@ def outcome_of(error: BaseException, run_dir: Path, where: str, timeout_s: float
 def worker_outcome(failures: dict[int, Exception], run_dir: Path) -> Outcome:
     """The outcome of a run in which the workers of `failures` (by rank) failed.
 
-    A worker's own exception arrives as `RuntimeError(text, exit code)` (ray_worker.py); anything else
+    A worker's own exception arrives as `RuntimeError(text, failure as JSON)` (ray_worker.py); anything else
     means that its process is gone.
     """
-    raised = {rank: error.args for rank, error in failures.items() if type(error) is RuntimeError}
+    raised = {rank: Failure.parse(error.args[1]) for rank, error in failures.items() if is_own(error)}
     gone = [rank for rank in failures if rank not in raised]
     if gone:
-        return Outcome(1, describe_death(gone[0], failures[gone[0]], run_dir))
-    first = first_cause([error for error in read_errors(run_dir) if error.rank in raised])
-    rank = first.rank if first else min(raised)
-    text, code = raised[rank]
-    return Outcome(code, f"{name(rank, run_dir)} failed:\n{text}")
+        return Outcome(1, describe_death(gone[0], failures[gone[0]], run_dir), Kind.CRASH)
+    cause = first_cause(raised.values())
+    return outcome(cause, name(cause.rank, run_dir), run_dir)
+
+
+def is_port_taken(error: BaseException) -> bool:
+    """Whether the port that Ray Train chose for the ranks to meet is taken: not whether a worker's own is."""
+    if isinstance(error, WorkerGroupError) and any(map(is_own, error.worker_failures.values())):
+        return False
+    return PORT_TAKEN.search(str(error)) is not None
+
+
+def is_own(error: Exception) -> bool:
+    """Whether `error` is what a worker's program raised (ray_worker.py)."""
+    return type(error) is RuntimeError and len(error.args) == 2
 
 
 def describe_death(rank: int, error: Exception, run_dir: Path) -> str:

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import TypedDict
 
 from moesys.config.schema import Config
-from moesys.launchers.failure import LOST_PEER, error_file, exit_code_of, log_file, record
+from moesys.launchers.failure import log_file
+from moesys.train import beat
+from moesys.train.ending import Failure, Kind, error_file
+from moesys.train.rank import header
 
 HEAD_START_S = 2.0
 """How long an error that only says that a peer is gone is held back: Ray shall see the peer's end first."""
@@ -35,7 +38,7 @@ class Task(TypedDict):
 
 
 def train_loop(task: Task) -> None:
-    """Call the worker function; its error becomes a file and a `RuntimeError(text, exit code)`.
+    """Call the worker function; its error becomes a file and a `RuntimeError(text, failure as JSON)`.
 
     A plain error, because Ray must be able to send it: an exception whose constructor takes anything but
     a text arrives as a failure to unpickle.
@@ -44,21 +47,22 @@ def train_loop(task: Task) -> None:
     if Path(task["cwd"]).is_dir():
         os.chdir(task["cwd"])
     if not run_dir.is_dir():
-        raise RuntimeError(
-            f"{run_dir} of the launching node is not on node {socket.gethostname()}"
-            "\n    remedy: set output.runs to a folder that all nodes share",
-            1,
-        )
+        rule = f"{run_dir} of the launching node is not on node {socket.gethostname()}"
+        failure = Failure(rank, Kind.USER, f"{rule}\n    remedy: set output.runs to a folder that all nodes share")
+        raise RuntimeError(failure.text, failure.json)
     redirect_output(log_file(run_dir, rank))
     os.environ["MOESYS_NODE_IP"] = node_address()
     error_file(run_dir, rank).unlink(missing_ok=True)  # of the attempt before a restart
     try:
-        resolve(task["worker"])(task["config"], run_dir)
+        print(header(log_file(run_dir, rank)), flush=True)
+        with beat.Beat(run_dir, rank, beat.interval(task["config"].launch.timeout_s)):
+            resolve(task["worker"])(task["config"], run_dir)
     except BaseException as error:
-        text, code = record(run_dir, rank, error), exit_code_of(error)
-        if LOST_PEER.search(text):
+        failure = Failure.of(error, rank, run_dir)
+        failure.write(run_dir)
+        if failure.kind is Kind.LOST:
             time.sleep(HEAD_START_S)
-        raise RuntimeError(text, code) from None
+        raise RuntimeError(failure.text, failure.json) from None
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -18,6 +18,7 @@ from pathlib import Path
 from moesys import __version__, terminal
 from moesys.errors import ConfigError, MoesysError
 from moesys.files import write_json
+from moesys.launchers import foreign
 from moesys.options import count, output, tolerance
 
 
@@ -56,7 +57,6 @@ def launch(arguments: argparse.Namespace) -> int:
     from moesys.train import resume, run_folder
 
     spec = RunSpec.of(config)
-    run_folder.check(spec.run_dir)
     with locked(spec.run_dir):
         resume.check(spec.run_dir, spec.config)
         with run_folder.proposed(spec.run_dir, dump(spec.config)):
@@ -334,6 +334,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if strange := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser().error(f"unrecognized arguments: {' '.join(strange)}")
     arguments.overrides = [*arguments.overrides, *rest]
+    foreign.forget()
     # OpenMP's idle threads spin for some ten milliseconds before they sleep, on cores that experts' own threads
     # need; it is told how long when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -17,7 +17,7 @@ from moesys.measure import bench_a2a
 from moesys.measure.bench_a2a import Options
 from moesys.measure.bench_result import Result
 from moesys.parallel import nodes
-from moesys.train import native, worker
+from moesys.train import native, rank, worker
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -49,8 +49,8 @@ def _device(device: torch.device) -> str:
 
 def main() -> int:
     """Run the folder named on the command line."""
-    return worker.main(run)
+    return rank.main(["moesys.train.a2a", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rank.leave(main())

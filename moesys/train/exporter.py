@@ -24,7 +24,9 @@ class Exporter:
             self._server, self._thread = start_http_server(port, host, self._registry)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise MoesysError(f"measure.metrics_port: {host}:{port}: {reason}; choose another port") from None
+            raise MoesysError(
+                f"measure.metrics_port: {host}:{port}: {reason.lower()}\n    remedy: choose another port"
+            ) from None
 
     def tell(self, metrics: Mapping[str, float]) -> None:
         """From now on these are the latest; others stay as they were."""

@@ -11,10 +11,10 @@ from moesys.errors import FileError
 from moesys.files import write_whole
 from moesys.train.resume import NAME, newest
 
-FOLDERS = ("checkpoints", "errors", "logs", "measure", "ray", "routing", "tensorboard", "wandb")
+FOLDERS = ("beats", "checkpoints", "errors", "logs", "measure", "ray", "routing", "tensorboard", "wandb")
 FILES = (
-    "config.yaml", "job.sbatch", "launch.lock", "load.jsonl", "metrics.jsonl", "ranks.json", "report.html",
-    "summary.json", "measure/steps.jsonl",
+    "config.yaml", "job.sbatch", "launch.lock", "launches.jsonl", "load.jsonl", "metrics.jsonl", "ranks.json",
+    "report.html", "summary.json", "measure/steps.jsonl",
 )  # fmt: skip
 BEFORE = ".config.before.yaml"
 """The configuration that the run had, while nobody has accepted the new one."""

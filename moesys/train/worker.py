@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter, time
@@ -21,12 +19,11 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.changes import differences
-from moesys.config.load import load
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
-from moesys.errors import DataError, MoesysError
-from moesys.files import read_json, write_json, write_whole
+from moesys.errors import DataError
+from moesys.files import json_objects, read_json, write_json
 from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
@@ -34,7 +31,7 @@ from moesys.measure.report.facts import bits_per_byte
 from moesys.measure.step import Step
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
-from moesys.train import checkpoint, resume, run_folder
+from moesys.train import beat, checkpoint, rank, resume, run_folder
 from moesys.train.balance import sentence
 from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
@@ -48,36 +45,27 @@ def run(config: Config, run_dir: Path) -> None:
 
 
 def guarded(work: Callable[[Config, Path], None], config: Config, run_dir: Path) -> None:
-    """`work(config, run_dir)`, then leave the process group.
-
-    Writes errors/rank-N.txt and raises if anything fails.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    errors = run_dir / "errors"
-    errors.mkdir(parents=True, exist_ok=True)
-    try:
-        work(config, run_dir)
-    except BaseException as error:
-        text = str(error) if isinstance(error, MoesysError) else traceback.format_exc()
-        write_whole(errors / f"rank-{rank}.txt", text)
-        raise
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.barrier()
-            dist.destroy_process_group()
+    """`work(config, run_dir)`, then leave the process group, unless it fails."""
+    work(config, run_dir)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _train(config: Config, run_dir: Path) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    beat.at("joining the other ranks")
     mesh = engine_of(config).connect(config)
     _write_ranks(mesh, run_dir)
+    beat.at("loading data", shown=True)
     corpus = open_corpus(config)
     _agree(corpus)
+    beat.at("building the model", shown=True)
     trainer = Trainer(config, mesh, corpus)
     folder = run_dir / "checkpoints"
-    _tell(trainer.resume(folder), trainer, folder)
+    _tell(trainer.resume(folder), trainer, run_dir)
     if mesh.rank == 0:
         run_folder.accept(run_dir)
     routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
@@ -88,17 +76,28 @@ def _train(config: Config, run_dir: Path) -> None:
         _write_summary(summary, trainer, run_dir, corpus)
 
 
-def _tell(path: Path | None, trainer: Trainer, folder: Path) -> None:
-    """Say, once, where a run goes on from and what has changed since."""
+def _tell(path: Path | None, trainer: Trainer, run_dir: Path) -> None:
+    """Say, once, where a run goes on from, what of its records is written again, and what has changed since."""
     if dist.get_rank() != 0:
         return
-    lines = resume.incomplete(folder)
+    lines = resume.incomplete(run_dir / "checkpoints")
     if path is not None and (resumed := trainer.resumed) is not None:
-        lines.append(f"going on from {path}: {resumed.step} steps and {resumed.samples:,} samples are done")
+        lines.append(going_on(path, resumed.step, trainer.config.train.steps, run_dir))
         lines += [f"  changed since: {change.arrow()}" for change in resumed.changes]
         lines += [f"  not in it, thus new: {name}" for name in resumed.fresh]
     if lines:
         print("\n".join(lines), flush=True)
+
+
+def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:
+    """From where a resumed run goes on, and what of its records is written again."""
+    written = max(
+        (r["step"] for r in json_objects(run_dir / "metrics.jsonl") if isinstance(r.get("step"), int)), default=0
+    )
+    if step >= steps:
+        return f"nothing is left to train: {checkpoint} is of step {step} of {steps}"
+    again = f"; metrics of steps {step + 1} to {written} are removed and written again" if written > step else ""
+    return f"going on from step {step} of {steps}: {checkpoint}{again}"
 
 
 def _agree(corpus: Corpus) -> None:
@@ -118,6 +117,7 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
     steady: list[dict[str, Any]] = []
     saved = None
     while trainer.step < t.steps:
+        beat.step(trainer.step + 1)
         with recorder.step(trainer.step + 1) as recording:
             record = trainer.train_step()
         _write_measured(recorder.keep(recording, trainer.load), log)
@@ -135,14 +135,18 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
             log.warn(step, f"skipped, for it is not finite: {trainer.guard.last}")
             trainer.guard.check(checkpoint.newest(folder))
         if t.eval_every and step % t.eval_every == 0 and step < t.steps:
+            beat.at("evaluating on held-out data")
             log.write({"step": step, **_heldout(trainer)})
         if o.checkpoint_every and step % o.checkpoint_every == 0 and step < t.steps:
             _write_measured(recorder.flush(), log)
+            beat.at("saving a checkpoint")
             saved = trainer.save(folder)
     _write_measured(recorder.flush(), log)
+    beat.at("evaluating on held-out data", shown=True)
     heldout = _heldout(trainer)
     if trainer.step > first:
         log.write({"step": trainer.step, **heldout})
+        beat.at("saving the checkpoint", shown=True)
         saved = trainer.save(folder)
     faults = trainer.balance.faults()
     seconds = sum(r["step_seconds"] for r in steady)
@@ -176,6 +180,7 @@ def _write_measured(steps: Sequence[Step], log: MetricsLog) -> None:
 
 
 def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, corpus: Corpus) -> None:
+    beat.at("counting pairs of tokens for the bigram model", shown=True)
     windows = np.stack([trainer.heldout[n] for n in range(trainer.heldout_windows())])
     unigram, bigram = cross_entropies(corpus.train, windows, corpus.vocab_size)
     total, active = parameters(trainer.config.model, corpus.vocab_size)
@@ -198,6 +203,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     }
     summary["config"] = config
     summary["profile"] = trainer.config.measure.profile
+    beat.at("writing the report", shown=True)
     summary["report"] = str(report.write(run_dir, summary))
     write_json(old, summary)
 
@@ -228,19 +234,10 @@ def _write_ranks(mesh: Ranks, run_dir: Path) -> None:
         write_json(run_dir / "ranks.json", everyone)
 
 
-def main(work: Callable[[Config, Path], None] = run) -> int:
-    """Run the folder named on the command line; 0, or the error's exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-    run_dir = Path(sys.argv[1])
-    try:
-        work(load(run_dir / "config.yaml").config, run_dir)
-    except Exception as error:
-        # `guarded` wrote the whole error to a file, which the launcher shows for the rank that failed first.
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"rank {os.environ.get('RANK', 0)} failed: {first_line}", file=sys.stderr)
-        return error.exit_code if isinstance(error, MoesysError) else 1
-    return 0
+def main() -> int:
+    """Train the run folder named on the command line; 0, or the error's exit code."""
+    return rank.main(["moesys.train.worker", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rank.leave(main())

@@ -1,57 +1,87 @@
-"""Telling the first error from those that follow from it."""
+"""Telling the first failure from those that follow from it, by what each is."""
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from moesys.errors import DataError, LaunchError
+from moesys.errors import DataError, LaunchError, MoesysError
 from moesys.launchers import failure
+from moesys.train.ending import Failure, Kind, exit_code_of, kind_of
 
-LOST_PEER = [
-    "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:59862",
-    "RuntimeError: [gloo/transport/tcp/pair.cc:534] Read error [10.0.0.1]:4711: Connection reset by peer",
-    "torch.distributed.DistBackendError: NCCL error: remote process exited or there was a network error",
-    "torch.distributed.DistNetworkError: failed to recv, got 0 bytes",
+GLOO = "[../third_party/gloo/gloo/transport/tcp/"
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+KINDS = [
+    (RuntimeError(f"{GLOO}pair.cc:553] Connection closed by peer [127.0.0.1]:59862"), Kind.LOST),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:534] Read error [10.0.0.1]:4711: Connection reset by peer"), Kind.LOST),
+    (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), Kind.LOST),
+    (dist.DistNetworkError("failed to recv, got 0 bytes"), Kind.LOST),
+    (
+        RuntimeError(f"{GLOO}unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation to complete"),
+        Kind.TIMEOUT,
+    ),
+    (dist.DistStoreError("Timed out after 21 seconds waiting for clients. 1/2 clients joined."), Kind.TIMEOUT),
+    (dist.DistStoreError("wait timeout after 20000ms, keys: /default_pg/0//cpu//0"), Kind.TIMEOUT),
+    (dist.DistNetworkError("The server socket has failed to listen: EADDRINUSE: address already in use"), Kind.PORT),
+    (MoesysError("measure.metrics_port: 127.0.0.1:9000: address already in use"), Kind.USER),
+    (OSError(errno.EADDRINUSE, "Address already in use"), Kind.BUG),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), Kind.BUG),
+    (TimeoutError("timed out"), Kind.BUG),
+    (DataError("the server said: connection refused"), Kind.USER),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Kind.MEMORY),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), Kind.MEMORY),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), Kind.BUG),
+    (PermissionError(errno.EACCES, "Permission denied", "/data/x"), Kind.FILE),
+    (OSError(errno.EROFS, "Read-only file system", "/data/x"), Kind.FILE),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/x"), Kind.BUG),
+    (FULL, Kind.DISK),
+    (CheckpointException("save", {1: (FULL, None)}), Kind.DISK),
+    (ValueError("3"), Kind.BUG),
 ]
 
 
-@pytest.mark.parametrize("text", LOST_PEER)
-def test_the_loss_of_a_peer_is_a_consequence(text):
-    assert failure.WorkerError(0, text, 0).is_consequence
+@pytest.mark.parametrize(("error", "kind"), KINDS, ids=lambda value: str(value)[:40])
+def test_a_failure_is_told_by_what_it_is(error, kind):
+    assert kind_of(error) is kind
 
 
-@pytest.mark.parametrize("text", ["ValueError: 3", "the corpus is empty", "torch.OutOfMemoryError: CUDA out of memory"])
-def test_other_errors_are_causes(text):
-    assert not failure.WorkerError(0, text, 0).is_consequence
+def test_what_an_error_came_from_counts(tmp_path):
+    try:
+        try:
+            raise FULL
+        except OSError as error:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0") from error
+    except RuntimeError as error:
+        told = Failure.of(error, 1, tmp_path)
+    assert told.kind is Kind.DISK and told.sentence.startswith("no space left on the disk of ")
 
 
-def test_errors_are_read_in_the_order_of_their_writing(tmp_path):
-    for rank, text in ((10, "late"), (2, LOST_PEER[0]), (3, "early")):
-        failure.record(tmp_path, rank, DataError(text))
-    for rank, when in ((10, 3), (2, 1), (3, 2)):
-        os.utime(failure.error_file(tmp_path, rank), ns=(when, when))
-    errors = failure.read_errors(tmp_path)
-    assert [error.rank for error in errors] == [2, 3, 10]
-    assert failure.first_cause(errors).text == "early"
-    assert failure.first_cause(errors[:1]).rank == 2
-    assert failure.first_cause([]) is None
+def test_of_many_failures_the_cause_is_told():
+    kinds = [Kind.LOST, Kind.TIMEOUT, Kind.EXIT, Kind.BUG, Kind.USER, Kind.CRASH]
+    failures = [Failure(rank, kind, "", at=rank) for rank, kind in enumerate(kinds)]
+    assert failure.first_cause(failures).kind is Kind.CRASH
+    assert failure.first_cause(failures[:5]).kind is Kind.BUG  # of equal ones, the earliest
+    assert failure.first_cause(failures[:3]).kind is Kind.EXIT
+    assert failure.first_cause(failures[:2]).kind is Kind.TIMEOUT
 
 
-def test_users_errors_are_recorded_without_traceback_and_bugs_with(tmp_path):
-    assert failure.record(tmp_path, 0, DataError("no text in corpus/")) == "no text in corpus/"
+def test_users_errors_are_told_without_traceback_and_bugs_with(tmp_path):
+    told = Failure.of(DataError("no text in corpus/"), 0, tmp_path)
+    assert told.text == "no text in corpus/" and told.exit_code == 2
     try:
         raise KeyError("x")
     except KeyError as error:
-        text = failure.record(tmp_path, 1, error)
-    assert text.startswith("Traceback") and text.endswith("KeyError: 'x'")
-
-
-def test_what_the_worker_wrote_itself_is_kept(tmp_path):
-    failure.record(tmp_path, 0, DataError("its own"))
-    assert failure.record(tmp_path, 0, KeyError("later")) == "its own"
+        bug = Failure.of(error, 1, tmp_path)
+    assert bug.text.startswith("KeyError: 'x'\nTraceback") and bug.text.endswith("KeyError: 'x'")
+    assert Failure.parse(bug.json) == bug
+    bug.write(tmp_path)
+    assert (tmp_path / "errors" / "rank-1.txt").read_text() == bug.text + "\n"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +89,7 @@ def test_what_the_worker_wrote_itself_is_kept(tmp_path):
     [(DataError(""), 2), (LaunchError(""), 1), (KeyError(""), 1), (SystemExit(5), 5), (SystemExit("text"), 1)],
 )
 def test_exit_codes(error, code):
-    assert failure.exit_code_of(error) == code
+    assert exit_code_of(error) == code
 
 
 def test_a_worker_is_named_as_far_as_it_is_known(tmp_path):
@@ -72,7 +102,16 @@ def test_a_worker_is_named_as_far_as_it_is_known(tmp_path):
 
 
 def test_traces_of_an_earlier_attempt_are_cleared(tmp_path):
-    failure.record(tmp_path, 0, DataError("old"))
+    Failure.of(DataError("old"), 0, tmp_path).write(tmp_path)
+    (tmp_path / "beats").mkdir()
     (tmp_path / "ranks.json").write_text("[]")
     failure.clear_traces(tmp_path)
-    assert failure.read_errors(tmp_path) == [] and failure.read_ranks(tmp_path) == {}
+    assert not list(tmp_path.glob("*/*")) and not (tmp_path / "beats").exists() and failure.read_ranks(tmp_path) == {}
+
+
+def test_a_log_is_read_from_its_last_attempt_on(tmp_path):
+    (tmp_path / "logs").mkdir()
+    log = failure.log_file(tmp_path, 0)
+    log.write_text("=== attempt 1, then: x\nold\n=== attempt 2, now: x\nnew\n")
+    assert failure.log_text(tmp_path, 0) == "new\n"
+    assert failure.log_tail(tmp_path, 0) == f"the last lines of {log}:\n  new"

@@ -12,6 +12,7 @@ from rich.console import Console
 from moesys.launchers import summary
 from moesys.launchers.follow import Tail
 from moesys.launchers.progress import Progress, line_of
+from moesys.train.beat import Beat, at
 
 STEP = {
     "step": 1, "steps": 100, "loss": 5.1234, "lr": 1e-3, "grad_norm": 1.5, "tokens_per_second": 12345.6,
@@ -57,15 +58,19 @@ def test_plain_lines_come_after_the_interval(tmp_path):
 
 def test_phases_and_evaluations_are_told(tmp_path):
     def write(progress: Progress) -> None:
-        (tmp_path / "ranks.json").write_text("[]")
-        progress.refresh()
-        record(tmp_path)
-        with (tmp_path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": 7, "heldout_loss": 2.5}) + "\n")
+        with Beat(tmp_path, 0):
+            at("loading data", shown=True)
+            progress.refresh()
+            record(tmp_path)
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": 7, "heldout_loss": 2.5}) + "\n")
+            at("saving a checkpoint")
+            progress.refresh()
+            at("writing the report", shown=True)
 
     lines = shown(tmp_path, write).splitlines()
     assert lines[:2] == ["starting 4 workers …", "loading data …"]
-    assert lines[-1] == "step 7: held-out loss 2.5000"
+    assert lines[2].startswith("step 1/100") and lines[3:] == ["step 7: held-out loss 2.5000", "writing the report …"]
 
 
 def test_what_is_not_finite_is_said(tmp_path):
@@ -84,7 +89,7 @@ def test_what_is_not_finite_is_said(tmp_path):
 def test_rank_0_is_heard(tmp_path):
     def write(progress: Progress) -> None:
         (tmp_path / "logs").mkdir()
-        (tmp_path / "logs" / "rank-0.log").write_text("[brackets] stay\nno end of line")
+        (tmp_path / "logs" / "rank-0.log").write_text("=== attempt 1, now\n[brackets] stay\nno end of line")
 
     assert shown(tmp_path, write).splitlines()[1:] == ["[brackets] stay", "no end of line"]
 

@@ -28,8 +28,9 @@ from moesys.launchers import failure, ray_cluster, ray_placement, ray_trainer
 from moesys.launchers.lock import locked
 from moesys.launchers.ray import RayWorkers
 from moesys.launchers.ray_cluster import Node
-from moesys.launchers.ray_errors import outcome_of
+from moesys.launchers.ray_errors import is_port_taken, outcome_of
 from moesys.launchers.spec import RunSpec
+from moesys.train.ending import Failure, Kind
 
 
 @pytest.fixture
@@ -82,12 +83,13 @@ def test_ranks_lie_on_their_nodes_with_their_environment(launched, cluster, tmp_
 
 
 def test_a_failing_worker_is_restarted_then_its_error_shown_once(launched):
-    run = launched("ray", 2, "launch.max_failures=1", MOESYS_TOY="fail")
+    run = launched("ray", 2, "launch.max_failures=1", MOESYS_TOY="fail", TORCHELASTIC_USE_AGENT_STORE="True")
     code, out, err = run.finish()
     assert code == 2
     assert err.startswith("moesys: rank 1 (pid ") and " failed:\nthe corpus is empty\n" in err
     assert "Traceback" not in out + err and "ray." not in err
-    assert (run.run_dir / "logs" / "rank-1.log").read_text().count("hello from rank 1") == 2
+    log = (run.run_dir / "logs" / "rank-1.log").read_text()
+    assert log.count("hello from rank 1") == 2 and "=== attempt 1, " in log and "=== attempt 2, " in log
     assert not run.alive()
 
 
@@ -131,7 +133,7 @@ def test_ctrl_c_leaves_nothing(launched):
     assert len(processes) > 5 and folder.is_dir()
     run.process.send_signal(signal.SIGINT)
     code, _, err = run.finish(timeout=30)
-    assert (code, err) == (130, "moesys: stopped by SIGINT\n")
+    assert code == 130 and err.startswith("moesys: stopped by SIGINT\nthe run got to step ")
     run.wait_until_gone(processes, timeout=5)
     assert not folder.exists()
 
@@ -229,19 +231,29 @@ def test_too_few_nodes_are_told_in_numbers(config):
         ray_placement.choose(made, 6, nodes((0, 0), (4, 0)), "the Ray cluster at h:1")
 
 
+def raised(failure: Failure) -> RuntimeError:
+    """What a worker's failure reaches the driver as."""
+    return RuntimeError(failure.text, failure.json)
+
+
 def test_a_death_comes_before_the_errors_it_caused(tmp_path):
-    lost = RuntimeError("Connection closed by peer", 1)
+    lost = raised(Failure(0, Kind.LOST, "Connection closed by peer"))
     error = WorkerGroupError("", {0: lost, 1: ValueError("Worker info: hostname='gpu-3', pid=17")})
     outcome = outcome_of(error, tmp_path, "here", 60.0)
     assert outcome.message.startswith("rank 1 (pid 17, node gpu-3) died: ")
 
 
 def test_of_several_errors_the_first_is_shown(tmp_path):
-    failure.record(tmp_path, 1, ValueError("second"))
-    failure.record(tmp_path, 0, LaunchError("first"))
-    os.utime(failure.error_file(tmp_path, 0), ns=(1, 1))
-    error = WorkerGroupError("", {0: RuntimeError("first", 3), 1: RuntimeError("second", 4)})
-    assert outcome_of(error, tmp_path, "here", 60.0) == failure.Outcome(3, "rank 0 failed:\nfirst")
+    failures = [Failure(0, Kind.USER, "first", exit_code=3, at=1), Failure(1, Kind.USER, "second", at=2)]
+    error = WorkerGroupError("", {one.rank: raised(one) for one in failures})
+    assert outcome_of(error, tmp_path, "here", 60.0) == failure.Outcome(3, "rank 0 failed:\nfirst", Kind.USER)
+
+
+def test_only_the_port_where_ranks_meet_is_tried_again():
+    taken = "The server socket has failed to listen on any local network address. EADDRINUSE"
+    assert is_port_taken(ControllerError(RuntimeError(taken)))
+    own = raised(Failure(0, Kind.USER, "measure.metrics_port: 127.0.0.1:9000: address already in use"))
+    assert not is_port_taken(WorkerGroupError(str(own), {0: own}))
 
 
 def test_rays_own_failures_are_told_in_a_line(tmp_path):

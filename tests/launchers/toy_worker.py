@@ -2,7 +2,7 @@
 
 `python toy_worker.py RUN_DIR` for the local launcher, `toy_worker:run` for Ray. What it does is in the
 environment variable MOESYS_TOY: "ok", "fail" (rank 1 raises a DataError), "wait" (until killed),
-"stubborn" (the same, deaf to SIGTERM), "quit" (rank 1 exits with 7 without a word).
+"stubborn" (the same, deaf to SIGTERM). MOESYS_TOY_TIMEOUT: seconds that its steps wait for other ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from moesys.errors import DataError, MoesysError
+from moesys.errors import DataError
+from moesys.train import beat, rank
 
 SHOWN = (
     "OMP_NUM_THREADS",
@@ -53,12 +54,11 @@ def behave(mode: str, rank: int, barrier: Callable[[], None], run_dir: Path) -> 
     """Fail, wait or take five steps and write a summary."""
     if mode == "fail" and rank == 1:
         raise DataError("the corpus is empty")
-    if mode == "quit" and rank == 1:
-        os._exit(7)
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     steps = 5 if mode == "ok" else 10**6
     for step in range(1, steps + 1):
+        beat.step(step)
         barrier()
         time.sleep(0.02)
         if rank == 0:
@@ -84,7 +84,11 @@ def gloo_barrier() -> Callable[[], None]:
     from moesys.parallel.rendezvous import join
 
     join("gloo", timedelta(seconds=60))
-    return dist.barrier
+    if (seconds := os.environ.get("MOESYS_TOY_TIMEOUT")) is None:
+        return dist.barrier
+    beat.every(beat.interval(float(seconds)))
+    group = dist.new_group(timeout=timedelta(seconds=float(seconds)))
+    return lambda: dist.barrier(group)
 
 
 def ray_node() -> str | None:
@@ -96,17 +100,6 @@ def ray_node() -> str | None:
     return ray.get_runtime_context().get_node_id()
 
 
-def main() -> int:
-    """As `moesys.train.worker` does: errors go to errors/rank-N.txt, the exit code is theirs."""
-    run_dir = Path(sys.argv[1])
-    try:
-        run(None, run_dir)
-    except Exception as error:
-        (run_dir / "errors").mkdir(exist_ok=True)
-        (run_dir / "errors" / f"rank-{os.environ['RANK']}.txt").write_text(f"{error}\n")
-        return error.exit_code if isinstance(error, MoesysError) else 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    folder = Path(sys.argv[1])
+    rank.leave(rank.process(lambda: run(None, folder), folder))

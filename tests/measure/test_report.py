@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from moesys.cli import main
-from moesys.launchers import history
+from moesys.launchers.command import command_line
 from moesys.measure.links import Line, Profile
 from moesys.measure.report import compare
 from moesys.measure.report import run as report
@@ -282,7 +282,7 @@ def test_names_that_look_like_mathematics_are_text(tmp_path: Path) -> None:
 
 def test_secrets_are_not_part_of_a_noted_command() -> None:
     typed = ["/usr/bin/moesys", "launch", "a b.yaml", "launch.env.WANDB_API_KEY=abc", "model.layers=2"]
-    noted = history.command(typed)
+    noted = command_line(typed)
     assert noted == "moesys launch 'a b.yaml' 'launch.env.WANDB_API_KEY=…' model.layers=2"
 
 

@@ -1,0 +1,57 @@
+"""What workers would find wrong, and is found before any of them starts: a port that is taken, data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+
+from moesys.config.schema import Config
+from moesys.data.corpus import open_corpus
+from moesys.errors import LaunchError
+
+
+def is_here(config: Config, launcher: str) -> bool:
+    """Whether rank 0 will run on this machine, in its network."""
+    return launcher == "local" or (launcher == "ray" and not _joins(config))
+
+
+def _joins(config: Config) -> bool:
+    """Whether a running Ray cluster is joined."""
+    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return bool(config.launch.ray_address or os.environ.get("RAY_ADDRESS") or inside_job)
+
+
+def port(config: Config, launcher: str) -> None:
+    """Try the port of `measure.metrics_port`, where rank 0 will run on this machine.
+
+    Raises:
+        LaunchError: it cannot be had.
+    """
+    host, number = config.measure.metrics_host, config.measure.metrics_port
+    if number is None:
+        return
+    if importlib.util.find_spec("prometheus_client") is None:
+        rule = "measure.metrics_port: needs the package prometheus_client, which is not installed"
+        raise LaunchError(f"{rule}\n    remedy: pip install prometheus_client, or leave it out")
+    if not is_here(config, launcher):
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        rule = f"measure.metrics_port: {host}:{number}: {(error.strerror or str(error)).lower()}"
+        raise LaunchError(f"{rule}\n    remedy: choose another port, or another measure.metrics_host") from None
+
+
+def data(config: Config, launcher: str) -> None:
+    """Read the text and tokenize it, where all workers are on this machine: they find the tokens in `data.cache`.
+
+    Raises:
+        DataError: the data cannot be read, or are too few.
+    """
+    if is_here(config, launcher) or launcher == "hosts":
+        open_corpus(config)

@@ -1,0 +1,119 @@
+"""A rank's sign of life: a small file that says, again and again, that it runs and where it is.
+
+The file is written by a thread, so it goes on while the rank waits in a collective, and stops when the
+process is stopped or its node is gone. Its bytes are replaced in place: that works on a full disk too.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import moesys
+from moesys.files import json_text
+
+ROOT = os.path.dirname(moesys.__file__)
+
+BYTES = 1024
+"""Size of the file."""
+
+WAITING = ("distributed_c10d.py", "_functional_collectives.py", "parallel/comm.py")
+"""Ends of file names: a rank whose innermost call lies there waits for others."""
+
+
+def interval(timeout_s: float) -> float:
+    """Seconds between two signs, for ranks that wait `timeout_s` for each other."""
+    return min(max(timeout_s / 20, 0.2), 15.0)
+
+
+def beat_file(run_dir: Path, rank: int) -> Path:
+    """Where the rank's sign lies."""
+    return run_dir / "beats" / f"rank-{rank}.json"
+
+
+class Beat:
+    """While open, writes beats/rank-N.json every `interval` seconds."""
+
+    def __init__(self, run_dir: Path, rank: int, interval: float = 1.0):
+        self._path, self._rank, self.interval = beat_file(run_dir, rank), rank, interval
+        self._count, self._at, self._step, self._shown = 0, "starting", 0, False
+        self._main = threading.get_ident()
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+
+    def __enter__(self) -> Beat:
+        global _beat
+        self._file = -1
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
+        _beat = self
+        self.write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _beat
+        _beat = None
+        self._end.set()
+        self._thread.join()
+        if self._file >= 0:
+            os.close(self._file)
+
+    def _run(self) -> None:
+        while not self._end.wait(self.interval):
+            self.write()
+
+    def write(self) -> None:
+        """Give a sign now."""
+        with self._lock, suppress(OSError):
+            self._count += 1
+            where, waits = _place(sys._current_frames().get(self._main))
+            record = {
+                "rank": self._rank, "count": self._count, "pid": os.getpid(), "host": socket.gethostname(),
+                "node_ip": os.environ.get("MOESYS_NODE_IP", ""),
+                "at": self._at, "shown": self._shown, "step": self._step, "where": where, "waits": waits,
+            }  # fmt: skip
+            os.pwrite(self._file, json_text(record).encode()[: BYTES - 1].ljust(BYTES - 1) + b"\n", 0)
+
+
+_beat: Beat | None = None
+
+
+def every(seconds: float) -> None:
+    """Give a sign every so many seconds from now on."""
+    if _beat is not None:
+        _beat.interval = seconds
+
+
+def at(what: str, shown: bool = False) -> None:
+    """This rank now does `what` ("loading data"); `shown`: of rank 0, the user is to see it."""
+    if _beat is not None:
+        _beat._at, _beat._shown = what, shown
+        _beat.write()
+
+
+def step(number: int) -> None:
+    """This rank now computes step `number`; told with the next sign."""
+    if _beat is not None:
+        _beat._at, _beat._step, _beat._shown = "training", number, False
+
+
+def _place(frame: FrameType | None) -> tuple[str, bool]:
+    """Where a thread is, "moesys/train/loop.py:58 train_step", and whether it waits for other ranks."""
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    if frame is None:
+        return "", False
+    waits = frame.f_code.co_filename.endswith(WAITING)
+    while frame.f_back is not None and not frame.f_code.co_filename.startswith(ROOT):
+        frame = frame.f_back
+    file = os.path.relpath(frame.f_code.co_filename, os.path.dirname(ROOT))
+    return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}", waits

@@ -1,0 +1,109 @@
+"""One worker process, from its first line of log to its exit code, whatever program it runs.
+
+    RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 \\
+        python -m moesys.train.rank moesys.train.worker runs/NAME
+
+Everything that takes long to import, torch above all, is imported inside, so that a failure to do so is told
+as any other.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.metadata
+import os
+import platform
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+import moesys
+from moesys.errors import MoesysError
+from moesys.train import beat
+from moesys.train.beat import Beat
+from moesys.train.ending import Failure
+
+MARK = "=== attempt "
+"""Begins the line of a log that says what was started when."""
+
+OURS = "=== "
+"""Begins lines of a log that are for its reader alone: the launcher tells the same itself."""
+
+COMMAND = "MOESYS_COMMAND"
+"""The variable with the command that the user gave."""
+
+
+def header(log: Path) -> str:
+    """The line before a worker's output: which attempt, when, where, what, by which command.
+
+    `log` holds the output of the attempts before this one.
+    """
+    before = 0
+    with suppress(OSError), log.open("rb") as lines:
+        before = sum(line.startswith(MARK.encode()) for line in lines)
+    env, now = os.environ, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    process = f"rank {env.get('RANK', 0)} of {env.get('WORLD_SIZE', 1)}, host {socket.gethostname()}, pid {os.getpid()}"
+    versions = f"moesys {moesys.__version__}, torch {_version('torch')}, Python {platform.python_version()}"
+    return f"{MARK}{before + 1}, {now}: {process}, {versions}: {env.get(COMMAND) or shlex.join(sys.orig_argv)}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def process(work: Callable[[], None], run_dir: Path) -> int:
+    """Do `work`, a rank's part of the run in `run_dir`: 0, or the exit code of its failure, which is told before."""
+    rank = int(os.environ.get("RANK", 0))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        print(header(run_dir / "logs" / f"rank-{rank}.log"), flush=True)
+        faulthandler.enable()
+        with Beat(run_dir, rank):
+            work()
+    except BaseException as error:
+        failure = Failure.of(error, rank, run_dir)
+        failure.send()
+        failure.write(run_dir)
+        with suppress(OSError):
+            print(f"{OURS}rank {rank} failed: {failure.sentence.splitlines()[0]}", file=sys.stderr, flush=True)
+        return failure.exit_code or 1
+    return 0
+
+
+def main(words: Sequence[str]) -> int:
+    """Call `run(config, run_dir)` of the module words[0], on the run in the folder words[1]."""
+    program, run_dir = words[0], Path(words[1])
+
+    def work() -> None:
+        from moesys.config.load import load
+
+        config = load(run_dir / "config.yaml").config
+        beat.every(beat.interval(config.launch.timeout_s))
+        import_module(program).run(config, run_dir)
+
+    return process(work, run_dir)
+
+
+def leave(code: int) -> None:
+    """End this process; after a failure at once: process groups without peers may hang or abort at the end."""
+    if code:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise MoesysError("usage: python -m moesys.train.rank MODULE RUN_DIR")
+    leave(main(sys.argv[1:]))
