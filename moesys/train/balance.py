@@ -10,9 +10,9 @@ import numpy as np
 
 from moesys.config.schema import Config
 
-WINDOW = 20
-"""Steps in a row that a state must hold before it is told, or all steps of a run that has fewer: single steps come
-and go."""
+WINDOW = 50
+"""Steps in a row that a state must hold before it is told, or all steps of a run that has fewer. Early in training
+experts of healthy routers are silent for twenty and come back."""
 
 SILENT = 1000
 """An expert is dead when the mean expert has got this many assignments since it got its last one: its share is below a
@@ -33,7 +33,7 @@ class Fault:
     Attributes:
         layer: "layers.3".
         kind: "dead", or "collapsed".
-        experts: those without tokens, or the one with nearly all of them.
+        experts: those without tokens, or those that nearly every token goes to.
         since: first step since which all of them are so.
     """
 
@@ -57,7 +57,7 @@ class Fault:
 def sentence(faults: Sequence[Fault], most: int = 4) -> str:
     """Several faults in one line, at most so many in full."""
     more = len(faults) - most
-    return "; ".join([*map(str, faults[:most]), *([f"and {more} more in other layers"] if more > 0 else [])])
+    return "; ".join([*map(str, faults[:most]), *([f"and {more} more"] if more > 0 else [])])
 
 
 class BalanceWatch:
@@ -149,6 +149,7 @@ class BalanceWatch:
         self.step = step
         self.silent_LE.fill(step + 1)
         self.full_LE.fill(step + 1)
+        self.missed_LE.fill(0.0)
         for i, e, since, missed in kept.get("silent", []):
             self.silent_LE[i, e], self.missed_LE[i, e] = since, missed
         for i, e, since in kept.get("full", []):

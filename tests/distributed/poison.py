@@ -6,6 +6,7 @@ import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,9 @@ from batches import connected, forget, join, start
 
 from moesys.config import Config
 from moesys.errors import TrainingError
+from moesys.parallel import comm
 from moesys.parallel.gradients import local
-from moesys.train import checkpoint
+from moesys.train import checkpoint, guard
 
 TARGET = "layers.3.ffn.experts.fc1"
 BAD = {1: "gradient", 3: "gradient", 4: "loss"}
@@ -66,7 +68,10 @@ def _observe(config: Config, folder: Path) -> dict[str, Any]:
             reference.step += 1
             reference.seen += config.train.global_batch
         else:
-            reference.train_step()
+            # Nothing is gathered, and no number shared, for the sake of steps that are not finite.
+            with comm.record() as events, patch.object(guard, "gathered", side_effect=AssertionError):
+                reference.train_step()
+            found["shared"] = sum(event.way.part == "step" for event in events)
     found["equal"] = _equal(trainer.engine.weights(), reference.engine.weights())
     found["moved"] = not _equal(before, trainer.engine.weights())
     found["state"] = _poisoned_state(trainer, folder)
@@ -133,9 +138,14 @@ def _poisoned_state(trainer: Any, folder: Path) -> list[str]:
     except TrainingError as error:
         told.append(str(error))
     assert sorted(path.name for path in folder.glob("step-*")) == before
+    checkpoint.save(folder / "spoiled", trainer.engine, STEPS, 0)
     trainer.train_step()
-    try:
-        trainer.guard.check(checkpoint.newest(folder))
-    except TrainingError as error:
-        told.append(str(error))
+    for check in (
+        lambda: trainer.guard.check(checkpoint.newest(folder)),
+        lambda: trainer.resume(folder / "spoiled"),
+    ):
+        try:
+            check()
+        except TrainingError as error:
+            told.append(str(error))
     return told

@@ -50,6 +50,12 @@ def test_every_rank_skips_the_step_and_the_run_goes_on_as_if_it_were_left_out(la
         assert rank["checkpoints"] == [(1, 1), (1, 2), (2, 3)], "resumption counts on"
 
 
+def test_a_healthy_step_costs_what_it_did(found):
+    """Two numbers that all ranks share, the norm and the metrics; Megatron reduces the norm itself."""
+    for layout, (engine, _) in LAYOUTS.items():
+        assert {rank[layout]["shared"] for rank in found} == {2 if engine == "native" else 1}, layout
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_names_the_one_bad_tensor(layout, found):
     for rank in (by_layout[layout] for by_layout in found):
@@ -60,9 +66,10 @@ def test_every_rank_names_the_one_bad_tensor(layout, found):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_weight_that_is_not_finite_is_named_and_never_saved(layout, found):
+def test_a_weight_that_is_not_finite_is_named_and_neither_saved_nor_trained(layout, found):
     for rank in (by_layout[layout] for by_layout in found):
-        saving, training = rank["state"]
+        saving, training, loading = rank["state"]
         assert "no checkpoint is written: not finite: layers.3.attention.o_proj.weight" in saving and "remedy" in saving
         assert training.startswith(f"step {STEPS + 1}: not finite: layers.3.attention.o_proj.weight")
-        assert "step-00000004 is finite" in training and "remedy" in training
+        assert "the run goes on from " in training and "step-00000004, or from further back" in training
+        assert "step-00000006: not finite: layers.3.attention.o_proj.weight" in loading and "remove it" in loading

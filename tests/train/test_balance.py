@@ -10,7 +10,7 @@ import pytest
 from support import changed
 
 from moesys.config.schema import Config
-from moesys.train.balance import BalanceWatch, Fault, sentence
+from moesys.train.balance import WINDOW, BalanceWatch, Fault, sentence
 
 BASE: dict[str, Any] = {
     "model": {"hidden": 8, "layers": 2, "moe": {"experts": 4, "top_k": 2, "ffn_hidden": 8}},
@@ -34,7 +34,7 @@ def test_a_collapsed_router_is_told_once_with_its_first_step():
     found = watch()
     faults = told(found, [[EVEN, EVEN]] * 5 + [[EVEN, COLLAPSED]] * 60)
     expected = [Fault("layers.1", "collapsed", (0, 2), 6), Fault("layers.1", "dead", (1,), 6)]
-    assert faults == {25: expected}
+    assert faults == {5 + WINDOW: expected}
     assert found.faults() == expected
     assert found.counts() == {"dead_experts": 1, "collapsed_layers": 1}
     assert sentence(expected) == (
@@ -49,17 +49,17 @@ def test_a_run_of_few_steps_tells_what_held_in_all_of_them():
 
 def test_experts_that_wake_up_are_well_again():
     found = watch()
-    told(found, [[COLLAPSED, EVEN]] * 30 + [[EVEN, EVEN]])
+    told(found, [[COLLAPSED, EVEN]] * WINDOW + [[EVEN, EVEN]])
     assert found.faults() == [] and found.counts() == {"dead_experts": 0, "collapsed_layers": 0}
 
 
 def test_nothing_is_told_before_the_warm_up_ends():
-    found = watch({"train": {"schedule": {"warmup": 40}}})
-    assert [*told(found, [[COLLAPSED, EVEN]] * 60)] == [41]
+    found = watch({"train": {"schedule": {"warmup": 60}}})
+    assert [*told(found, [[COLLAPSED, EVEN]] * 90)] == [61]
 
 
 def test_few_tokens_prove_nothing():
-    """64 experts, 8 assignments a step: most get nothing in twenty steps, by chance alone."""
+    """64 experts, 8 assignments a step: some get nothing in fifty steps, by chance alone."""
     found = watch({"model": {"layers": 1, "moe": {"experts": 64, "top_k": 1}}})
     draw = np.random.default_rng(0)
     loads = [[np.bincount(draw.integers(0, 64, 8), minlength=64).tolist()] for _ in range(100)]
@@ -93,11 +93,11 @@ def test_resumption_remembers_since_when():
     assert told(first, [[COLLAPSED, EVEN]] * 10) == {}
     second = watch()
     second.restore(10, json.loads(json.dumps(first.as_json())))
-    for step in range(11, 21):
+    for step in range(11, WINDOW + 1):
         faults = second.take(step, [COLLAPSED, EVEN])
     assert [fault.since for fault in faults] == [1, 1]
 
 
 def test_long_lists_are_cut():
     text = sentence([Fault(f"layers.{i}", "dead", tuple(range(12)), 3) for i in range(6)])
-    assert "experts 0, 1, 2, 3, 4, 5, 6, 7 and 4 more" in text and text.endswith("and 2 more in other layers")
+    assert "experts 0, 1, 2, 3, 4, 5, 6, 7 and 4 more" in text and text.endswith("; and 2 more")
