@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from support import changed
 
 from moesys.config.schema import Config
@@ -101,3 +104,30 @@ def test_resumption_remembers_since_when():
 def test_long_lists_are_cut():
     text = sentence([Fault(f"layers.{i}", "dead", tuple(range(12)), 3) for i in range(6)])
     assert "experts 0, 1, 2, 3, 4, 5, 6, 7 and 4 more" in text and text.endswith("; and 2 more")
+
+
+def test_a_run_tells_it_everywhere(small, tmp_path):
+    """Of 64 experts that a hash of bytes chooses, some get bytes that the text does not have."""
+    change = {
+        "model": {"hidden": 16, "layers": 1, "moe": {"experts": 64, "top_k": 1, "gate": "hash"}},
+        "train": {"steps": 40, "seq_len": 256, "global_batch": 8, "micro_batch": 8, "eval_sequences": 8},
+        "output": {"runs": str(tmp_path), "tensorboard": False},
+    }
+    raw = changed(small, {"model": {"moe": {"balance_loss": 0.0, "z_loss": 0.0}}}, change)
+    (tmp_path / "hash.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "moesys.cli", "launch", str(tmp_path / "hash.yaml"), "--launcher", "local"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    run = tmp_path / "hash"
+    summary = json.loads((run / "summary.json").read_text())
+    loads = [json.loads(line)["load"][0] for line in (run / "load.jsonl").read_text().splitlines()]
+    dead = np.flatnonzero(np.sum(loads, 0) == 0).tolist()
+    (fault,) = summary["routing_faults"]
+    assert dead and fault == {"layer": "layers.0", "kind": "dead", "experts": dead, "since": fault["since"]}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = {record["step"]: record for record in records if "loss" in record}
+    assert [steps[step]["dead_experts"] for step in (1, 39, 40)] == [0, 0, len(dead)]
+    assert [record["step"] for record in records if "warning" in record] == [40]
+    first = f"layers.0: no token for expert{'s' * (len(dead) > 1)} {dead[0]}"
+    assert f"step 40: {first}" in ended.stdout and f"dead experts {len(dead)}" in ended.stdout
+    assert summary["routing"].startswith(first) and first[:20] in (run / "report.html").read_text()
