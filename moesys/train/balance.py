@@ -20,7 +20,8 @@ thousandth of a balanced one's, which chance does not explain."""
 
 NEAR = 0.95
 """A layer is collapsed when one expert gets at least this share of all its tokens. With k experts per token its
-imbalance, largest / mean load, is then at least this share of the largest one possible, E / k."""
+imbalance, largest / mean load, is then at least this share of the largest one possible, E / k. Where that is below 2,
+as with k = 3 of 4, a much-liked expert is no fault."""
 
 EXEMPT = ("dense", "soft", "smear", "expert_choice")
 """Gates whose experts all take part, or choose their tokens: balance means nothing there, or is given."""
@@ -98,7 +99,8 @@ class BalanceWatch:
         self.silent_LE[load_LE > 0] = step + 1
         self.missed_LE = np.where(load_LE > 0, 0.0, self.missed_LE + total_L1 / load_LE.shape[1])
         # Where some assignments count for nothing, their sum says of fewer tokens than there are.
-        self.full_LE[load_LE < NEAR * np.maximum(self.tokens, total_L1 / self.choices)] = step + 1
+        most_L1 = np.maximum(self.tokens, total_L1 / self.choices)
+        self.full_LE[(load_LE < NEAR * most_L1) | (load_LE.shape[1] < 2 * self.choices)] = step + 1
         if step <= self.warmup and step < self.steps:
             return []
         fresh = [fault for fault in self.faults() if not self._known(fault)]

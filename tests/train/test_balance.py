@@ -80,9 +80,9 @@ def test_gates_without_balance_are_left_alone(gate):
     assert told(found, [[COLLAPSED, COLLAPSED]] * 60) == {} and found.counts() == {}
 
 
-def test_every_expert_of_every_token_is_no_collapse():
-    found = watch({"model": {"moe": {"top_k": 4}}})
-    assert told(found, [[[TOKENS] * 4] * 2] * 60) == {}
+@pytest.mark.parametrize("top_k, load", [(4, [TOKENS] * 4), (3, [TOKENS, TOKENS, 256, 256])])
+def test_many_of_few_experts_are_no_collapse(top_k, load):
+    assert told(watch({"model": {"moe": {"top_k": top_k}}}), [[load] * 2] * 60) == {}
 
 
 def test_dense_models_have_no_routers():
