@@ -134,7 +134,8 @@ def _poisoned_state(trainer: Any, folder: Path) -> list[str]:
     trainer.train_step()
     told.append(_said(lambda: trainer.guard.check(checkpoint.newest(folder))))
     _spoil(trainer.engine)
-    checkpoint.save(folder / "spoiled", trainer.engine, STEPS, 0)
+    with patch("moesys.train.loop.demand_finite"):
+        trainer.save(folder / "spoiled")
     return [*told, _said(lambda: trainer.resume(folder / "spoiled"))]
 
 
