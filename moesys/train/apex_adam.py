@@ -68,7 +68,7 @@ class ApexAdam(torch.optim.Optimizer):
             state.update({slot: torch.zeros_like(p.detach()) for slot in SLOTS}, step=torch.zeros(()))
         # Sharding may have replaced the tensor that a parameter is a view of.
         part.data = _part(p)
-        part.grad = None if p.grad is None else local(p.grad)
+        part.grad = None if p.grad is None else local(p.grad).contiguous()
         if part.numel():
             self._apex.state[part] = {slot: local(state[slot]) for slot in SLOTS}
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from moesys.config.schema import Config
 
-WINDOW = 20
-"""Steps in a row that a state must hold before it is told, or all steps of a run that has fewer: single steps come
-and go."""
+WINDOW = 50
+"""Steps in a row that a state must hold before it is told, or all steps of a run that has fewer. Early in training
+experts of healthy routers are silent for twenty and come back."""
 
 SILENT = 1000
 """An expert is dead when the mean expert has got this many assignments since it got its last one: its share is below a
@@ -20,7 +20,8 @@ thousandth of a balanced one's, which chance does not explain."""
 
 NEAR = 0.95
 """A layer is collapsed when one expert gets at least this share of all its tokens. With k experts per token its
-imbalance, largest / mean load, is then at least this share of the largest one possible, E / k."""
+imbalance, largest / mean load, is then at least this share of the largest one possible, E / k. Where that is below 2,
+as with k = 3 of 4, a much-liked expert is no fault."""
 
 EXEMPT = ("dense", "soft", "smear", "expert_choice")
 """Gates whose experts all take part, or choose their tokens: balance means nothing there, or is given."""
@@ -33,7 +34,7 @@ class Fault:
     Attributes:
         layer: "layers.3".
         kind: "dead", or "collapsed".
-        experts: those without tokens, or the one with nearly all of them.
+        experts: those without tokens, or those that nearly every token goes to.
         since: first step since which all of them are so.
     """
 
@@ -57,7 +58,7 @@ class Fault:
 def sentence(faults: Sequence[Fault], most: int = 4) -> str:
     """Several faults in one line, at most so many in full."""
     more = len(faults) - most
-    return "; ".join([*map(str, faults[:most]), *([f"and {more} more in other layers"] if more > 0 else [])])
+    return "; ".join([*map(str, faults[:most]), *([f"and {more} more"] if more > 0 else [])])
 
 
 class BalanceWatch:
@@ -98,7 +99,8 @@ class BalanceWatch:
         self.silent_LE[load_LE > 0] = step + 1
         self.missed_LE = np.where(load_LE > 0, 0.0, self.missed_LE + total_L1 / load_LE.shape[1])
         # Where some assignments count for nothing, their sum says of fewer tokens than there are.
-        self.full_LE[load_LE < NEAR * np.maximum(self.tokens, total_L1 / self.choices)] = step + 1
+        most_L1 = np.maximum(self.tokens, total_L1 / self.choices)
+        self.full_LE[(load_LE < NEAR * most_L1) | (load_LE.shape[1] < 2 * self.choices)] = step + 1
         if step <= self.warmup and step < self.steps:
             return []
         fresh = [fault for fault in self.faults() if not self._known(fault)]
@@ -149,6 +151,7 @@ class BalanceWatch:
         self.step = step
         self.silent_LE.fill(step + 1)
         self.full_LE.fill(step + 1)
+        self.missed_LE.fill(0.0)
         for i, e, since, missed in kept.get("silent", []):
             self.silent_LE[i, e], self.missed_LE[i, e] = since, missed
         for i, e, since in kept.get("full", []):

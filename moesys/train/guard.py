@@ -129,5 +129,5 @@ def named(names: list[str]) -> str:
 
 def remedy(newest: Path | None) -> str:
     """What to do about a run whose numbers are no longer finite."""
-    where = f"; {newest} is finite: the run goes on from there" if newest else ""
+    where = f"; the run goes on from {newest}, or from further back if you remove that" if newest else ""
     return f"\n    remedy: lower train.optimizer.lr, lengthen its warm-up, or clip more (train.optimizer.clip){where}"

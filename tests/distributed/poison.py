@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,11 @@ from batches import connected, forget, join, start
 
 from moesys.config import Config
 from moesys.errors import TrainingError
+from moesys.parallel import comm
 from moesys.parallel.gradients import local
-from moesys.train import checkpoint
+from moesys.train import checkpoint, guard
 
-TARGET = "layers.3.ffn.experts.fc1"
+TARGET, WEIGHT = "layers.1.ffn.experts.fc1", "layers.1.attention.o_proj.weight"
 BAD = {1: "gradient", 3: "gradient", 4: "loss"}
 """Steps, and what is not finite in them."""
 STEPS = 6
@@ -66,7 +68,10 @@ def _observe(config: Config, folder: Path) -> dict[str, Any]:
             reference.step += 1
             reference.seen += config.train.global_batch
         else:
-            reference.train_step()
+            # Nothing is gathered, and no number shared, for the sake of steps that are not finite.
+            with comm.record() as events, patch.object(guard, "gathered", side_effect=AssertionError):
+                reference.train_step()
+            found["shared"] = sum(event.way.part == "step" for event in events)
     found["equal"] = _equal(trainer.engine.weights(), reference.engine.weights())
     found["moved"] = not _equal(before, trainer.engine.weights())
     found["state"] = _poisoned_state(trainer, folder)
@@ -87,7 +92,7 @@ def poison(engine: Any, what: str) -> None:
     if what == "loss":
         update = engine.update
         if mine:
-            hook = engine.moe_layers()["layers.3.ffn"].register_forward_hook(lambda _, __, out: out * float("nan"))
+            hook = engine.moe_layers()["layers.1.ffn"].register_forward_hook(lambda _, __, out: out * float("nan"))
 
         def healed(rate: float) -> Any:
             engine.update = update
@@ -119,23 +124,40 @@ def poison(engine: Any, what: str) -> None:
 
 
 def _poisoned_state(trainer: Any, folder: Path) -> list[str]:
-    """What is said, and which checkpoints are left, when a weight on the last rank is not finite."""
+    """What is said when `WEIGHT` is not finite: on the last rank, by saving, which changes nothing, and by training;
+    and everywhere, as a checkpoint has it, by loading."""
     before = sorted(path.name for path in folder.glob("step-*"))
     if dist.get_rank() == dist.get_world_size() - 1:
-        name = "layers.3.attention.o_proj.weight"
-        if trainer.config.engine == "native":
-            local(trainer.engine.model.named_parameters()[name].detach()).view(-1)[0] = float("nan")
-        else:
-            next(part for _, piece, part in trainer.engine.held() if piece.name == name).view(-1)[0] = float("nan")
-    told = []
-    try:
-        trainer.save(folder)
-    except TrainingError as error:
-        told.append(str(error))
+        _spoil(trainer.engine)
+    told = [_said(lambda: trainer.save(folder))]
     assert sorted(path.name for path in folder.glob("step-*")) == before
     trainer.train_step()
+    told.append(_said(lambda: trainer.guard.check(checkpoint.newest(folder))))
+    _spoil(trainer.engine)
+    with patch("moesys.train.loop.demand_finite"):
+        trainer.save(folder / "spoiled")
+    return [*told, _said(lambda: trainer.resume(folder / "spoiled"))]
+
+
+def _spoil(engine: Any) -> None:
+    if engine.config.engine == "native":
+        held = [local(p.detach()) for name, p in engine.model.named_parameters().items() if name == WEIGHT]
+    else:
+        held = [part for _, piece, part in engine.held() if piece.name == WEIGHT]
+        held += [main.view(-1) for p, piece, _ in engine.held() if piece.name == WEIGHT for main in _mains(engine, p)]
+    for part in held:
+        part.view(-1)[:1] = float("nan")
+
+
+def _mains(engine: Any, parameter: Any) -> list[torch.Tensor]:
+    """What Megatron's optimizer has of a parameter here, which is what its checkpoints hold."""
+    kept = engine._state().kept
+    return [kept[id(parameter)][1]] if id(parameter) in kept else []
+
+
+def _said(work: Callable[[], object]) -> str:
     try:
-        trainer.guard.check(checkpoint.newest(folder))
+        work()
     except TrainingError as error:
-        told.append(str(error))
-    return told
+        return str(error)
+    return ""

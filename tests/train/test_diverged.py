@@ -135,5 +135,5 @@ def test_a_run_survives_as_many_skips_as_are_allowed(monkeypatch):
     in_all = ended(allowed, [True, False] * 4, monkeypatch)
     assert "step 7: skipped for it is not finite, 4 in this run, and train.skips.total is 3" in in_all
     assert "loss 1, norm of the gradients nan, first in the gradient of norm.weight" in in_all
-    assert "runs/a/checkpoints/step-00000001 is finite" in in_all
+    assert "the run goes on from runs/a/checkpoints/step-00000001" in in_all
     assert "step 1: " in ended(SkipsConfig(consecutive=0), [True], monkeypatch)

@@ -56,8 +56,9 @@ class FusedAdam(torch.optim.Optimizer):
         if p.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise RuntimeError("FusedAdam only support fp16 and fp32.")
         tensors = (p.grad.data, p.data, state["exp_avg"], state["exp_avg_sq"])
-        # The kernel reads plain memory, and launches nothing after a list that ends without elements.
-        assert all(type(t) is torch.Tensor and not isinstance(t, DTensor) and t.numel() for t in tensors)
+        # The kernel reads plain memory, and launches nothing of a list that ends without elements.
+        assert not any(isinstance(t, DTensor) for t in tensors)
+        assert all(t.is_contiguous() and t.numel() for t in tensors)
         return tensors
 
     def _kernel(self, g: torch.Tensor, p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, group: Any) -> None:
