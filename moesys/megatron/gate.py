@@ -52,6 +52,11 @@ class MegatronGate(TopKGate):
             raise AttributeError("expert_bias")  # Megatron asks whether there is one
         return self.selection_bias
 
+    def reset_state(self) -> None:
+        super().reset_state()
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the loads of the global batch; Megatron calls it after each step."""
         self.passes = 0

@@ -250,6 +250,20 @@ def test_takes_what_later_versions_pass() -> None:
     assert out.shape == (4, 3, 16) and bias is None and layer.moe.layer_number == 2
 
 
+def test_a_layer_that_megatron_does_not_initialise_starts_by_itself() -> None:
+    config = transformer_config(
+        perform_initialization=False, add_bias_linear=True, moe_router_load_balancing_type="global_aux_loss",
+        moe_aux_loss_coeff=0.1,
+    )  # fmt: skip
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody wrote to with NaN
+    try:
+        layer = MoESysLayer(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in (*layer.parameters(), *layer.buffers()))
+    assert layer(torch.randn(4, 3, 16))[0].isfinite().all()
+
+
 def test_what_the_groups_do_not_divide_is_refused() -> None:
     groups = get_default_pg_collection()
     groups.ep = SimpleNamespace(size=lambda: 3, rank=lambda: 0)
