@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class NativeEngine:
         self.model.after_step()
         return norm
 
-    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
         return self.model.evaluate(tokens, labels, samples)
 
     def moe_layers(self) -> dict[str, MoELayer]:

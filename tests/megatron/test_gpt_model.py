@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,6 +148,24 @@ def test_padding_counts_in_no_loss() -> None:
     mine.zero_grad()
     run(mine)
     assert not torch.allclose(losses()["load_balancing_loss"], with_padding["load_balancing_loss"])
+
+
+def test_padding_takes_no_place_of_a_capacity() -> None:
+    """Megatron's own router lets it; real tokens are dropped then."""
+    layer = MoESysLayer(transformer_config(moe_expert_capacity_factor=0.5))
+    padding = torch.zeros(3, 8, dtype=torch.bool)
+    padding[:, 3:] = True
+    kept: list[Any] = []
+    layer.moe.gate.register_forward_hook(lambda *parts: kept.append(parts[-1]))
+    x = torch.randn(8, 3, 16)
+    layer(x, padding_mask=padding)
+    layer(x[:3])
+    masked, alone = kept
+    assert masked.token_A.max() < 9, "of 3 positions of 3 sequences"
+    limit = ceil(0.5 * 24 * 2 / 8)
+    wanted = alone.load_E
+    assert torch.equal(masked.expert_A.bincount(minlength=8), wanted.clamp(max=limit))
+    assert torch.equal(masked.load_E, wanted) and wanted.sum() == 9 * 2
 
 
 def test_loss_scale_reaches_the_losses() -> None:
