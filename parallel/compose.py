@@ -12,6 +12,7 @@ Removing a dimension removes one call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -96,8 +97,8 @@ class Composed:
         with counted(self.moe_layers(), self.mesh):
             self._forward(mine)
 
-    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
-        """Forward only, shapes as in `train`."""
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
+        """Forward only, shapes as in `train`; samples below 0 are padding."""
         self._mode(training=False)
         return self._forward(self._mine(tokens, labels, samples))
 
@@ -116,7 +117,7 @@ class Composed:
             for part in self.parts:
                 part.train(training)
 
-    def _mine(self, tokens: Tensor, labels: Tensor, samples: range) -> tuple[Tensor, Tensor]:
+    def _mine(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         numbered = torch.stack((numbers(tokens, samples), tokens), -1)
         positions = self.parts[0].positions
         if self.mesh.degrees.cp == 1 or positions is None:

@@ -14,8 +14,8 @@ from moesys.moe.layer import MoELayer
 from moesys.parallel.mesh import Ranks
 
 
-def numbers(tokens: Tensor, samples: range) -> Tensor:
-    """Each token's number in the run, int64 [B, S], of the sequences `samples`."""
+def numbers(tokens: Tensor, samples: Sequence[int]) -> Tensor:
+    """Each token's number in the run, int64 [B, S], of the sequences `samples`; below 0 where these are."""
     length = tokens.shape[1]
     first = torch.tensor(samples, device=tokens.device)[:, None] * length
     return first + torch.arange(length, device=tokens.device)

@@ -428,7 +428,8 @@ class TrainConfig(Section):
     eval_every: NonNegative = 0
     """Steps between evaluations on held-out data; 0: at the end only."""
     eval_sequences: Batch = 64
-    """Held-out sequences per evaluation, rounded up to whole global batches."""
+    """Held-out sequences per evaluation. What fills up the last global batch is padding: no expert computes it, and
+    its tokens take no place from others under a capacity."""
     resume_changed: list[str] = []
     """Keys that a run may have changed since its checkpoint though they change what it is: [seed, data.heldout]."""
 

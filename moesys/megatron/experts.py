@@ -28,7 +28,12 @@ class Bias(nn.Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(shape))
+        self.bias = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from zeros."""
+        nn.init.zeros_(self.bias)
 
 
 class MegatronExperts(Experts):

@@ -10,6 +10,7 @@ T tokens of this rank, E experts, k choices per token, S positions, B sequences,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from moesys.kernels.gate import GateResult, best
 from moesys.megatron.scope import MegatronTokens
-from moesys.moe.gates.top_k import TopKGate
+from moesys.moe.gates.top_k import TopKGate, load_of
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 
 
@@ -52,6 +53,11 @@ class MegatronGate(TopKGate):
             raise AttributeError("expert_bias")  # Megatron asks whether there is one
         return self.selection_bias
 
+    def reset_state(self) -> None:
+        super().reset_state()
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the loads of the global batch; Megatron calls it after each step."""
         self.passes = 0
@@ -62,7 +68,13 @@ class MegatronGate(TopKGate):
         assert isinstance(tokens, MegatronTokens)
         logits_TE = self.projection(self._shaken(x_TH))
         chosen = self.choose(logits_TE, tokens)
-        routing = self._route(chosen, None, tokens.number_T, MicroBatch())
+        real_T = tokens.real_T
+        # Megatron lets padding take places of an expert's capacity, too.
+        limited = real_T is not None and not self.capacity.unlimited(self.training)
+        stays_Tk = self._stays(chosen.weight_Tk, tokens) if limited else None
+        routing = self._route(chosen, stays_Tk, replace(tokens, real_T=None), MicroBatch())
+        if real_T is not None:
+            routing.load_E = load_of(chosen.expert_Tk, self.experts, real_T[:, None].expand_as(chosen.expert_Tk))
         if torch.is_grad_enabled():
             if self.training:
                 routing.losses = self._shares(logits_TE, chosen, tokens, scope)

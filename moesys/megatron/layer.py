@@ -69,8 +69,9 @@ class MoESysLayer(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Output [S, B, H] of `hidden_states` [S, B, H], S this tensor rank's part under sequence parallelism.
 
-        `padding_mask` bool [B, S] or [B, S of all tensor ranks], True for padding: such tokens are routed, but
-        count in no loss and in no load.
+        `padding_mask` bool [B, S] or [B, S of all tensor ranks], True for padding: such tokens count in no loss and
+        in no load. They are routed as by Megatron, except under a capacity, of which they would take places: there
+        no expert computes them.
         """
         tp = self.groups.tp
         if self.training and tp.size() > 1 and not self.config.sequence_parallel:

@@ -43,12 +43,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class MegatronTokens(Tokens):
-    """Tokens in Megatron's order: `sequences` B of them at each of S positions, T = S · B rows.
-
-    `real_T` bool [T], False for padding; None where every token is real.
-    """
-
-    real_T: Tensor | None = None
+    """Tokens in Megatron's order: `sequences` B of them at each of S positions, T = S · B rows."""
 
 
 class MegatronScope(MicroBatch):

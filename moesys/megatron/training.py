@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -141,7 +141,7 @@ class MegatronEngine:
         return [*nonfinite(held), *nonfinite(self._state().slots())]
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
         self._mode(training=False)
         return self._run(tokens, labels, samples, forward_only=True)
 
@@ -149,7 +149,7 @@ class MegatronEngine:
         for part in self.model:
             part.train(training)
 
-    def _run(self, tokens: Tensor, labels: Tensor, samples: range, forward_only: bool) -> Tensor:
+    def _run(self, tokens: Tensor, labels: Tensor, samples: Sequence[int], forward_only: bool) -> Tensor:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         t = self.config.train

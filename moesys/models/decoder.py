@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moesys.config.schema import ModelConfig
 from moesys.models.block import Block
 from moesys.models.layers import Linear, RMSNorm, rotary_angles
+from moesys.models.size import kind
 
 
 class Embedding(nn.Embedding):
@@ -35,6 +36,18 @@ class Decoder(nn.Module):
         self.head: Linear | None = Linear(config.hidden, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give all parameters, those of the parts too, their initial values: matrices N(0, `config.init_std`²).
+
+        Norms, biases and the like keep what their own modules start with. Training starts from
+        `moesys.parallel.initialise`, whose numbers depend on no layout.
+        """
+        for name, parameter in self.named_parameters():
+            if kind(name) == "matrix" and not name.endswith("_lora_b"):
+                parameter.normal_(0.0, self.config.init_std)
 
     def keep(self, layers: range, first: bool, last: bool) -> Decoder:
         """Remove all but these layers, the embedding unless `first`, norm and head unless `last`."""

@@ -44,9 +44,16 @@ class Capacity:
     drop: Drop = "weight"
     pad: bool = False
 
+    def _factor(self, training: bool) -> float | None:
+        return self.factor if training or self.eval_factor is None else self.eval_factor
+
+    def unlimited(self, training: bool) -> bool:
+        """Whether experts take all tokens."""
+        return self._factor(training) is None
+
     def limit(self, training: bool, tokens: int, top_k: int, experts: float) -> int | None:
         """C of a micro-batch of `tokens`, at most all of them; None for no limit."""
-        factor = self.factor if training or self.eval_factor is None else self.eval_factor
+        factor = self._factor(training)
         if factor is None:
             return None
         return min(max(capacity(factor, tokens, top_k, experts), self.minimum), tokens)
@@ -66,8 +73,19 @@ class Wish:
     wanted_Tk: Tensor | None = None
 
 
-def assign(wish: Wish, number_T: Tensor, experts: int, limit: int | None, rule: Capacity, scope: MicroBatch) -> Routing:
-    """The assignments that fit, at most `limit` of the micro-batch per expert; counts those that do not."""
+def assign(
+    wish: Wish,
+    number_T: Tensor,
+    experts: int,
+    limit: int | None,
+    rule: Capacity,
+    scope: MicroBatch,
+    rows: int | None = None,
+) -> Routing:
+    """The assignments that fit, at most `limit` of the micro-batch per expert; counts those that do not.
+
+    Where `rule` pads, every expert gets `rows` of this device, `limit` by default, and at most all tokens.
+    """
     tokens, top_k = wish.expert_Tk.shape
     token_A = torch.arange(tokens, device=number_T.device).repeat_interleave(top_k)
     routing = Routing(token_A, wish.expert_Tk.flatten(), wish.weight_Tk.flatten())
@@ -79,7 +97,7 @@ def assign(wish: Wish, number_T: Tensor, experts: int, limit: int | None, rule: 
     if keep_A is None:
         return routing
     if limit is not None and rule.pad:
-        return _padded(routing, keep_A, tokens, experts, min(limit, tokens))
+        return _padded(routing, keep_A, tokens, experts, min(limit if rows is None else rows, tokens))
     routing.token_A, routing.expert_A = token_A[keep_A], routing.expert_A[keep_A]
     routing.weight_A = routing.weight_A[keep_A]
     return routing

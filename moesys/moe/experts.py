@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from moesys.kernels import activation as kernel
 from moesys.kernels.expert_ffn import expert_ffn
 from moesys.kernels.permute import Permutation, unpermute
+from moesys.moe.start import like_linear
 
 
 def local(weight: Tensor) -> Tensor:
@@ -27,7 +28,8 @@ class Experts(nn.Module):
 
     Weights: fc1 [E, H, G, F], where G = 2 (the gate, then the linear part) for gated activations and
     1 for others, and fc2 [E, F, H]; with `bias`, fc1_bias [E, G, F] and fc2_bias [E, H]. Under expert
-    parallelism a device holds a slice of E, and of F; the arithmetic is the same.
+    parallelism a device holds a slice of E, and of F; the arithmetic is the same. They start as those of
+    `nn.Linear` do, and biases as zeros.
 
     Args:
         experts, hidden, ffn_hidden: E, H, F.
@@ -46,6 +48,15 @@ class Experts(nn.Module):
         self.fc2_bias_start = 0
         """First of the outputs that this device's slice of fc2_bias belongs to: devices that share an
         expert by its inner size share its output bias by its outputs, so that their sum has it once."""
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give every parameter its initial values."""
+        like_linear(self.fc1, self.fc1.shape[1])
+        like_linear(self.fc2, self.fc2.shape[1])
+        for bias in (self.fc1_bias, self.fc2_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """fc1_bias and fc2_bias."""

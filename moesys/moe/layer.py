@@ -121,11 +121,14 @@ class MoELayer(nn.Module):
         """Output [B, S, H] in the type of x [B, S, H]; tokens that no expert takes give zeros.
 
         `tokens_BS2` int64 [B, S, 2]: each token's number in the run and its id in the vocabulary;
-        without it tokens are numbered by their place, and gates that need ids cannot be used.
+        without it tokens are numbered by their place, and gates that need ids cannot be used. In evaluation a
+        number below 0 marks padding, which no expert computes; training knows none.
         """
         batch, sequence, hidden = x_BSH.shape
         x_TH = x_BSH.reshape(-1, hidden)
         tokens = self.scope.mark(tokens_BS2, batch, sequence, x_BSH.device)
+        if not self.training and tokens_BS2 is not None and tokens.real_T is None:
+            tokens = tokens.marked()
         decision, mixture = self.gate(x_TH, tokens, self.scope), self.mix(x_TH, self.scope)
         decision.losses |= mixture.losses
         self.statistics.add(decision, x_BSH.device)

@@ -12,6 +12,7 @@ from moesys.kernels.activation import KINDS, activate
 from moesys.kernels.grouped_matmul import grouped_matmul
 from moesys.kernels.permute import Permutation, permute, unpermute
 from moesys.moe.experts import local
+from moesys.moe.start import like_linear
 
 
 class Frozen(nn.Linear):
@@ -31,7 +32,7 @@ class LoRAExperts(nn.Module):
     MoLoRA (arXiv 2309.05444), LoRAMoE (arXiv 2312.09979). The dense matrices belong to all experts and
     are frozen: `base.fc1` [G · F, H] (all gates, then all linear parts) and `base.fc2` [H, F]. A and B are
     trained: fc1_lora_a [E, H, G, r] and fc1_lora_b [E, G, r, F], fc2_lora_a [E, F, r] and fc2_lora_b
-    [E, r, H]. A starts normal and B as zeros, so that every expert starts as the dense feed-forward.
+    [E, r, H]. A starts as `nn.Linear`'s weights and B as zeros, so that every expert starts as the dense feed-forward.
 
     W + A · B is never formed. What experts share is computed once per token where the tokens are at hand
     (on one device), and once per row where rows have travelled.
@@ -59,6 +60,14 @@ class LoRAExperts(nn.Module):
         self.fc1_lora_b = nn.Parameter(torch.empty(experts, parts, rank, ffn_hidden))
         self.fc2_lora_a = nn.Parameter(torch.empty(experts, ffn_hidden, rank))
         self.fc2_lora_b = nn.Parameter(torch.empty(experts, rank, hidden))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give A and B their initial values."""
+        for a in (self.fc1_lora_a, self.fc2_lora_a):
+            like_linear(a, a.shape[1])
+        for b in (self.fc1_lora_b, self.fc2_lora_b):
+            nn.init.zeros_(b)
 
     def forward(
         self,

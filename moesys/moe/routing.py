@@ -6,7 +6,7 @@ A assignments (T·k before dropping).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,12 +24,24 @@ class Tokens:
     x holds `sequences` sequences (or this device's part of each) one after another. `number_T`
     (int64) is unique to a token over the whole run and ascends along a micro-batch as one device would
     hold it: it orders tokens, and seeds their random numbers. `id_T` (int64) are the ids of the
-    vocabulary, None where a layer is used alone.
+    vocabulary, None where a layer is used alone. `real_T` bool, False for padding, None where there is none:
+    padding takes no place in an expert from other tokens, and counts in no load.
     """
 
     number_T: Tensor
     sequences: int = 1
     id_T: Tensor | None = None
+    real_T: Tensor | None = None
+
+    def marked(self) -> Tokens:
+        """The same, with tokens of numbers below 0 as padding."""
+        return replace(self, real_T=self.number_T >= 0)
+
+    def count(self, scope: MicroBatch) -> int:
+        """How many of the micro-batch's tokens are no padding."""
+        if self.real_T is None:
+            return len(self.number_T) * scope.size
+        return int(scope.sum(self.real_T.sum()))
 
 
 @dataclass

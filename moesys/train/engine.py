@@ -6,6 +6,7 @@ lies, and `build(config, mesh, vocab_size, dtype)`, which makes this rank's part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
@@ -64,8 +65,11 @@ class Engine(Protocol):
         """What this rank holds that is not finite, by name: weights, what gates keep, and "NAME/SLOT" of the
         optimizer. Not collective."""
 
-    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
-        """As `train`, forward only; labels below 0 count for nothing, but the divisor stays."""
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
+        """As `train`, forward only; labels below 0 count for nothing, but the divisor stays.
+
+        Samples below 0 are padding: their tokens take no place in an expert from others.
+        """
 
     def moe_layers(self) -> dict[str, MoELayer]:
         """All MoE layers of this rank."""

@@ -106,7 +106,9 @@ class Trainer:
             windows = torch.from_numpy(np.stack([self.heldout[min(n, count - 1)] for n in numbers]))
             tokens, labels = self._split(windows)
             labels[torch.tensor([n >= count for n in numbers], device=labels.device)] = IGNORED
-            total += self.engine.evaluate(tokens, labels, numbers).double()
+            # What fills up the last global batch is padding, and gates are told so.
+            samples = [n if n < count else -1 for n in numbers]
+            total += self.engine.evaluate(tokens, labels, samples).double()
         for layer in self.engine.moe_layers().values():
             layer.statistics.take()
         dist.all_reduce(total)

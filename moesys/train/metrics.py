@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import moesys
 from moesys.config.schema import Config
 from moesys.files import json_objects, json_text, write_whole
 from moesys.parallel import comm
 from moesys.parallel.gates_check import IGNORES
+from moesys.train.board import Board, layout
 from moesys.train.engine import Engine
 from moesys.train.exporter import Exporter
+from moesys.train.wandb_run import WandbRun
 
 LOSSES = {
     "balance": "balance_loss",
@@ -100,19 +103,14 @@ class MetricsLog:
             return
         self._file, self._loads = (_continued(run_dir / f"{name}.jsonl", resumed) for name in ("metrics", "load"))
         self._every = max(1, ceil(config.train.steps / LOADS))
-        self._board = self._wandb = None
-        if config.output.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed + 1)
+        self._layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
+        self._batch_tokens = config.train.global_batch * config.train.seq_len
+        self._board = Board(run_dir / "tensorboard", config, resumed) if config.output.tensorboard else None
         port = config.measure.metrics_port
-        self._exporter = None if port is None else Exporter(config.name, port, config.measure.metrics_host)
-        if config.output.wandb:
-            import wandb
-
-            self._wandb = wandb.init(
-                project="moesys", name=config.name, id=config.name, resume="allow", config=config.model_dump()
-            )
+        self._exporter = (
+            None if port is None else Exporter(config.name, port, config.measure.metrics_host, about(config))
+        )
+        self._wandb = WandbRun(config, run_dir) if config.output.wandb else None
 
     def write(self, record: dict[str, Any]) -> None:
         """One line; numbers among its values become scalars of the step `record["step"]`."""
@@ -120,23 +118,29 @@ class MetricsLog:
             return
         self._file.write(json_text(record) + "\n")
         scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-        if self._exporter is not None:
-            self._exporter.tell(scalars | {"step": record["step"]})  # NaN is a number to Prometheus
+        step = record["step"]
+        if self._exporter is not None:  # NaN is a number to Prometheus
+            done = {"step": step, "tokens": step * self._batch_tokens} if "loss" in record else {}
+            self._exporter.tell(scalars | done)
         finite = {k: v for k, v in scalars.items() if isfinite(v)}
-        if self._board is not None:
-            for key, value in finite.items():
-                self._board.add_scalar(key, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.log(finite, step=record["step"])
+        for board in (self._board, self._wandb):
+            if board is not None:
+                board.write(step, finite)
 
     def warn(self, step: int, text: str) -> None:
         """One line that a user should see; the live display shows it."""
         self.write({"step": step, "warning": text})
 
     def write_load(self, step: int, load: list[list[float]] | None) -> None:
-        """One line with every expert's load, of every so many steps only."""
-        if self.active and load is not None and step % self._every == 0:
+        """One line with every expert's load, and a picture, of every so many steps only; Prometheus is told always."""
+        if not self.active or load is None:
+            return
+        if self._exporter is not None:
+            self._exporter.tell_load(self._layers, load)
+        if step % self._every == 0:
             self._loads.write(json_text({"step": step, "load": load}) + "\n")
+            if self._board is not None:
+                self._board.write_load(step, load)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -153,7 +157,13 @@ class MetricsLog:
         if self._exporter is not None:
             self._exporter.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=1 if error else 0)
+            self._wandb.finish(failed=error is not None)
+
+
+def about(config: Config) -> dict[str, str]:
+    """What a run is, for labels."""
+    degrees = " ".join(f"{axis}={degree}" for axis, degree in layout(config).items())
+    return {"version": moesys.__version__, "engine": config.engine, "parallel": degrees}
 
 
 def _continued(path: Path, last: int) -> TextIO:

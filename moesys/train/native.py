@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
@@ -91,7 +92,7 @@ class NativeEngine:
         kept = {name: value for name, value in state["optimizer"].items() if value.ndim}
         return nonfinite({name: local(value) for name, value in (state["model"] | kept).items()})
 
-    def evaluate(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+    def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
         return self.model.evaluate(tokens, labels, samples)
 
     def moe_layers(self) -> dict[str, MoELayer]:

@@ -72,8 +72,8 @@ def _train(config: Config, run_dir: Path) -> None:
     recorder = Recorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
         summary = _steps(trainer, log, routing, recorder, folder)
-    if dist.get_rank() == 0:
-        _write_summary(summary, trainer, run_dir, corpus)
+        if dist.get_rank() == 0:
+            _write_summary(summary, trainer, run_dir, corpus)  # metrics are told until the end
 
 
 def _tell(path: Path | None, trainer: Trainer, run_dir: Path) -> None:

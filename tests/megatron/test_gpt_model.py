@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_padding_counts_in_no_loss() -> None:
     assert not torch.allclose(losses()["load_balancing_loss"], with_padding["load_balancing_loss"])
 
 
+def test_padding_takes_no_place_of_a_capacity() -> None:
+    """Megatron's own router lets it; real tokens are dropped then."""
+    layer = MoESysLayer(transformer_config(moe_expert_capacity_factor=0.5))
+    padding = torch.zeros(3, 8, dtype=torch.bool)
+    padding[:, 3:] = True
+    kept: list[Any] = []
+    layer.moe.gate.register_forward_hook(lambda *parts: kept.append(parts[-1]))
+    x = torch.randn(8, 3, 16)
+    layer(x, padding_mask=padding)
+    layer(x[:3])
+    masked, alone = kept
+    assert masked.token_A.max() < 9, "of 3 positions of 3 sequences"
+    limit = ceil(0.5 * 24 * 2 / 8)
+    wanted = alone.load_E
+    assert torch.equal(masked.expert_A.bincount(minlength=8), wanted.clamp(max=limit))
+    assert torch.equal(masked.load_E, wanted) and wanted.sum() == 9 * 2
+
+
 def test_loss_scale_reaches_the_losses() -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -248,6 +267,20 @@ def test_takes_what_later_versions_pass() -> None:
     layer.set_layer_number(2)
     out, bias = layer(torch.randn(4, 3, 16), intermediate_tensors=None, padding_mask=None)
     assert out.shape == (4, 3, 16) and bias is None and layer.moe.layer_number == 2
+
+
+def test_a_layer_that_megatron_does_not_initialise_starts_by_itself() -> None:
+    config = transformer_config(
+        perform_initialization=False, add_bias_linear=True, moe_router_load_balancing_type="global_aux_loss",
+        moe_aux_loss_coeff=0.1,
+    )  # fmt: skip
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody wrote to with NaN
+    try:
+        layer = MoESysLayer(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in (*layer.parameters(), *layer.buffers()))
+    assert layer(torch.randn(4, 3, 16))[0].isfinite().all()
 
 
 def test_what_the_groups_do_not_divide_is_refused() -> None:

@@ -41,7 +41,7 @@ class BaseGate(ScoredGate):
             expert_T1 = self._assign(logits_TE.detach(), tokens.number_T, scope)[:, None]
         else:
             expert_T1 = logits_TE.argmax(-1, keepdim=True)
-        routing = route(expert_T1, logits_TE.gather(1, expert_T1).sigmoid(), self.experts)
+        routing = route(expert_T1, logits_TE.gather(1, expert_T1).sigmoid(), self.experts, tokens.real_T)
         return self.with_losses(routing, logits_TE, scope)
 
     def _assign(self, logits_TE: Tensor, number_T: Tensor, scope: MicroBatch) -> Tensor:

@@ -7,6 +7,8 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+from moesys.moe.start import like_linear
+
 START = log(0.3)
 """What the logarithm of the temperature starts from."""
 
@@ -14,7 +16,8 @@ START = log(0.3)
 class CosineProjection(nn.Module):
     """Logits `cos(W·x, e_i) / τ` in a low dimension (X-MoE, arXiv 2204.09179), in float32 or wider.
 
-    Parameters: `down` W [D, H], `weight` the experts' e_i [E, D], `log_temperature` [1], learned.
+    Parameters: `down` W [D, H], `weight` the experts' e_i [E, D], `log_temperature` [1], learned. Matrices start as
+    those of `nn.Linear` do.
 
     Args:
         hidden, experts: H, E.
@@ -25,7 +28,14 @@ class CosineProjection(nn.Module):
         super().__init__()
         self.down = nn.Parameter(torch.empty(dim, hidden))
         self.weight = nn.Parameter(torch.empty(experts, dim))
-        self.log_temperature = nn.Parameter(torch.full((1,), START))
+        self.log_temperature = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give every parameter its initial values."""
+        for matrix in (self.down, self.weight):
+            like_linear(matrix, matrix.shape[1])
+        nn.init.constant_(self.log_temperature, START)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Logits [T, E], each between -1/τ and 1/τ."""

@@ -19,4 +19,5 @@ class DenseGate(ScoredGate):
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
         logits_TE = self.projection(x_TH)
         every_TE = torch.arange(self.experts, device=x_TH.device).expand(logits_TE.shape)
-        return self.with_losses(route(every_TE, logits_TE.softmax(-1), self.experts), logits_TE, scope)
+        routing = route(every_TE, logits_TE.softmax(-1), self.experts, tokens.real_T)
+        return self.with_losses(routing, logits_TE, scope)

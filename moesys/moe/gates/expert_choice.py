@@ -37,19 +37,23 @@ class ExpertChoiceGate(ScoredGate):
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
         logits_TE = self.projection(x_TH)
         score_TE = logits_TE.softmax(-1)
-        taken_TE = self.taken(score_TE.detach(), tokens.number_T, scope)
+        taken_TE = self.taken(score_TE.detach(), tokens, scope)
         token_A, expert_A = taken_TE.nonzero(as_tuple=True)
         routing = Routing(token_A, expert_A, score_TE[token_A, expert_A], load_E=taken_TE.sum(0))
         return self.with_losses(routing, logits_TE, scope)
 
-    def taken(self, score_TE: Tensor, number_T: Tensor, scope: MicroBatch) -> Tensor:
+    def taken(self, score_TE: Tensor, tokens: Tokens, scope: MicroBatch) -> Tensor:
         """Which experts take which of this device's tokens: bool [T, E].
 
         Scores are compared to 12 bits, ties go to the earliest token: of tokens that are alike, which one
         is taken must not depend on the layout of the run.
         """
-        score, number = scope.gather(score_TE), scope.gather(number_T)
-        limit = min(capacity(self.capacity_factor, len(score), self.top_k, self.experts), len(score))
+        count = tokens.count(scope)
+        if tokens.real_T is not None:
+            # Below every score: padding comes last, after as many tokens as are taken at most.
+            score_TE = score_TE.masked_fill(~tokens.real_T[:, None], -1.0)
+        score, number = scope.gather(score_TE), scope.gather(tokens.number_T)
+        limit = min(capacity(self.capacity_factor, count, self.top_k, self.experts), count)
         order = number.argsort()
         best_CE = rounded(score[order]).argsort(dim=0, descending=True, stable=True)[:limit]
         taken = torch.zeros_like(score, dtype=torch.bool).scatter_(0, order[best_CE], True)
@@ -83,13 +87,14 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
     def reset_state(self) -> None:
         self.threshold_E.fill_(-1.0)
 
-    def taken(self, score_TE: Tensor, number_T: Tensor, scope: MicroBatch) -> Tensor:
+    def taken(self, score_TE: Tensor, tokens: Tokens, scope: MicroBatch) -> Tensor:
         if self.training and not recomputing():
             seen_EB = self._counts(score_TE)
             self.histogram_EB = seen_EB if self.histogram_EB is None else self.histogram_EB + seen_EB
         best_Tk = score_TE.topk(self.top_k).indices
         best_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter_(1, best_Tk, True)
-        return torch.where(self.threshold_E < 0, best_TE, score_TE > self.threshold_E)
+        taken_TE = torch.where(self.threshold_E < 0, best_TE, score_TE > self.threshold_E)
+        return taken_TE if tokens.real_T is None else taken_TE & tokens.real_T[:, None]
 
     def _counts(self, score_TE: Tensor) -> Tensor:
         """Tokens per expert and bin: int64 [E, BINS]."""

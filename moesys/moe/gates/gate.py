@@ -45,6 +45,10 @@ class Gate(nn.Module):
     def reset_state(self) -> None:
         """Give buffers their initial values (a model is built on the meta device)."""
 
+    def reset_parameters(self) -> None:
+        """`reset_state`, by the name that torch has for what a module does after `to_empty`."""
+        self.reset_state()
+
     def step_statistics(self) -> Tensor | None:
         """A vector to be summed over all devices that hold tokens of the global batch, or None."""
         return None

@@ -35,7 +35,7 @@ class HashGate(Gate):
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
         choice = self.forced or self.look_up
-        return route_evenly(choice(tokens), self.experts)
+        return route_evenly(choice(tokens), self.experts, tokens.real_T)
 
     def look_up(self, tokens: Tokens) -> Tensor:
         """Experts [T, k] of the tokens' ids."""

@@ -27,7 +27,7 @@ class RandomGate(Gate):
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
         choice = self.forced or self.draw
-        return route_evenly(choice(tokens), self.experts)
+        return route_evenly(choice(tokens), self.experts, tokens.real_T)
 
     def draw(self, tokens: Tokens) -> Tensor:
         """Experts [T, k]: those of the k largest of E random numbers."""

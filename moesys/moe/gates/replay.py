@@ -36,6 +36,8 @@ class ReplayGate(ScoredGate):
         logits_TE = self.projection(x_TH)
         expert_TK = self.table_NK[(tokens.number_T - self.first) % len(self.table_NK)].long()
         there_TK = expert_TK >= 0
+        if tokens.real_T is not None:
+            there_TK &= tokens.real_T[:, None]
         weight_TK = logits_TE.softmax(-1).gather(1, expert_TK.clamp(min=0)) * there_TK
         if self.normalize:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)

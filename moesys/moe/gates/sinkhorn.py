@@ -34,7 +34,8 @@ class SinkhornGate(ScoredGate):
         logits_TE = self.projection(x_TH)
         expert_Tk = self._best(logits_TE.detach(), tokens, scope) if self.forced is None else self.forced(tokens)
         probability_TE = logits_TE.sigmoid() if self.top_k == 1 else logits_TE.softmax(-1)
-        return self.with_losses(route(expert_Tk, probability_TE.gather(1, expert_Tk), self.experts), logits_TE, scope)
+        routing = route(expert_Tk, probability_TE.gather(1, expert_Tk), self.experts, tokens.real_T)
+        return self.with_losses(routing, logits_TE, scope)
 
     def _best(self, logits_TE: Tensor, tokens: Tokens, scope: MicroBatch) -> Tensor:
         if self.training:

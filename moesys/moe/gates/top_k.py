@@ -146,11 +146,11 @@ class TopKGate(Gate):
         chosen = self.choose(noisy_TE, tokens)
         counted_Tc = self._counted(chosen.expert_Tk, noisy_TE)
         counted_E = chosen.load_E if counted_Tc is chosen.expert_Tk else load_of(counted_Tc, self.candidates)
-        stays_Tk = self._stays(chosen.weight_Tk, tokens.number_T)
+        stays_Tk = self._stays(chosen.weight_Tk, tokens)
         if stays_Tk is not None:
             chosen = chosen._replace(load_E=load_of(chosen.expert_Tk, self.candidates, stays_Tk))
         self._count(chosen.load_E, counted_E)
-        routing = self._route(chosen, stays_Tk, tokens.number_T, scope)
+        routing = self._route(chosen, stays_Tk, tokens, scope)
         if self.training and torch.is_grad_enabled():
             seen = Seen(
                 logits_TE,
@@ -214,21 +214,29 @@ class TopKGate(Gate):
             return expert_Tk[:, :1]
         return best(logits_TE, self.top_k) if self.counts == "scores" else expert_Tk
 
-    def _stays(self, weight_Tk: Tensor, number_T: Tensor) -> Tensor | None:
+    def _stays(self, weight_Tk: Tensor, tokens: Tokens) -> Tensor | None:
         """Which choices are assignments, bool [T, k]; None for all of them."""
+        if tokens.real_T is not None:
+            return tokens.real_T[:, None].expand_as(weight_Tk)
         if not self.training or not self.randomness.second:
             return None
-        return self.randomness.kept(weight_Tk.detach(), number_T)
+        return self.randomness.kept(weight_Tk.detach(), tokens.number_T)
 
-    def _route(self, chosen: GateResult, stays_Tk: Tensor | None, number_T: Tensor, scope: MicroBatch) -> Routing:
+    def _route(self, chosen: GateResult, stays_Tk: Tensor | None, tokens: Tokens, scope: MicroBatch) -> Routing:
         weight_Tk, expert_Tk, wanted_Tk = chosen.weight_Tk, chosen.expert_Tk, stays_Tk
         experts: float = self.experts
         if self.zero is not None:
             experts, computed_Tk = self.zero.places, expert_Tk < self.experts
             wanted_Tk = computed_Tk if stays_Tk is None else stays_Tk & computed_Tk
-        limit = self.capacity.limit(self.training, len(number_T) * scope.size, self.top_k, experts)
+        count = 0 if self.capacity.unlimited(self.training) else tokens.count(scope)
+        limit = self.capacity.limit(self.training, count, self.top_k, experts)
         wish = Wish(expert_Tk, weight_Tk, chosen.probabilities_TE, wanted_Tk)
-        routing = assign(wish, number_T, self.experts, limit, self.capacity, scope)
+        rows = None
+        if self.capacity.pad and limit is not None:
+            # Shapes are those of a micro-batch without padding.
+            every = len(tokens.number_T) * scope.size
+            rows = self.capacity.limit(self.training, every, self.top_k, experts)
+        routing = assign(wish, tokens.number_T, self.experts, limit, self.capacity, scope, rows)
         routing.load_E = chosen.load_E[: self.experts]
         if self.zero is not None:
             routing.zero_TZ = self.zero.weights(weight_Tk if stays_Tk is None else weight_Tk * stays_Tk, expert_Tk)
