@@ -29,7 +29,6 @@ from moesys.errors import CheckpointError
 from moesys.files import write_json
 from moesys.models.decoder import Decoder
 from moesys.moe.layer import moe_layers
-from moesys.parallel.freeze import frozen_names
 from moesys.parallel.initialise import canonical
 from moesys.train import resume, storage
 from moesys.train.engine import Engine
@@ -122,7 +121,7 @@ def _facts(engine: Engine, corpus: Corpus, world: int) -> dict[str, Any]:
     return {
         "engine": config.engine,
         "vocab_size": corpus.vocab_size,
-        "dtype": config.train.dtype,
+        "dtype": {"weights": str(engine.dtype).removeprefix("torch."), "computation": config.train.dtype},
         "seed": config.seed,
         "tokenizer": {
             "kind": TOKENIZER if own else "bytes",
@@ -148,7 +147,6 @@ def load(path: Path, engine: Engine, corpus: Corpus) -> Loaded:
     config = engine.config
     meta = read(path)
     changes = resume.judge(meta, config, corpus.fingerprint)
-    _require_state(meta, config)
     wrong = storage.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
     storage.agree(str(damaged(path, wrong)) if wrong else None)
     fresh = engine.load(path)
@@ -159,16 +157,6 @@ def _samples(meta: resume.Meta, config: Config) -> int:
     """Sequences of the run's present length in what it has seen: the same share of an epoch."""
     length = meta.config.get("train", {}).get("seq_len", config.train.seq_len)
     return -(-meta.samples * length // config.train.seq_len)
-
-
-def _require_state(meta: resume.Meta, config: Config) -> None:
-    before = meta.config.get("train", {}).get("freeze", [])
-    thawed = frozen_names(config.model, before) - frozen_names(config.model, config.train.freeze)
-    if thawed:
-        raise CheckpointError(
-            f"{meta.path} has no optimizer state of {min(thawed)}, which was frozen when it was written"
-            f"\n    remedy: restore train.freeze: {before}, or choose another run name"
-        )
 
 
 def model(path: Path) -> Decoder:

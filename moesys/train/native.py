@@ -53,7 +53,7 @@ class NativeEngine:
     """See `Engine`. Checkpoints hold every tensor by its parameter's name, through `torch.distributed.checkpoint`."""
 
     def __init__(self, config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None):
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.dtype = config, mesh, dtype or torch.float32
         self.model = compose(config, mesh, vocab_size, dtype)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
 
@@ -86,6 +86,8 @@ class NativeEngine:
         return {name: _whole(value) for name, value in found.items()}
 
     def save(self, folder: Path) -> None:
+        if not self.optimizer.state:  # no step has been done
+            self._allocate()
         storage.save(self._state(), folder)
 
     def load(self, folder: Path) -> set[str]:
@@ -115,6 +117,9 @@ class NativeEngine:
         self.optimizer.zero_grad()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        for kept in self.optimizer.state.values():
+            if isinstance(kept.get("step"), Tensor):
+                kept["step"].zero_()
 
 
 def _whole(value: Tensor) -> Tensor:

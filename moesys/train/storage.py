@@ -7,7 +7,9 @@ checkpoints and nothing else; tensors are read with `weights_only`.
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import re
 import warnings
 import zlib
@@ -21,8 +23,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from moesys.errors import CheckpointError
-from moesys.train.resume import damaged
+from moesys.errors import CheckpointError, FileError
+from moesys.files import read_json
+from moesys.train.resume import META, damaged
 
 METADATA = ".metadata"
 BLOCK = 1 << 22
@@ -55,6 +58,23 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+OPCODES = {
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT", "POP", "POP_MARK",
+    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE",
+    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS",
+    "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS",
+    "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD",
+}  # fmt: skip
+"""What a pickle of metadata consists of. Others, that a flipped bit makes of these, let the unpickler ask for
+gigabytes."""
+
+
+def _scan(content: bytes) -> None:
+    for opcode, _, _ in pickletools.genops(content):
+        if opcode.name not in OPCODES:
+            raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which no checkpoint does")
+
+
 class Reader(FileSystemReader):
     """Reads a checkpoint's tensors by metadata that were read and checked before."""
 
@@ -79,8 +99,10 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
     """
     path = folder / METADATA
     try:
-        with path.open("rb") as file:
-            metadata = _Unpickler(file).load()
+        content = path.read_bytes()
+        if not _listed(folder):
+            _scan(content)
+        metadata = _Unpickler(io.BytesIO(content)).load()
     except OSError as error:
         raise damaged(folder, f"{METADATA} cannot be read: {(error.strerror or str(error)).lower()}") from None
     except Exception as error:  # whatever a damaged pickle makes its reader raise
@@ -94,6 +116,14 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
     if metadata.storage_meta is None:
         metadata.storage_meta = StorageMeta()
     return metadata
+
+
+def _listed(folder: Path) -> bool:
+    """Whether moesys.json has a checksum of `.metadata`, which has then been compared (a scan of it takes long)."""
+    try:
+        return METADATA in read_json(folder / META, "").get("files", {})
+    except FileError:
+        return False
 
 
 def _misplaced(folder: Path, metadata: Any, part: int, parts: int) -> str | None:
