@@ -315,7 +315,7 @@ def test_other_text_is_refused_by_content(trainer, raw, written, tmp_path):
     run = trainer({"data": {"path": str(tmp_path / "moved.txt")}})
     assert run.resume(written) and [c.key for c in run.resumed.changes] == ["data.path"]
     (tmp_path / "other.txt").write_text(text.replace("lazy", "idle"))
-    with pytest.raises(CheckpointError, match=r"data.path: saved \d+ \+ \d+ tokens .*resume_changed=\[data.path\]"):
+    with pytest.raises(CheckpointError, match=r"data.path: saved \d+ \+ \d+ tokens (.|\n)*\[data.path\]"):
         trainer({"data": {"path": str(tmp_path / "other.txt")}}).resume(written)
 
 
