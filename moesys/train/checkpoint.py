@@ -107,9 +107,9 @@ def _remove(path: Path) -> None:
 
 
 def _all_checksums(folder: Path) -> dict[str, list[int]]:
-    """`storage.checksums` of a folder, each rank's share from that rank. Collective over the world."""
+    """`storage.checksums` of a folder, each rank's own from that rank. Collective over the world."""
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, storage.checksums(folder, dist.get_rank(), len(parts)))
+    dist.all_gather_object(parts, storage.checksums(folder, dist.get_rank()))
     return {name: facts for part in parts for name, facts in part.items()}
 
 

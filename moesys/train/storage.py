@@ -234,10 +234,11 @@ def _lacks(folder: Path, name: str, others: int) -> str:
     return f"{folder} lacks {name}{more}, which this configuration needs\n    remedy: {OTHER}"
 
 
-def checksums(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list[int]]:
-    """[bytes, CRC-32] of every `parts`-th file of a folder, from the `part`-th on, by name."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return {name: [(folder / name).stat().st_size, crc32(folder / name)] for name in names[part::parts]}
+def checksums(folder: Path, rank: int) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of the files that `rank` wrote, by name; the first rank's are also those of no rank."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    mine = [n for n in names if n.startswith(f"__{rank}_") or (rank == 0 and not n.endswith(".distcp"))]
+    return {name: [(folder / name).stat().st_size, crc32(folder / name)] for name in mine}
 
 
 def crc32(path: Path) -> int:
