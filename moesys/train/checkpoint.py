@@ -10,7 +10,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,37 +74,51 @@ def save(
         CheckpointError: it cannot be written.
     """
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in filter(lambda path: PARTIAL.fullmatch(path.name), folder.iterdir()):
-            _remove(left)
-        partial.mkdir()
-        if isinstance(corpus.tokenizer, HFTokenizer):
-            (partial / TOKENIZER).write_bytes(corpus.tokenizer.content)
+    first = dist.get_rank() == 0
+    if first:
+        with _writing(final):
+            _begin(partial, corpus)
     dist.barrier()
     engine.save(partial)
     dist.barrier()
     files = _all_checksums(partial)
-    if rank == 0:
-        meta = {"step": step, "samples": samples, **_facts(engine, corpus, world), "state": dict(state or {})}
-        meta["files"] = files
-        write_json(partial / META, meta | {"checksum": resume.checksum(meta)})
-        if os.path.lexists(final):
+    if first:
+        meta = {"step": step, "samples": samples, **_facts(engine, corpus), "state": dict(state or {}), "files": files}
+        with _writing(final):
+            write_json(partial / META, meta | {"checksum": resume.checksum(meta)})
             _remove(final)
-        os.replace(partial, final)
-        if rotate:
-            for old in complete(folder)[: -engine.config.output.keep]:
-                shutil.rmtree(old)
+            os.replace(partial, final)
+        for old in complete(folder)[: -engine.config.output.keep] if rotate else []:
+            _remove(old)
     dist.barrier()
     return final
 
 
+def _begin(partial: Path, corpus: Corpus) -> None:
+    """Make the folder, with the tokenizer in it, and remove what is left of others that were not finished."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for left in partial.parent.iterdir():
+        if PARTIAL.fullmatch(left.name):
+            _remove(left)
+    partial.mkdir()
+    if isinstance(corpus.tokenizer, HFTokenizer):
+        (partial / TOKENIZER).write_bytes(corpus.tokenizer.content)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage.unwritten(path, error) from None
+
+
 def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file or link, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _all_checksums(folder: Path) -> dict[str, list[int]]:
@@ -113,7 +128,7 @@ def _all_checksums(folder: Path) -> dict[str, list[int]]:
     return {name: facts for part in parts for name, facts in part.items()}
 
 
-def _facts(engine: Engine, corpus: Corpus, world: int) -> dict[str, Any]:
+def _facts(engine: Engine, corpus: Corpus) -> dict[str, Any]:
     """What is needed to use a checkpoint without its run: all of it is in docs/launching.md."""
     config, tokenizer = engine.config, corpus.tokenizer
     model = config.model.model_copy(update={"vocab_size": corpus.vocab_size})
@@ -132,7 +147,7 @@ def _facts(engine: Engine, corpus: Corpus, world: int) -> dict[str, Any]:
         },
         "data": corpus.fingerprint,
         "versions": {"moesys": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "world_size": world,
+        "world_size": dist.get_world_size(),
         "layout": asdict(engine.mesh.degrees),
         "config": saved_form(config.model_copy(update={"model": model})),
     }

@@ -257,4 +257,6 @@ def trained_with(run_dir: Path, config: Config) -> list[Change]:
     if not (run_dir / "summary.json").exists():
         return []
     saved = read_json(run_dir / "summary.json", "remove it").get("config")
-    return differences(saved or now(load(run_dir / "config.yaml").config), now(config))
+    if not isinstance(saved, dict):  # of a version that did not keep it
+        saved = now(load(run_dir / "config.yaml").config)
+    return differences(saved, now(config))

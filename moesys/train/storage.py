@@ -162,8 +162,13 @@ def save(state: State, folder: Path) -> None:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.save(state, checkpoint_id=folder)
     except (CheckpointException, OSError) as error:
-        remedy = "make room or choose another output.runs; the same command goes on from the checkpoint before"
-        raise CheckpointError(f"{folder} could not be written: {_cause(error)}\n    remedy: {remedy}") from None
+        raise unwritten(folder, error) from None
+
+
+def unwritten(folder: Path, error: BaseException) -> CheckpointError:
+    """The error of a checkpoint that cannot be written."""
+    remedy = "make room or choose another output.runs; the same command goes on from the checkpoint before"
+    return CheckpointError(f"{folder} could not be written: {_cause(error)}\n    remedy: {remedy}")
 
 
 def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]:
@@ -185,6 +190,8 @@ def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]
             wrong = _lacks(folder, unmet[0], len(unmet) - 1)
     except CheckpointError as error:
         wrong = str(error)
+    except (AttributeError, TypeError) as error:
+        wrong = str(damaged(folder, f"{METADATA} holds something else than tensors: {error}"))
     agree(wrong)
     assert metadata is not None
     for section, tensors in state.items():

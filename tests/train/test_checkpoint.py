@@ -325,6 +325,9 @@ def test_saving_leaves_what_is_not_its_own(trainer, copy):
         shutil.copytree(copy / "step-00000001", copy / name)
     (copy / "notes.txt").write_text("keep")
     (copy / ".partial-00000007").mkdir()
+    outside = copy.parent / "outside"
+    os.rename(copy / "step-00000001", outside)
+    (copy / "step-00000001").symlink_to(outside)
     run = trainer({"output": {"keep": 1}})
     assert run.resume(copy) == copy / "step-00000002"
     run.train_step()
@@ -333,6 +336,7 @@ def test_saving_leaves_what_is_not_its_own(trainer, copy):
     run.train_step()
     run.save(copy)
     assert {p.name for p in copy.iterdir()} == {*mine, "step-00000004"}
+    assert (outside / resume.META).exists(), "a link is removed, not what it leads to"
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_message(trainer, tmp_path, monkeypatch):
