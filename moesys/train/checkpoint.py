@@ -60,15 +60,12 @@ def save(
     corpus: Corpus,
     step: int,
     samples: int,
-    *,
     state: Mapping[str, Any] | None = None,
-    rotate: bool = True,
 ) -> Path:
-    """Write `folder`/step-N and remove all but the newest `output.keep`. Collective over the world.
+    """Write `folder`/step-N and remove what is `surplus`. Collective over the world.
 
-    Args:
-        state: JSON to be kept in moesys.json and given back by `load`.
-        rotate: whether older checkpoints are removed; False keeps them all.
+    `state`: JSON to be kept in moesys.json and given back by `load`; "skips" counts skipped steps, "consecutive"
+    and "total".
 
     Raises:
         CheckpointError: it cannot be written.
@@ -88,10 +85,31 @@ def save(
             write_json(partial / META, meta | {"checksum": resume.checksum(meta)})
             _remove(final)
             os.replace(partial, final)
-        for old in complete(folder)[: -engine.config.output.keep] if rotate else []:
+        for old in surplus(folder, engine.config.output.keep):
             _remove(old)
     dist.barrier()
     return final
+
+
+def surplus(folder: Path, keep: int) -> list[Path]:
+    """Checkpoints that are no longer needed, the oldest first: all but the newest `keep` good ones and the newest.
+
+    A good one was written after a step that updated. One that was written while steps were being skipped is good for
+    going on, but takes the place of no good one: whether training recovers is not known then.
+    """
+    found = complete(folder)
+    good = [path for path in found if not _skipping(path)]
+    needed = {*good[-keep:], *found[-1:]}
+    return [path for path in found if path not in needed]
+
+
+def _skipping(path: Path) -> bool:
+    """Whether a checkpoint was written while steps were being skipped; one that cannot be read is not known to be."""
+    try:
+        state = read(path).state.get("skips")
+    except CheckpointError:
+        return False
+    return isinstance(state, dict) and bool(state.get("consecutive"))
 
 
 def _begin(partial: Path, corpus: Corpus) -> None:

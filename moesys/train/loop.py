@@ -102,9 +102,9 @@ class Trainer:
         """Held-out sequences that `evaluate` uses."""
         return min(self.config.train.eval_sequences, len(self.heldout))
 
-    def save(self, folder: Path, state: Mapping[str, Any] | None = None, rotate: bool = True) -> Path:
+    def save(self, folder: Path, state: Mapping[str, Any] | None = None) -> Path:
         """Write a checkpoint of this step under `folder`; arguments as of `checkpoint.save`. Collective."""
-        return checkpoint.save(folder, self.engine, self.corpus, self.step, self.seen, state=state, rotate=rotate)
+        return checkpoint.save(folder, self.engine, self.corpus, self.step, self.seen, state)
 
     def resume(self, folder: Path) -> Path | None:
         """Continue from the newest checkpoint under `folder`, if there is one. Collective.

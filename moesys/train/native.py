@@ -86,16 +86,15 @@ class NativeEngine:
         return {name: _whole(value) for name, value in found.items()}
 
     def save(self, folder: Path) -> None:
-        if not self.optimizer.state:  # no step has been done
-            self._allocate()
         storage.save(self._state(), folder)
 
     def load(self, folder: Path) -> set[str]:
-        self._allocate()
         return storage.load(self._state(), folder, optional={f"model.{name}" for name in self.model.named_buffers()})
 
     def _state(self) -> dict[str, Any]:
         parameters = self.model.named_parameters()
+        if not self.optimizer.state:
+            self._allocate()
         slots = {
             f"{name}/{slot}": value
             for name, p in parameters.items()
@@ -107,7 +106,7 @@ class NativeEngine:
         return {"model": model, "optimizer": slots}
 
     def _allocate(self) -> None:
-        """Make the optimizer create its state: a step of zeros that changes nothing."""
+        """Make the optimizer create its state: a step of zeros that changes nothing, and that no count keeps."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -115,11 +114,10 @@ class NativeEngine:
                 p.grad = torch.zeros_like(p)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for kept in self.optimizer.state.values():
+            kept["step"].zero_()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for kept in self.optimizer.state.values():
-            if isinstance(kept.get("step"), Tensor):
-                kept["step"].zero_()
 
 
 def _whole(value: Tensor) -> Tensor:
