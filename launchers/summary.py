@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from moesys.files import read_json
 from moesys.measure.report.facts import RESULTS
 
 ROWS = (
@@ -26,9 +26,11 @@ Keys that a run does not have are left out, and skipped steps where there are no
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:
-    """The run's summary.json, or None if there is none."""
+    """The run's summary.json, or None if there is none. Raises FileError if it is damaged."""
     path = run_dir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return (
+        read_json(path, "remove it: the same launch evaluates the run and writes it again") if path.exists() else None
+    )
 
 
 def table(summary: dict[str, Any], run_dir: Path) -> Table:

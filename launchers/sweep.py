@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError
 from rich.console import Console
 
+from moesys.config.changes import Kind
 from moesys.config.load import dump
 from moesys.config.schema import Config, Section
 from moesys.errors import CheckpointError, ConfigError, Problem
@@ -127,7 +128,9 @@ def _require_same(sweep: Sweep) -> None:
     for config in sweep.configs.values():
         spec = RunSpec.of(config)
         run_folder.check(spec.run_dir)
-        if changed := resume.trained_with(spec.run_dir, spec.config):
+        found = resume.trained_with(spec.run_dir, spec.config)
+        # Where the data lie may change: workers compare what lies there.
+        if changed := [change for change in found if change.kind is not Kind.CONTENT]:
             folders.append(shlex.quote(str(spec.run_dir)))
             rows += [f"  {spec.run_dir}", *(f"    {change}" for change in changed)]
     if folders:
@@ -137,10 +140,10 @@ def _require_same(sweep: Sweep) -> None:
 
 
 def _train(config: Config, console: Console) -> int:
-    """Train one run to its end, unless it is there: whatever is in its folder has this configuration."""
+    """Train one run to its end, unless its summary is there: whatever is in its folder has these settings."""
     spec = RunSpec.of(config)
-    found = summary.read(spec.run_dir)
-    if found is not None and found["steps"] == config.train.steps:
+    found = summary.read(spec.run_dir) or {}
+    if found.get("steps") == config.train.steps and not resume.trained_with(spec.run_dir, spec.config):
         console.print(f"  already trained: {spec.run_dir}")
         return 0
     with locked(spec.run_dir), run_folder.proposed(spec.run_dir, dump(spec.config)):

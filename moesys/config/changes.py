@@ -170,13 +170,16 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change
     A key that one of them lacks, written by an older version, has its default there. A derived value (as many
     key heads as heads) equals the same one written out.
     """
-    old, new, default = _meant(flat(saved)), _meant(flat(now)), defaults()
+    given, default = (flat(saved), flat(now)), defaults()
+    old, new = (_meant(values) for values in given)
     found = []
     for key in [*KINDS, *sorted((old.keys() | new.keys()) - KINDS.keys())]:
-        if _present(key, old) and _present(key, new):
-            change = Change(key, *(_value(key, values, default) for values in (old, new)))
-            if change.saved != change.now and change.kind is not Kind.FREE and key not in SECRET:
-                found.append(change)
+        if not (_present(key, old) and _present(key, new)):
+            continue
+        change = Change(key, *(_value(key, values, default) for values in given))
+        meant = [_value(key, values, default) for values in (old, new)]
+        if change.saved != change.now and meant[0] != meant[1] and change.kind is not Kind.FREE:
+            found.append(change)
     return found
 
 

@@ -46,6 +46,9 @@ class MegatronEngine:
         more: fields of `TransformerConfig` beside what the configuration says.
     """
 
+    dtype = torch.float32
+    """Of the optimizer's weights, which checkpoints hold."""
+
     def __init__(self, config: Config, ranks: MegatronRanks, vocab_size: int, plug_in: bool = True, **more: Any):
         self.config, self.mesh, self.ranks = config, ranks, ranks
         self.vocab_size, self.groups, self.marks = vocab_size, Groups.of(), Marks(vocab_size)

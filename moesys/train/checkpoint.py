@@ -10,7 +10,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from moesys.errors import CheckpointError
 from moesys.files import write_json
 from moesys.models.decoder import Decoder
 from moesys.moe.layer import moe_layers
-from moesys.parallel.freeze import frozen_names
 from moesys.parallel.initialise import canonical
 from moesys.train import resume, storage
 from moesys.train.engine import Engine
@@ -71,27 +71,22 @@ def save(
         CheckpointError: it cannot be written.
     """
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in filter(lambda path: PARTIAL.fullmatch(path.name), folder.iterdir()):
-            _remove(left)
-        partial.mkdir()
-        if isinstance(corpus.tokenizer, HFTokenizer):
-            (partial / TOKENIZER).write_bytes(corpus.tokenizer.content)
+    first = dist.get_rank() == 0
+    if first:
+        with _writing(final):
+            _begin(partial, corpus)
     dist.barrier()
     engine.save(partial)
     dist.barrier()
     files = _all_checksums(partial)
-    if rank == 0:
-        meta = {"step": step, "samples": samples, **_facts(engine, corpus, world), "state": dict(state or {})}
-        meta["files"] = files
-        write_json(partial / META, meta | {"checksum": resume.checksum(meta)})
-        if os.path.lexists(final):
+    if first:
+        meta = {"step": step, "samples": samples, **_facts(engine, corpus), "state": dict(state or {}), "files": files}
+        with _writing(final):
+            write_json(partial / META, meta | {"checksum": resume.checksum(meta)})
             _remove(final)
-        os.replace(partial, final)
+            os.replace(partial, final)
         for old in surplus(folder, engine.config.output.keep):
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
     return final
 
@@ -117,21 +112,41 @@ def _skipping(path: Path) -> bool:
     return isinstance(state, dict) and bool(state.get("consecutive"))
 
 
+def _begin(partial: Path, corpus: Corpus) -> None:
+    """Make the folder, with the tokenizer in it, and remove what is left of others that were not finished."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for left in partial.parent.iterdir():
+        if PARTIAL.fullmatch(left.name):
+            _remove(left)
+    partial.mkdir()
+    if isinstance(corpus.tokenizer, HFTokenizer):
+        (partial / TOKENIZER).write_bytes(corpus.tokenizer.content)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage.unwritten(path, error) from None
+
+
 def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file or link, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _all_checksums(folder: Path) -> dict[str, list[int]]:
-    """`storage.checksums` of a folder, each rank's share from that rank. Collective over the world."""
+    """`storage.checksums` of a folder, each rank's own from that rank. Collective over the world."""
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, storage.checksums(folder, dist.get_rank(), len(parts)))
+    dist.all_gather_object(parts, storage.checksums(folder, dist.get_rank()))
     return {name: facts for part in parts for name, facts in part.items()}
 
 
-def _facts(engine: Engine, corpus: Corpus, world: int) -> dict[str, Any]:
+def _facts(engine: Engine, corpus: Corpus) -> dict[str, Any]:
     """What is needed to use a checkpoint without its run: all of it is in docs/launching.md."""
     config, tokenizer = engine.config, corpus.tokenizer
     model = config.model.model_copy(update={"vocab_size": corpus.vocab_size})
@@ -139,7 +154,7 @@ def _facts(engine: Engine, corpus: Corpus, world: int) -> dict[str, Any]:
     return {
         "engine": config.engine,
         "vocab_size": corpus.vocab_size,
-        "dtype": config.train.dtype,
+        "dtype": {"weights": str(engine.dtype).removeprefix("torch."), "computation": config.train.dtype},
         "seed": config.seed,
         "tokenizer": {
             "kind": TOKENIZER if own else "bytes",
@@ -150,7 +165,7 @@ def _facts(engine: Engine, corpus: Corpus, world: int) -> dict[str, Any]:
         },
         "data": corpus.fingerprint,
         "versions": {"moesys": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "world_size": world,
+        "world_size": dist.get_world_size(),
         "layout": asdict(engine.mesh.degrees),
         "config": saved_form(config.model_copy(update={"model": model})),
     }
@@ -165,7 +180,6 @@ def load(path: Path, engine: Engine, corpus: Corpus) -> Loaded:
     config = engine.config
     meta = read(path)
     changes = resume.judge(meta, config, corpus.fingerprint)
-    _require_state(meta, config)
     wrong = storage.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
     storage.agree(str(damaged(path, wrong)) if wrong else None)
     fresh = engine.load(path)
@@ -176,16 +190,6 @@ def _samples(meta: resume.Meta, config: Config) -> int:
     """Sequences of the run's present length in what it has seen: the same share of an epoch."""
     length = meta.config.get("train", {}).get("seq_len", config.train.seq_len)
     return -(-meta.samples * length // config.train.seq_len)
-
-
-def _require_state(meta: resume.Meta, config: Config) -> None:
-    before = meta.config.get("train", {}).get("freeze", [])
-    thawed = frozen_names(config.model, before) - frozen_names(config.model, config.train.freeze)
-    if thawed:
-        raise CheckpointError(
-            f"{meta.path} has no optimizer state of {min(thawed)}, which was frozen when it was written"
-            f"\n    remedy: restore train.freeze: {before}, or choose another run name"
-        )
 
 
 def model(path: Path) -> Decoder:

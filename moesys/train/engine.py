@@ -46,6 +46,9 @@ class Engine(Protocol):
     def config(self) -> Config: ...
     @property
     def mesh(self) -> Ranks: ...
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in checkpoints."""
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
         """Forward and backward of this data rank's share of a global batch; gradients are complete afterwards.

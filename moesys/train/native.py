@@ -59,7 +59,7 @@ class NativeEngine:
     """See `Engine`. Checkpoints hold every tensor by its parameter's name, through `torch.distributed.checkpoint`."""
 
     def __init__(self, config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None):
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.dtype = config, mesh, dtype or torch.float32
         self.model = compose(config, mesh, vocab_size, dtype)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
         self._loss = torch.zeros((), device=mesh.device)

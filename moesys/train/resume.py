@@ -17,6 +17,7 @@ from moesys.data.corpus import vocab_size
 from moesys.data.tokenizers import build_tokenizer
 from moesys.errors import CheckpointError, FileError
 from moesys.files import json_text, read_json
+from moesys.parallel.freeze import frozen_names
 
 META = "moesys.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -180,6 +181,7 @@ def judge(meta: Meta, config: Config, data: Mapping[str, Any] | None = None) -> 
     unasked = [c for c in meant if c.key not in config.train.resume_changed]
     if fixed or unasked:
         raise CheckpointError(_refusal(meta.path, fixed, unasked))
+    _require_state(meta, config)
     _require_work(meta, config, found)
     return found
 
@@ -195,6 +197,17 @@ def _refusal(path: Path, fixed: Sequence[Change], unasked: Sequence[Change]) -> 
     keys = ",".join(change.key for change in unasked)
     remedy = f"restore these keys; or, if this is meant, add 'train.resume_changed=[{keys}]'"
     return f"{path} is of a run with other samples or another computation:{rows}\n    remedy: {remedy}"
+
+
+def _require_state(meta: Meta, config: Config) -> None:
+    """A parameter that was frozen has no state in the optimizer."""
+    before = meta.config.get("train", {}).get("freeze", [])
+    thawed = frozen_names(config.model, before) - frozen_names(config.model, config.train.freeze)
+    if thawed:
+        raise CheckpointError(
+            f"{meta.path} has no optimizer state of {min(thawed)}, which was frozen when it was written"
+            f"\n    remedy: restore train.freeze: {before}, or choose another run name"
+        )
 
 
 def _require_work(meta: Meta, config: Config, found: Sequence[Change]) -> None:
@@ -244,4 +257,6 @@ def trained_with(run_dir: Path, config: Config) -> list[Change]:
     if not (run_dir / "summary.json").exists():
         return []
     saved = read_json(run_dir / "summary.json", "remove it").get("config")
-    return differences(saved or now(load(run_dir / "config.yaml").config), now(config))
+    if not isinstance(saved, dict):  # of a version that did not keep it
+        saved = now(load(run_dir / "config.yaml").config)
+    return differences(saved, now(config))

@@ -7,7 +7,9 @@ checkpoints and nothing else; tensors are read with `weights_only`.
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import re
 import warnings
 import zlib
@@ -21,8 +23,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from moesys.errors import CheckpointError
-from moesys.train.resume import damaged
+from moesys.errors import CheckpointError, FileError
+from moesys.files import read_json
+from moesys.train.resume import META, damaged
 
 METADATA = ".metadata"
 BLOCK = 1 << 22
@@ -55,6 +58,24 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+OPCODES = {
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT", "POP", "POP_MARK",
+    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "SHORT_BINUNICODE", "BINUNICODE",
+    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS",
+    "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS",
+    "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD",
+}  # fmt: skip
+"""What a pickle of metadata consists of. Others, that a flipped bit makes of these, let the unpickler ask for
+gigabytes."""
+
+
+def _scan(content: bytes) -> None:
+    for opcode, _, _ in pickletools.genops(content):
+        if opcode.name not in OPCODES:
+            raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which no checkpoint does")
+
+
 class Reader(FileSystemReader):
     """Reads a checkpoint's tensors by metadata that were read and checked before."""
 
@@ -79,8 +100,10 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
     """
     path = folder / METADATA
     try:
-        with path.open("rb") as file:
-            metadata = _Unpickler(file).load()
+        content = path.read_bytes()
+        if not _listed(folder):
+            _scan(content)
+        metadata = _Unpickler(io.BytesIO(content)).load()
     except OSError as error:
         raise damaged(folder, f"{METADATA} cannot be read: {(error.strerror or str(error)).lower()}") from None
     except Exception as error:  # whatever a damaged pickle makes its reader raise
@@ -94,6 +117,14 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
     if metadata.storage_meta is None:
         metadata.storage_meta = StorageMeta()
     return metadata
+
+
+def _listed(folder: Path) -> bool:
+    """Whether moesys.json has a checksum of `.metadata`, which has then been compared (a scan of it takes long)."""
+    try:
+        return METADATA in read_json(folder / META, "").get("files", {})
+    except FileError:
+        return False
 
 
 def _misplaced(folder: Path, metadata: Any, part: int, parts: int) -> str | None:
@@ -131,8 +162,13 @@ def save(state: State, folder: Path) -> None:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.save(state, checkpoint_id=folder)
     except (CheckpointException, OSError) as error:
-        remedy = "make room or choose another output.runs; the same command goes on from the checkpoint before"
-        raise CheckpointError(f"{folder} could not be written: {_cause(error)}\n    remedy: {remedy}") from None
+        raise unwritten(folder, error) from None
+
+
+def unwritten(folder: Path, error: BaseException) -> CheckpointError:
+    """The error of a checkpoint that cannot be written."""
+    remedy = "make room or choose another output.runs; the same command goes on from the checkpoint before"
+    return CheckpointError(f"{folder} could not be written: {_cause(error)}\n    remedy: {remedy}")
 
 
 def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]:
@@ -154,6 +190,8 @@ def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]
             wrong = _lacks(folder, unmet[0], len(unmet) - 1)
     except CheckpointError as error:
         wrong = str(error)
+    except (AttributeError, TypeError) as error:
+        wrong = str(damaged(folder, f"{METADATA} holds something else than tensors: {error}"))
     agree(wrong)
     assert metadata is not None
     for section, tensors in state.items():
@@ -203,10 +241,11 @@ def _lacks(folder: Path, name: str, others: int) -> str:
     return f"{folder} lacks {name}{more}, which this configuration needs\n    remedy: {OTHER}"
 
 
-def checksums(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list[int]]:
-    """[bytes, CRC-32] of every `parts`-th file of a folder, from the `part`-th on, by name."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return {name: [(folder / name).stat().st_size, crc32(folder / name)] for name in names[part::parts]}
+def checksums(folder: Path, rank: int) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of the files that `rank` wrote, by name; the first rank's are also those of no rank."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    mine = [n for n in names if n.startswith(f"__{rank}_") or (rank == 0 and not n.endswith(".distcp"))]
+    return {name: [(folder / name).stat().st_size, crc32(folder / name)] for name in mine}
 
 
 def crc32(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from support import changed
 
 from moesys import cli
-from moesys.errors import ConfigError
+from moesys.errors import CheckpointError, ConfigError
 from moesys.launchers.sweep import Sweep, run
 
 
@@ -52,6 +53,21 @@ def test_runs_are_trained_once_and_compared(file, tmp_path, capsys):
     assert run(sweep, Console()) == 0
     assert (tmp_path / "runs" / "two-one" / "metrics.jsonl").stat().st_mtime_ns == before
     assert "already trained" in capsys.readouterr().out
+    # Other settings: no figure of the old ones stands for them.
+    change = ["train.optimizer.lr=0.5"]
+    with pytest.raises(CheckpointError) as caught:
+        run(Sweep.load(path, change), Console())
+    said = str(caught.value)
+    assert (
+        said.startswith("2 of 2 runs were trained with other settings") and said.count("lr: saved 0.001, now 0.5") == 2
+    )
+    assert f"rm -r {tmp_path}/runs/two-one {tmp_path}/runs/two-dropping" in said
+    shutil.rmtree(tmp_path / "runs" / "two-one" / "checkpoints")  # the summary knows it as well
+    with pytest.raises(CheckpointError, match="2 of 2 runs"):
+        run(Sweep.load(path, change), Console())
+    with pytest.raises(CheckpointError, match=r"train.steps: saved 2, now 3"):
+        run(Sweep.load(path, ["train.steps=3"]), Console())
+    assert "config" not in rows["one"]
 
 
 def test_every_wrong_run_is_named_before_one_starts(file, tmp_path):

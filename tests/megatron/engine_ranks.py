@@ -11,6 +11,7 @@ import torch.distributed as dist
 from batches import connected, join, merged, start
 
 from moesys.config import Config
+from moesys.errors import CheckpointError
 from moesys.train import verify
 
 Cases = Mapping[str, tuple[Config, int]]
@@ -22,15 +23,15 @@ Journeys = Mapping[str, Sequence[Config]]
 
 def observed(cases: Cases, journeys: Journeys, steps: int, world: int, folder: Path) -> Any:
     """On `world` processes, all after one another in the same ones: what each case computes; of each journey
-    (loss, norm) of every step, `steps` for each configuration; and elements of weights that the first rank of each
-    pipeline stage holds, by case."""
+    (loss, norm) of every step, `steps` for each configuration; elements of weights that the first rank of each
+    pipeline stage holds, by case; and of each journey what every rank says, by engine, when its end is damaged."""
     start(_work, world, cases, journeys, steps, folder)
     found = {name: merged(sorted(folder.glob(f"trace-{number}-*.pt"))) for number, name in enumerate(cases)}
     held = {
         name: [torch.load(path) for path in sorted(folder.glob(f"held-{number}-*.pt"))]
         for number, name in enumerate(cases)
     }
-    return found, torch.load(folder / "journeys.pt"), held
+    return found, torch.load(folder / "journeys.pt"), held, torch.load(folder / "damaged.pt")
 
 
 def _work(rank: int, world: int, cases: Cases, journeys: Journeys, steps: int, folder: Path) -> None:
@@ -41,8 +42,10 @@ def _work(rank: int, world: int, cases: Cases, journeys: Journeys, steps: int, f
         name: [figures for config in configs for figures in _continued(config, steps, folder / name)]
         for name, configs in journeys.items()
     }
+    said = {name: _damaged(configs, folder / name) for name, configs in journeys.items()}
     if rank == 0:
         torch.save(gone, folder / "journeys.pt")
+        torch.save(said, folder / "damaged.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -69,3 +72,30 @@ def _continued(config: Config, steps: int, folder: Path) -> list[tuple[float, fl
     records = [trainer.train_step() for _ in range(steps)]
     trainer.save(folder)
     return [(record["loss"], record["grad_norm"]) for record in records]
+
+
+def _damaged(configs: Sequence[Config], folder: Path) -> dict[str, list[Any]]:
+    """What every rank says, by engine, when the newest checkpoint in `folder` has a changed bit."""
+    from moesys.data.corpus import open_corpus
+    from moesys.train.checkpoint import newest
+    from moesys.train.loop import Trainer
+
+    path = newest(folder)
+    assert path is not None
+    if dist.get_rank() == 0:
+        file = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    dist.barrier()
+    said: dict[str, list[Any]] = {}
+    for config in {config.engine: config for config in configs}.values():
+        config, mesh = connected(config)
+        said[config.engine] = [None] * dist.get_world_size()
+        try:
+            Trainer(config, mesh, open_corpus(config)).resume(folder)
+            text = "accepted"
+        except CheckpointError as error:
+            text = str(error)
+        dist.all_gather_object(said[config.engine], text)
+    return said

@@ -109,13 +109,14 @@ def found(
     configs: dict[str, tuple[Config, int]],
     journeys: dict[str, list[Config]],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, Trace], dict[str, list[tuple[float, float]]], dict[str, list[int]]]:
-    """What four ranks computed, by case and by journey, and elements that each pipeline rank holds, by case."""
+) -> tuple[dict[str, Trace], dict[str, list[tuple[float, float]]], dict[str, list[int]], dict[str, Any]]:
+    """What four ranks computed, by case and by journey; elements that each pipeline rank holds, by case; and what
+    they say of a damaged checkpoint, by journey and engine."""
     return observed(configs, journeys, STEPS, 4, tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")
-def traces(found: tuple[dict[str, Trace], Any, Any]) -> dict[str, Trace]:
+def traces(found: tuple[dict[str, Trace], Any, Any, Any]) -> dict[str, Trace]:
     return found[0]
 
 
@@ -150,7 +151,7 @@ def test_the_engines_reach_the_same_loss_over_twenty_steps(
 
 @pytest.mark.parametrize("kind", JOURNEYS)
 def test_a_run_continues_under_other_combinations_and_the_other_engine(
-    kind: str, found: tuple[Any, dict[str, list[tuple[float, float]]], Any], expected: dict[str, Trace]
+    kind: str, found: tuple[Any, dict[str, list[tuple[float, float]]], Any, Any], expected: dict[str, Trace]
 ) -> None:
     """As if it had never stopped: whatever wrote a checkpoint."""
     whole, count = expected[f"long {kind}"], len(JOURNEYS[kind]) * STEPS
@@ -159,8 +160,19 @@ def test_a_run_continues_under_other_combinations_and_the_other_engine(
     assert norms == pytest.approx(whole.norms[:count], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", JOURNEYS)
+def test_a_damaged_checkpoint_is_the_same_message_on_every_rank_of_both_engines(
+    kind: str, found: tuple[Any, Any, Any, dict[str, Any]]
+) -> None:
+    said = found[3][kind]
+    assert said.keys() == {config_engine for config_engine, _ in JOURNEYS[kind]}
+    for texts in said.values():
+        assert len(texts) == 4 and len(set(texts)) == 1
+        assert "is damaged: __" in texts[0] and ".distcp has changed since it was written" in texts[0]
+
+
 def test_every_rank_holds_what_was_planned(
-    configs: dict[str, tuple[Config, int]], found: tuple[Any, Any, dict[str, list[int]]]
+    configs: dict[str, tuple[Config, int]], found: tuple[Any, Any, dict[str, list[int]], Any]
 ) -> None:
     for name, (config, _) in configs.items():
         assert [rank["parameters"] for rank in plan(config)["pipeline_ranks"]] == found[2][name], name

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from support import changed
 
+from moesys import cli
 from moesys.train import checkpoint
 
 STEPS = 30
@@ -152,15 +153,47 @@ def test_a_finished_run_is_not_trained_again(config, whole):
     before = json.loads((whole / "summary.json").read_text())
     code, output = finish(start(config, "whole", "local"))
     assert code == 0, output
-    assert json.loads((whole / "summary.json").read_text()) == pytest.approx(before)
+    after = json.loads((whole / "summary.json").read_text())
+    assert after.pop("config") == before.pop("config")
+    assert after == pytest.approx(before)
+    assert f"going on from {whole / 'checkpoints' / 'step-00000030'}: 30 steps and 240 samples are done" in output
 
 
-def test_a_checkpoint_of_another_model_is_refused(config, whole):
-    code, output = finish(start(config, "whole", "local", "model.hidden=32", f"train.steps={STEPS + 1}"))
-    assert code == 1
+def test_a_finished_run_does_not_take_other_settings(whole, config, capsys):
+    """Before anything starts: nothing is trained, nothing replaced, and no figure of 0.001 shown for 0.5."""
+    before = {name: (whole / name).read_bytes() for name in ("config.yaml", "summary.json", "metrics.jsonl")}
+    words = ["launch", str(config), "--launcher", "local", "name=whole", "train.optimizer.lr=0.5"]
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err
+    assert "has no step left to train (30 are done, train.steps is 30)" in said
+    assert "\n  train.optimizer.lr: saved 0.001, now 0.5\n    remedy: choose another run, name=NAME; or" in said
+    assert {name: (whole / name).read_bytes() for name in before} == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, whole, capsys):
+    before = (whole / "config.yaml").read_text()
+    words = ["launch", str(config), "--launcher", "local", "name=whole", "model.hidden=32", f"train.steps={STEPS + 1}"]
+    assert cli.main(words) == 1
+    output = capsys.readouterr().err
     assert "model.hidden: saved 64, now 32" in output and "remedy" in output
-    assert "Traceback" not in output
+    assert (whole / "config.yaml").read_text() == before
     assert checkpoint.newest(whole / "checkpoints").name == "step-00000030"
+
+
+def test_workers_that_refuse_leave_the_configuration_as_it_was(config, whole, tmp_path):
+    """Other text under the same path: that shows when workers have read it. The refusal is one message."""
+    import shutil
+
+    run = config.parent / "refused"
+    shutil.copytree(whole, run)
+    text = tmp_path / "text"
+    shutil.copytree(yaml.safe_load(config.read_text())["data"]["path"], text)
+    (text / "more.py").write_text("x = 1\n" * 999)
+    before = (run / "config.yaml").read_text()
+    code, output = finish(start(config, "refused", "local", f"train.steps={STEPS + 1}", f"data.path={text}"))
+    assert code == 1 and "Traceback" not in output
+    assert "data.path: saved " in output and "add 'train.resume_changed=[data.path]'" in output
+    assert (run / "config.yaml").read_text() == before
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):

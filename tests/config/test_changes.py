@@ -1,0 +1,58 @@
+"""What a change of a key means to a run that goes on: decided for every key, told by name."""
+
+from __future__ import annotations
+
+import pytest
+from support import changed
+
+from moesys.config import Config, legal
+from moesys.config.changes import KINDS, SECRET, Kind, differences, saved_form
+
+RAW: dict = {"model": {"hidden": 64, "layers": 2, "moe": {"experts": 4, "ffn_hidden": 32}}}
+
+
+def saved(*changes: dict) -> dict:
+    return saved_form(Config.model_validate(changed(RAW, *changes)))
+
+
+def test_every_key_of_the_schema_is_decided_about() -> None:
+    """A new key must be put into `changes.KINDS`: what follows when it changes between two launches of a run?"""
+    keys = list(legal.keys())
+    single = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+    assert single - KINDS.keys() == set(), "without a kind"
+    assert KINDS.keys() - single == set(), "not in the schema"
+    assert set(SECRET) <= single
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": {"hidden": 32}}, ["model.hidden: saved 64, now 32"]),
+        ({"model": {"moe": {"balance_loss": 0.5}}}, ["model.moe.balance_loss: saved 0.01, now 0.5"]),
+        ({"model": {"moe": None}}, ["model.moe: saved given, now null"]),
+        ({"train": {"optimizer": {"betas": [0, 0.9]}}}, ["train.optimizer.betas: saved [0.9, 0.95], now [0.0, 0.9]"]),
+        ({"output": {"keep": 5}, "name": "other", "launch": {"env": {"A": "b"}}}, []),
+        ({"model": {"attention": {"kv_heads": 4, "head_dim": 16}, "moe": {"shared_ffn_hidden": 32}}}, []),
+    ],
+    ids=lambda value: "",
+)  # fmt: skip
+def test_differences_are_told_by_key(change: dict, told: list[str]) -> None:
+    assert [str(c) for c in differences(saved(), saved(change))] == told
+
+
+def test_a_key_that_an_older_version_lacks_has_its_default() -> None:
+    old = saved()
+    del old["model"]["moe"]["zero_tau"], old["train"]["schedule"], old["measure"]
+    assert differences(old, saved()) == []
+    assert [c.key for c in differences(old, saved({"model": {"moe": {"zero_tau": 0.5}}}))] == ["model.moe.zero_tau"]
+
+
+def test_a_key_that_only_another_version_knows_is_told() -> None:
+    newer = saved()
+    newer["model"]["moe"]["novelty"] = 2
+    (change,) = differences(newer, saved())
+    assert str(change) == "model.moe.novelty: saved 2, now absent" and change.kind is Kind.WEIGHTS
+
+
+def test_what_may_be_a_secret_is_not_saved() -> None:
+    assert "env" not in saved({"launch": {"env": {"WANDB_API_KEY": "x"}}})["launch"]
