@@ -331,9 +331,7 @@ def test_a_real_trace_of_this_machine(tmp_path: Path) -> None:
 def test_perfetto_shows_what_was_recorded(tmp_path: Path) -> None:
     first = [annotation(1, 0, 900), kernel("gemm", 0, 100), nccl("all_to_all", 100, 500)]
     second = [annotation(1, 0, 900), kernel("gemm", 0, 400), nccl("all_to_all", 400, 500)]
-    steps: list[Step] = read(
-        [write(tmp_path / f"{i}.json", i, events) for i, events in enumerate((first, second))]
-    ).steps
+    steps = read([write(tmp_path / f"{i}.json", i, events) for i, events in enumerate((first, second))]).steps
     path = tmp_path / "out.json.gz"
     perfetto.write(steps, path)
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from moesys.errors import MoesysError
-from moesys.files import write_whole
+from moesys.files import json_objects, write_whole
 from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
 from moesys.measure.links import Profile
 from moesys.measure.report import figures
 from moesys.measure.report.page import figure, page, section, sentence, table
+from moesys.measure.run_files import is_number, loads, predictions, profile_of, share_of_links, summary_of
 from moesys.measure.step import read_steps
 
 CURVES = (
@@ -52,19 +52,17 @@ class Run:
         Raises:
             ReportError: there is no run.
         """
-        records = _lines(folder / "metrics.jsonl")
+        records = list(json_objects(folder / "metrics.jsonl"))
         if not records:
             raise ReportError(f"{folder} holds no metrics.jsonl of a run: give the folder that moesys launch made")
-        path = folder / "summary.json"
         if summary is None:
-            summary = json.loads(path.read_text()) if path.exists() else {}
-        named = profile or (Path(summary["profile"]) if summary.get("profile") else None)
-        links = Profile.load(named) if named is not None and (profile or named.exists()) else None
-        return cls(folder, records, _lines(folder / "load.jsonl"), summary, of_run(read_steps(folder)), links)
+            summary = summary_of(folder)
+        links = profile_of(profile, summary)
+        return cls(folder, records, loads(folder / "load.jsonl"), summary, of_run(read_steps(folder)), links)
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric."""
-        return [(r["step"], r[key]) for r in self.records if isinstance(r.get(key), (int, float))]
+        return [(r["step"], r[key]) for r in self.records if is_number(r.get(key)) and is_number(r.get("step"))]
 
 
 def write(folder: Path, summary: dict[str, Any] | None = None, profile: Path | None = None) -> Path:
@@ -150,7 +148,7 @@ def _leg_table(e: Explanation, run: Run) -> str:
         times = (c.exposed, c.transfer, c.late, c.uneven)
         links = ""
         if run.profile is not None and leg.each is not None:
-            links = f"{run.profile.seconds(leg.inside, leg.between) / leg.each:.2f}"
+            links = share_of_links(run.profile, leg)
         rows.append((f"{leg.layer} {leg.part} {direction}", *map(_ms, times), *sizes, rate, links))
     heads = ("way", "exposed", "transfer", "late", "uneven", "MiB inside", "MiB between", "GB/s", "of links")
     return table(heads, rows)
@@ -169,9 +167,9 @@ def _what_if(run: Run) -> list[str]:
     if not path.exists():
         return []
     rows = []
-    for p in json.loads(path.read_text()):
-        measured = "" if p["measured"] is None else f"{_ms(p['measured'])} ({p['error']:+.0%})"
-        rows.append((p["name"], _ms(p["step"]), _ms(p["exposed"]), measured))
+    for p in predictions(path):
+        measured = "" if p.measured is None or p.error is None else f"{_ms(p.measured)} ({p.error:+.0%})"
+        rows.append((p.name, _ms(p.step), _ms(p.exposed), measured))
     heads = ("setting", "step, ms", "exposed all-to-all, ms", "measured, ms (error)")
     return [section("What if", table(heads, rows), note="Predictions, from the recorded steps and the fitted links.")]
 
@@ -186,7 +184,8 @@ def _curves(runs: Sequence[Run]) -> list[str]:
         levels = {}
         if "loss" in keys and len(runs) == 1:
             models = ("unigram", "bigram")
-            levels = {f"{m} model": runs[0].summary[f"{m}_loss"] for m in models if f"{m}_loss" in runs[0].summary}
+            told = {f"{m} model": runs[0].summary.get(f"{m}_loss") for m in models}
+            levels = {name: loss for name, loss in told.items() if loss is not None and is_number(loss)}
         if lines:
             found.append(figures.curves(title, lines, levels))
     return found
@@ -232,16 +231,6 @@ def comparison(a: Run, b: Run) -> tuple[tuple[str, ...], Sequence[tuple[str, ...
         pairs.append((f"{leg.layer} {leg.part} {direction}", leg.causes.exposed, other))
     rows = [(name, _ms(x), _ms(y), f"{(y - x) * 1e3:+.2f}") for name, x, y in pairs if x or y]
     return ("ms per step", a.folder.name, b.folder.name, "difference"), rows
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # cut short by the end of its writer
-    return found
 
 
 def _ms(seconds: float) -> str:
