@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,12 +38,22 @@ class _Load:
     load: list[list[Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e15)]]]
 
 
+@cache
+def _load_schema() -> TypeAdapter[_Load]:
+    return TypeAdapter(_Load)
+
+
+@cache
+def _prediction_schema() -> TypeAdapter[list[Prediction]]:
+    return TypeAdapter(list[Prediction])
+
+
 def loads(path: Path) -> list[dict[str, Any]]:
     """The lines of load.jsonl that are of as many layers and experts as the last one; damaged ones are left out."""
-    schema, found = TypeAdapter(_Load), []
+    found = []
     for value in json_objects(path):
         try:
-            found.append(vars(schema.validate_python(value)))
+            found.append(vars(_load_schema().validate_python(value)))
         except ValidationError:
             continue
     shapes = [list(map(len, each["load"])) for each in found]
@@ -76,7 +87,7 @@ def predictions(path: Path) -> list[Prediction]:
         FileError: it is something else.
     """
     try:
-        return TypeAdapter(list[Prediction]).validate_json(path.read_bytes())
+        return _prediction_schema().validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "was not written by moesys what-if"
         raise FileError(f"{path}: {why}\n    remedy: remove it, or predict again: moesys what-if RUN") from None
