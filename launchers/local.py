@@ -23,6 +23,7 @@ from moesys.launchers.failure import (
 from moesys.launchers.port import ReservedPort
 from moesys.launchers.processes import Ended, Processes
 from moesys.launchers.spec import LOOPBACK, RunSpec
+from moesys.words import plural
 
 HOST = "127.0.0.1"
 SETTLE_S = 2.0
@@ -51,7 +52,7 @@ class LocalWorkers:
         Raises `LaunchError` where the run does not fit on this machine.
         """
         self.refuse()
-        phase(f"starting {self.spec.world} workers")
+        phase(f"starting {plural(self.spec.world, 'worker')}")
         clear_traces(self.spec.run_dir)
         self._attempts += 1
         self._port = ReservedPort()

@@ -20,6 +20,7 @@ from moesys.launchers import device
 from moesys.launchers.failure import PORT_TAKEN, Outcome, clear_traces
 from moesys.launchers.ray_worker import Task, train_loop
 from moesys.launchers.spec import LOOPBACK, RunSpec, default_threads
+from moesys.words import plural
 
 if TYPE_CHECKING:
     from moesys.launchers.ray_cluster import EmbeddedRay, ExistingRay
@@ -89,7 +90,7 @@ class RayWorkers:
         self._closing.callback(self._ray.stop)
         self._ray.start(job_env)
         self._trainer = self._make_trainer()
-        phase(f"starting {self.spec.world} workers")
+        phase(f"starting {plural(self.spec.world, 'worker')}")
         self._start_fit()
 
     def poll(self) -> Outcome | None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from moesys.files import read_json
+
 ROWS = (
     ("held-out loss", "heldout_loss", "{:.4f} nats per token"),
     ("  unigram model", "unigram_loss", "{:.4f}"),
     ("  bigram model", "bigram_loss", "{:.4f}"),
     ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
-    ("time in all-to-all", "all_to_all_share", "{:.1%}"),
+    ("exposed all-to-all", "all_to_all_share", "{:.1%} of all steps' time"),
     ("parameters", "parameters", "{:,}"),
     ("  active per token", "active_parameters", "{:,}"),
     ("steps", "steps", "{}"),
@@ -27,9 +28,9 @@ ROWS = (
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:
-    """The run's summary.json, or None if there is none."""
+    """The run's summary.json, or None if there is none. Raises FileError if it is damaged."""
     path = run_dir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path, "remove it, and launch the run again: it writes it anew") if path.exists() else None
 
 
 def table(summary: dict[str, Any], run_dir: Path) -> Table:
