@@ -29,14 +29,18 @@ from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import StopRequests
 from moesys.measure import traffic
 from moesys.measure.bench_a2a import Options
-from moesys.measure.bench_result import Result, lines
+from moesys.measure.bench_result import Result, flat, lines
 from moesys.measure.links import Profile
 from moesys.measure.sizes import COLLECTIVES, GROUPS, human
 from moesys.train import routing_files
 from moesys.train.checked import load_checked
+from moesys.words import plural
 
 WIDTH = 112
 """Columns of the table: it is not cut where a terminal has fewer."""
+
+
+LARGER = "measure several sizes and larger ones, as --min 1K --max 64M"
 
 
 class BenchError(MoesysError):
@@ -102,7 +106,7 @@ def routed(folder: Path, config: Config) -> traffic.Matrix:
     matrix = [[0] * world for _ in range(world)]
     for rank, experts, chosen in routing_files.assignments(folder):
         if rank >= world or experts % ep or config.parallel.etp > 1:
-            rule = f"was recorded with at least {rank + 1} ranks and {experts} experts"
+            rule = f"was recorded with at least {plural(rank + 1, 'rank')} and {plural(experts, 'expert')}"
             raise BenchError(f"--routing {folder} {rule}: give the configuration it was recorded with, without etp")
         first = rank // ep * ep
         for expert, rows in enumerate(chosen):
@@ -138,6 +142,8 @@ def command(arguments: argparse.Namespace) -> int:
     show(results, found["facts"], Console(width=max(WIDTH, Console().width)))
     if arguments.profile is not None:
         facts = {"date": date.today().isoformat(), **found["facts"]}
+        if not lines(results):
+            raise BenchError(f"{arguments.profile} is not written: no link could be fitted\n    remedy: {LARGER}")
         Profile(lines(results), facts).save(arguments.profile)
     if arguments.json is not None:
         write_json(arguments.json, as_json(results, found["facts"], options))
@@ -180,14 +186,14 @@ def show(results: list[Result], facts: dict[str, Any], console: Console) -> None
     """A table for each collective and group, and the fitted links."""
     hosts = len(set(facts["hosts"]))
     console.print(
-        f"{facts['ranks']} ranks on {hosts} node{'s' * (hosts > 1)}, {facts['backend']}, {facts['device']}, "
+        f"{plural(facts['ranks'], 'rank')} on {plural(hosts, 'node')}, {facts['backend']}, {facts['device']}, "
         f"torch {torch.__version__}, moesys {moesys.__version__}, {date.today().isoformat()}"
     )
     console.print("bytes: what a rank sends in all, its own part included; algbw = bytes / time, busbw as nccl-tests")
     seen = dict.fromkeys((r.kind, r.group, r.dtype) for r in results)
     for kind, group, dtype in seen:
         mine = [r for r in results if (r.kind, r.group, r.dtype) == (kind, group, dtype)]
-        console.print(table(mine, f"{kind}, {group} groups of {mine[0].ranks}, {dtype}"))
+        console.print(table(mine, f"{kind}, {mine[0].names} groups of {mine[0].ranks}, {dtype}"))
     fitted = Table(title="links: seconds = α + bytes / β", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("collective", "α µs", "β GB/s", "median error", "worst"):
         fitted.add_column(name, justify="left" if name == "collective" else "right")
@@ -196,6 +202,13 @@ def show(results: list[Result], facts: dict[str, Any], console: Console) -> None
         fitted.add_row(name, *values)
     if fitted.row_count:
         console.print(fitted)
+    for name, line in flat(results).items():
+        console.print(
+            f"{name}: no bandwidth can be told (β = ∞): up to {human(int(line.largest))} took no longer than "
+            f"{human(int(line.smallest))}, so it is in no profile; {LARGER}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def table(results: list[Result], title: str) -> Table:

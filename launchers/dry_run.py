@@ -17,6 +17,7 @@ from moesys.parallel.cost import Stage, StepShape
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
 from moesys.parallel.dimension import step_shape, traffic
 from moesys.parallel.memory import estimate
+from moesys.words import plural
 
 SHOWN = 4
 """Groups and nodes listed of each kind before the rest is only counted."""
@@ -117,9 +118,9 @@ def _heading(config: Config, facts: dict[str, Any]) -> list[Text]:
         return " × ".join(f"{axis} {size}" for axis, size in axes.items())
 
     total, active = facts["parameters"], facts["active_parameters"]
-    nodes = "1 node" if len(facts["nodes"]) == 1 else f"{len(facts['nodes'])} nodes"
+    nodes = plural(len(facts["nodes"]), "node")
     return [
-        Text(f"{config.name}: {facts['world_size']} ranks on {nodes}, launcher {config.launch.launcher}"),
+        Text(f"{config.name}: {plural(facts['world_size'], 'rank')} on {nodes}, launcher {config.launch.launcher}"),
         Text(f"model        {total:,} parameters, {active:,} active per token ({active / total:.1%})"),
         Text(f"dense mesh   {mesh(facts['dense_mesh'])}"),
         Text(f"expert mesh  {mesh(facts['expert_mesh'])}\n"),

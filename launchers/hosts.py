@@ -17,6 +17,7 @@ from moesys import leftovers
 from moesys.errors import LaunchError
 from moesys.launchers.local import LocalWorkers
 from moesys.launchers.spec import RunSpec
+from moesys.words import plural
 
 INTERFACE = "eth0"
 """Of a host, inside its namespace."""
@@ -132,7 +133,7 @@ class HostWorkers(LocalWorkers):
 
     def start(self, phase: Callable[[str], None]) -> None:
         """As `LocalWorkers.start`, once the hosts are there."""
-        phase(f"making {self.hosts.count} hosts")
+        phase(f"making {plural(self.hosts.count, 'host')}")
         self.hosts.__enter__()
         super().start(phase)
 

@@ -15,6 +15,7 @@ from moesys.launchers.processes import Ended, Processes
 from moesys.launchers.spec import RunSpec
 from moesys.loopback import LOOPBACK
 from moesys.train.ending import Failure, Kind
+from moesys.words import plural
 
 HOST = "127.0.0.1"
 SETTLE_S = 2.0
@@ -43,7 +44,7 @@ class LocalWorkers:
         Raises `LaunchError` where the run does not fit on this machine.
         """
         self.refuse()
-        phase(f"starting {self.spec.world} workers")
+        phase(f"starting {plural(self.spec.world, 'worker')}")
         clear_traces(self.spec.run_dir)
         self._attempts += 1
         self._killed_before = crash.kills()

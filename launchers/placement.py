@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moesys.config.schema import ClusterConfig
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees
+from moesys.words import plural
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def verify_map(degrees: Degrees, hosts: Sequence[str]) -> list[Crossing]:
     Beside `check`: a scheduler may have placed ranks otherwise than planned.
     """
     if len(hosts) != degrees.world:
-        raise ValueError(f"{len(hosts)} hosts for a world of {degrees.world} ranks")
+        raise ValueError(f"{plural(len(hosts), 'host')} for a world of {plural(degrees.world, 'rank')}")
     names = {host: index for index, host in enumerate(dict.fromkeys(hosts))}
     return crossings(degrees, [names[host] for host in hosts])
 
@@ -84,5 +85,5 @@ def crossing_blocks(size: int, node_of: Sequence[int]) -> list[tuple[int, int]]:
 def describe(kind: str, blocks: list[tuple[int, int]], total: int, degree: str) -> str:
     """ "2 of 4 tensor groups of tp(3) cross nodes (the first starts at rank 3, on 2 nodes)"."""
     first, nodes = blocks[0]
-    where = f"the first starts at rank {first}, on {nodes} nodes"
+    where = f"the first starts at rank {first}, on {plural(nodes, 'node')}"
     return f"{len(blocks)} of {total} {kind} of {degree} cross nodes ({where})"

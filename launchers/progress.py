@@ -36,7 +36,7 @@ FIELDS = (
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("grad_norm", "grad norm", "{:.3f}"),
     ("imbalance", "imbalance", "{:.2f}"),
-    ("all_to_all_share", "all-to-all", "{:.1%}"),
+    ("all_to_all_share", "exposed a2a", "{:.1%}"),
 )
 """Key, label and format of the figures shown."""
 

@@ -20,6 +20,7 @@ from moesys.launchers.failure import Outcome, clear_traces
 from moesys.launchers.ray_worker import Task
 from moesys.launchers.spec import RunSpec, default_threads
 from moesys.loopback import LOOPBACK
+from moesys.words import plural
 
 if TYPE_CHECKING:
     from moesys.launchers.ray_cluster import EmbeddedRay, ExistingRay
@@ -99,7 +100,7 @@ class RayWorkers:
             self._keep_logs()
             raise
         self._trainer = self._make_trainer()
-        phase(f"starting {self.spec.world} workers")
+        phase(f"starting {plural(self.spec.world, 'worker')}")
         self._start_fit()
 
     def poll(self) -> Outcome | None:

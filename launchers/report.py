@@ -97,8 +97,6 @@ def _recorded(folder: Path) -> list[Step]:
     choice = newest(read_steps(folder))
     if not choice.steps:
         raise ReportError(f"{folder} recorded no steps: launch it with --measure")
-    if choice.note:
-        print(choice.note)
     return choice.steps
 
 

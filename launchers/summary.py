@@ -28,9 +28,7 @@ Keys that a run does not have are left out, and skipped steps where there are no
 def read(run_dir: Path) -> dict[str, Any] | None:
     """The run's summary.json, or None if there is none. Raises FileError if it is damaged."""
     path = run_dir / "summary.json"
-    return (
-        read_json(path, "remove it: the same launch evaluates the run and writes it again") if path.exists() else None
-    )
+    return read_json(path, "remove it, and launch the run again: it writes it anew") if path.exists() else None
 
 
 def table(summary: dict[str, Any], run_dir: Path) -> Table:

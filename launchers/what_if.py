@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +14,15 @@ from rich.table import Table
 from moesys import leftovers
 from moesys.config.load import dump, load
 from moesys.config.schema import Config
-from moesys.errors import MoesysError
-from moesys.files import write_json
+from moesys.errors import FileError
+from moesys.files import read_json, write_json
 from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
 from moesys.measure.choice import explained
 from moesys.measure.links import Profile
 from moesys.measure.step import Step, read_steps
-from moesys.measure.what_if import Prediction, Predictor, variants
+from moesys.measure.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
 from moesys.train.checked import load_checked
-
-
-class WhatIfError(MoesysError):
-    """A run cannot be the base of predictions."""
-
-    exit_code = 2
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -39,21 +32,30 @@ def command(arguments: argparse.Namespace) -> int:
     path = arguments.profile or config.measure.profile
     if path is None:
         raise WhatIfError("--profile: links are not known; measure them: moesys bench a2a CONFIG --profile FILE")
-    summary = json.loads((run_dir / "summary.json").read_text())
-    predictor = Predictor(config, summary["vocab_size"], steps, Profile.load(Path(path)))
-    named = {" ".join(words): words for words in map(shlex.split, arguments.change or [])} or variants(config)
+    predictor = Predictor(config, _vocabulary(run_dir), steps, Profile.load(Path(path)))
+    named = {" ".join(words): words for words in map(_words, arguments.change or [])} or variants(config)
     found: list[Prediction] = []
     for name, changes in named.items():
         changed = load_checked(run_dir / "config.yaml", changes, with_data=False)
-        faster = 2.0 if name == "links twice as fast" else 1.0
+        faster = 2.0 if name == "links twice as fast" and not changes else 1.0
         prediction = predictor.predict(name, changes, changed, faster)
         if arguments.measure and changes:
             prediction = replace(prediction, measured=measure(changed, run_dir.parent))
         found.append(prediction)
     base = Prediction("as recorded", [], predictor.recorded.total.step, predictor.recorded.total.exposed)
-    Console(width=max(100, Console().width)).print(table([base, *found]))
+    console = Console(width=max(100, Console().width))
+    console.print(table([base, *found]))
+    console.print(f"Modelled are {MODEL}; computation is taken to stay as it was.", highlight=False, soft_wrap=True)
     write_json(run_dir / "measure" / "what_if.json", [p.as_json() for p in [base, *found]])
     return 0
+
+
+def _words(change: str) -> list[str]:
+    """The overrides in one --change."""
+    try:
+        return shlex.split(change)
+    except ValueError as error:
+        raise WhatIfError(f"--change {change!r}: {error}\n    remedy: write 'key=value key=value'") from None
 
 
 def recorded(run_dir: Path) -> tuple[Config, list[Step]]:
@@ -70,6 +72,16 @@ def recorded(run_dir: Path) -> tuple[Config, list[Step]]:
     if choice.note:
         print(choice.note)
     return load(run_dir / "config.yaml").config, choice.steps
+
+
+def _vocabulary(run_dir: Path) -> int:
+    """Entries of the vocabulary that the run was trained with."""
+    path = run_dir / "summary.json"
+    remedy = f"launch the run again: {run_dir}/config.yaml"
+    size = read_json(path, remedy).get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise FileError(f"{path}: vocab_size is {size!r}, not a number of at least 1\n    remedy: {remedy}")
+    return size
 
 
 def measure(config: Config, runs: Path) -> float:

@@ -20,6 +20,7 @@ from moesys.errors import ConfigError, MoesysError
 from moesys.files import write_json
 from moesys.launchers import foreign
 from moesys.options import count, output, tolerance
+from moesys.words import plural
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -103,7 +104,7 @@ def verify(arguments: argparse.Namespace) -> int:
     if arguments.tolerance is None and (problems := unprovable(config, TOLERANCES[arguments.dtype])):
         raise ConfigError(problems)
 
-    steps = "1 step" if arguments.steps == 1 else f"{arguments.steps} steps"
+    steps = plural(arguments.steps, "step")
     one = "1 process" if arguments.against in (None, config.engine) else f"1 process of engine {arguments.against}"
     print(f"{config.name}: {steps} in {one} and in {world}, {arguments.dtype}", flush=True)
     tolerance = TOLERANCES[arguments.dtype] if arguments.tolerance is None else arguments.tolerance
@@ -127,7 +128,7 @@ def bench_train(arguments: argparse.Namespace) -> int:
 
     result = run(config, arguments.rounds, arguments.steps, ("local", "ray"), arguments.config, arguments.overrides)
     print(f"{result.machine}, {result.date}")
-    print(f"  medians of {result.rounds} interleaved rounds of {result.steps_per_round} steps")
+    print(f"  medians of {plural(result.rounds, 'interleaved round')} of {plural(result.steps_per_round, 'step')}")
     print(f"  moesys        {result.ours:>10,.0f} tokens/s, one process")
     print(f"  transformers  {result.transformers:>10,.0f} tokens/s, the same shape and batches")
     print(f"  ratio         {result.ratio:>10.2f}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moesys.words import plural
+
 
 class MoesysError(Exception):
     """Base of all errors with a message meant for the user."""
@@ -45,7 +47,7 @@ class ConfigError(MoesysError):
 
     def __init__(self, problems: Sequence[Problem]):
         self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        count = plural(len(self.problems), "problem")
         lines = "\n".join(f"  {problem}" for problem in self.problems)
         super().__init__(f"{count} in the configuration\n{lines}")
 

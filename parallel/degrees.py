@@ -10,6 +10,7 @@ from math import gcd, isqrt, prod
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
+from moesys.words import plural
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the mesh for dense layers, outermost first: the groups that talk most are neighbours."""
@@ -82,13 +83,13 @@ def resolve(config: Config, world: int | None = None) -> tuple[Degrees | None, l
     product = f"tp({p.tp}) · pp({p.pp}) · cp({p.cp})"
     if p.dp == "auto":
         if ranks % model_ranks:
-            rule = f"the world of {ranks} ranks must be a multiple of {product} = {model_ranks}"
+            rule = f"the world of {plural(ranks, 'rank')} must be a multiple of {product} = {model_ranks}"
             return None, [Problem("parallel.dp", rule, "change a degree or the number of ranks")]
         dp = ranks // model_ranks
     else:
         dp = p.dp
         if dp * model_ranks != ranks:
-            rule = f"dp({dp}) · {product} = {dp * model_ranks} must be the world of {ranks} ranks"
+            rule = f"dp({dp}) · {product} = {dp * model_ranks} must be the world of {plural(ranks, 'rank')}"
             return None, [Problem("parallel.dp", rule, "set dp: auto, or change a degree or the number of ranks")]
     dp_shard = dp if p.dp_shard == "full" else p.dp_shard
     problems = []

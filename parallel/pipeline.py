@@ -16,6 +16,7 @@ from moesys.errors import Problem
 from moesys.models.size import Weight, flops_per_token
 from moesys.parallel.cost import Collective, Stage, StepShape
 from moesys.parallel.degrees import Degrees
+from moesys.words import plural
 
 MULTI = ("interleaved-1f1b", "zero-bubble")
 """Schedules that run several stages per rank."""
@@ -107,9 +108,8 @@ def _zero_bubble(config: Config, degrees: Degrees) -> list[Problem]:
 def _micro_batches(config: Config, degrees: Degrees) -> list[Problem]:
     p, t = config.parallel, config.train
     count = t.global_batch // max(1, degrees.dp * t.micro_batch)
-    given = (
-        f"global_batch({t.global_batch}) / (dp({degrees.dp}) · micro_batch({t.micro_batch})) = {count} micro-batches"
-    )
+    batches = plural(count, "micro-batch", "micro-batches")
+    given = f"global_batch({t.global_batch}) / (dp({degrees.dp}) · micro_batch({t.micro_batch})) = {batches}"
     if count and p.pp_schedule in MULTI and count % p.pp:
         rule = f"{given}: {p.pp_schedule} needs a multiple of pp({p.pp})"
         return [Problem("train.global_batch", rule, f"use a multiple of {degrees.dp * t.micro_batch * p.pp}")]

@@ -14,6 +14,7 @@ from moesys.data.corpus import TOO_SMALL_REMEDY, too_small
 from moesys.data.division import divide, hashed_names
 from moesys.data.sources import SOURCES
 from moesys.errors import Problem
+from moesys.words import plural
 
 
 def check(config: Config) -> list[Problem]:
@@ -64,6 +65,6 @@ def _size(config: Config) -> list[Problem]:
 def _least(tokens: int, needed: int) -> list[Problem]:
     if tokens >= 2 * needed:
         return []
-    rule = f"holds at most {tokens} tokens, fewer than one sequence for training and one held out"
+    rule = f"holds at most {plural(tokens, 'token')}, fewer than one sequence for training and one held out"
     arithmetic = f"2 · (train.seq_len({needed - 1}) + 1) = {2 * needed}"
     return [Problem("data.path", f"{rule}: {arithmetic}", TOO_SMALL_REMEDY)]

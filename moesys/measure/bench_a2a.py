@@ -63,30 +63,44 @@ class Options:
 
 @dataclass(frozen=True)
 class Group:
-    """This rank's group of a kind, and all groups of that kind, by ranks: they communicate at the same time."""
+    """This rank's group of a kind, and all groups of that kind, by ranks: they communicate at the same time.
+
+    `also`: other kinds that are the same groups.
+    """
 
     name: str
     own: dist.ProcessGroup
     all: list[list[int]]
+    also: tuple[str, ...] = ()
 
 
 def groups(mesh: ParallelMesh, names: Sequence[str], nodes: list[str]) -> list[Group]:
-    """Those of `names` that have more than one rank: of a node, of equal places in all nodes, of experts, of all."""
+    """Those of `names` that have more than one rank, each once: of a node, of equal places in all nodes, of experts,
+    of all."""
+    made = []
+    for every, same in divisions(names, nodes, mesh.degrees.ep * mesh.degrees.etp):
+        own = [dist.new_group(ranks) for ranks in every]
+        mine = next(i for i, ranks in enumerate(every) if mesh.rank in ranks)
+        made.append(Group(same[0], own[mine], every, tuple(same[1:])))
+    return made
+
+
+def divisions(names: Sequence[str], nodes: Sequence[str], size: int) -> list[tuple[list[list[int]], list[str]]]:
+    """How each of `names` divides the world, where `size` ranks share the experts, and the names that divide alike."""
     world = list(range(len(nodes)))
     members = [[rank for rank in world if nodes[rank] == node] for node in dict.fromkeys(nodes)]
     found: dict[str, list[list[int]]] = {"world": [world], "intra": members}
     if len({len(m) for m in members}) == 1:
         found["inter"] = [list(rail) for rail in zip(*members, strict=True)]
-    size = mesh.degrees.ep * mesh.degrees.etp
     found["expert"] = [world[i : i + size] for i in range(0, len(world), size)]
-    made = []
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for name in names:
         every = [ranks for ranks in found.get(name, []) if len(ranks) > 1]
         if sum(map(len, every)) == len(world):
-            own = [dist.new_group(ranks) for ranks in every]
-            mine = next(i for i, ranks in enumerate(every) if mesh.rank in ranks)
-            made.append(Group(name, own[mine], every))
-    return made
+            # Several groups between nodes share their links: what limits them is counted by node.
+            rails = name == "inter" and len(every) > 1
+            alike.setdefault((rails, tuple(map(tuple, every))), []).append(name)
+    return [([list(ranks) for ranks in every], same) for (_, every), same in alike.items()]
 
 
 def run(
@@ -146,7 +160,7 @@ class Case:
         column = [line[self.rank] // self.grain for line in self.sent]
         self.splits = row, column
         elements, arriving = self._elements(row, column)
-        self.x = pattern(self.rank, elements, dtype).to(device)
+        self.x = self._pattern(self.rank, elements).to(device)
         self.out = torch.zeros(arriving, dtype=dtype, device=device)
 
     def _sent(self) -> Matrix:
@@ -191,7 +205,7 @@ class Case:
     def wrong(self) -> int:
         """Elements that a call gets wrong on this rank."""
         if self.kind == "all_reduce":
-            self.x = pattern(self.rank, len(self.x), self.dtype).to(self.device)
+            self.x = self._pattern(self.rank, len(self.x)).to(self.device)
         self.call()
         result = self.x if self.kind == "all_reduce" else self.out
         wrong = int((result.cpu() != self.expected()).sum())
@@ -203,20 +217,24 @@ class Case:
         """What this rank must have after a call, computed without communication."""
         ranks = range(self.n)
         if self.kind == "all_gather":
-            return torch.cat([pattern(i, len(self.x), self.dtype) for i in ranks])
-        if self.kind in ("reduce_scatter", "all_reduce"):
-            total = sum(pattern(i, len(self.x), torch.float32) for i in ranks)
-            assert isinstance(total, Tensor)
+            return torch.cat([self._pattern(i, len(self.x)) for i in ranks])
+        if self.kind in SUMS:
+            total = torch.zeros(len(self.x), dtype=self.dtype)
+            for i in ranks:
+                total += self._pattern(i, len(self.x))
             part = len(self.out)
-            return (total[self.rank * part :][:part] if part else total).to(self.dtype)
+            return total[self.rank * part :][:part] if part else total
         parts = []
         for i in ranks:
             ends = [0]
             for value in self.sent[i]:
                 ends.append(ends[-1] + value // self.grain)
             a, b = list(pairwise(ends))[self.rank]
-            parts.append(pattern(i, ends[-1], self.dtype)[a:b])
+            parts.append(self._pattern(i, ends[-1])[a:b])
         return torch.cat(parts)
+
+    def _pattern(self, rank: int, elements: int) -> Tensor:
+        return pattern(rank, elements, self.dtype, self.n if self.kind in SUMS else 1)
 
     def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> Result | None:
         """Time it on all ranks; the result on rank 0, else None."""
@@ -228,7 +246,8 @@ class Case:
         if dist.get_rank() != 0:
             return None
         name = str(self.dtype).removeprefix("torch.")
-        return Result.of(self.kind, self.group.name, self.group.all, self.size, name, self.grain, self.sent, everyone)
+        g = self.group
+        return Result.of(self.kind, g.name, g.all, self.size, name, self.grain, self.sent, everyone, g.also)
 
     def _bare(self) -> None:
         dist.all_to_all_single(self.out, self.x, self.splits[1], self.splits[0], group=self.group.own)
@@ -274,6 +293,18 @@ def _seconds(stamps: list[Stamp], offset: float, device: torch.device) -> list[S
     return [(a + offset, b + offset) for a, b in stamps if isinstance(a, float) and isinstance(b, float)]
 
 
-def pattern(rank: int, elements: int, dtype: torch.dtype) -> Tensor:
-    """What rank `rank` sends: small whole numbers, so that sums of up to 85 ranks are exact in any type."""
-    return ((torch.arange(elements) + rank) % 4).to(dtype)
+SUMS = ("reduce_scatter", "all_reduce")
+
+ADDENDS = 64
+"""Most ranks that add something to an element: their sum, at most 3 · (64 + 1), is exact in any type, in any order."""
+
+
+def pattern(rank: int, elements: int, dtype: torch.dtype, summed: int = 1) -> Tensor:
+    """What rank `rank` sends, [elements]: small whole numbers that differ from rank to rank.
+
+    Where `summed` ranks are added, each adds to some of the elements only: bfloat16 knows whole numbers to 256. Sums
+    differ from element to element, too.
+    """
+    stride, i = -(-summed // ADDENDS), torch.arange(elements)
+    places = i + rank
+    return torch.where(places % stride == 0, places // stride % (1 + i % 3) + 1, 0).to(dtype)

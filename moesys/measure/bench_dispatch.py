@@ -59,7 +59,7 @@ class Dispatching:
         wrong = int(((out - self.x_TH).abs() > 0.05 * self.x_TH.abs() + 1e-5).sum()) if self.options.check else 0
         sent = [0] * len(nodes)
         for event in events:
-            for peer, size in zip(event.ranks, event.sent, strict=True):
+            for peer, size in zip(event.ranks, event.sent, strict=False):
                 sent[peer] += size
         own, _ = timed(self.call, None, self.options, on_host, offset, self.mesh.device)
         everyone: list[Any] = [None] * len(nodes)

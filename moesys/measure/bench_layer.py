@@ -28,6 +28,7 @@ from moesys.models.layers import FeedForward
 from moesys.moe import MoELayer, Routing, Tokens
 from moesys.moe.experts import Experts
 from moesys.moe.gates import TopKGate
+from moesys.words import plural
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def run(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int | No
 
 def describe(device: torch.device) -> str:
     """The device and torch's version, in words."""
-    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    cpu = f"{platform.machine()}, {plural(os.cpu_count() or 1, 'core')}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return f"{name}, torch {torch.__version__}"
 

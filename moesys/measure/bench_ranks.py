@@ -28,6 +28,7 @@ from moesys.measure.interleave import interleave, slowest
 from moesys.moe import MoELayer
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
+from moesys.words import plural
 
 OURS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
 
@@ -53,9 +54,10 @@ class Result:
     def lines(self) -> list[str]:
         """The result as text."""
         s, ours = self.shape, self.beyond["moesys all_to_all"]
+        rounds = plural(self.rounds, "interleaved round")
         lines = [
-            f"{self.ranks} processes, each T={s.tokens} H={s.hidden} F={s.ffn_hidden} E={s.experts} k={s.top_k}, "
-            f"{self.dtype}, forward and backward, medians of {self.rounds} interleaved rounds",
+            f"{plural(self.ranks, 'process', 'processes')}, each T={s.tokens} H={s.hidden} F={s.ffn_hidden} "
+            f"E={s.experts} k={s.top_k}, {self.dtype}, forward and backward, medians of {rounds}",
         ]
         lines += [f"  {name:<24} {ms:>9.2f} ms" for name, ms in self.milliseconds.items() if name not in self.beyond]
         for name, beyond in self.beyond.items():

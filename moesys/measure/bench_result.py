@@ -38,6 +38,7 @@ class Result:
         plain: median seconds of the plain loop, the slowest rank's; None if there was none.
         noise: by how much, of 1, that median differs between the passes before and after each iteration.
         wrong: elements with a wrong value, on all ranks.
+        also: other names of the same groups ("intra", "expert" and "world" on one node are one).
     """
 
     kind: str
@@ -54,6 +55,12 @@ class Result:
     plain: float | None
     noise: float | None
     wrong: int
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> str:
+        """All names of its groups: "intra = expert = world"."""
+        return " = ".join((self.group, *self.also))
 
     @classmethod
     def of(
@@ -66,6 +73,7 @@ class Result:
         grain: int,
         sent: Sequence[Sequence[int]],
         samples: Sequence[Samples],
+        also: Sequence[str] = (),
     ) -> Result:
         """From what all ranks saw; `sent` is the byte matrix of a group."""
         n, iterations = len(groups[0]), range(len(samples[0].own))
@@ -89,6 +97,7 @@ class Result:
             plain=median(plain) if plain else None,
             noise=abs(median(plain[::2]) / median(plain[1::2]) - 1) if plain else None,
             wrong=sum(s.wrong for s in samples),
+            also=tuple(also),
         )
 
     @classmethod
@@ -166,6 +175,7 @@ class Result:
             },
             "collective": self.kind,
             "group": self.group,
+            "also": list(self.also),
             "ranks": self.ranks,
             "transfer_us": self.transfer * 1e6,
             "wait_us": fmean(self.waits) * 1e6,
@@ -195,10 +205,23 @@ def _limit(group: str, groups: Sequence[Sequence[int]], sent: Sequence[Sequence[
 
 
 def lines(results: Sequence[Result]) -> dict[str, Line]:
-    """The link model of every collective and group measured with more than one size, from transfers."""
+    """The link model of every collective and group measured with more than one size, from transfers.
+
+    Without those whose bandwidth cannot be told: `flat`.
+    """
+    return {name: line for name, line in _fitted(results).items() if line.per_byte > 0}
+
+
+def flat(results: Sequence[Result]) -> dict[str, Line]:
+    """Those whose larger messages took no longer than small ones: no line, for it would have β = ∞."""
+    return {name: line for name, line in _fitted(results).items() if line.per_byte <= 0}
+
+
+def _fitted(results: Sequence[Result]) -> dict[str, Line]:
     found: dict[str, list[tuple[float, float]]] = {}
     for r in results:
         if r.kind != "all_to_all_uneven" and not r.kind.startswith("dispatch"):
             size = r.limit if r.kind in ("all_to_all", "send_recv") else r.bytes
-            found.setdefault(f"{r.kind} {r.group}", []).append((size, r.transfer))
+            for name in (r.group, *r.also):
+                found.setdefault(f"{r.kind} {name}", []).append((size, r.transfer))
     return {name: fit(points) for name, points in found.items() if len({b for b, _ in points}) > 1}

@@ -6,6 +6,7 @@ averaged, so the layout that recorded last counts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,12 +42,16 @@ def explained(steps: Sequence[Step]) -> Choice:
 
 
 def _note(same: Sequence[Step], others: Sequence[Step]) -> str:
-    names = list(dict.fromkeys(map(_name, others)))
-    left_out = plural(len(others), "recorded step")
+    """Names what the layouts differ in."""
+    every = [_facts(step) for step in (same[-1], *others)]
+    shared = set.intersection(*map(set, every))
+    names = [", ".join(fact for fact in facts if fact not in shared) or "an older record" for facts in every]
     verb = "is" if len(others) == 1 else "are"
-    return f"This is of {_name(same[-1])}; {left_out} with {' and with '.join(names)} {verb} left out."
+    left_out = f"{plural(len(others), 'recorded step')} with {' and with '.join(dict.fromkeys(names[1:]))}"
+    return f"This is of {names[0]}; {left_out} {verb} left out."
 
 
-def _name(step: Step) -> str:
-    """The layout in words."""
-    return (step.layout or plural(len(step.ranks), "rank")) + (", audited" if step.audit else "")
+def _facts(step: Step) -> list[str]:
+    """The layout in words, one for each thing that it says."""
+    told = re.split(r" \(|, |\)$", step.layout or plural(len(step.ranks), "rank"))
+    return [*filter(None, told), *(["audited"] * step.audit)]

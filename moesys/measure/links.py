@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,7 +130,13 @@ class Profile:
         if name not in self.lines:
             known = ", ".join(self.lines) or "nothing"
             raise ProfileError(f"the cluster profile has no {name!r} (it has {known}); measure it: moesys bench a2a")
-        return self.lines[name]
+        line = self.lines[name]
+        if line.per_byte <= 0:
+            raise ProfileError(
+                f"the cluster profile has no bandwidth of {name!r} (β = ∞): up to {line.largest:,.0f} bytes took no "
+                f"longer than {line.smallest:,.0f}\n    remedy: measure larger messages: moesys bench a2a --max 64M"
+            )
+        return line
 
     def save(self, path: Path) -> None:
         """Write YAML, at once."""
@@ -145,16 +152,26 @@ class Profile:
         Raises:
             ProfileError: there is no such file, or it is no profile.
         """
+        remedy = f"write one: moesys bench a2a CONFIG --profile {path}"
         try:
-            facts = yaml.safe_load(path.read_text())
-            lines = {name: Line(**{k: float(v) for k, v in line.items()}) for name, line in facts.pop("lines").items()}
-        except OSError as error:
-            raise ProfileError(
-                f"measure.profile: {path}: {error.strerror}; write one: moesys bench a2a --profile {path}"
-            ) from None
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
-            raise ProfileError(f"{path} is no cluster profile; write one: moesys bench a2a --profile {path}") from None
+            facts = yaml.safe_load(path.read_bytes())
+            lines = {str(name): Line(**_numbers(line)) for name, line in facts.pop("lines").items()}
+        except (OSError, RecursionError) as error:
+            why = getattr(error, "strerror", None) or "is nested too deeply"
+            raise ProfileError(f"measure.profile: {path}: {why}\n    remedy: {remedy}") from None
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+            told = f" ({error})" if isinstance(error, ValueError) else ""
+            raise ProfileError(f"{path} is no cluster profile{told}\n    remedy: {remedy}") from None
         return cls(lines, facts)
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a line, none of which may be negative or infinite."""
+    found = {key: float(value) for key, value in line.items()}
+    for key, value in found.items():
+        if not (isfinite(value) and value >= 0):
+            raise ValueError(f"{key} is {value:g}: it must be a number of at least 0")
+    return found
 
 
 def limits(sent: Sequence[Sequence[float]], nodes: Sequence[object]) -> tuple[float, float]:

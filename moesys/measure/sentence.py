@@ -10,7 +10,7 @@ NOTEWORTHY = 1.2
 
 def sentence(e: Explanation) -> str:
     """One to three sentences: how much, how much of it is seen, what it is spent on, and who is waited for."""
-    whole = f"the {e.unit} of {_time(e.total.step)}" + ", which does not mark its steps" * (not e.marked)
+    whole = _whole(e)
     if not e.legs and e.total.exposed + (e.total.hidden or 0) == 0:
         if e.total.hidden is None:
             return f"No all-to-all: every expert is where its tokens are, in steps of {_time(e.total.step)}."
@@ -21,6 +21,14 @@ def sentence(e: Explanation) -> str:
         text = f"All-to-all is {_percent(e.exposed_share + e.hidden_share)} of {whole}: "
         text += f"{_percent(e.exposed_share)} exposed, {_percent(e.hidden_share)} hidden behind computation."
     return f"{text} {_why(e)}" if e.exposed_share >= 0.005 else text
+
+
+def _whole(e: Explanation) -> str:
+    """What the shares are of: "the step of 1.1 s (mean of 18 recorded steps)"."""
+    if not e.marked:
+        return f"the trace of {_time(e.total.step)}, which does not mark its steps"
+    mean = f" (mean of {len(e.steps)} recorded steps)" if len(e.steps) > 1 else ""
+    return f"the step of {_time(e.total.step)}{mean}"
 
 
 def _why(e: Explanation) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moesys.errors import MoesysError
+from moesys.words import plural
 
 Matrix = list[list[int]]
 """[sender][receiver] bytes."""
@@ -49,7 +50,7 @@ def read(path: Path, ranks: int) -> Matrix:
     except ValueError as error:
         raise TrafficError(f"--matrix {path}: {error}; write whole numbers of bytes") from None
     if len(matrix) != ranks or any(len(row) != ranks for row in matrix):
-        shape = f"{len(matrix)} rows of {sorted({len(row) for row in matrix})} numbers"
+        shape = f"{plural(len(matrix), 'row')} of {sorted({len(row) for row in matrix})} numbers"
         raise TrafficError(f"--matrix {path} has {shape}, and the group has {ranks} ranks: write {ranks} × {ranks}")
     if min(map(min, matrix)) < 0 or max(map(max, matrix)) == 0:
         raise TrafficError(f"--matrix {path}: bytes must be at least 0, and some above")

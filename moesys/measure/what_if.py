@@ -5,28 +5,58 @@
 over expert and data parallelism. The model of each is the planned bytes of every collective, spread over
 ranks as the recorded loads of experts say, on the fitted links; `factor` is how much longer the
 communication of the recorded run took than the model says, so that what the model does not know (how well
-the links serve both directions, waiting) cancels to first order. Computation is taken to stay as it was.
+the links serve both directions, waiting) cancels to first order. Computation is taken to stay as it was: what
+changes it is refused by name. Without pipelining the bubble and the messages of the pipeline go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.measure.attribute import experts_seconds
 from moesys.measure.explain import explain
 from moesys.measure.links import Profile
-from moesys.measure.step import Step
+from moesys.measure.step import Seconds, Step
 from moesys.parallel import dimension, nodes
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
+from moesys.words import plural
 
 EXPERT = ("ep", "etp")
+
+MODELLED = (
+    "parallel.ep",
+    "parallel.etp",
+    "parallel.dp",
+    "parallel.dp_shard",
+    "parallel.dispatch.kind",
+    "parallel.dispatch.chunks",
+    "parallel.dispatch.payload",
+    "model.moe.capacity_factor",
+    "launch.link_gbit",
+)
+MODEL = f"{', '.join(MODELLED)}, and parallel.pp to 1"
+"""What a prediction may change, in words."""
+
+PIPELINE = ("parallel.pp", "parallel.pp_schedule", "parallel.pp_virtual", "parallel.pp_split")
+"""What may change where the pipeline goes."""
+
+WITHOUT_EFFECT = ("name", "output", "measure")
+"""Keys and sections that do not change what a step does."""
+
+
+class WhatIfError(MoesysError):
+    """A run cannot be the base of predictions, or a setting is outside of what they model."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -35,9 +65,9 @@ class Prediction:
 
     name: str
     changes: list[str]
-    step: float
-    exposed: float
-    measured: float | None = None
+    step: Seconds
+    exposed: Seconds
+    measured: Annotated[float, Field(gt=0, le=1e10)] | None = None
 
     @property
     def error(self) -> float | None:
@@ -53,7 +83,7 @@ def variants(config: Config) -> dict[str, list[str]]:
     degrees = degrees_of(config)
     found: dict[str, list[str]] = {}
     if degrees.ep > 1:
-        found[f"experts over {degrees.ep // 2} ranks"] = [f"parallel.ep={degrees.ep // 2}"]
+        found[f"experts over {plural(degrees.ep // 2, 'rank')}"] = [f"parallel.ep={degrees.ep // 2}"]
         kind = config.parallel.dispatch.kind
         if kind != "hierarchical" and config.cluster.nodes > 1:
             found["hierarchical dispatch"] = ["parallel.dispatch.kind=hierarchical"]
@@ -63,6 +93,32 @@ def variants(config: Config) -> dict[str, list[str]]:
         rate = config.launch.link_gbit
         found["links twice as fast"] = [] if rate is None else [f"launch.link_gbit={2 * rate:g}"]
     return found
+
+
+def unmodelled(before: Config, after: Config) -> list[str]:
+    """What cannot be predicted of the change from one configuration to the other, with the reason; none if it can."""
+    old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (before, after))
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        change = f"{key} ({old.get(key)} → {new.get(key)})"
+        if old.get(key) == new.get(key) or key in MODELLED or key.split(".")[0] in WITHOUT_EFFECT:
+            if key == "launch.link_gbit" and old.get(key) != new.get(key) and not (old.get(key) and new.get(key)):
+                found.append(f"{change} cannot be predicted: the rate of the recorded run's links is not known")
+            continue
+        if key in PIPELINE and after.parallel.pp == 1:
+            continue
+        why = "of a pipeline only its end is" if key in PIPELINE else "computation is taken to stay as it was"
+        found.append(f"{change} cannot be predicted: it is not modelled ({why})")
+    return found
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield prefix + key, item
 
 
 def degrees_of(config: Config) -> Degrees:
@@ -95,12 +151,23 @@ class Predictor:
         self.factor = {k: observed[k] / self.base[k] if self.base[k] > 0 and observed[k] > 0 else 1.0 for k in observed}
 
     def predict(self, name: str, changes: list[str], config: Config, faster: float = 1.0) -> Prediction:
-        """Of `config`, which is this run's with `changes`, on links `faster` times as fast."""
-        model = self.seconds(config, self.profile.faster(faster))
+        """Of `config`, which is this run's with `changes`, on links `faster` times as fast.
+
+        Raises:
+            WhatIfError: it differs from the run's in something that is not modelled.
+            ProfileError: the links that it needs were not measured, or their bandwidth could not be told.
+        """
+        if problems := unmodelled(self.config, config):
+            raise WhatIfError("\n".join(problems) + f"\n    remedy: change only {MODEL}")
+        total, degrees = self.recorded.total, degrees_of(config)
+        before, after = self.config.launch.link_gbit, config.launch.link_gbit
+        model = self.seconds(config, self.profile.faster(faster * (after / before if after and before else 1.0)))
         change = {kind: self.factor[kind] * (model[kind] - self.base[kind]) for kind in model}
         hidden = self._hidden(config, self.factor["expert"] * model["expert"])
-        exposed = max(0.0, self.recorded.total.exposed + change["expert"] - hidden)
-        step = self.recorded.total.step + change["data"] + exposed - self.recorded.total.exposed
+        exposed = max(0.0, total.exposed + change["expert"] - hidden) if degrees.ep * degrees.etp > 1 else 0.0
+        step = total.step + change["data"] + exposed - total.exposed
+        if degrees.pp == 1:
+            step -= total.bubble + total.others.get("pipeline", 0.0)
         return Prediction(name, changes, step, exposed)
 
     def _hidden(self, config: Config, travelling: float) -> float:

@@ -28,6 +28,7 @@ from moesys.files import write_json
 from moesys.measure.interleave import alone, interleave, ratio
 from moesys.train import here, native
 from moesys.train.engine import Engine
+from moesys.words import plural
 
 PLUG_IN, OWN, NATIVE = "plug-in", "megatron", "native"
 
@@ -63,8 +64,8 @@ class Result:
             f"  {names[k]:<44} {s * 1e3:>8.1f} ms   first loss {self.losses[k]:.5f}" for k, s in self.seconds.items()
         ]
         return [
-            f"{self.machine}, {self.date}, {self.world} ranks",
-            f"  medians of {self.rounds} interleaved rounds of {self.steps} steps",
+            f"{self.machine}, {self.date}, {plural(self.world, 'rank')}",
+            f"  medians of {plural(self.rounds, 'interleaved round')} of {plural(self.steps, 'step')}",
             *rows,
             f"  this project's layer / Megatron's own        {self.plug_in:>8.2f}",
             f"  native engine / Megatron's model             {self.native:>8.2f}",

@@ -33,6 +33,7 @@ from moesys.train.guard import demand_numbers
 from moesys.train.loop import Trainer
 from moesys.train.optimizer import build
 from moesys.train.verify import reference
+from moesys.words import plural
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def run(
     ours, theirs = (statistics.median(speeds[name]) for name in ("moesys", "transformers"))
     ratio = statistics.median(a / b for a, b in zip(speeds["moesys"], speeds["transformers"], strict=True))
     starts = {launcher: first_step(path, overrides, launcher) for launcher in launchers}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    machine = f"{platform.machine()}, {plural(os.cpu_count() or 1, 'core')}, torch {torch.__version__}"
     return Result(ours, theirs, ratio, rounds, steps, starts, machine, date.today().isoformat())
 
 

@@ -30,6 +30,7 @@ from moesys.parallel import comm
 from moesys.train import here
 from moesys.train.guard import demand_numbers
 from moesys.train.loop import Trainer
+from moesys.words import plural
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class Result:
 
     def lines(self) -> list[str]:
         return [
-            f"{self.machine}, {self.date}, {self.world} ranks",
-            f"  medians of {self.rounds} interleaved rounds of {self.steps} steps of {self.seconds * 1e3:.1f} ms",
+            f"{self.machine}, {self.date}, {plural(self.world, 'rank')}",
+            f"  medians of {plural(self.rounds, 'interleaved round')} of {plural(self.steps, 'step')} "
+            f"of {self.seconds * 1e3:.1f} ms",
             f"  recording off / collectives called bare  {self.off:.4f}",
             f"  {f'step {self.every}, {2 * self.every}, … recorded / off':<40} {self.on:.4f}",
             f"  every step recorded / off                {self.all:.4f}",

@@ -7,7 +7,10 @@ For each MoE layer of the rank, by its block's number: `N.number` int64 [T] of t
 from __future__ import annotations
 
 import os
+import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,12 @@ import numpy as np
 from moesys.errors import DataError
 
 PATTERN = "step-*-rank-*.npz"
+NAME = re.compile(r"step-(\d{1,18})-rank-(\d{1,9})\.npz")
+DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError),
+    *(NotImplementedError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What numpy and zipfile raise of files that are damaged."""
 Arrays = tuple[Any, Any, Any]
 """number [T], expert [T, K] and weight [T, K] of one layer."""
 
@@ -37,7 +46,7 @@ def write(folder: Path, step: int, rank: int, layers: dict[int, Arrays], experts
 def forget(folder: Path, step: int) -> None:
     """Remove what was recorded after `step`."""
     for path in folder.glob(PATTERN):
-        if int(path.name.split("-")[1]) > step:
+        if (name := NAME.fullmatch(path.name)) and int(name[1]) > step:
             path.unlink()
 
 
@@ -86,26 +95,47 @@ def assignments(folder: Path) -> Iterator[tuple[int, int, list[int]]]:
     """
     for path, file in zip(_paths(folder), _files(folder), strict=True):
         experts = int(file["experts"])
-        chosen = [file[name][file[name] >= 0] for name in file.files if name.endswith(".expert")]
+        chosen = [part[part >= 0] for name, part in file.items() if name.endswith(".expert")]
         counts = sum((np.bincount(part, minlength=experts) for part in chosen), np.zeros(experts, dtype=np.int64))
-        yield int(path.stem.split("-")[3]), experts, counts.tolist()
+        name = NAME.fullmatch(path.name)
+        assert name is not None  # as _paths gives them
+        yield int(name[2]), experts, counts.tolist()
 
 
-def _files(folder: Path) -> Iterator[Any]:
-    """All files of a recording, opened one by one."""
+def _files(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The numbers and experts of all files of a recording, one by one."""
     for path in _paths(folder):
         try:
             with np.load(path, allow_pickle=False) as file:
-                file["experts"]
-                yield file
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            raise DataError(f"{path} is no recorded routing, or was cut short") from None
+                arrays = {name: file[name] for name in file.files if not name.endswith(".weight")}
+            told = _wrong(arrays)
+        except DAMAGE:
+            told = "is no recorded routing, or was cut short"
+        if told:
+            raise DataError(f"{path} {told}\n    remedy: record the run's routing again, or remove the folder")
+        yield arrays
+
+
+def _wrong(arrays: dict[str, np.ndarray]) -> str:
+    """What is wrong with the arrays of a file; "" if nothing is."""
+    experts = arrays["experts"]
+    if experts.shape != () or experts.dtype.kind not in "iu" or not 1 <= experts <= 2**20:
+        return "does not say how many experts a layer has"
+    for name, part in arrays.items():
+        if not name.endswith(".expert"):
+            continue
+        number = arrays[f"{name.removesuffix('.expert')}.number"]
+        if part.ndim != 2 or number.shape != part.shape[:1] or {part.dtype.kind, number.dtype.kind} - set("iu"):
+            return f"has {name} of shape {part.shape} for tokens of shape {number.shape}"
+        if part.size and not (part.min() >= -1 and part.max() < experts):
+            return f"has {name} from {part.min()} to {part.max()}, and {experts} experts"
+    return ""
 
 
 def _paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    paths = sorted(folder.glob(PATTERN))
+    paths = sorted(path for path in folder.glob(PATTERN) if NAME.fullmatch(path.name))
     if not paths:
         raise DataError(f"{folder} holds no recorded routing ({PATTERN})")
     return paths

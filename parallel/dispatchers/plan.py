@@ -10,6 +10,7 @@ from moesys.errors import Problem
 from moesys.parallel import nodes
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import EXPERT_AXES, Degrees
+from moesys.words import plural
 
 AXES = ("ep", "etp")
 
@@ -20,7 +21,8 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
     tokens = t.micro_batch * t.seq_len // (degrees.cp * degrees.tp)
     if d.chunks > tokens:
         rule = f"a rank has train.micro_batch({t.micro_batch}) · train.seq_len({t.seq_len})"
-        rule += f" / (cp({degrees.cp}) · tp({degrees.tp})) = {tokens} tokens at once, fewer than chunks({d.chunks})"
+        rule += f" / (cp({degrees.cp}) · tp({degrees.tp})) = {plural(tokens, 'token')} at once"
+        rule += f", fewer than chunks({d.chunks})"
         problems.append(Problem("parallel.dispatch.chunks", rule, f"choose at most {tokens}"))
     if d.kind == "hierarchical" and not all(map(nodes.even, _groups(config, degrees))):
         size, per_node = degrees.ep * degrees.etp, config.cluster.ranks_per_node

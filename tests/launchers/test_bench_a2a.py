@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from rich.console import Console
 from support import changed
 
 from moesys.cli import main
 from moesys.config.schema import Config
-from moesys.launchers.bench_a2a import routed
+from moesys.launchers.bench_a2a import routed, show
+from moesys.measure.bench_a2a import divisions, pattern
+from moesys.measure.bench_result import Result, Samples, flat, lines
 from moesys.train import routing_files
 
 TRIES = 4
@@ -51,7 +56,8 @@ def test_every_collective_is_right_and_its_bandwidths_are_nccl_tests(config: Pat
     results = told["results"]
     kinds = {"all_to_all", "all_to_all_uneven", "all_gather", "reduce_scatter", "all_reduce", "send_recv"}
     assert {r["collective"] for r in results} == kinds
-    assert {r["group"] for r in results} == {"intra", "expert", "world"}
+    # On one node they are the same two ranks: measured once.
+    assert {(r["group"], *r["also"]) for r in results} == {("intra", "expert", "world")}
     assert told["out_of_bounds"] == 0
     factor = {"all_reduce": 1.0, "send_recv": 1.0}  # 2 (n - 1) / n, and none, for two ranks
     for r in results:
@@ -63,14 +69,59 @@ def test_every_collective_is_right_and_its_bandwidths_are_nccl_tests(config: Pat
         assert out["bus_bw"] == pytest.approx(out["alg_bw"] * factor.get(r["collective"], 0.5))
         assert 0 < r["transfer_us"] <= per["max_us"]
         assert len(r["rank_us"]) == 2
-    uneven = [r for r in results if r["collective"] == "all_to_all_uneven" and r["group"] == "world"]
+    uneven = [r for r in results if r["collective"] == "all_to_all_uneven"]
     # Both ranks send two thirds to rank 0, which receives that twice.
     assert [r["size"] for r in uneven] == pytest.approx([2 * 1024 * 2 / 3, 2 * 4096 * 2 / 3], abs=8)
-    assert "all_reduce, world groups of 2, bfloat16" in capsys.readouterr().out
+    assert "all_reduce, intra = expert = world groups of 2, bfloat16" in capsys.readouterr().out
     assert main(["report", str(config.parent / "a2a.json")]) == 0
     page = (config.parent / "a2a.html").read_text()
-    assert "all_reduce, world groups of 2, bfloat16" in page
+    assert "all_reduce, intra = expert = world groups of 2, bfloat16" in page
     assert f"<td>{uneven[0]['out_of_place']['alg_bw']:.3f}</td>" in page
+
+
+@pytest.mark.parametrize("ranks", [2, 171, 172, 1000])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_sums_of_any_number_of_ranks_are_exact_in_any_order(ranks: int, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    parts = [pattern(rank, 300, kind, ranks) for rank in range(ranks)]
+    exact = sum(part.double() for part in parts)
+    for order in (range(ranks), random.Random(0).sample(range(ranks), ranks)):
+        total = torch.zeros(300, dtype=kind)
+        for rank in order:
+            total += parts[rank]
+        assert torch.equal(total.double(), exact)
+    assert exact.unique().numel() > 1
+    assert not torch.equal(parts[0], parts[1])
+
+
+def test_groups_that_are_the_same_are_measured_once() -> None:
+    every = ("intra", "inter", "expert", "world")
+    assert divisions(every, ["a", "a"], 2) == [([[0, 1]], ["intra", "expert", "world"])]
+    assert divisions(every, ["a", "b"], 2) == [([[0, 1]], ["inter", "expert", "world"])]
+    two = divisions(every, ["a", "a", "b", "b"], 2)
+    assert two == [
+        ([[0, 1], [2, 3]], ["intra", "expert"]),
+        ([[0, 2], [1, 3]], ["inter"]),
+        ([[0, 1, 2, 3]], ["world"]),
+    ]
+
+
+def test_times_that_do_not_grow_make_no_line(capsys) -> None:
+    """4 KiB took no longer than 1 KiB: a line through them has no bandwidth."""
+    stamps = [[(0.0, 1e-3)] * 3] * 2
+    sizes = (1024, 4096)
+    results = [
+        Result.of("all_to_all", "intra", [[0, 1]], size, "float32", 4, [[size // 2] * 2] * 2,
+                  [Samples(own, [], 0) for own in stamps], ["world"])
+        for size in sizes
+    ]  # fmt: skip
+    assert lines(results) == {}
+    assert set(flat(results)) == {"all_to_all intra", "all_to_all world"}
+    facts = {"hosts": ["a", "a"], "ranks": 2, "backend": "gloo", "device": "cpu"}
+    show(results, facts, Console(width=200))
+    told = capsys.readouterr().out
+    assert "all_to_all intra: no bandwidth can be told (β = ∞): up to 2 KiB took no longer than 512 B" in told
+    assert "2 ranks on 1 node" in told
 
 
 def test_recorded_routing_becomes_a_byte_matrix(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def shown(run_dir: Path, write, terminal: bool = False, **options: float) -> str
 
 def test_a_line_has_all_figures():
     assert line_of(STEP) == (
-        "step 1/100  loss 5.1234  tokens/s 12,346  grad norm 1.500  imbalance 1.25  all-to-all 12.5%  left 1:02:05"
+        "step 1/100  loss 5.1234  tokens/s 12,346  grad norm 1.500  imbalance 1.25  exposed a2a 12.5%  left 1:02:05"
     )
     dense = {key: value for key, value in STEP.items() if key not in ("imbalance", "eta_s")} | {
         "all_to_all_share": None

@@ -28,10 +28,11 @@ def test_the_first_two_of_many_are_left_out() -> None:
 
 
 def test_of_several_layouts_the_newest_counts_and_is_named() -> None:
-    steps = [step(n, 4, "4 ranks (ep 4)") for n in range(6)] + [step(n, 2, "2 ranks (ep 2)") for n in range(6, 9)]
+    steps = [step(n, 4, "4 ranks (ep 4, 8 × 16 tokens)") for n in range(6)]
+    steps += [step(n, 2, "2 ranks (ep 2, 8 × 16 tokens)") for n in range(6, 9)]
     choice = explained(steps)
     assert numbers(choice.steps) == [6, 7, 8]
-    assert choice.note == "This is of 2 ranks (ep 2); 6 recorded steps with 4 ranks (ep 4) are left out."
+    assert choice.note == "This is of 2 ranks, ep 2; 6 recorded steps with 4 ranks, ep 4 are left out."
     e = of_run(steps)
     assert e is not None
     assert e.sentence.endswith(choice.note)
@@ -41,7 +42,7 @@ def test_of_several_layouts_the_newest_counts_and_is_named() -> None:
 def test_equal_ranks_with_another_layout_are_not_averaged() -> None:
     choice = newest([step(1, 2, "2 ranks (ep 2)"), step(2, 2, "2 ranks (tp 2)"), step(3, 2, "2 ranks (tp 2)", True)])
     assert numbers(choice.steps) == [3]
-    assert "2 recorded steps with 2 ranks (ep 2) and with 2 ranks (tp 2) are left out" in choice.note
+    assert choice.note == "This is of tp 2, audited; 2 recorded steps with ep 2 and with tp 2 are left out."
 
 
 def test_records_that_do_not_name_their_layout_are_told_apart_by_ranks(tmp_path: Path) -> None:
@@ -52,4 +53,4 @@ def test_records_that_do_not_name_their_layout_are_told_apart_by_ranks(tmp_path:
     steps_file(tmp_path).write_text("\n".join([*lines, step(4, 2, "2 ranks (ep 2)").to_json(), '{"cut']))
     choice = newest(read_steps(tmp_path))
     assert numbers(choice.steps) == [2, 3, 4]
-    assert choice.note == "This is of 2 ranks (ep 2); 1 recorded step with 4 ranks is left out."
+    assert choice.note == "This is of 2 ranks, ep 2; 1 recorded step with 4 ranks is left out."

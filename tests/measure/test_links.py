@@ -63,9 +63,18 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     Profile(LINKS.lines, {"backend": "gloo", "hosts": ["a", "b"]}).save(path)
     assert Profile.load(path) == Profile(LINKS.lines, {"backend": "gloo", "hosts": ["a", "b"]})
-    path.write_text("lines: 3")
-    with pytest.raises(ProfileError, match="is no cluster profile"):
-        Profile.load(path)
+    line = "{alpha: ALPHA, per_byte: 0, error: 0, worst: 0, smallest: 1, largest: 2}"
+    damaged = {
+        b"lines: 3": "",
+        b"\xff\xfe": "",
+        b"[" * 1000: "",
+        f"lines: {{all_to_all intra: {line.replace('ALPHA', '-1')}}}".encode(): "alpha is -1",
+        f"lines: {{x: {line.replace('ALPHA', '.nan')}}}".encode(): "alpha is nan",
+    }
+    for content, told in damaged.items():
+        path.write_bytes(content)
+        with pytest.raises(ProfileError, match=rf"(?s){told}.*remedy: write one: moesys bench a2a"):
+            Profile.load(path)
     with pytest.raises(ProfileError, match="No such file"):
         Profile.load(tmp_path / "absent.yaml")
 

@@ -159,9 +159,25 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys) -> None:
     _, rows = compare.steps(Run.read(run), Run.read(other))
     assert ("exposed all-to-all", "34.00", "19.00", "-15.00") in rows
     text = (tmp_path / "both.html").read_text()
-    assert "one: Exposed all-to-all is 34%" in text
+    assert "one: Exposed all-to-all is 34% of the step of 100 ms (mean of 3 recorded steps)." in text
     assert "two: Exposed all-to-all is 19%" in text
     assert "-15.00" in capsys.readouterr().out
+
+
+def test_a_run_that_went_on_with_other_ranks_is_reported(run: Path, tmp_path: Path, capsys) -> None:
+    """Ten steps of four ranks came before: everything is of the two ranks that recorded last, and says so."""
+    steps = steps_file(run).read_text()
+    rows = Travel("all_to_all", "expert", (0, 1, 2, 3), 0, 0.1, 0.1, 0.9, 4, (1,) * 4, "layers.0", "dispatch")
+    four = [Step(n, tuple(RankStep(r, "a", 0.0, 1.0, (rows,)) for r in range(4))) for n in range(10)]
+    steps_file(run).write_text("".join(s.to_json() + "\n" for s in four) + steps)
+    perfetto = tmp_path / "p.json"
+    assert main(["report", str(run), "--json", str(tmp_path / "x.json"), "--perfetto", str(perfetto)]) == 0
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert (told["steps"], told["ranks"]) == ([10, 20, 30], [0, 1])
+    note = "This is of 2 ranks; 10 recorded steps with 4 ranks are left out."
+    assert told["sentence"].endswith(note)
+    assert note in (run / "report.html").read_text()
+    assert {e["pid"] for e in json.loads(perfetto.read_text())["traceEvents"]} == {0, 1}
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:

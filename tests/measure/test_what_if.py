@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from moesys.config.schema import Config
-from moesys.measure.links import Line, Profile
+from moesys.measure.links import Line, Profile, ProfileError
 from moesys.measure.step import RankStep, Step, Travel
-from moesys.measure.what_if import Predictor, variants
+from moesys.measure.what_if import Predictor, WhatIfError, variants
 
 BASE: dict[str, dict[str, Any]] = {
     "model": {
@@ -51,14 +51,18 @@ def config(**changes: dict[str, Any]) -> Config:
     return Config.model_validate(raw)
 
 
-@pytest.fixture
-def predictor() -> Predictor:
+def recorded_step() -> Step:
     """A recorded step of a second, in which every rank waits 0.5 s for rows and 0.1 s for gradients."""
     group = (0, 1, 2, 3)
     rows = Travel("all_to_all", "expert", group, 0, 0.1, 0.1, 0.1 + EXPOSED, 80, (20,) * 4, "layers.0", "dispatch")
     gradients = Travel("all_reduce", "data", group, 0, 0.8, 0.8, 0.8 + DATA, 80)
     ranks = tuple(RankStep(r, str(r // 2), 0.0, STEP, (rows, gradients)) for r in group)
-    return Predictor(config(), VOCABULARY, [Step(1, ranks, {"layers.0": LOADS[0]})], PROFILE)
+    return Step(1, ranks, {"layers.0": LOADS[0]})
+
+
+@pytest.fixture
+def predictor() -> Predictor:
+    return Predictor(config(), VOCABULARY, [recorded_step()], PROFILE)
 
 
 def test_the_setting_itself_takes_what_was_recorded(predictor: Predictor) -> None:
@@ -99,6 +103,62 @@ def test_a_capacity_drops_what_was_above_it(predictor: Predictor) -> None:
     moe = {"experts": 8, "top_k": 4, "ffn_hidden": 8, "capacity_factor": 1.0}
     found = predictor.predict("capacity", [], config(model={"moe": moe}))
     assert found.exposed == pytest.approx(EXPOSED * (256 - 32) / 256)
+
+
+def test_without_expert_parallelism_no_all_to_all_is_left(predictor: Predictor) -> None:
+    """Nor the exchange of counts, which takes as long however many rows there are."""
+    counts = Travel(
+        "all_to_all_counts", "expert", (0, 1, 2, 3), 1, 0.7, 0.7, 0.75, 80, (20,) * 4, "layers.0", "dispatch"
+    )
+    ranks = tuple(RankStep(r.rank, r.host, r.begin, r.end, (*r.travels, counts)) for r in recorded_step().ranks)
+    with_counts = Predictor(config(), VOCABULARY, [Step(1, ranks, {"layers.0": LOADS[0]})], PROFILE)
+    assert with_counts.recorded.total.exposed == pytest.approx(EXPOSED + 0.05)
+    assert with_counts.predict("ep 1", [], config(parallel={"ep": 1})).exposed == 0
+
+
+def test_without_a_pipeline_its_bubble_goes() -> None:
+    """0.2 s of waiting for a neighbour and 0.1 s of its message."""
+    piped = {"layers": 2}
+    sent = Travel("send", "pipeline", (0, 2), 0, 0.3, 0.3, 0.3, 8)
+    received = Travel("recv", "pipeline", (0, 2), 0, 0.1, 0.1, 0.4, 8)
+    ranks = tuple(RankStep(r, "0", 0.0, 1.0, ((received,) if r == 2 else (sent,) if r == 0 else ())) for r in range(4))
+    base = config(model=piped, parallel={"ep": 1, "pp": 2})
+    links = Profile({**PROFILE.lines, "all_reduce intra": line(1e9)}, {})
+    step = Predictor(base, VOCABULARY, [Step(1, ranks)], links)
+    total = step.recorded.total
+    assert total.bubble + total.others["pipeline"] == pytest.approx(0.3 / 4)
+    same = step.predict("same", [], base).step
+    flat = config(model=piped, parallel={"ep": 1, "pp": 1})
+    change = step.factor["data"] * (step.seconds(flat, links)["data"] - step.base["data"])
+    assert step.predict("pp 1", [], flat).step == pytest.approx(same - 0.3 / 4 + change)
+    with pytest.raises(WhatIfError, match=r"parallel.pp \(2 → 4\) cannot be predicted.*of a pipeline only its end"):
+        step.predict("pp 4", [], config(model=piped, parallel={"ep": 1, "pp": 4}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"micro_batch": 2}}, r"train.micro_batch \(1 → 2\)"),
+        ({"model": {"hidden": 16}}, r"model.hidden \(8 → 16\)"),
+        ({"cluster": {"nodes": 4}}, r"cluster.nodes \(2 → 4\)"),
+        ({"parallel": {"tp": 2}}, r"parallel.tp \(1 → 2\)"),
+        ({"launch": {"link_gbit": None}}, r"launch.link_gbit \(1.0 → None\).*not known"),
+    ],
+)
+def test_what_is_not_modelled_is_refused_by_name(predictor: Predictor, changes: dict, said: str) -> None:
+    with pytest.raises(WhatIfError, match=rf"(?s){said}.*remedy: change only parallel.ep, .*and parallel.pp to 1"):
+        predictor.predict("other", [], config(**changes))
+
+
+def test_the_rate_of_links_is_a_setting_as_any(predictor: Predictor) -> None:
+    fast = predictor.predict("fast", [], config(launch={"link_gbit": 2.0}))
+    assert fast.exposed == pytest.approx(EXPOSED / 2)
+
+
+def test_links_without_a_bandwidth_predict_nothing() -> None:
+    flat = Profile({**PROFILE.lines, "all_to_all inter": Line(1e-3, 0.0, 0.0, 0.0, 1024, 4096)}, {})
+    with pytest.raises(ProfileError, match=r"(?s)no bandwidth of 'all_to_all inter' \(β = ∞\).*4,096.*remedy: measure"):
+        Predictor(config(), VOCABULARY, [recorded_step()], flat)
 
 
 def test_settings_worth_a_prediction() -> None:

@@ -198,7 +198,7 @@ def test_a_run_through_ray_is_measured_and_explained(small: dict, tmp_path: Path
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4
     e = explain(read_steps(run))
-    assert e.sentence.startswith("All-to-all is")
+    assert e.sentence.startswith("Exposed all-to-all is")
     assert summary["communication"] == e.headline()
     assert [layer.name for layer in e.layers] == [f"layers.{i}" for i in range(4)]
     assert {kind for kind, seconds in e.total.others.items() if seconds > 0} == {"data"}

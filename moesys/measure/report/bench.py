@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from moesys.errors import MoesysError
+from moesys.measure.bench_file import Measured, read
 from moesys.measure.links import Line
 from moesys.measure.report.figures import bandwidths
 from moesys.measure.report.page import figure, page, section, table
@@ -24,45 +23,39 @@ def page_of(path: Path) -> str:
     """The page.
 
     Raises:
-        MoesysError: the file is not what --json writes.
+        FileError: the file is not what --json writes.
     """
-    try:
-        told = json.loads(path.read_text())
-        lines = {name: Line(**line) for name, line in told["links"].items()}
-        parts = [_section(*key, results, lines) for key, results in _grouped(told["results"]).items()]
-        config = told["config"]
-        facts = [(name, str(config[name])) for name in ("date", "ranks", "hosts", "backend", "device", "torch")]
-    except OSError as error:
-        raise MoesysError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise MoesysError(f"{path} was not written by moesys bench a2a --json") from None
-    return page("collectives", [table((), facts, text=True), *parts, _links(lines)])
+    told = read(path)
+    parts = [_section(results, told.lines) for results in _grouped(told.results).values()]
+    facts = [(name, str(told.config.get(name))) for name in ("date", "ranks", "hosts", "backend", "device", "torch")]
+    return page("collectives", [table((), facts, text=True), *parts, _links(told.lines)])
 
 
-def _grouped(results: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+def _grouped(results: Sequence[Measured]) -> dict[tuple[str, str, str], list[Measured]]:
+    found: dict[tuple[str, str, str], list[Measured]] = {}
     for r in results:
-        found.setdefault((r["collective"], r["group"], r["type"]), []).append(r)
+        found.setdefault((r.collective, r.group, r.type), []).append(r)
     return found
 
 
-def _section(kind: str, group: str, dtype: str, results: list[dict[str, Any]], lines: dict[str, Line]) -> str:
+def _section(results: list[Measured], lines: Mapping[str, Line]) -> str:
     rows = []
     for r in results:
-        per, out = r["out_of_place_per_iter"], r["out_of_place"]
-        times = per["p50_us"], per["min_us"], per["p95_us"], per["max_us"], r["wait_us"], r["transfer_us"]
-        rates = f"{out['alg_bw']:.3f}", f"{out['bus_bw']:.3f}", str(out["nwrong"])
-        rows.append((human(r["size"]), *(f"{t:,.0f}" for t in times), *rates))
-    name = f"{kind} {group}"
+        per, out = r.out_of_place_per_iter, r.out_of_place
+        times = per.p50_us, per.min_us, per.p95_us, per.max_us, r.wait_us, r.transfer_us
+        rates = f"{out.alg_bw:.3f}", f"{out.bus_bw:.3f}", str(out.nwrong)
+        rows.append((human(r.size), *(f"{t:,.0f}" for t in times), *rates))
+    first = results[0]
+    name = f"{first.collective} {first.group}"
     parts = [table(HEADS, rows)]
-    if name in lines:
-        limited = kind in ("all_to_all", "send_recv")
-        points = [(r["limiting_bytes"] if limited else r["size"], r["transfer_us"] / 1e6) for r in results]
+    limited = first.collective in ("all_to_all", "send_recv")
+    points = [(r.limiting_bytes if limited else r.size, r.transfer_us / 1e6) for r in results if r.transfer_us > 0]
+    if name in lines and points:
         parts.append(figure(bandwidths("measured and fitted", {name: points}, {name: lines[name]})))
-    return section(f"{kind}, {group} groups of {results[0]['ranks']}, {dtype}", *parts, note=NOTE)
+    return section(f"{first.collective}, {first.names} groups of {first.ranks}, {first.type}", *parts, note=NOTE)
 
 
-def _links(lines: dict[str, Line]) -> str:
+def _links(lines: Mapping[str, Line]) -> str:
     rows = [
         (name, f"{x.alpha * 1e6:,.1f}", f"{x.bandwidth / 1e9:.3f}", f"{x.error:.0%}", f"{x.worst:.0%}")
         for name, x in lines.items()

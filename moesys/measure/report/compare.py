@@ -12,6 +12,7 @@ from moesys.measure.report.facts import RESULTS, bits_per_byte, configuration
 from moesys.measure.report.figures import Curve
 from moesys.measure.report.page import figure, page, section, sentence, table
 from moesys.measure.report.run import CURVES, Run
+from moesys.measure.run_files import is_number
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -36,7 +37,7 @@ def outcome(a: Run, b: Run) -> Table:
     rows: list[tuple[str, ...]] = []
     for label, key, form in RESULTS:
         x, y = (r.summary.get(key) for r in (a, b))
-        shown = [form.format(value) if isinstance(value, (int, float)) else "" for value in (x, y)]
+        shown = [form.format(value) if is_number(value) else "" for value in (x, y)]
         if any(shown):
             rows.append((label, *shown, _change(x, y, form)))
     return ("result", *_names(a, b), "difference"), rows
@@ -44,9 +45,9 @@ def outcome(a: Run, b: Run) -> Table:
 
 def _change(x: object, y: object, form: str) -> str:
     """From x to y: of shares in points, else relative to x; "" where either is unknown or nothing changed."""
-    if not isinstance(x, (int, float)) or not isinstance(y, (int, float)) or x == y:
+    if not (is_number(x) and is_number(y)) or x == y:
         return ""
-    if form.endswith("%}"):
+    if "%}" in form:
         return f"{100 * (y - x):+.1f} points"
     return f"{y / x - 1:+.1%}" if x else ""
 
@@ -145,4 +146,4 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], str]:
 
 def _bytes_per_token(run: Run) -> float | None:
     value = run.summary.get("heldout_bytes_per_token")
-    return value if isinstance(value, (int, float)) and value > 0 else None
+    return value if is_number(value) and value > 0 else None

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from moesys.files import json_objects
+from moesys.measure.run_files import is_number
 
 Row = tuple[str, str]
 
@@ -20,7 +21,7 @@ RESULTS = (
     ("  unigram model", "unigram_loss", "{:.4f} nats per token"),
     ("  bigram model", "bigram_loss", "{:.4f} nats per token"),
     ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
-    ("time in all-to-all", "all_to_all_share", "{:.1%}"),
+    ("exposed all-to-all", "all_to_all_share", "{:.1%} of all steps' time"),
     ("parameters", "parameters", "{:,}"),
     ("  active per token", "active_parameters", "{:,}"),
     ("steps", "steps", "{:,}"),
@@ -42,7 +43,7 @@ EXPERT_AXES = (("edp", ("edp_replicate", "edp_shard")), ("ep", ("ep",)), ("etp",
 def results(summary: Mapping[str, Any]) -> list[Row]:
     """What came out; figures that the run does not have are left out."""
     found = ((label, form, summary.get(key)) for label, key, form in RESULTS)
-    return [(label, form.format(value)) for label, form, value in found if isinstance(value, (int, float))]
+    return [(label, form.format(value)) for label, form, value in found if is_number(value)]
 
 
 def circumstances(folder: Path, summary: Mapping[str, Any]) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +15,7 @@ from moesys.measure.links import Profile
 from moesys.measure.report import facts, figures
 from moesys.measure.report.figures import Curve
 from moesys.measure.report.page import figure, folded, page, section, sentence, table
+from moesys.measure.run_files import is_number, loads, predictions, profile_of, share_of_links, summary_of
 from moesys.measure.step import read_steps
 
 CURVES = (
@@ -55,17 +55,14 @@ class Run:
         records = list(json_objects(folder / "metrics.jsonl"))
         if not records:
             raise ReportError(f"{folder} holds no metrics.jsonl of a run: give the folder that moesys launch made")
-        path = folder / "summary.json"
         if summary is None:
-            summary = json.loads(path.read_text()) if path.exists() else {}
-        named = profile or (Path(summary["profile"]) if summary.get("profile") else None)
-        links = Profile.load(named) if named is not None and (profile or named.exists()) else None
-        loads = list(json_objects(folder / "load.jsonl"))
-        return cls(folder, records, loads, summary, of_run(read_steps(folder)), links)
+            summary = summary_of(folder)
+        links = profile_of(profile, summary)
+        return cls(folder, records, loads(folder / "load.jsonl"), summary, of_run(read_steps(folder)), links)
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric."""
-        return [(r["step"], r[key]) for r in self.records if isinstance(r.get(key), (int, float))]
+        return [(r["step"], r[key]) for r in self.records if is_number(r.get(key)) and is_number(r.get("step"))]
 
 
 def write(folder: Path, summary: dict[str, Any] | None = None, profile: Path | None = None) -> Path:
@@ -158,7 +155,7 @@ def _leg_table(e: Explanation, run: Run) -> str:
         times = (c.exposed, c.transfer, c.late, c.uneven)
         links = ""
         if run.profile is not None and leg.each is not None:
-            links = f"{run.profile.seconds(leg.inside, leg.between) / leg.each:.2f}"
+            links = share_of_links(run.profile, leg)
         rows.append((f"{leg.layer} {leg.part} {direction}", *map(_ms, times), *sizes, rate, links))
     heads = ("way", "exposed", "transfer", "late", "uneven", "MiB inside", "MiB between", "GB/s", "of links")
     return table(heads, rows)
@@ -177,9 +174,9 @@ def _what_if(run: Run) -> list[str]:
     if not path.exists():
         return []
     rows = []
-    for p in json.loads(path.read_text()):
-        measured = "" if p["measured"] is None else f"{_ms(p['measured'])} ({p['error']:+.0%})"
-        rows.append((p["name"], _ms(p["step"]), _ms(p["exposed"]), measured))
+    for p in predictions(path):
+        measured = "" if p.measured is None or p.error is None else f"{_ms(p.measured)} ({p.error:+.0%})"
+        rows.append((p.name, _ms(p.step), _ms(p.exposed), measured))
     heads = ("setting", "step, ms", "exposed all-to-all, ms", "measured, ms (error)")
     return [section("What if", table(heads, rows), note="Predictions, from the recorded steps and the fitted links.")]
 
@@ -192,8 +189,8 @@ def _curves(run: Run) -> list[str]:
         lines = {name: points for name, points in lines.items() if any(value for _, value in points)}
         levels = {}
         if "loss" in keys:
-            known = ((model, run.summary.get(f"{model}_loss")) for model in ("unigram", "bigram"))
-            levels = {f"{model} model": loss for model, loss in known if isinstance(loss, (int, float))}
+            known = {f"{m} model": run.summary.get(f"{m}_loss") for m in ("unigram", "bigram")}
+            levels = {name: loss for name, loss in known.items() if loss is not None and is_number(loss)}
         if lines:
             drawn = {name: Curve(points, dots=name == "held-out loss") for name, points in lines.items()}
             found.append(figures.curves(title, drawn, levels))
