@@ -7,7 +7,7 @@ the dimension of parallelism that they concern (`moesys.parallel`). Nothing here
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 
@@ -71,6 +71,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    title: ClassVar[str] = "a section"
+    """What the section is called in messages, where it is a whole file."""
 
 
 class AttentionConfig(Section):
@@ -502,6 +504,8 @@ class MeasureConfig(Section):
 
 class Config(Section):
     """A run."""
+
+    title = "a configuration"
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(LONGEST_RUN_NAME)] = "run"
     """Name of the run and of its folder; default: the configuration file's name."""
