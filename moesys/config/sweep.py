@@ -22,7 +22,7 @@ class SweepFile(Section):
 
     base: str
     """The configuration that all runs share, relative to this file."""
-    overrides: list[str] = []
+    overrides: list[str] = Field(default_factory=list)
     """key.sub=value, for all runs."""
     runs: dict[RunName, list[str]]
     """Name of each run → its own overrides."""
