@@ -170,24 +170,32 @@ def _groups(facts: dict[str, Any]) -> Table:
     return table
 
 
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
+
+def _unit(size: float) -> tuple[str, int]:
+    """The unit, and its bytes, that leaves one to three digits before the point."""
+    return next(((unit, scale) for unit, scale in UNITS if size >= scale), UNITS[-1])
+
+
 def _size(size: float) -> str:
-    """Bytes in a unit that leaves one to three digits before the point."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size:,.0f} B"
+    unit, scale = _unit(size)
+    return f"{size / scale:,.1f} {unit}" if scale > 1 else f"{size:,.0f} B"
 
 
 def _ranks(config: Config, facts: dict[str, Any]) -> Group:
     """What the ranks of each stage hold; stages that are alike share a row."""
     holds = Table("pp rank", "stages", "parameters", "active", title="held by each rank", title_justify="left")
-    memory = Table("pp rank", *KINDS, "total", title="estimated memory of each rank", title_justify="left")
+    # One unit for all, in the title: the table of a large model fits in 80 columns.
+    unit, scale = _unit(max(rank["memory_bytes"]["total"] for rank in facts["pipeline_ranks"]))
+    title = f"estimated memory of each rank, {unit}"
+    memory = Table("pp rank", *KINDS, "total", title=title, title_justify="left")
     for number, rank in enumerate(facts["pipeline_ranks"]):
         size = rank["memory_bytes"]
         holds.add_row(
             str(number), "; ".join(rank["stages"]), f"{rank['parameters']:,}", f"{rank['active_parameters']:,}"
         )
-        memory.add_row(str(number), *(_size(size[kind]) for kind in (*KINDS, "total")))
+        memory.add_row(str(number), *(f"{size[kind] / scale:,.1f}" for kind in (*KINDS, "total")))
     if facts["fits"] is None:
         return Group(holds, memory)
     return Group(holds, memory, Text(verdict(config, facts), style="" if facts["fits"] else "bold red"))

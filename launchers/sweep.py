@@ -82,7 +82,7 @@ def run(sweep: Sweep, console: Console) -> int:
     sweep.folder.mkdir(parents=True, exist_ok=True)
     write_json(sweep.folder / "sweep.json", rows)
     (sweep.folder / "table.md").write_text(table(rows))
-    console.print(table(rows), highlight=False)
+    console.print(table(rows), highlight=False, soft_wrap=True)
     console.print(f"also in {sweep.folder}")
     return 0
 
