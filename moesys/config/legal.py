@@ -18,6 +18,7 @@ _NOUNS: dict[Any, tuple[str, str]] = {
 }
 _PATTERNS = {
     r"^[A-Za-z0-9._-]+$": "letters, digits, dots, dashes and underscores",
+    r"^[a-z][a-z0-9-]*$": "small letters, digits and dashes, as in the long options of sbatch, without their dashes",
     r"^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and underscores, the first no digit",
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, dashes and underscores, the first a letter or digit",
 }

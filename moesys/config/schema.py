@@ -63,6 +63,8 @@ Factor = Annotated[float, Field(gt=0), AtMost(2**15)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """Name of an environment variable."""
+SlurmOption = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
+"""A long option of sbatch without its dashes."""
 
 
 class Section(BaseModel):
@@ -464,8 +466,9 @@ class LaunchConfig(Section):
     """CPU threads per worker; default: the node's cores divided by ranks_per_node, at least 1."""
     env: dict[Variable, str] = {}
     """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller."""
-    slurm: dict[str, str] = {}
-    """slurm: sbatch options without the dashes, for example {partition: gpu, time: "04:00:00"}."""
+    slurm: dict[SlurmOption, str | int | bool | None] = {}
+    """slurm: sbatch options without the dashes, for example {partition: gpu, time: 04:00:00, mem: 0}. true or null: the
+    option alone (exclusive: true); false: not this option, not even where moesys would give it."""
 
 
 class OutputConfig(Section):
