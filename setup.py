@@ -1,4 +1,4 @@
-"""Packaging of moesys: the folders parallel, kernels and launchers are inside the package through links."""
+"""Packaging of moesys: parallel, kernels, launchers, configs and docs are inside the package through links."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["moesys", "moesys.*"]),
+    package_data={"moesys": ["configs/**/*.yaml", "docs/*.md", "docs/*.svg", "docs/*.png"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "pydantic>=2.9",

@@ -43,7 +43,7 @@ def plan(config: Config) -> dict[str, Any]:
     assert degrees is not None, problems
     vocabulary = vocab_size(config)
     total, active = parameters(config.model, vocabulary)
-    return {
+    facts = {
         "world_size": degrees.world,
         "nodes": placement.place(degrees, config.cluster),
         "dense_mesh": dict(zip(DENSE_AXES, degrees.sizes(DENSE_AXES), strict=True)),
@@ -54,6 +54,18 @@ def plan(config: Config) -> dict[str, Any]:
         "active_parameters": active,
         "pipeline_ranks": [_rank(step_shape(config, degrees, vocabulary, rank)) for rank in range(degrees.pp)],
     }
+    limit = config.cluster.memory_gib
+    return {**facts, "fits": None if limit is None else _fullest(config, facts)[1] <= limit * 2**30}
+
+
+def verdict(config: Config, facts: dict[str, Any]) -> str:
+    """Whether the memory that `config` says there is suffices: "memory of the fullest rank: 43% of 80 GiB"."""
+    limit = config.cluster.memory_gib
+    if limit is None:
+        return "cluster.memory_gib is not given, so nobody knows whether it fits"
+    what, size = _fullest(config, facts)
+    text = f"memory of the fullest {what}: {size / 2**30 / limit:.0%} of {limit:g} GiB"
+    return text if facts["fits"] else f"{text}: DOES NOT FIT"
 
 
 def groups(degrees: Degrees) -> dict[str, list[list[int]]]:
@@ -102,9 +114,9 @@ def _stage(stage: Stage) -> str:
     return " + ".join((["embedding"] if stage.first else []) + parts + (["head"] if stage.last else []))
 
 
-def show(config: Config, console: Console) -> None:
-    """Print the plan of `config`."""
-    facts = plan(config)
+def show(config: Config, console: Console, facts: dict[str, Any] | None = None) -> None:
+    """Print the plan of `config`; `facts` are `plan`'s, where the caller has them."""
+    facts = plan(config) if facts is None else facts
     console.print(
         Group(*_heading(config, facts), _nodes(facts), _groups(facts), _ranks(config, facts), _traffic(facts))
     )
@@ -159,31 +171,35 @@ def _groups(facts: dict[str, Any]) -> Table:
     return table
 
 
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
+
+def _unit(size: float) -> tuple[str, int]:
+    """The unit, and its bytes, that leaves one to three digits before the point."""
+    return next(((unit, scale) for unit, scale in UNITS if size >= scale), UNITS[-1])
+
+
 def _size(size: float) -> str:
-    """Bytes in a unit that leaves one to three digits before the point."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size:,.0f} B"
+    unit, scale = _unit(size)
+    return f"{size / scale:,.1f} {unit}" if scale > 1 else f"{size:,.0f} B"
 
 
 def _ranks(config: Config, facts: dict[str, Any]) -> Group:
     """What the ranks of each stage hold; stages that are alike share a row."""
     holds = Table("pp rank", "stages", "parameters", "active", title="held by each rank", title_justify="left")
-    memory = Table("pp rank", *KINDS, "total", title="estimated memory of each rank", title_justify="left")
+    # One unit for all, in the title: the table of a large model fits in 80 columns.
+    unit, scale = _unit(max(rank["memory_bytes"]["total"] for rank in facts["pipeline_ranks"]))
+    title = f"estimated memory of each rank, {unit}"
+    memory = Table("pp rank", *KINDS, "total", title=title, title_justify="left")
     for number, rank in enumerate(facts["pipeline_ranks"]):
         size = rank["memory_bytes"]
         holds.add_row(
             str(number), "; ".join(rank["stages"]), f"{rank['parameters']:,}", f"{rank['active_parameters']:,}"
         )
-        memory.add_row(str(number), *(_size(size[kind]) for kind in (*KINDS, "total")))
-    limit = config.cluster.memory_gib
-    if limit is None:
+        memory.add_row(str(number), *(f"{size[kind] / scale:,.1f}" for kind in (*KINDS, "total")))
+    if facts["fits"] is None:
         return Group(holds, memory)
-    what, size = _fullest(config, facts)
-    share = size / 2**30 / limit
-    text = f"memory of the fullest {what}: {share:.0%} of {limit:g} GiB" + ("" if share <= 1 else ": DOES NOT FIT")
-    return Group(holds, memory, Text(text, style="bold red" if share > 1 else ""))
+    return Group(holds, memory, Text(verdict(config, facts), style="" if facts["fits"] else "bold red"))
 
 
 def _fullest(config: Config, facts: dict[str, Any]) -> tuple[str, float]:

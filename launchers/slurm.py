@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from moesys.config.load import dump
@@ -39,6 +40,8 @@ cat > "$run_dir/config.yaml" << 'END_OF_CONFIG'
 {config}END_OF_CONFIG
 {exports}
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"
+# Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch: without this all tasks share few cores.
+[ -n "${{SLURM_CPUS_PER_TASK:-}}" ] && export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 
 code=1
@@ -47,7 +50,7 @@ for attempt in $(seq 0 {max_failures}); do
     # Below the kernel's own ports, and another one for each job and attempt.
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + attempt) % 12000))
     srun --nodes={nodes} --ntasks={world} --ntasks-per-node={per_node} --distribution=block \\
-        --kill-on-bad-exit=1 --open-mode=append --output="$run_dir/logs/rank-%t.log" \\
+        --kill-on-bad-exit=1 --open-mode=append --output={log_pattern} \\
         bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS \\
             LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE={per_node}
             exec "$@"' worker {command}
@@ -65,11 +68,17 @@ def script(spec: RunSpec, python: str = sys.executable) -> str:
     """The batch script of a run, complete text; `python` is the interpreter on the nodes.
 
     Workers resume from the newest checkpoint by themselves, so `launch.max_failures` becomes that many
-    further attempts inside the job. Raises `LaunchError` for options that cannot stand in a script.
+    further attempts inside the job. Raises `LaunchError` for options and folders that cannot stand in a script.
     """
+    if wrong := re.search(r"[\\\x00-\x1f\x7f]", str(spec.run_dir)):
+        raise LaunchError(
+            f"the run's folder {str(spec.run_dir)!r} has {wrong[0]!r} in its name, which srun's --output does not allow"
+            "\n    remedy: set output.runs to another folder"
+        )
     config = spec.config
     per_node = config.cluster.ranks_per_node
     command = [python, "-m", "moesys.train.worker", str(spec.run_dir)]
+    share = f"$(( SLURM_CPUS_ON_NODE > {per_node} ? SLURM_CPUS_ON_NODE / {per_node} : 1 ))"
     return TEMPLATE.format(
         options="\n".join(f"#SBATCH --{option}" for option in options(spec)) + gpu_comment(spec),
         name=config.name,
@@ -78,16 +87,21 @@ def script(spec: RunSpec, python: str = sys.executable) -> str:
         per_node=per_node,
         nodes=config.cluster.nodes,
         run_dir=spec.run_dir,
+        log_pattern=shlex.quote(f"{str(spec.run_dir).replace('%', '%%')}/logs/rank-%t.log"),
         quoted_run_dir=shlex.quote(str(spec.run_dir)),
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in exports(spec).items()),
-        threads=f"$(( SLURM_CPUS_ON_NODE > {per_node} ? SLURM_CPUS_ON_NODE / {per_node} : 1 ))",
+        threads=f"${{SLURM_CPUS_PER_TASK:-{share}}}",
         max_failures=config.launch.max_failures,
         command=shlex.join(command),
     )
 
 
 def options(spec: RunSpec) -> list[str]:
-    """The sbatch options without their dashes: ours, then `launch.slurm`, which wins."""
+    """The sbatch options without their dashes: ours, then `launch.slurm`, which wins.
+
+    Raises:
+        LaunchError: a value that no line of a script can hold.
+    """
     config, cluster = spec.config, spec.config.cluster
     given = config.launch.slurm
     chosen = {
@@ -96,20 +110,32 @@ def options(spec: RunSpec) -> list[str]:
         "ntasks-per-node": str(cluster.ranks_per_node),
         "output": f"slurm-{config.name}-%j.out",  # in the folder of submission: the run's may not exist yet
     }
-    if cluster.device == "cuda" and not GPU_OPTIONS & given.keys():
+    if cluster.device == "cuda" and not _asked(given, GPU_OPTIONS):
         chosen["gpus-per-node"] = str(cluster.ranks_per_node)
     for key, value in given.items():
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or "\n" in value:
+        if isinstance(value, str) and (not value or re.search(r"[\x00-\x1f\x7f]", value)):
+            what = "an empty value" if not value else f"{value!r}, which a line of the script cannot hold"
             raise LaunchError(
-                f"launch.slurm.{key} is {value!r}: not an option of sbatch"
-                '\n    remedy: long options without dashes, for example {partition: gpu, time: "04:00:00"}'
+                f"launch.slurm.{key} is {what}"
+                "\n    remedy: key: true for an option without a value, such as exclusive: true; else key: value"
             )
-    return [f"{key}={shlex.quote(value)}" if value else key for key, value in (chosen | given).items()]
+    merged = {**chosen, **given}
+    return [_option(key, value) for key, value in merged.items() if value is not False]
+
+
+def _option(key: str, value: str | int | None) -> str:
+    """One option as sbatch reads it; true and null: its name alone."""
+    return key if value is None or value is True else f"{key}={shlex.quote(str(value))}"
+
+
+def _asked(given: Mapping[str, object], names: set[str]) -> bool:
+    """Whether `launch.slurm` says anything of the options `names`; false: that moesys must not either."""
+    return not names.isdisjoint(given)
 
 
 def gpu_comment(spec: RunSpec) -> str:
     """A line for those who left `cluster.device` at auto: the submitting machine cannot see the nodes."""
-    if spec.config.cluster.device != "auto" or GPU_OPTIONS & spec.config.launch.slurm.keys():
+    if spec.config.cluster.device != "auto" or _asked(spec.config.launch.slurm, GPU_OPTIONS):
         return ""
     return "\n# cluster.device is auto, so no GPUs are asked for: set it to cuda to get one per rank."
 

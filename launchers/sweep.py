@@ -13,14 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-from pydantic import Field, ValidationError
 from rich.console import Console
 
 from moesys.config.changes import Kind
-from moesys.config.load import dump
-from moesys.config.schema import Config, Section
-from moesys.errors import CheckpointError, ConfigError, Problem
+from moesys.config.load import dump, run_name
+from moesys.config.schema import Config
+from moesys.config.sweep import read_sweep
+from moesys.errors import CheckpointError, ConfigError
 from moesys.files import write_json
 from moesys.launchers import summary
 from moesys.launchers.launch import launch
@@ -42,17 +41,6 @@ LAST = 0.2
 """Share of the steps, the last ones, over which figures of single steps are averaged."""
 
 
-class SweepFile(Section):
-    """The YAML of a sweep."""
-
-    base: str
-    """The configuration that all runs share, relative to this file."""
-    overrides: list[str] = Field(default_factory=list)
-    """key.sub=value, for all runs."""
-    runs: dict[str, list[str]]
-    """Name of each run → its own overrides."""
-
-
 @dataclass(frozen=True)
 class Sweep:
     """The runs of a sweep, all legal; their folders are NAME-RUN."""
@@ -67,39 +55,24 @@ class Sweep:
         Raises:
             ConfigError: what is wrong with the file, or with any of its runs.
         """
-        file = _read(path)
+        file = read_sweep(path)
         base = path.parent / file.base
         every = [*file.overrides, *overrides]
+        name = run_name(path)
         configs, problems = {}, []
         for run, own in file.runs.items():
             try:
-                configs[run] = load_checked(base, [*every, *own, f"name={path.stem}-{run}"])
+                configs[run] = load_checked(base, [*every, *own, f"name={name}-{run}"])
             except ConfigError as error:
                 problems += [replace(p, where=f"{path}, run {run}: {p.where}") for p in error.problems]
         if problems:
             raise ConfigError(problems)
-        return cls(path.stem, configs)
+        return cls(name, configs)
 
     @property
     def folder(self) -> Path:
         """Where the table lies."""
         return Path(next(iter(self.configs.values())).output.runs) / self.name
-
-
-def _read(path: Path) -> SweepFile:
-    try:
-        given = yaml.safe_load(path.read_text())
-        file = SweepFile.model_validate(given)
-    except (OSError, yaml.YAMLError) as error:
-        said = getattr(error, "strerror", None) or str(error).replace("\n", " ")
-        raise ConfigError([Problem("", f"cannot be read: {said}", where=str(path))]) from None
-    except ValidationError as error:
-        wrong = [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
-        remedy = f"a sweep has the keys {', '.join(SweepFile.model_fields)}"
-        raise ConfigError([Problem(key, message, remedy, where=str(path)) for key, message in wrong]) from None
-    if not file.runs:
-        raise ConfigError([Problem("runs", "must name at least one run", where=str(path))])
-    return file
 
 
 def run(sweep: Sweep, console: Console) -> int:
@@ -117,7 +90,7 @@ def run(sweep: Sweep, console: Console) -> int:
     sweep.folder.mkdir(parents=True, exist_ok=True)
     write_json(sweep.folder / "sweep.json", rows)
     (sweep.folder / "table.md").write_text(table(rows))
-    console.print(table(rows), highlight=False)
+    console.print(table(rows), highlight=False, soft_wrap=True)
     console.print(f"also in {sweep.folder}")
     return 0
 

@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moesys import __version__, terminal
+from moesys import terminal
+from moesys.command_line import parser, strange
 from moesys.errors import ConfigError, MoesysError
 from moesys.files import write_json
 from moesys.launchers import foreign
-from moesys.options import count, output, tolerance
 from moesys.words import plural
+
+DOES_NOT_FIT = 3
+"""Exit code of a configuration that is legal, but needs more memory than it says there is."""
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -29,28 +32,33 @@ def launch(arguments: argparse.Namespace) -> int:
 
     from moesys.train.checked import load_checked
 
+    if arguments.json is not None and not arguments.dry_run:
+        arguments.parser.error("--json goes with --dry-run; a run writes its figures to summary.json in its folder")
     overrides = list(arguments.overrides)
     if arguments.launcher:
         overrides.append(f"launch.launcher={arguments.launcher}")
     if arguments.ray_address:
         overrides.append(f"launch.ray_address={arguments.ray_address}")
-    if arguments.metrics_port:
+    if arguments.metrics_port is not None:
         overrides.append(f"measure.metrics_port={arguments.metrics_port}")
     config = load_checked(arguments.config, overrides, with_data=not arguments.dry_run)
     if arguments.measure:
         config = config.measured()
-    if arguments.dry_run and config.launch.launcher == "slurm":
-        from moesys.launchers.slurm import script
-        from moesys.launchers.spec import RunSpec
-
-        print(script(RunSpec.of(config)), end="")
-        return 0
     if arguments.dry_run:
         from moesys.launchers import dry_run
 
-        dry_run.show(config, Console())
-        _write_json(arguments.json, lambda: dry_run.plan(config))
-        return 0
+        facts = dry_run.plan(config)
+        if config.launch.launcher == "slurm":
+            from moesys.launchers.slurm import script
+            from moesys.launchers.spec import RunSpec
+
+            print(script(RunSpec.of(config)), end="")
+            if facts["fits"] is False:
+                print(f"moesys launch: {dry_run.verdict(config, facts)}", file=sys.stderr)
+        else:
+            dry_run.show(config, Console(), facts)
+        _write_json(arguments.json, lambda: facts)
+        return DOES_NOT_FIT if facts["fits"] is False else 0
     from moesys.config.load import dump
     from moesys.launchers.launch import launch as start
     from moesys.launchers.lock import locked
@@ -65,7 +73,14 @@ def launch(arguments: argparse.Namespace) -> int:
 
 
 def sweep(arguments: argparse.Namespace) -> int:
-    """Train the variations that a file names, and compare them."""
+    """Train the variations that a file names, and compare them; or print the schema for editors."""
+    if arguments.schema:
+        from moesys.config.write import json_schema_of_sweeps
+
+        print(json.dumps(json_schema_of_sweeps(), indent=1))
+        return 0
+    if arguments.config is None:
+        arguments.parser.error("give a sweep's file, or --schema")
     from rich.console import Console
 
     from moesys.launchers.sweep import Sweep, run
@@ -74,18 +89,31 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 
 def show_config(arguments: argparse.Namespace) -> int:
-    """Print the resolved configuration, or the schema for editors."""
+    """Print the resolved configuration, whether it fits, the schema for editors, or what is shipped."""
     from moesys.config.load import dump, json_schema
 
     if arguments.schema:
         print(json.dumps(json_schema(), indent=1))
         return 0
+    if arguments.list:
+        from moesys import shipped
+
+        print(f"in {shipped.FOLDER}:")
+        print("\n".join(f"  {name}\n      {about}" for name, about in shipped.configs()))
+        return 0
     if arguments.config is None:
-        raise SystemExit("moesys config: give a configuration file, or --schema")
+        arguments.parser.error("give a configuration file, --schema, or --list")
     from moesys.train.checked import load_checked
 
-    print(dump(load_checked(arguments.config, arguments.overrides, with_data=False)), end="")
-    return 0
+    config = load_checked(arguments.config, arguments.overrides, with_data=False)
+    if not arguments.check:
+        print(dump(config), end="")
+        return 0
+    from moesys.launchers import dry_run
+
+    facts = dry_run.plan(config)
+    print(f"{config.name}: legal on {facts['world_size']} ranks; {dry_run.verdict(config, facts)}")
+    return DOES_NOT_FIT if facts["fits"] is False else 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -166,6 +194,12 @@ def bench_measure(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Explain a run, two runs, or traces."""
+    if arguments.trace and arguments.runs:
+        arguments.parser.error("--trace goes without a run's folder: give either")
+    kind = "traces" if arguments.trace else "two runs" if len(arguments.runs) == 2 else "one run"
+    unused = {"traces": ("perfetto", "profile"), "two runs": ("perfetto", "profile"), "one run": ()}[kind]
+    if ignored := [f"--{name}" for name in unused if getattr(arguments, name) is not None]:
+        arguments.parser.error(f"{' and '.join(ignored)} would have no effect with {kind}")
     from moesys.launchers.report import command
 
     return command(arguments)
@@ -200,131 +234,20 @@ def _write_json(path: Path | None, facts: Callable[[], object]) -> None:
         write_json(path, facts())
 
 
-def parser() -> argparse.ArgumentParser:
-    """All subcommands and their options."""
-    top = argparse.ArgumentParser(prog="moesys", description="Launch, choose and measure the training of MoE models.")
-    top.add_argument("--version", action="version", version=f"moesys {__version__}")
-    commands = top.add_subparsers(dest="command", required=True)
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, optional: bool = False
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("config", type=Path, nargs="?" if optional else None, help="a YAML file")
-        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the file")
-        sub.set_defaults(run=run)
-        return sub
-
-    sub = command("launch", launch, "train a configuration")
-    sub.add_argument("--launcher", choices=("ray", "local", "hosts", "slurm"), help="instead of launch.launcher")
-    sub.add_argument("--ray-address", help="a running Ray cluster, instead of launch.ray_address")
-    sub.add_argument("--measure", action="store_true", help="record about twenty steps, unless measure says which")
-    sub.add_argument(
-        "--metrics-port", type=int, help="tell metrics to Prometheus here; instead of measure.metrics_port"
-    )
-    sub.add_argument("--dry-run", action="store_true", help="show ranks, meshes, memory; start nothing")
-    sub.add_argument("--json", type=output, help="with --dry-run: write the same facts here")
-    command("sweep", sweep, "train variations of a configuration and compare them")
-    sub = command("config", show_config, "print the resolved configuration", optional=True)
-    sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
-    sub = command("verify", verify, "prove that a configuration equals one process")
-    sub.add_argument("--steps", type=count, default=3, help="training steps (default 3)")
-    text = "largest relative difference (default: 1e-5, 1e-10 in float64, 1e-2 in bfloat16)"
-    sub.add_argument("--tolerance", type=tolerance, help=text)
-    sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
-    sub.add_argument("--against", choices=("native", "megatron"), help="engine of the one process; default: the same")
-    sub.add_argument("--json", type=output, help="write the differences here")
-    sub = commands.add_parser("report", help="a run, two runs, or traces of any framework, explained")
-    sub.add_argument(
-        "runs",
-        type=Path,
-        nargs="*",
-        metavar="RUN",
-        help="one run's folder, or two to compare, or what bench a2a --json wrote",
-    )
-    sub.add_argument("--trace", type=Path, nargs="+", metavar="FILE", help="traces of torch's profiler, one a rank")
-    text = "--trace: kernels without metadata whose names match are all-to-all; none: none is (default: inferred)"
-    sub.add_argument("--all-to-all-kernels", metavar="REGEX", help=text)
-    sub.add_argument("--out", type=output, help="the page of two runs or of traces; default: in this folder")
-    sub.add_argument("--json", type=output, help="write the figures here")
-    sub.add_argument("--perfetto", type=output, metavar="FILE", help="write recorded steps as a trace (.json[.gz])")
-    sub.add_argument("--profile", type=Path, metavar="FILE", help="links, from bench a2a; instead of measure.profile")
-    sub.set_defaults(run=report, overrides=[])
-    sub = commands.add_parser("what-if", help="predict a recorded run's step with other settings")
-    sub.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run that recorded steps")
-    sub.add_argument("--profile", type=Path, metavar="FILE", help="links, from bench a2a; instead of measure.profile")
-    text = "a setting to predict, as in 'parallel.ep=2 parallel.dispatch.chunks=2'; default: a choice of them"
-    sub.add_argument("--change", action="append", metavar="'key=value …'", help=text)
-    sub.add_argument("--measure", action="store_true", help="run each setting as well, and show both")
-    sub.set_defaults(run=what_if, overrides=[])
-    bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
-    sub = bench.add_parser("train", help="training speed beside transformers, and time to the first step")
-    sub.add_argument("config", type=Path, help="a YAML file")
-    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    sub.add_argument("--rounds", type=count, default=7)
-    sub.add_argument("--steps", type=count, default=5, help="training steps per round")
-    sub.add_argument("--json", type=output, help="write the figures here")
-    sub.set_defaults(run=bench_train)
-    sub = bench.add_parser("a2a", help="collectives on the ranks of a configuration, as nccl-tests does")
-    a2a_options(sub)
-    sub.set_defaults(run=bench_a2a)
-    sub = bench.add_parser("measure", help="what recording communication costs")
-    sub.add_argument("config", type=Path, help="a YAML file")
-    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    sub.add_argument("--rounds", type=count, default=7)
-    sub.add_argument("--steps", type=count, default=15, help="training steps per round of each side, at least")
-    sub.add_argument("--json", type=output, help="write the figures here")
-    sub.set_defaults(run=bench_measure)
-    sub = bench.add_parser("megatron", help="Megatron-Core's model with this project's MoE layer and with its own")
-    sub.add_argument("config", type=Path, help="a YAML file with engine: megatron")
-    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    sub.add_argument("--rounds", type=count, default=7)
-    sub.add_argument("--steps", type=count, default=3, help="training steps per round of each side")
-    sub.add_argument("--json", type=output, help="write the figures here")
-    sub.set_defaults(run=bench_megatron)
-    sub = bench.add_parser("layer", help="one MoE layer beside dense products, transformers, Megatron-Core, DeepSpeed")
-    sub.add_argument("--shape", help="a published shape; default: laptop, with --ranks two-ranks")
-    for name in ("tokens", "hidden", "ffn-hidden", "experts", "top-k"):
-        sub.add_argument(f"--{name}", type=int, help="instead of the shape's")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: both; on a GPU bfloat16")
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    sub.add_argument("--ranks", type=int, default=1, help="processes on this machine that share the experts")
-    sub.add_argument("--rounds", type=count, help="default: what a minute allows, 3 to 31")
-    sub.add_argument("--json", type=output, help="write the figures here")
-    sub.set_defaults(run=bench_layer, overrides=[])
-    return top
-
-
-def a2a_options(sub: argparse.ArgumentParser) -> None:
-    """The options of `moesys bench a2a`."""
-    from moesys.measure.sizes import COLLECTIVES, GROUPS, size
-
-    sub.add_argument("config", type=Path, help="a YAML file: its cluster, its launcher and its expert groups are used")
-    sub.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    sub.add_argument("--launcher", choices=("ray", "local", "hosts"), help="instead of launch.launcher")
-    sub.add_argument("--collectives", nargs="+", choices=COLLECTIVES, metavar="NAME", help=", ".join(COLLECTIVES))
-    text = "intra: a node's ranks; inter: one of each node; expert; world (default: all of them)"
-    sub.add_argument("--groups", nargs="+", choices=GROUPS, help=text)
-    sub.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
-    sub.add_argument("--min", type=size, default=2**10, metavar="SIZE", help="bytes that a rank sends (default 1K)")
-    sub.add_argument("--max", type=size, default=2**30, metavar="SIZE", help="(default 1G, or what memory allows)")
-    sub.add_argument("--factor", type=int, default=4, help="from one size to the next (default 4)")
-    sub.add_argument("--iterations", type=int, default=20)
-    sub.add_argument("--warmup", type=int, default=3)
-    sub.add_argument("--skew", type=float, help="also uneven all-to-alls: bytes to rank r ∝ 1 / (r + 1)^skew")
-    sub.add_argument("--matrix", type=Path, metavar="FILE", help="also uneven all-to-alls in this pattern of bytes")
-    text = "also uneven all-to-alls as in a run that recorded its routing (output.record_routing)"
-    sub.add_argument("--routing", type=Path, metavar="FOLDER", help=text)
-    kinds = ("all_to_all", "all_gather", "hierarchical")
-    text = "time these dispatchers with batches of tokens (and no collectives, unless --collectives names them)"
-    sub.add_argument("--dispatch", nargs="+", choices=kinds, help=text)
-    sub.add_argument("--tokens", type=int, default=1024, help="--dispatch: of each rank")
-    sub.add_argument("--hidden", type=int, default=1024, help="--dispatch: elements of a token")
-    sub.add_argument("--top-k", type=int, default=2, help="--dispatch: experts of a token")
-    sub.add_argument("--no-check", dest="check", action="store_false", help="do not validate results")
-    sub.add_argument("--plain", action="store_true", help="beside a bare loop around torch's all_to_all_single")
-    sub.add_argument("--json", type=output, help="write the figures here, in the shape of nccl-tests' -J")
-    sub.add_argument("--profile", type=output, metavar="FILE", help="write the fitted links here, for predictions")
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "launch": launch,
+    "sweep": sweep,
+    "config": show_config,
+    "verify": verify,
+    "report": report,
+    "what_if": what_if,
+    "bench_train": bench_train,
+    "bench_a2a": bench_a2a,
+    "bench_measure": bench_measure,
+    "bench_megatron": bench_megatron,
+    "bench_layer": bench_layer,
+}
+"""The function of each command."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -332,8 +255,8 @@ def main(words: Sequence[str] | None = None) -> int:
     terminal.forgive()
     # argparse takes no positional arguments after an option once it has seen some: collect overrides.
     arguments, rest = parser().parse_known_args(words)
-    if strange := [word for word in rest if word.startswith("-") or "=" not in word]:
-        parser().error(f"unrecognized arguments: {' '.join(strange)}")
+    if wrong := strange(arguments.parser, rest, arguments.takes_overrides):
+        arguments.parser.error(wrong)
     arguments.overrides = [*arguments.overrides, *rest]
     foreign.forget()
     # OpenMP's idle threads spin for some ten milliseconds before they sleep, on cores that experts' own threads
@@ -341,12 +264,16 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all levels: its profiler tells of every start and stop
     try:
-        return arguments.run(arguments)
+        return COMMANDS[arguments.run](arguments)
     except MoesysError as error:
         print(f"moesys {arguments.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever reads the output has enough of it, as `| head` has; Python's last flush must not fail on it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

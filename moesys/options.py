@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from math import isfinite
 from pathlib import Path
 
 
 def count(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit() and len(text) <= 15) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
@@ -25,9 +26,22 @@ def tolerance(text: str) -> float:
     return number
 
 
+def finite(text: str) -> float:
+    """A finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number")
+    return number
+
+
 def output(text: str) -> Path:
     """A file that can be written: what took minutes to measure must not be lost for want of a folder."""
     path = Path(text)
+    if "\0" in text or len(path.name) > 255:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}… is no name that a file can have")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: give a file in it")
     if not path.absolute().parent.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,5 +49,17 @@ def test_the_package_is_whole_in_a_wheel(tmp_path):
         "moesys/parallel/dispatchers/all_to_all.py",
         "moesys/kernels/grouped_matmul.py",
         "moesys/launchers/ray.py",
+        *(f"moesys/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")),
+        *(f"moesys/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "docs").glob("*.md")),
     ):
-        assert module in names
+        assert module in names, module
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
+    code = f"""
+import sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; sys.path.insert(0, {str(tmp_path / "site")!r})
+from moesys import cli
+sys.exit(cli.main(["config", "configs/mixtral-8x7b-16x8gpu.yaml", "--check"]))
+"""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mixtral-8x7b-16x8gpu: legal on 128 ranks; memory of the fullest rank" in done.stdout

@@ -17,14 +17,16 @@ _NOUNS: dict[Any, tuple[str, str]] = {
     str: ("text", "texts"),
 }
 _PATTERNS = {
+    r"^[A-Za-z0-9._-]+$": "letters, digits, dots, dashes and underscores",
+    r"^[a-z][a-z0-9-]*$": "small letters, digits and dashes, as in the long options of sbatch, without their dashes",
     r"^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and underscores, the first no digit",
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, dashes and underscores, the first a letter or digit",
 }
 
 
-def type_at(key: Sequence[str]) -> Any | None:
-    """The annotation of a key, constraints included; None where the schema has no such key."""
-    kind: Any = Config
+def type_at(key: Sequence[str], root: type[Section] = Config) -> Any | None:
+    """The annotation of a key, constraints included; None where the schema `root` has no such key."""
+    kind: Any = root
     for name in key:
         section, names = section_of(kind), mapping_of(kind)
         if section is not None and name in section.model_fields:
@@ -56,6 +58,11 @@ def section_of(kind: Any) -> type[Section] | None:
 def mapping_of(kind: Any) -> Any | None:
     """The type of the values, where `kind` is a mapping of free names."""
     return next((get_args(k)[1] for k in alternatives(kind) if get_origin(k) is dict), None)
+
+
+def names_of(kind: Any) -> Any | None:
+    """The type of the names, where `kind` is a mapping of free names."""
+    return next((get_args(k)[0] for k in alternatives(kind) if get_origin(k) is dict), None)
 
 
 def nullable(kind: Any) -> bool:

@@ -69,7 +69,7 @@ def attempt(path: Path, overrides: Sequence[str] = ()) -> Attempt:
     unread = any(not problem.key or problem.key == "include" for problem in problems)
     whole = override.apply(tree or Entry({}, str(path)), overrides, problems)
     if "name" not in whole.section:
-        whole = put(whole, ["name"], Entry(_name(path), str(path)))
+        whole = put(whole, ["name"], Entry(run_name(path), str(path)))
     config, wrong = _validate(whole, with_missing=not unread)
     # What could not be read is not also illegal; what an override puts there may well be.
     unreadable = {problem.key for problem in problems}
@@ -90,7 +90,7 @@ def _validate(tree: Entry, with_missing: bool) -> tuple[Config | None, list[Prob
         return None, problems_of(error, tree, with_missing)
 
 
-def _name(path: Path) -> str:
+def run_name(path: Path) -> str:
     """A run's name from its file's, with dashes for what a name cannot have, and not too long for one."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:LONGEST_RUN_NAME] or "run"
 

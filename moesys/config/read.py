@@ -75,8 +75,11 @@ for _name, (_pattern, _first) in CORE_SCHEMA.items():
     _Nodes.add_implicit_resolver(_TAG + _name, _pattern, _first)
 
 
-def read_file(path: Path, problems: list[Problem]) -> Entry | None:
-    """The mapping in `path`; None, with the reason added to `problems`, where there is none."""
+def read_file(path: Path, problems: list[Problem], start: str = "the section model") -> Entry | None:
+    """The mapping in `path`; None, with the reason added to `problems`, where there is none.
+
+    `start`: what an empty file should be told to begin with.
+    """
     text = _text(path, problems)
     if text is None:
         return None
@@ -84,7 +87,7 @@ def read_file(path: Path, problems: list[Problem]) -> Entry | None:
     if tree is None:
         return None
     if tree.value is None:
-        problems.append(Problem("", "the file is empty", "give at least the section model", where=str(path)))
+        problems.append(Problem("", "the file is empty", f"give at least {start}", where=str(path)))
         return None
     if not isinstance(tree.value, dict):
         kind = "a list" if isinstance(tree.value, list) else f"the text {tree.given()}"

@@ -7,7 +7,7 @@ the dimension of parallelism that they concern (`moesys.parallel`). Nothing here
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 
@@ -63,6 +63,8 @@ Factor = Annotated[float, Field(gt=0), AtMost(2**15)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """Name of an environment variable."""
+SlurmOption = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
+"""A long option of sbatch without its dashes."""
 
 
 class Section(BaseModel):
@@ -71,6 +73,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    title: ClassVar[str] = "a section"
+    """What the section is called in messages, where it is a whole file."""
 
 
 class AttentionConfig(Section):
@@ -477,8 +481,9 @@ class LaunchConfig(Section):
     """CPU threads per worker; default: the node's cores divided by ranks_per_node, at least 1."""
     env: dict[Variable, str] = {}
     """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller."""
-    slurm: dict[str, str] = {}
-    """slurm: sbatch options without the dashes, for example {partition: gpu, time: "04:00:00"}."""
+    slurm: dict[SlurmOption, str | int | bool | None] = {}
+    """slurm: sbatch options without the dashes, for example {partition: gpu, time: 04:00:00, mem: 0}. true or null: the
+    option alone (exclusive: true); false: not this option, not even where moesys would give it."""
 
 
 class OutputConfig(Section):
@@ -517,6 +522,8 @@ class MeasureConfig(Section):
 
 class Config(Section):
     """A run."""
+
+    title = "a configuration"
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(LONGEST_RUN_NAME)] = "run"
     """Name of the run and of its folder; default: the configuration file's name."""

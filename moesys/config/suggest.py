@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from moesys.config import legal
+from moesys.config.schema import Config, Section
 
 ELSEWHERE: dict[str, str] = {
     "hidden_size": "model.hidden",
@@ -92,7 +93,6 @@ SAME: tuple[tuple[str, ...], ...] = (
     ("cpu", "gloo", "host"),
     ("float32", "fp32", "f32", "float", "single"),
     ("bfloat16", "bf16", "float16", "fp16", "f16", "half", "mixed"),
-    ("float64", "fp64", "f64", "double"),
     ("fp8", "float8", "float8_e4m3", "e4m3", "fp8_e4m3"),
     ("adamw", "adam", "fused_adam", "adam_w"),
     ("apex", "fusedadam"),
@@ -152,14 +152,14 @@ def nearest(word: str, words: Iterable[str], likeness: float = 0.6) -> str | Non
     return plain[found[0]] if found else None
 
 
-def keys_like(section: str, name: str) -> list[str]:
-    """Dotted keys that an unknown key `name` in `section` ("" for the top) may stand for, best first."""
-    known = list(legal.keys())
+def keys_like(section: str, name: str, root: type[Section] = Config) -> list[str]:
+    """Dotted keys of `root` that an unknown key `name` in `section` ("" for the top) may stand for, best first."""
+    known = list(legal.keys(root))
     prefix = f"{section}." if section else ""
     siblings = [k.removeprefix(prefix) for k in known if k.startswith(prefix) and "." not in k[len(prefix) :]]
-    beside = nearest(name, siblings if section else [*siblings, "include"])
+    beside = nearest(name, siblings if section or root is not Config else [*siblings, "include"])
     same = [k for k in known if k.rpartition(".")[2] == _plain(name)]
-    if _plain(name) in ELSEWHERE:
+    if root is Config and _plain(name) in ELSEWHERE:
         same.append(ELSEWHERE[_plain(name)])
     # A key of a section inside this one is likelier than a key of a far one.
     same.sort(key=lambda k: not k.startswith(prefix))

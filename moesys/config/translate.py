@@ -8,33 +8,35 @@ from typing import Any
 from pydantic import ValidationError
 
 from moesys.config import legal, suggest
-from moesys.config.schema import Variable
+from moesys.config.schema import Config, Section
 from moesys.config.tree import Entry
 from moesys.errors import Problem
 
 
-def problems_of(error: ValidationError, tree: Entry, with_missing: bool = True) -> list[Problem]:
-    """The problems in `tree`, the configuration that pydantic refused; or all but its missing keys."""
+def problems_of(
+    error: ValidationError, tree: Entry, with_missing: bool = True, root: type[Section] = Config
+) -> list[Problem]:
+    """The problems in `tree`, which pydantic refused as a `root`; or all but its missing keys."""
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         path = [str(part) for part in detail["loc"]]
         if detail["type"] == "extra_forbidden":
-            problem = _unknown(path, tree)
-        elif detail["type"] == "missing" and legal.type_at(path) is not None:
+            problem = _unknown(path, tree, root)
+        elif detail["type"] == "missing" and legal.type_at(path, root) is not None:
             if not with_missing:
                 continue
-            problem = _missing(path, tree)
+            problem = _missing(path, tree, root)
         else:
-            problem = _illegal(detail, path, tree)
+            problem = _illegal(detail, path, tree, root)
         found.setdefault(problem.key, problem)
     return list(found.values())
 
 
-def _illegal(detail: Any, path: list[str], tree: Entry) -> Problem:
+def _illegal(detail: Any, path: list[str], tree: Entry, root: type[Section]) -> Problem:
     # pydantic appends the members of unions and the positions in lists
-    while len(path) > 1 and legal.type_at(path) is None:
+    while len(path) > 1 and legal.type_at(path, root) is None:
         path = path[:-1]
-    key, kind = ".".join(path), legal.type_at(path)
+    key, kind = ".".join(path), legal.type_at(path, root)
     entry, where = find(tree, path)
     if entry is None and (word := find(tree, path[:-1])[0]) is not None and isinstance(word.value, str):
         entry = word  # one word that stands for a section is its kind
@@ -44,7 +46,8 @@ def _illegal(detail: Any, path: list[str], tree: Entry) -> Problem:
     if (most := _too_much(detail, kind)) is not None:
         return Problem(key, most, given=given, where=where)
     if detail["loc"][-1] == "[key]":
-        return Problem(key, f"a name here must be {legal.describe(Variable)}", where=where)
+        names = legal.describe(legal.names_of(legal.type_at(path[:-1], root)))
+        return Problem(key, f"a name here must be {names}", where=where)
     words = legal.describe(kind)
     if detail["type"] == "finite_number":
         words = words.replace("number", "finite number", 1)
@@ -70,27 +73,29 @@ def find(tree: Entry, path: list[str]) -> tuple[Entry | None, str]:
     return entry, where
 
 
-def _missing(path: list[str], tree: Entry) -> Problem:
+def _missing(path: list[str], tree: Entry, root: type[Section]) -> Problem:
     key, section, name = ".".join(path), ".".join(path[:-1]), path[-1]
-    kind, where = legal.describe(legal.type_at(path)), find(tree, path)[1]
+    kind, where = legal.describe(legal.type_at(path, root)), find(tree, path)[1]
+    if root is not Config:
+        return Problem(key, f"is missing: needed is {kind}", f"add {name}:", where=where)
     if not section:
         remedy = f"write it, or include a file that has it, such as include: {name}s/NAME.yaml"
         return Problem(key, f"is missing: needed is {kind}", remedy, where=where)
     return Problem(key, f"is missing: section {section} needs it, {kind}", f"add {name}: to {section}", where=where)
 
 
-def _unknown(path: list[str], tree: Entry) -> Problem:
+def _unknown(path: list[str], tree: Entry, root: type[Section]) -> Problem:
     key, section, name = ".".join(path), ".".join(path[:-1]), path[-1]
     where = find(tree, path)[1]
-    if "." in name and legal.type_at(name.split(".")) is not None:
+    if root is Config and "." in name and legal.type_at(name.split(".")) is not None:
         nested = ": {".join(name.split(".")) + ": ..." + "}" * name.count(".")
         return Problem(key, "dots separate keys on the command line only", f"write {nested}", where=where)
-    if name == "include":
+    if name == "include" and root is Config:
         return Problem(key, "stands at the top of a file only", "move it out of the section", where=where)
-    schema = legal.section_of(legal.type_at(path[:-1]))
+    schema = legal.section_of(legal.type_at(path[:-1], root))
     fields = list(schema.model_fields) if schema is not None else []
-    title = f"section {section}" if section else "a configuration"
-    like = suggest.keys_like(section, name)
+    title = f"section {section}" if section else root.title
+    like = suggest.keys_like(section, name, root)
     remedy = f"did you mean {' or '.join(like)}?" if like else "remove it"
     return Problem(key, f"unknown key; {title} has {', '.join(fields)}", remedy, where=where)
 

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from moesys.config.read import CORE_SCHEMA
-from moesys.config.schema import Config
+from moesys.config.schema import Config, Section
 from moesys.config.secret import hidden
+from moesys.config.sweep import SweepFile
 
 
 class _Dumper(yaml.SafeDumper):
@@ -45,23 +46,36 @@ def dump(config: Config) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a file, for editors' YAML language servers.
+    """The JSON schema (draft 2020-12) of a configuration's file, for editors' YAML language servers.
 
     No key is required: a file may leave to an included one what it does not say itself.
     """
-    from pydantic.json_schema import GenerateJsonSchema
-
-    class Generate(GenerateJsonSchema):
-        def field_is_required(self, field: Any, total: bool) -> bool:
-            return False
-
-        def field_title_should_be_set(self, schema: Any) -> bool:
-            return False
-
-    schema = Config.model_json_schema(schema_generator=Generate)
     include = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Files to merge under this one, relative to it; later ones win over earlier ones.",
     }
-    properties = {"include": include, **schema.pop("properties")}
-    return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "properties": properties}
+    schema = _schema(Config, required=False)
+    return {**schema, "properties": {"include": include, **schema["properties"]}}
+
+
+def json_schema_of_sweeps() -> dict[str, Any]:
+    """The JSON schema of a sweep's file."""
+    return _schema(SweepFile, required=True)
+
+
+def _schema(root: type[Section], required: bool) -> dict[str, Any]:
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Generate(GenerateJsonSchema):
+        def field_is_required(self, field: Any, total: bool) -> bool:
+            return required and super().field_is_required(field, total)
+
+        def field_title_should_be_set(self, schema: Any) -> bool:
+            return False
+
+        def nullable_schema(self, schema: Any) -> Any:
+            """Null last: editors show the message of the first alternative that fails."""
+            return {"anyOf": [self.generate_inner(schema["schema"]), {"type": "null"}]}
+
+    schema = root.model_json_schema(schema_generator=Generate)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema}

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import struct
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the type, sequences, documents + 1; then lengths (int32) and offsets (int64)."""
 ITEM_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 """Bytes of a token by the code of its type; codes 6 and 7 are floating point."""
+ITEM_NAMES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 NO_PACKAGE = "needs the package megatron-core, which is not installed"
 INSTALL = "pip install megatron-core, or use another data.kind"
 
@@ -130,38 +132,65 @@ def check(data: DataConfig) -> list[Problem]:
 
 
 def count_tokens(data: DataConfig) -> int:
-    """All tokens of the dataset, by its index.
+    """All tokens of the dataset, by its index, which is checked whole.
 
     Raises:
-        DataError: the index is no index, or the files are shorter than it says.
+        DataError: the index is no index, contradicts itself, or the files are shorter than it says.
     """
     prefix = _prefix(data)
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
-        with idx.open("rb") as stream:
-            header = stream.read(HEADER.size)
-            if len(header) < HEADER.size or not header.startswith(MAGIC):
-                raise DataError(f"{idx} is no index of a Megatron dataset: it does not begin with MMIDIDX")
-            _, version, code, sequences, bounds = HEADER.unpack(header)
-            if version != 1 or code not in ITEM_SIZES:
-                raise DataError(f"{idx}: version {version} with tokens of type {code} cannot be read")
-            if idx.stat().st_size < HEADER.size + 12 * sequences + 8 * bounds:
-                raise DataError(f"{idx} ends early: it should list {sequences} sequences")
-            if not sequences:
-                raise DataError(f"{bin_} holds no tokens")
-            stream.seek(HEADER.size + 4 * (sequences - 1))
-            (length,) = struct.unpack("<i", stream.read(4))
-            stream.seek(HEADER.size + 12 * sequences - 8)
-            (offset,) = struct.unpack("<q", stream.read(8))
         with bin_.open("rb") as stream:
             stream.read(1)
-            size = bin_.stat().st_size
+        files = [path.stat() for path in (idx, bin_)]
+        return _count(idx, bin_, *((status.st_size, status.st_mtime_ns) for status in files))
     except OSError as error:
         raise unreadable(idx, error) from None
-    needed = offset + length * ITEM_SIZES[code]
-    if size < needed:
-        raise DataError(f"{bin_} ends early: it has {size} bytes, and its index needs {needed}")
-    return needed // ITEM_SIZES[code]
+
+
+@lru_cache(maxsize=16)
+def _count(idx: Path, bin_: Path, index: tuple[int, int], tokens: tuple[int, int]) -> int:
+    """`count_tokens`, once for files of these sizes and times of change."""
+    size, code, lengths, offsets, bounds = _read_index(idx, index[0])
+    sizes = lengths.astype(np.int64) * size
+    if (wrong := np.flatnonzero(lengths < 0)).size:
+        at = int(wrong[0])
+        raise DataError(f"{idx} is damaged: sequence {at} has the length {lengths[at]}")
+    # Whoever writes such files writes sequences one after another: an offset that says otherwise is damage.
+    ends = np.cumsum(sizes)
+    if (wrong := np.flatnonzero(offsets != ends - sizes)).size:
+        at = int(wrong[0])
+        where = f"begins at byte {offsets[at]}, and the lengths before it end at {int(ends[at] - sizes[at])}"
+        raise DataError(f"{idx} is damaged: sequence {at} of {ITEM_NAMES[code]} {where}")
+    if bounds[0] != 0 or bounds[-1] != len(lengths):
+        last = f"the last document ends at sequence {bounds[-1]} of {len(lengths)}"
+        raise DataError(f"{idx} is damaged: the first document begins at sequence {bounds[0]}, and {last}")
+    if (wrong := np.flatnonzero(np.diff(bounds) < 0)).size:
+        at = int(wrong[0])
+        raise DataError(f"{idx} is damaged: document {at} begins at sequence {bounds[at]} and ends at {bounds[at + 1]}")
+    needed = int(ends[-1])
+    if tokens[0] < needed:
+        raise DataError(f"{bin_} ends early: it has {tokens[0]} bytes, and its index needs {needed}")
+    return needed // size
+
+
+def _read_index(idx: Path, size: int) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes of a token, the code of its type, lengths int32 [S] and offsets int64 [S] of S sequences, and bounds
+    int64 [D + 1] of D documents, in sequences."""
+    with idx.open("rb") as stream:
+        header = stream.read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise DataError(f"{idx} is no index of a Megatron dataset: it does not begin with MMIDIDX")
+        _, version, code, sequences, bounds = HEADER.unpack(header)
+        if version != 1 or code not in ITEM_SIZES:
+            raise DataError(f"{idx}: version {version} with tokens of type {code} cannot be read")
+        if size < HEADER.size + 12 * sequences + 8 * bounds:
+            raise DataError(f"{idx} ends early: it should list {sequences} sequences and {bounds} bounds of documents")
+        if not sequences or not bounds:
+            raise DataError(f"{idx} lists no sequences, or no documents: the dataset holds no tokens")
+        kinds = (("<i4", sequences), ("<i8", sequences), ("<i8", bounds))
+        arrays = [np.fromfile(stream, kind, number) for kind, number in kinds]
+    return ITEM_SIZES[code], code, arrays[0], arrays[1], arrays[2]
 
 
 def _prefix(data: DataConfig) -> str:

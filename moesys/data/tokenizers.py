@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -84,6 +84,10 @@ class ByteTokenizer:
         return tokens[tokens < 256].astype(np.uint8).tobytes()
 
 
+class BrokenTokenizer(DataError):
+    """A file whose mistakes the package itself does not notice in time."""
+
+
 class HFTokenizer:
     """A tokenizer.json file, by the package `tokenizers`.
 
@@ -115,12 +119,43 @@ class HFTokenizer:
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of each text; the package encodes them in threads."""
         strings = [text.decode("utf-8", "replace") for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+        tokenizer = self._tokenizer
+        encodings = self._sound(lambda: tokenizer.encode_batch_fast(strings, add_special_tokens=False))
         return [np.asarray(encoding.ids, token_dtype(self.vocab_size)) for encoding in encodings]
 
     def decode(self, tokens: np.ndarray) -> bytes:
         """The text as UTF-8, special tokens by their names."""
-        return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False).encode()
+        ids, tokenizer = np.asarray(tokens).tolist(), self._tokenizer
+        return self._sound(lambda: tokenizer.decode(ids, skip_special_tokens=False)).encode()
+
+    def probe(self) -> None:
+        """Encode a few characters, so that a broken file is found before anything starts.
+
+        Raises:
+            BrokenTokenizer: the package breaks off. That a word of theirs is not in the vocabulary says nothing.
+        """
+        try:
+            self.encode("a 1\n日".encode())
+        except BrokenTokenizer:
+            raise
+        except DataError:
+            return
+
+    def _sound(self, call: Callable[[], Any]) -> Any:
+        """What `call` of the package returns.
+
+        Raises:
+            DataError: it raised a bare Exception, as it does for wrong files, or its Rust code panicked on one: a
+                BaseException of a class that nobody can import.
+        """
+        try:
+            return call()
+        except Exception as error:
+            raise DataError(f"{self.path} is no tokenizer of the package tokenizers: {error}") from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BrokenTokenizer(f"{self.path}: the package tokenizers breaks off on this file: {error}") from None
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -128,15 +163,14 @@ class HFTokenizer:
             from tokenizers import Tokenizer as Rust
         except ImportError:
             raise DataError(f"data.tokenizer {self.path} {NO_PACKAGE}; {INSTALL}") from None
-        try:
-            tokenizer = Rust.from_file(str(self.path))
-        except Exception as error:  # the package raises bare Exception
-            raise DataError(f"{self.path} is no tokenizer of the package tokenizers: {error}") from None
+        tokenizer = self._sound(lambda: Rust.from_file(str(self.path)))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
 
 
+MOST_IDS = 2**24
+"""Above any vocabulary: models have an embedding of as many rows."""
 NO_PACKAGE = "needs the package tokenizers, which is not installed"
 INSTALL = "pip install tokenizers, or set data.tokenizer to bytes"
 
@@ -168,7 +202,9 @@ def check(data: DataConfig) -> list[Problem]:
     if importlib.util.find_spec("tokenizers") is None:
         return [Problem(key, NO_PACKAGE, INSTALL)]
     try:
-        _ = HFTokenizer(path).end_of_document
+        tokenizer = HFTokenizer(path)
+        _ = tokenizer.end_of_document
+        tokenizer.probe()
     except DataError as error:
         remedy = "give bytes, or the tokenizer.json file of a fast Hugging Face tokenizer"
         return [Problem(key, str(error), remedy)]
@@ -187,6 +223,9 @@ def _ids(path: Path) -> list[int]:
         ids = [*own, *(token["id"] for token in content.get("added_tokens") or ())]
     except (KeyError, TypeError):
         raise DataError(f"{path} is no tokenizer.json: its added_tokens are no list of tokens with ids") from None
-    if not all(isinstance(number, int) for number in ids):
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
         raise DataError(f"{path} is no tokenizer.json: its vocabulary has ids that are not integers")
+    if not 0 <= min(ids) <= max(ids) < MOST_IDS:
+        rule = f"has ids from {min(ids)} to {max(ids)}, and they must be from 0 to {MOST_IDS - 1}"
+        raise DataError(f"{path} is no tokenizer.json: its vocabulary {rule}")
     return ids

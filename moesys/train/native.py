@@ -31,8 +31,9 @@ def joined(config: Config) -> tuple[Degrees, torch.device]:
     """Join the process group that the environment describes, unless already in it."""
     wanted = config.cluster.device
     cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", own_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.launch.timeout_s)
@@ -41,6 +42,20 @@ def joined(config: Config) -> tuple[Degrees, torch.device]:
     if degrees is None:
         raise MoesysError("; ".join(map(str, problems)))
     return degrees, device
+
+
+def own_gpu(local_rank: int, visible: int) -> int:
+    """The GPU of a worker among those it sees: the one of its number on the node, or the only one.
+
+    Where launchers give each worker its own (Slurm's gpus-per-task, Ray), it sees one, whatever its number.
+
+    Raises:
+        MoesysError: it sees several, and too few for its number.
+    """
+    if visible > 1 and local_rank >= visible:
+        rule = f"worker {local_rank} of this node sees {visible} GPUs, and each worker needs its own"
+        raise MoesysError(f"{rule}\n    remedy: set cluster.ranks_per_node to the GPUs of a node, or ask for more")
+    return 0 if visible == 1 else local_rank
 
 
 def connect(config: Config) -> ParallelMesh:

@@ -9,7 +9,7 @@ import pytest
 from moesys.data.check import check
 from moesys.data.corpus import open_corpus
 from moesys.data.division import hashed_numbers
-from moesys.data.megatron_indexed import IndexedTokens
+from moesys.data.megatron_indexed import IndexedTokens, count_tokens
 from moesys.data.samples import Samples
 from moesys.errors import DataError
 
@@ -147,3 +147,61 @@ def test_damage_is_found_before_the_start(tmp_path, write, documents, configure,
     assert message in problem.rule
     with pytest.raises(DataError):
         open_corpus(config)
+
+
+def _index(lengths, bounds, code=4, size=4):
+    """The bytes of an index whose sequences lie one after another."""
+    lengths = np.asarray(lengths, np.int32)
+    offsets = np.cumsum(lengths * size) - lengths * size
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, len(lengths), len(bounds))
+    return header + lengths.tobytes() + offsets.astype(np.int64).tobytes() + np.asarray(bounds, np.int64).tobytes()
+
+
+INSIDE = {
+    "a length below zero": (34 + 4 * 2, "<i", -5, "sequence 2 has the length -5"),
+    "another length": (34 + 4 * 2, "<i", 9, "sequence 3 of int32 begins at byte"),
+    "an offset": (
+        34 + 4 * 6 + 8 * 3,
+        "<q",
+        1,
+        "sequence 3 of int32 begins at byte 1, and the lengths before it end at 24",
+    ),
+    "a bound below the one before": (34 + 12 * 6 + 8, "<q", 6, "document 1 begins at sequence 6 and ends at 4"),
+    "the first bound": (34 + 12 * 6, "<q", 1, "the first document begins at sequence 1"),
+    "the last bound": (34 + 12 * 6 + 24, "<q", 7, "the last document ends at sequence 7 of 6"),
+    "the type": (34 - 17, "<B", 8, "sequence 1 of uint16 begins at byte"),
+    "no bounds": (34 - 8, "<Q", 0, "no documents"),
+}
+
+
+@pytest.mark.parametrize(("at", "form", "value", "said"), INSIDE.values(), ids=INSIDE)
+def test_an_index_is_checked_whole(tmp_path, configure, at, form, value, said):
+    data = bytearray(_index([2, 2, 2, 3, 1, 4], [0, 2, 4, 6]))
+    struct.pack_into(form, data, at, value)
+    (tmp_path / "data.idx").write_bytes(bytes(data))
+    (tmp_path / "data.bin").write_bytes(bytes(4 * 14))
+    problems = check(configure(kind="megatron", path=tmp_path / "data", vocab_size=VOCAB))
+    assert len(problems) == 1 and said in problems[0].rule and problems[0].remedy, problems
+
+
+def test_every_damaged_index_is_refused_or_read_as_it_is(tmp_path, configure):
+    """A thousand mutations of one to four bytes: a DataError, or tokens that the check has counted."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, 300)
+    whole = _index(lengths, [*range(0, 300, 3), 300])
+    (tmp_path / "data.bin").write_bytes(rng.integers(0, VOCAB, int(lengths.sum()), np.int32).tobytes())
+    config = configure(kind="megatron", path=tmp_path / "data", vocab_size=VOCAB, heldout=0.1)
+    refused = 0
+    for number in range(1000):
+        damaged = bytearray(whole)
+        for _ in range(rng.integers(1, 5)):
+            damaged[rng.integers(len(whole))] = rng.integers(256)
+        (tmp_path / "data.idx").write_bytes(bytes(damaged[: rng.integers(len(whole))] if number % 10 == 0 else damaged))
+        try:
+            tokens = count_tokens(config.data)
+        except DataError:
+            refused += 1
+            continue
+        corpus = open_corpus(config)
+        assert len(corpus.train) + len(corpus.heldout) == tokens == lengths.sum()
+    assert refused > 900

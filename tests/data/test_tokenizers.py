@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesys.config.schema import DataConfig
-from moesys.data.tokenizers import END_OF_DOCUMENT, ByteTokenizer, HFTokenizer, build_tokenizer
+from moesys.data.tokenizers import END_OF_DOCUMENT, ByteTokenizer, HFTokenizer, build_tokenizer, check
 from moesys.errors import DataError
 
 
@@ -109,3 +109,61 @@ def _word_level(words):
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
+
+
+BROKEN = {
+    "a normalizer cut short": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "merges of nothing": {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"], "continuing_subword_prefix": "xx"}
+    },
+}
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_a_file_that_the_package_breaks_off_on_is_one_message(tmp_path, change):
+    """Its Rust code panics, which is a BaseException in Python."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(_word_level(["a", "[UNK]"]).to_str()), **change}))
+    (problem,) = check(DataConfig(tokenizer=str(path)))
+    assert problem.key == "data.tokenizer" and "breaks off on this file" in problem.rule and problem.remedy
+
+
+@pytest.mark.parametrize("number", [-1, 10**30, True])
+def test_ids_that_no_embedding_has_are_refused(tmp_path, number):
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(_word_level(["a", "b"]).to_str())
+    content["model"]["vocab"]["far"] = number
+    path.write_text(json.dumps(content))
+    (problem,) = check(DataConfig(tokenizer=str(path)))
+    assert "its vocabulary has ids" in problem.rule
+
+
+def test_a_tokenizer_without_the_words_of_the_probe_is_legal(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    _word_level(["x"]).save(str(path))
+    assert check(DataConfig(tokenizer=str(path))) == []
+
+
+def test_no_mutation_of_a_file_ends_in_anything_but_an_answer(tmp_path):
+    """A result or a DataError; what the package refuses, and what it accepts, is its own affair."""
+    content = json.loads(_word_level(["a", "b", "[UNK]"]).to_str())
+    path = tmp_path / "tokenizer.json"
+    places = [(content, key) for key in content] + [(content["model"], key) for key in content["model"]]
+    values = [None, -1, 0, 10**10, "", "x", [], {}, True, 1.5, [[]], [{}], {"type": "x"}]
+    answers = 0
+    for holder, key in places:
+        kept = holder[key]
+        for value in values:
+            holder[key] = value
+            path.write_text(json.dumps(content))
+            answers += len(check(DataConfig(tokenizer=str(path))))
+        holder[key] = kept
+    text = json.dumps(content).encode()
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(text)
+        damaged[random.integers(len(text))] = random.integers(256)
+        path.write_bytes(bytes(damaged))
+        answers += len(check(DataConfig(tokenizer=str(path))))
+    assert answers > 100

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from time import monotonic
 
+import pytest
+from rich.console import Console
+
 from moesys import cli
+from moesys.launchers.dry_run import KINDS, show
+from moesys.train.checked import load_checked
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGE = [
@@ -45,9 +51,53 @@ def test_the_quickstart_is_shown_and_nothing_is_written(tmp_path, capsys, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_does_not_fit_is_said(capsys):
-    assert cli.main(["launch", str(CONFIGS / "quickstart.yaml"), "--dry-run", "cluster.memory_gib=0.001"]) == 0
-    assert "DOES NOT FIT" in capsys.readouterr().out
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "code"), [((), 0), (("cluster.memory_gib=1",), 0), (("cluster.memory_gib=0.001",), 3)]
+)
+def test_scripts_learn_by_the_exit_code_whether_memory_fits(tmp_path, capsys, given, code):
+    out = tmp_path / "plan.json"
+    assert cli.main(["launch", QUICKSTART, "--dry-run", "--json", str(out), *given]) == code
+    shown = capsys.readouterr().out
+    assert json.loads(out.read_text())["fits"] == {0: True if given else None, 3: False}[code]
+    assert cli.main(["config", QUICKSTART, "--check", *given]) == code
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("quickstart: legal on 4 ranks; ")
+    assert ("DOES NOT FIT" in line) == ("DOES NOT FIT" in shown) == (code == 3)
+
+
+def test_what_is_not_legal_has_the_code_of_wrong_input(capsys):
+    assert cli.main(["config", QUICKSTART, "--check", "cluster.memory_gib=0.001", "parallel.dp=3"]) == 2
+    assert "parallel.dp is 3" in capsys.readouterr().err
+
+
+def test_a_batch_script_has_the_same_facts_and_code(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    words = ["launch", QUICKSTART, "--launcher", "slurm", "--dry-run", "--json", str(out)]
+    assert cli.main([*words, "cluster.memory_gib=0.001"]) == 3
+    shown = capsys.readouterr()
+    assert shown.out.startswith("#!/bin/bash") and "DOES NOT FIT" not in shown.out
+    assert "DOES NOT FIT" in shown.err and json.loads(out.read_text())["world_size"] == 4
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_json_without_a_dry_run_is_refused(capsys, tmp_path, launcher):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["launch", QUICKSTART, "--launcher", launcher, "--json", str(tmp_path / "plan.json")])
+    assert stop.value.code == 2 and "--json goes with --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-16x8gpu.yaml")), ids=lambda path: path.stem)
+def test_eighty_columns_cut_no_heading(path):
+    console = Console(width=80, file=io.StringIO())
+    show(load_checked(path, with_data=False), console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = [line for line in lines if line.startswith("┃")]
+    words = {head.strip() for line in heads for head in line.strip("┃").split("┃")}
+    assert {"pp rank", "members", "parameters", "collective", "calls", *KINDS, "total"} <= words
 
 
 def test_on_cpu_memory_is_that_of_a_node(capsys):

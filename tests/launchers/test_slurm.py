@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from moesys.config.load import load
-from moesys.errors import LaunchError
+from moesys.errors import LaunchError, MoesysError
 from moesys.launchers import slurm
 from moesys.launchers.spec import RunSpec
+from moesys.train.native import own_gpu
 
 SRUN = """#!/bin/bash
 # Starts $RANKS tasks here, two to a "node", as srun would; ends with the highest exit code.
@@ -41,13 +45,15 @@ def check_syntax(text: str) -> None:
 
 
 def test_the_script_says_what_it_needs(spec):
-    text = slurm.script(spec({"slurm": {"partition": "gpu", "time": "04:00:00", "exclusive": ""}}, "cuda"))
+    text = slurm.script(
+        spec({"slurm": {"partition": "gpu", "time": "04:00:00", "exclusive": True, "requeue": None, "mem": 0}}, "cuda")
+    )
     check_syntax(text)
     lines = text.splitlines()
     assert lines[0] == "#!/bin/bash"
     for option in (
         "job-name=mix", "nodes=2", "ntasks-per-node=2", "gpus-per-node=2",
-        "partition=gpu", "time=04:00:00", "exclusive",
+        "partition=gpu", "time=04:00:00", "exclusive", "requeue", "mem=0",
     ):  # fmt: skip
         assert f"#SBATCH --{option}" in lines
 
@@ -64,13 +70,47 @@ def test_auto_asks_for_no_gpus_and_says_so(spec):
     assert "gpus-per-node" not in text and "# cluster.device is auto, so no GPUs are asked for" in text
 
 
-@pytest.mark.parametrize("options", [{"-p": "gpu"}, {"Partition": "gpu"}, {"time": "1\nrm -rf /"}])
-def test_what_is_no_option_is_refused(spec, options):
-    with pytest.raises(LaunchError, match=r"launch\.slurm\..* not an option of sbatch"):
-        slurm.script(spec({"slurm": options}))
+def test_false_takes_an_option_away(spec):
+    text = slurm.script(spec({"slurm": {"gpus-per-node": False, "exclusive": False}}, "cuda"))
+    assert "#SBATCH --gpus-per-node" not in text and "#SBATCH --exclusive" not in text
 
 
-def run_script(spec: RunSpec, tmp_path: Path, worker: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize("options", [{"-p": "gpu"}, {"Partition": "gpu"}, {"--time": "1"}, {"time": 1.5}])
+def test_what_is_no_option_is_refused(config, options):
+    with pytest.raises(ValidationError):
+        config(launch={"slurm": options})
+
+
+@pytest.mark.parametrize("value", ["1\nrm -rf /", "", "a\tb"])
+def test_a_value_that_a_line_cannot_hold_is_refused(spec, value):
+    with pytest.raises(LaunchError, match=r"launch\.slurm\.time is .*\n    remedy: key: true for an option without"):
+        slurm.script(spec({"slurm": {"time": value}}))
+
+
+@pytest.mark.parametrize("folder", ["a\\frac", "a\nb"])
+def test_a_folder_that_srun_cannot_write_to_is_refused(spec, tmp_path, folder):
+    with pytest.raises(LaunchError, match=r"remedy: set output\.runs"):
+        slurm.script(replace(spec(), run_dir=tmp_path / folder))
+
+
+def test_per_cents_of_a_folder_are_not_expanded_by_srun(spec, tmp_path):
+    text = slurm.script(replace(spec(), run_dir=tmp_path / "100%t it's"))
+    check_syntax(text)
+    (word,) = [w for w in shlex.split(text[text.index("    srun ") :].partition("bash -c")[0]) if "--output" in w]
+    assert word == f"--output={tmp_path}/100%%t it's/logs/rank-%t.log"
+
+
+@pytest.mark.parametrize(("rank", "visible", "own"), [(0, 1, 0), (3, 1, 0), (3, 4, 3), (0, 0, 0)])
+def test_a_worker_that_sees_one_gpu_takes_it(rank, visible, own):
+    assert own_gpu(rank, visible) == own
+
+
+def test_too_few_gpus_are_told():
+    with pytest.raises(MoesysError, match="worker 3 of this node sees 2 GPUs"):
+        own_gpu(3, 2)
+
+
+def run_script(spec: RunSpec, tmp_path: Path, worker: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the script of `spec` with stand-ins for srun and scontrol, and `worker` as the code of all tasks."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -82,14 +122,15 @@ def run_script(spec: RunSpec, tmp_path: Path, worker: str) -> subprocess.Complet
     python.write_text(f'#!/bin/bash\nexec {sys.executable} {tools}/worker.py "$@"\n')
     python.chmod(0o755)
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "RANKS": "4", "SLURM_CPUS_ON_NODE": "6"}
-    env |= {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "node-[7-8]"}
+    env |= {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "node-[7-8]", **more}
     text = slurm.script(spec, str(python))
     return subprocess.run(["bash"], input=text, text=True, env=env, capture_output=True, timeout=60)
 
 
 WORKER = """
 import json, os, sys
-keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "MINE")
+keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "MINE",
+        "SRUN_CPUS_PER_TASK")
 print(json.dumps([sys.argv[1:]] + [os.environ.get(key) for key in keys]))
 """
 
@@ -111,8 +152,16 @@ def test_every_task_becomes_a_rank(spec, tmp_path):
         assert seen[0] == ["-m", "moesys.train.worker", str(run.run_dir)]
         assert seen[1:6] == [str(rank), "4", str(rank % 2), "2", "node-7"]
         assert 20000 <= int(seen[6]) < 32000
-        assert seen[7:] == ["3", "it's 5 o'clock"]
+        assert seen[7:] == ["3", "it's 5 o'clock", None]
     assert load(run.run_dir / "config.yaml").config == run.config
+
+
+def test_cores_of_a_task_reach_srun(spec, tmp_path):
+    run = spec({"slurm": {"cpus-per-task": 5}})
+    assert "#SBATCH --cpus-per-task=5" in slurm.script(run)
+    run_script(run, tmp_path, WORKER, SLURM_CPUS_PER_TASK="5")
+    seen = json.loads((run.run_dir / "logs" / "rank-0.log").read_text())
+    assert seen[7:] == ["5", None, "5"]
 
 
 def test_the_first_error_is_shown_and_attempts_are_counted(spec, tmp_path):

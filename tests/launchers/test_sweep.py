@@ -80,16 +80,41 @@ def test_every_wrong_run_is_named_before_one_starts(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [({"runs": {}}, "must name at least one run"), ({"rums": {}}, "keys base, overrides, runs")]
+    ("content", "said"),
+    [
+        ({"runs": {}}, "runs: must name at least one run"),
+        ({"rums": {}}, "rums: unknown key; a sweep has base, overrides, runs\n    remedy: did you mean runs?"),
+        ({"runs": {"a": 3}}, "runs.a is 3: must be a list of texts"),
+        ({"runs": {"a": [1]}}, "runs.a is [1]: must be a list of texts"),
+        ({"runs": ["a"]}, "runs is ['a']: must be a mapping of names to a list of texts"),
+        ({"runs": {"a/b": []}}, "runs.a/b: a name here must be text of letters, digits, dots, dashes and underscores"),
+        ({"base": 3, "runs": {"a": []}}, 'base is 3: must be text\n    remedy: put it in quotes: "3"'),
+        ({"overrides": "seed=1", "runs": {"a": []}}, "overrides is 'seed=1': must be a list of texts"),
+        ({"base": "nowhere.yaml", "runs": {"a": []}}, "run a: "),
+    ],
 )
-def test_a_wrong_file_is_one_message(file, content, said, capsys):
+def test_a_wrong_file_is_told_in_our_words(file, content, said, capsys):
     assert cli.main(["sweep", str(file(**content))]) == 2
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told and "Input should" not in told and "two.yaml" in told
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"runs: [", b"- a", b"", b"a: &a [*a]", b'base: "\\0"'])
+def test_what_is_no_sweep_is_told(tmp_path, capsys, text):
+    path = tmp_path / "two.yaml"
+    path.write_bytes(text)
+    assert cli.main(["sweep", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
 
 
 def test_a_missing_file_is_one_message(tmp_path, capsys):
     assert cli.main(["sweep", str(tmp_path / "none.yaml")]) == 2
-    assert "none.yaml: cannot be read: No such file" in capsys.readouterr().err
+    assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+def test_a_sweep_may_have_any_file_name(file, tmp_path):
+    path = file(runs={"one": []}).rename(tmp_path / "my $sweep$ {1}.yaml")
+    assert [c.name for c in Sweep.load(path).configs.values()] == ["my-sweep-1-one"]
 
 
 def test_the_shipped_sweep_is_legal():

@@ -1,0 +1,269 @@
+"""The subcommands of `moesys` with their options, examples and guides."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from moesys import __version__, shipped
+from moesys.config import suggest
+from moesys.options import count, finite, output, tolerance
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    it failed: a worker, a proof, a benchmark's check
+  2    wrong input; nothing was started
+  3    legal, but does not fit in cluster.memory_gib (launch --dry-run, config --check)
+  130  stopped, by Ctrl-C or SIGTERM"""
+
+LAUNCHERS = ("ray", "local", "hosts", "slurm")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that names every default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        said = "default" in text or not action.option_strings or action.nargs == 0
+        if said or action.default in (None, argparse.SUPPRESS):
+            return text
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return f"{text} (default: {default})".lstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors say what may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        near = suggest.choice(wrong[1], re.findall(r"'([^']*)'", wrong[2])) if wrong else None
+        if near:
+            message += f"\n    remedy: did you mean {near}?"
+        self.exit(2, f"{self.prog}: {message}\n    all options: {self.prog} --help\n")
+
+    def options(self) -> list[str]:
+        """All words that begin with dashes."""
+        return [word for action in self._actions for word in action.option_strings]
+
+
+def strange(parser: Parser, words: Sequence[str], overrides: bool) -> str | None:
+    """What to say of `words` that `parser` does not know; None if all of them are overrides, which may be given."""
+    for number, word in enumerate(words):
+        if overrides and "=" in word and not word.startswith("-"):
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        text = f"unrecognized argument {word}"
+        if not word.startswith("-"):
+            return f"{text}\n    remedy: overrides are written key.sub=value" if overrides else text
+        near = difflib.get_close_matches(f"--{name}", parser.options(), 1, 0.7)
+        if overrides and re.fullmatch(r"\w+(\.\w+)+", name):
+            following = words[number + 1 :][:1]
+            given = value if equals else following[0] if following else "VALUE"
+            return f"{text}\n    remedy: overrides are written without dashes: {name}={given}"
+        joined = {option.replace("-", ""): option for option in parser.options()}
+        meant = joined.get(name.replace("-", "").replace("_", "").lower()) or (near[0] if near else "")
+        return f"{text}\n    remedy: did you mean {meant}?" if meant else text
+    return None
+
+
+def parser() -> Parser:
+    """All subcommands and their options; `run` of the result names the function of a command."""
+    top = Parser(
+        prog="moesys",
+        formatter_class=Help,
+        description="Launch, choose and measure the training of MoE models.",
+        epilog=_epilog("moesys launch configs/quickstart.yaml", "launching.md") + f"\n\n{EXIT_CODES}",
+    )
+    top.add_argument("--version", action="version", version=f"moesys {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _launch(_configured(commands, "launch", "train a configuration", "configs/quickstart.yaml train.steps=50"))
+    _sweep(commands)
+    _config(commands)
+    text = "prove that a configuration equals one process"
+    _verify(_configured(commands, "verify", text, "configs/quickstart.yaml parallel.tp=2", "choosing-parallelism.md"))
+    _report(commands)
+    _what_if(commands)
+    _bench(commands)
+    return top
+
+
+def _epilog(example: str, guide: str) -> str:
+    return f"example:\n  {example}\n\nguide:\n  {shipped.DOCS / guide}"
+
+
+def _command(commands: argparse._SubParsersAction[Parser], name: str, text: str, example: str, guide: str) -> Parser:
+    """A subcommand without a configuration."""
+    program = commands._prog_prefix
+    epilog = _epilog(f"{program} {name} {example}", guide)
+    sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog)
+    sub.formatter_class = Help
+    run = f"{program.removeprefix('moesys').strip()} {name}".strip().replace(" ", "_").replace("-", "_")
+    sub.set_defaults(run=run, parser=sub, overrides=[], takes_overrides=False)
+    return sub
+
+
+def _configured(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    text: str,
+    example: str,
+    guide: str = "launching.md",
+    what: str = "a YAML file; configs/… may be one that comes with moesys (moesys config --list)",
+    optional: bool = False,
+) -> Parser:
+    """A subcommand of a configuration and overrides of its keys."""
+    sub = _command(commands, name, text, example, guide)
+    sub.add_argument("config", type=shipped.config, nargs="?" if optional else None, metavar="FILE", help=what)
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the file")
+    sub.set_defaults(takes_overrides=True)
+    return sub
+
+
+def _launch(sub: Parser) -> None:
+    sub.add_argument("--launcher", choices=LAUNCHERS, help="default: launch.launcher")
+    sub.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster (default: launch.ray_address)")
+    sub.add_argument("--measure", action="store_true", help="record about twenty steps, unless measure says which")
+    text = "tell metrics to Prometheus here (default: measure.metrics_port)"
+    sub.add_argument("--metrics-port", type=int, metavar="PORT", help=text)
+    text = "show ranks, meshes, memory; start nothing; exit code 3 where memory does not fit"
+    sub.add_argument("--dry-run", action="store_true", help=text)
+    sub.add_argument("--json", type=output, metavar="FILE", help="with --dry-run: write its facts (default: nowhere)")
+
+
+def _sweep(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "train variations of a configuration and compare them"
+    sub = _configured(commands, "sweep", text, "configs/sweeps/gates.yaml train.steps=50", optional=True)
+    sub.add_argument("--schema", action="store_true", help="print the JSON schema of sweeps for editors")
+
+
+def _config(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "print the resolved configuration"
+    sub = _configured(commands, "config", text, "configs/quickstart.yaml train.steps=50", optional=True)
+    text = "print one line instead: whether it is legal (exit code 0 or 2) and fits in cluster.memory_gib (3 if not)"
+    sub.add_argument("--check", action="store_true", help=text)
+    sub.add_argument("--schema", action="store_true", help="print the JSON schema for editors")
+    sub.add_argument("--list", action="store_true", help="list the configurations that come with moesys")
+
+
+def _verify(sub: Parser) -> None:
+    sub.add_argument("--steps", type=count, default=3, help="training steps")
+    text = "largest relative difference (default: 1e-5, 1e-10 in float64, 1e-2 in bfloat16)"
+    sub.add_argument("--tolerance", type=tolerance, help=text)
+    sub.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="of computation")
+    text = "engine of the one process (default: the configuration's)"
+    sub.add_argument("--against", choices=("native", "megatron"), help=text)
+    _json(sub, "the differences")
+
+
+def _report(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "a run, two runs, or traces of any framework, explained"
+    sub = _command(commands, "report", text, "runs/quickstart", "measuring.md")
+    text = "one run's folder, or two to compare, or what bench a2a --json wrote"
+    sub.add_argument("runs", type=Path, nargs="*", metavar="RUN", help=text)
+    text = "traces of torch's profiler, one a rank (default: none)"
+    sub.add_argument("--trace", type=Path, nargs="+", metavar="FILE", help=text)
+    text = "--trace: kernels without metadata whose names match are all-to-all; none: none is (default: inferred)"
+    sub.add_argument("--all-to-all-kernels", metavar="REGEX", help=text)
+    text = "the page of two runs or of traces (default: in this folder)"
+    sub.add_argument("--out", type=output, metavar="FILE", help=text)
+    _json(sub, "the figures")
+    text = "write recorded steps as a trace, .json or .json.gz (default: nowhere)"
+    sub.add_argument("--perfetto", type=output, metavar="FILE", help=text)
+    _links(sub)
+
+
+def _what_if(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "predict a recorded run's step with other settings"
+    sub = _command(commands, "what-if", text, "runs/quickstart --profile links.yaml", "measuring.md")
+    sub.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run that recorded steps")
+    _links(sub)
+    text = "a setting to predict, as in 'parallel.ep=2 parallel.dispatch.chunks=2' (default: a choice of them)"
+    sub.add_argument("--change", action="append", metavar="'key=value …'", help=text)
+    sub.add_argument("--measure", action="store_true", help="run each setting as well, and show both")
+
+
+def _json(sub: Parser, what: str) -> None:
+    sub.add_argument("--json", type=output, metavar="FILE", help=f"write {what} here (default: nowhere)")
+
+
+def _links(sub: Parser) -> None:
+    text = "links, from bench a2a --profile (default: measure.profile)"
+    sub.add_argument("--profile", type=Path, metavar="FILE", help=text)
+
+
+def _bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    group = commands.add_parser("bench", help="benchmarks", description="Benchmarks.", formatter_class=Help)
+    group.epilog = _epilog("moesys bench a2a configs/quickstart.yaml", "benchmarks.md")
+    bench = group.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    guide, quickstart = "benchmarks.md", "configs/quickstart.yaml"
+    text = "training speed beside transformers, and time to the first step"
+    _rounds(_configured(bench, "train", text, quickstart, guide), 5, "training steps per round")
+    text = "collectives on the ranks of a configuration, as nccl-tests does"
+    file = "a YAML file: its cluster, its launcher and its expert groups are used"
+    a2a_options(_configured(bench, "a2a", text, f"{quickstart} --profile links.yaml", "measuring.md", what=file))
+    text = "what recording communication costs"
+    steps = "training steps per round of each side, at least"
+    _rounds(_configured(bench, "measure", text, quickstart, guide), 15, steps)
+    text = "Megatron-Core's model with this project's MoE layer and with its own"
+    sub = _configured(bench, "megatron", text, "configs/quickstart-megatron.yaml", guide)
+    _rounds(sub, 3, "training steps per round of each side")
+    text = "one MoE layer beside dense products, transformers, Megatron-Core, DeepSpeed"
+    _layer(_command(bench, "layer", text, "--shape laptop", guide))
+
+
+def _rounds(sub: Parser, steps: int, what: str) -> None:
+    sub.add_argument("--rounds", type=count, default=7, help="repetitions, of which the median is told")
+    sub.add_argument("--steps", type=count, default=steps, help=what)
+    _json(sub, "the figures")
+
+
+def _layer(sub: Parser) -> None:
+    sub.add_argument("--shape", help="a published shape (default: laptop, with --ranks two-ranks)")
+    for name in ("tokens", "hidden", "ffn-hidden", "experts", "top-k"):
+        sub.add_argument(f"--{name}", type=int, metavar="N", help="default: the shape's")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: both; on a GPU bfloat16")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it computes")
+    sub.add_argument("--ranks", type=int, default=1, help="processes on this machine that share the experts")
+    sub.add_argument("--rounds", type=count, help="default: what a minute allows, 3 to 31")
+    _json(sub, "the figures")
+
+
+def a2a_options(sub: Parser) -> None:
+    """The options of `moesys bench a2a`."""
+    from moesys.measure.sizes import COLLECTIVES, GROUPS, size
+
+    sub.add_argument("--launcher", choices=LAUNCHERS[:3], help="default: launch.launcher")
+    text = f"of {', '.join(COLLECTIVES)} (default: all of them)"
+    sub.add_argument("--collectives", nargs="+", choices=COLLECTIVES, metavar="NAME", help=text)
+    text = "intra: a node's ranks; inter: one of each node; expert; world (default: all of them)"
+    sub.add_argument("--groups", nargs="+", choices=GROUPS, help=text)
+    types = ("float32", "bfloat16", "float16")
+    sub.add_argument("--dtypes", nargs="+", choices=types, default=["float32"], help="of what is sent")
+    sub.add_argument("--min", type=size, default=2**10, metavar="SIZE", help="bytes that a rank sends (default: 1K)")
+    sub.add_argument("--max", type=size, default=2**30, metavar="SIZE", help="default: 1G, or what memory allows")
+    sub.add_argument("--factor", type=int, default=4, help="from one size to the next")
+    sub.add_argument("--iterations", type=int, default=20, help="of each size")
+    sub.add_argument("--warmup", type=int, default=3, help="iterations before them")
+    text = "also uneven all-to-alls: bytes to rank r ∝ 1 / (r + 1)^skew (default: even ones alone)"
+    sub.add_argument("--skew", type=finite, help=text)
+    text = "also uneven all-to-alls in this pattern of bytes (default: none)"
+    sub.add_argument("--matrix", type=Path, metavar="FILE", help=text)
+    text = "also uneven all-to-alls as in a run that recorded its routing, output.record_routing (default: none)"
+    sub.add_argument("--routing", type=Path, metavar="FOLDER", help=text)
+    kinds = ("all_to_all", "all_gather", "hierarchical")
+    text = "time these dispatchers with batches of tokens, and collectives only if named (default: collectives)"
+    sub.add_argument("--dispatch", nargs="+", choices=kinds, help=text)
+    sub.add_argument("--tokens", type=int, default=1024, help="--dispatch: of each rank")
+    sub.add_argument("--hidden", type=int, default=1024, help="--dispatch: elements of a token")
+    sub.add_argument("--top-k", type=int, default=2, help="--dispatch: experts of a token")
+    sub.add_argument("--no-check", dest="check", action="store_false", help="do not validate results")
+    sub.add_argument("--plain", action="store_true", help="beside a bare loop around torch's all_to_all_single")
+    text = "write the figures here, in the shape of nccl-tests' -J (default: nowhere)"
+    sub.add_argument("--json", type=output, metavar="FILE", help=text)
+    text = "write the fitted links here, for predictions (default: nowhere)"
+    sub.add_argument("--profile", type=output, metavar="FILE", help=text)
