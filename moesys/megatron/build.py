@@ -26,6 +26,7 @@ from moesys.moe.gates import Gate
 from moesys.moe.gates.projection import GateProjection
 from moesys.moe.layer import MoELayer
 from moesys.moe.shared import build_mix
+from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.build import KINDS, levels
 from moesys.parallel.dispatchers.travelling import TravellingDispatcher
 
@@ -112,7 +113,10 @@ def _dispatcher(experts: int, groups: Groups, d: DispatchConfig, device: torch.d
         names: list[Any] = [None] * groups.tp_ep.size()
         dist.all_gather_object(names, socket.gethostname(), group=groups.tp_ep)
         more["levels"] = levels(groups.tp_ep, names, device, timedelta(minutes=10))
-    return KINDS[d.kind](experts, groups.tp_ep, groups.ep.size(), groups.expt_tp.size(), **more)
+    dispatcher = KINDS[d.kind](experts, groups.tp_ep, groups.ep.size(), groups.expt_tp.size(), **more)
+    if isinstance(dispatcher, AllGatherDispatcher):
+        dispatcher.wide = True
+    return dispatcher
 
 
 SPLIT = {"fc1": 3, "fc1_bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}

@@ -115,8 +115,8 @@ def compare_gradients(mine: nn.Module, theirs: nn.Module) -> None:
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def losses() -> dict[str, Tensor]:
-    """What is in Megatron's metrics since the last call, by layer."""
+def losses(keep: bool = False) -> dict[str, Tensor]:
+    """What is in Megatron's metrics since the last call, by layer; `keep`: it stays there."""
     try:  # from 0.18 on
         from megatron.core.transformer.moe import moe_logging
     except ImportError:
@@ -124,10 +124,12 @@ def losses() -> dict[str, Tensor]:
 
         tracker = moe_utils.get_moe_layer_wise_logging_tracker()
         found = {name: entry["values"].clone() for name, entry in tracker.items()}
-        tracker.clear()
+        if not keep:
+            tracker.clear()
         return found
     found = {name: entry.values.clone() for name, entry in moe_logging.get_moe_metrics_tracker().metrics.items()}
-    moe_logging.destroy_moe_metrics_tracker()
+    if not keep:
+        moe_logging.destroy_moe_metrics_tracker()
     return found
 
 
