@@ -13,7 +13,10 @@ from torch.nn import functional
 
 from moesys.config.schema import DispatchConfig, GateConfig, MoEConfig
 from moesys.errors import Problem
+from moesys.megatron import settings
+from moesys.megatron.fields import unknown
 from moesys.megatron.refusal import Refusal
+from moesys.megatron.refused import refused
 from moesys.parallel import gates_check
 
 GATES = ("top_k", "expert_choice", "sinkhorn", "base")
@@ -74,31 +77,26 @@ def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
     Raises:
         Refusal: names every option that the plug-in cannot represent, and what to do.
     """
-    problems = _refused(config, gate)
-    activation = _activation(config)
-    if activation is None:
-        given = getattr(config.activation_func, "__name__", repr(config.activation_func))
-        rule = "the plug-in's experts have silu, gelu and quick_gelu gated, or gelu, relu and squared_relu not gated"
-        problems.append(Problem("activation_func", rule, "choose one of these", given))
+    problems = refused(config) + _later(config) + _routing(config, gate) + _experts(config)
     if problems:
         raise Refusal(problems)
-    coefficients = _coefficients(config)
+    balance, capacity = settings.balance(config), settings.capacity(config)
     moe = MoEConfig(
         experts=config.num_moe_experts,
         top_k=config.moe_router_topk,
         ffn_hidden=config.moe_ffn_hidden_size,
-        activation=activation,
+        activation=_activation(config),
         bias=config.add_bias_linear,
         gate=_gate(config, gate),
         normalize=_normalize(config),
-        scale=config.moe_router_topk_scaling_factor or 1.0,
-        capacity_factor=config.moe_expert_capacity_factor,
-        drop="weight" if config.moe_token_drop_policy == "probs" else "position",
-        pad_to_capacity=config.moe_pad_expert_input_to_capacity,
-        balance_loss=coefficients.get("aux_loss", 0.0),
-        sequence_balance_loss=coefficients.get("seq_aux_loss", 0.0),
-        global_balance_loss=coefficients.get("global_aux_loss", 0.0),
-        z_loss=config.moe_z_loss_coeff or 0.0,
+        scale=settings.scale(config),
+        capacity_factor=capacity.factor,
+        drop=capacity.drop,
+        pad_to_capacity=capacity.pad,
+        balance_loss=balance.balance,
+        sequence_balance_loss=balance.sequence_balance,
+        global_balance_loss=balance.global_balance,
+        z_loss=balance.z,
         bias_rate=config.moe_router_bias_update_rate if config.moe_router_enable_expert_bias else 0.0,
         shared_experts=int(config.moe_shared_expert_intermediate_size is not None),
         shared_ffn_hidden=config.moe_shared_expert_intermediate_size,
@@ -113,10 +111,11 @@ def _gate(config: Any, kind: str) -> GateConfig:
     if kind != "top_k":
         return GateConfig.model_validate(kind)
     more: dict[str, Any] = {}
-    if config.moe_router_group_topk:
-        score = "max" if config.moe_router_topk // config.moe_router_group_topk == 1 else "top2"
-        more = {"groups": config.moe_router_num_groups, "groups_kept": config.moe_router_group_topk}
-        more["group_score"] = score
+    if limited(config):
+        kept = config.moe_router_group_topk
+        more = {"groups": config.moe_router_num_groups, "groups_kept": kept}
+        # The plug-in's gate counts as many of a group's experts as Megatron does, more than two, too.
+        more["group_score"] = "max" if config.moe_router_topk // kept == 1 else "top2"
     return GateConfig(
         score=config.moe_router_score_function,
         bias=config.add_bias_linear,
@@ -125,17 +124,16 @@ def _gate(config: Any, kind: str) -> GateConfig:
     )
 
 
+def limited(config: Any) -> bool:
+    """Whether tokens use some of the groups of experts; Kimi-K2 keeps the one group that it has."""
+    return bool(config.moe_router_group_topk) and config.moe_router_group_topk < config.moe_router_num_groups
+
+
 def _normalize(config: Any) -> bool:
     """Whether weights are divided by their sum; Megatron leaves a single sigmoid as it is."""
     if config.moe_router_score_function == "sigmoid":
         return bool(config.moe_router_topk > 1)
     return not config.moe_router_pre_softmax
-
-
-def _coefficients(config: Any) -> dict[str, float]:
-    """Coefficients of the balance losses by Megatron's types."""
-    kinds, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-    return dict(zip(kinds, values, strict=True)) if isinstance(kinds, list) else {kinds: values}
 
 
 def _activation(config: Any) -> Any:
@@ -150,29 +148,23 @@ def _activation(config: Any) -> Any:
     return "relu2" if name == "squared_relu" else known.get(config.activation_func)
 
 
-def _refused(config: Any, gate: str) -> list[Problem]:
-    """Options that are set and have no counterpart."""
-    off = {
-        "moe_latent_size": "experts work on the whole hidden size",
-        "moe_apply_probs_on_input": "weights multiply the experts' outputs",
-        "moe_enable_routing_replay": "routing is not replayed",
-        "moe_router_force_load_balancing": "logits are not random",
-        "moe_router_padding_for_quantization": "experts do not compute in eight bits",
-        "moe_router_topk_limited_devices": "Megatron replaced it by moe_router_num_groups and moe_router_group_topk",
-        "fp8": "experts do not compute in eight bits",
-        "fp4": "experts do not compute in four bits",
-        "overlap_moe_expert_parallel_comm": "tokens travel beside the shared experts and other chunks alone",
-        "delay_wgrad_compute": "gradients of weights are computed with those of inputs",
-    }
-    problems = [
-        Problem(name, f"not in the plug-in: {why}", "leave it unset, or use Megatron's own layer", repr(value))
-        for name, why in off.items()
-        if (value := getattr(config, name, None))
-    ]
-    if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
-        rule = "split sizes of dispatch are not known when a graph is captured"
-        problems.append(Problem("cuda_graph_impl", rule, "set it to none", str(config.cuda_graph_impl)))
-    return problems + _routing(config, gate)
+def _later(config: Any) -> list[Problem]:
+    """Fields of the MoE layer that came after the releases that the plug-in knows."""
+    rule = "not known to the plug-in, which was made for Megatron-Core 0.16 to 0.19"
+    remedy = "leave it at its default, or use Megatron's own layer"
+    return [Problem(name, rule, remedy, repr(getattr(config, name))) for name in unknown(config)]
+
+
+def _experts(config: Any) -> list[Problem]:
+    problems = []
+    if _activation(config) is None:
+        given = getattr(config.activation_func, "__name__", repr(config.activation_func))
+        rule = "the plug-in's experts have silu, gelu and quick_gelu gated, or gelu, relu and squared_relu not gated"
+        problems.append(Problem("activation_func", rule, "choose one of these", given))
+    if config.moe_shared_expert_intermediate_size is not None and config.add_bias_linear:
+        rule = "shared experts have no biases, as Megatron's have none"
+        problems.append(Problem("add_bias_linear", rule, "--disable-bias-linear", "True"))
+    return problems
 
 
 def _routing(config: Any, gate: str) -> list[Problem]:
@@ -180,16 +172,23 @@ def _routing(config: Any, gate: str) -> list[Problem]:
     if gate not in GATES:
         problems.append(Problem("moesys_gate", f"must be one of {', '.join(GATES)}", given=gate))
     kinds = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
-    if unknown := set(_coefficients(config)) - kinds:
+    if unknown := set(settings.coefficients(config)) - kinds:
         rule, given = f"must be among {', '.join(sorted(kinds))}", ", ".join(sorted(unknown))
         problems.append(Problem("moe_router_load_balancing_type", rule, "for sinkhorn: --moesys-gate sinkhorn", given))
-    kept, top_k = config.moe_router_group_topk, config.moe_router_topk
-    if kept and top_k // kept > 2:
-        rule = f"moe_router_topk({top_k}) // moe_router_group_topk({kept}) must be 1 or 2: a group is as good as its "
-        rule += "best expert or its two best"
-        problems.append(Problem("moe_router_group_topk", rule, f"at least {top_k // 2}"))
     if config.moe_router_score_function not in ("softmax", "sigmoid"):
         problems.append(
             Problem("moe_router_score_function", "softmax or sigmoid", given=config.moe_router_score_function)
         )
-    return problems
+    return problems + _groups(config)
+
+
+def _groups(config: Any) -> list[Problem]:
+    if not limited(config):
+        return []
+    kept, top_k = config.moe_router_group_topk, config.moe_router_topk
+    size = config.num_moe_experts // config.moe_router_num_groups
+    if 1 <= top_k // kept <= size:
+        return []
+    rule = f"moe_router_topk({top_k}) // moe_router_group_topk({kept}) of a group's experts say how good it is: that "
+    rule += f"must be from 1 to the experts of a group, {size}"
+    return [Problem("moe_router_group_topk", rule, f"from {-(-top_k // size)} to {top_k}", str(kept))]

@@ -14,21 +14,20 @@ from torch import Tensor
 
 from moesys.config.schema import DispatchConfig, MoEConfig
 from moesys.errors import Problem
+from moesys.megatron import settings
 from moesys.megatron.experts import MegatronExperts
-from moesys.megatron.gate import MegatronGate
+from moesys.megatron.gate import DoubleProjection, MegatronGate, MegatronGroups
 from moesys.megatron.objective import MegatronMoE
 from moesys.megatron.refusal import Refusal
 from moesys.megatron.scope import Groups, MegatronScope
 from moesys.megatron.shared import SharedExperts
 from moesys.models.moe import build_gate
-from moesys.moe.capacity import Capacity
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
-from moesys.moe.gates import top_k as token_choice
 from moesys.moe.gates.projection import GateProjection
 from moesys.moe.layer import MoELayer
-from moesys.moe.losses import Balance
 from moesys.moe.shared import build_mix
+from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.build import KINDS, levels
 from moesys.parallel.dispatchers.travelling import TravellingDispatcher
 
@@ -48,12 +47,7 @@ def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -
     layer.scope = MegatronScope(groups)
     layer.layers = config.num_layers + (config.mtp_num_layers or 0)
     layer.per_token = config.calculate_per_token_loss
-    layer.coefficients = {
-        "balance": m.balance_loss,
-        "sequence_balance": m.sequence_balance_loss,
-        "global_balance": m.global_balance_loss,
-        "z": m.z_loss,
-    }
+    layer.config, layer.coefficients = config, settings.by_name(settings.balance(config))
     if groups.tp_ep.size() > 1:
         layer.dispatcher = _dispatcher(m.experts, groups, dispatch, device)
     mark(layer, config, groups)
@@ -87,27 +81,30 @@ def _parts(m: MoEConfig, config: Any, groups: Groups) -> MegatronMoE:
     if m.shared_experts:
         shared = SharedExperts(hidden, m.shared_width, m.activation, groups.tp, config.sequence_parallel)
     mix = build_mix(m.shared_mix, hidden) if m.shared_experts else None
-    return MegatronMoE(build_megatron_gate(m, hidden), experts, shared, mix=mix)
+    return MegatronMoE(build_megatron_gate(m, config), experts, shared, mix=mix)
 
 
-def build_megatron_gate(m: MoEConfig, hidden: int) -> Gate:
+def build_megatron_gate(m: MoEConfig, config: Any) -> Gate:
     """Token choice by Megatron's definitions, or one of the project's other gates."""
-    g = m.gate
+    g, hidden = m.gate, config.hidden_size
     if g.kind != "top_k":
         return build_gate(m, hidden, 0)
+    groups = MegatronGroups(g.groups, g.groups_kept, best=m.top_k // g.groups_kept) if g.groups > 1 else None
+    projection = DoubleProjection if config.moe_router_dtype == "fp64" else GateProjection
     return MegatronGate(
         hidden,
         m.experts,
         m.top_k,
         jitter=g.jitter,
+        biased=config.moe_router_enable_expert_bias,
+        global_balance="global_aux_loss" in settings.coefficients(config),
         score=g.score,
         normalize=m.normalize,
         scale=m.scale,
-        bias_rate=m.bias_rate,
-        groups=token_choice.Groups(g.groups, g.groups_kept, g.group_score) if g.groups > 1 else None,
-        capacity=Capacity(m.capacity_factor, drop=m.drop, pad=m.pad_to_capacity),
-        balance=Balance(m.balance_loss, m.sequence_balance_loss, m.global_balance_loss, m.z_loss),
-        projection=GateProjection(hidden, m.experts, g.bias),
+        groups=groups,
+        capacity=settings.capacity(config),
+        balance=settings.balance(config),
+        projection=projection(hidden, m.experts, g.bias),
     )
 
 
@@ -117,7 +114,10 @@ def _dispatcher(experts: int, groups: Groups, d: DispatchConfig, device: torch.d
         names: list[Any] = [None] * groups.tp_ep.size()
         dist.all_gather_object(names, socket.gethostname(), group=groups.tp_ep)
         more["levels"] = levels(groups.tp_ep, names, device, timedelta(minutes=10))
-    return KINDS[d.kind](experts, groups.tp_ep, groups.ep.size(), groups.expt_tp.size(), **more)
+    dispatcher = KINDS[d.kind](experts, groups.tp_ep, groups.ep.size(), groups.expt_tp.size(), **more)
+    if isinstance(dispatcher, AllGatherDispatcher):
+        dispatcher.wide = True
+    return dispatcher
 
 
 SPLIT = {"fc1": 3, "linear_fc1.bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}

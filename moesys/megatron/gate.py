@@ -3,23 +3,46 @@
 They differ from `TopKGate`'s in this: the balance losses count the plain k best scores, without selection
 bias and groups; the global loss is divided by the tokens of all data ranks, whose gradients are then averaged
 again, and uses the mean of the micro-batches so far; capacity is that of a rank's own tokens; the selection
-bias follows loads after drops; groups under softmax-after-selection are compared by logits.
+bias follows loads after drops, and may be frozen; groups under softmax-after-selection are compared by logits,
+and by as many of their best experts as a token has per group.
 
 T tokens of this rank, E experts, k choices per token, S positions, B sequences, T = S · B.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesys.kernels.gate import GateResult, best
+from moesys.megatron import settings
 from moesys.megatron.scope import MegatronTokens
-from moesys.moe.gates.top_k import TopKGate, load_of
+from moesys.moe.gates.projection import GateProjection
+from moesys.moe.gates.top_k import Groups, TopKGate, load_of
 from moesys.moe.routing import MicroBatch, Routing, Tokens
+
+
+class DoubleProjection(GateProjection):
+    """`GateProjection` in float64, from which all that follows is float64: Megatron's `moe_router_dtype` "fp64"."""
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return super().forward(x_TH.double())
+
+
+@dataclass(frozen=True)
+class MegatronGroups(Groups):
+    """`Groups` of which each is as good as the sum of its `best` best experts."""
+
+    best: int = 1
+
+    def limit(self, scores_TE: Tensor) -> Tensor:
+        grouped_TGE = scores_TE.unflatten(-1, (self.count, -1))
+        group_TG = grouped_TGE.topk(self.best, dim=-1).values.sum(-1)
+        kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(-1, best(group_TG, self.kept), True)
+        return grouped_TGE.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
 class MegatronGate(TopKGate):
@@ -28,6 +51,8 @@ class MegatronGate(TopKGate):
     Args:
         jitter: multiply the gate's input by uniform numbers from 1 ± jitter, drawn from torch's generator; in
             evaluation too, as Megatron does.
+        biased: whether there is a selection bias. How far it moves in a step Megatron alone knows: 0 freezes it.
+        global_balance: whether the global loss may be on, whatever its coefficient is now.
         options: those of `TopKGate`.
 
     Attributes:
@@ -38,18 +63,38 @@ class MegatronGate(TopKGate):
     local_tokens_per_expert: Tensor
     seen: Tensor
 
-    def __init__(self, hidden: int, experts: int, top_k: int, *, jitter: float = 0.0, **options: Any):
-        super().__init__(hidden, experts, top_k, **options)
-        self.jitter, self.counts_first = jitter, False
-        for name, wanted in (("local_tokens_per_expert", self.bias_rate), ("seen", self.balance.global_balance)):
+    def __init__(
+        self,
+        hidden: int,
+        experts: int,
+        top_k: int,
+        *,
+        jitter: float = 0.0,
+        biased: bool = False,
+        global_balance: bool = False,
+        **options: Any,
+    ):
+        # To TopKGate any rate but 0 means that there is a bias.
+        super().__init__(hidden, experts, top_k, bias_rate=float(biased), **options)
+        self.jitter, self.biased, self.counts_first = jitter, biased, False
+        for name, wanted in (("local_tokens_per_expert", biased), ("seen", global_balance)):
             if wanted:
                 self.register_buffer(name, torch.zeros(experts), persistent=False)
+        self.has_seen = global_balance
         self.passes = 0
         """Forward passes that `seen` counts."""
 
+    def follow(self, config: Any) -> None:
+        """Take what Megatron's router reads of its configuration in every forward pass."""
+        self.balance, self.capacity, self.scale = (
+            settings.balance(config),
+            settings.capacity(config),
+            settings.scale(config),
+        )
+
     @property
     def expert_bias(self) -> Tensor:
-        if not self.bias_rate:
+        if not self.biased:
             raise AttributeError("expert_bias")  # Megatron asks whether there is one
         return self.selection_bias
 
@@ -61,7 +106,7 @@ class MegatronGate(TopKGate):
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the loads of the global batch; Megatron calls it after each step."""
         self.passes = 0
-        if self.balance.global_balance:
+        if self.has_seen:
             self.seen.zero_()
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
@@ -73,13 +118,14 @@ class MegatronGate(TopKGate):
         limited = real_T is not None and not self.capacity.unlimited(self.training)
         stays_Tk = self._stays(chosen.weight_Tk, tokens) if limited else None
         routing = self._route(chosen, stays_Tk, replace(tokens, real_T=None), MicroBatch())
+        routing.weight_A = routing.weight_A.float()
         if real_T is not None:
             routing.load_E = load_of(chosen.expert_Tk, self.experts, real_T[:, None].expand_as(chosen.expert_Tk))
         if torch.is_grad_enabled():
             if self.training:
                 routing.losses = self._shares(logits_TE, chosen, tokens, scope)
-            if self.bias_rate:
-                self._follow(routing, tokens.real_T)
+            if self.biased:
+                self._count_kept(routing, tokens.real_T)
         return routing
 
     def _shaken(self, x_TH: Tensor) -> Tensor:
@@ -93,7 +139,7 @@ class MegatronGate(TopKGate):
         return super()._selection(logits_TE)
 
     @torch.no_grad()
-    def _follow(self, routing: Routing, real_T: Tensor | None) -> None:
+    def _count_kept(self, routing: Routing, real_T: Tensor | None) -> None:
         """Count assignments that were kept; fillers, whose weight is 0, and padding are none."""
         counted_A = routing.weight_A.detach() != 0
         if real_T is not None:
@@ -113,14 +159,15 @@ class MegatronGate(TopKGate):
 
     def _balances(self, chosen: GateResult, tokens: MegatronTokens, scope: MicroBatch) -> dict[str, Tensor]:
         scores_TE = self._normalized(chosen.probabilities_TE)
-        plain = not self.bias_rate and self.groups is None
+        plain = not self.biased and self.groups is None
         expert_Tk = chosen.expert_Tk if plain else best(scores_TE.detach(), self.top_k)
         map_TE = torch.zeros_like(scores_TE).scatter_(1, expert_Tk, 1.0)
         if tokens.real_T is not None:
             scores_TE, map_TE = (x * tokens.real_T[:, None] for x in (scores_TE, map_TE))
         found, load_E = {}, map_TE.sum(0)
         if self.balance.balance:
-            found["balance"] = self._balance(scores_TE.sum(0), scope.sum(load_E))
+            whole_E = scope.sum(load_E)
+            found["balance"] = self._balance(scores_TE.sum(0), whole_E, whole_E)
         if self.balance.sequence_balance:
             scores_BE, load_BE = (x.view(-1, tokens.sequences, x.shape[1]).sum(0) for x in (scores_TE, map_TE))
             found["sequence_balance"] = self._sequences(scores_BE, scope.sum(load_BE))
@@ -128,12 +175,12 @@ class MegatronGate(TopKGate):
             now_E = scope.sum_global(load_E)
             self.seen += now_E
             self.passes += 1
-            found["global_balance"] = self._balance(scores_TE.sum(0), self.seen / self.passes)
+            found["global_balance"] = self._balance(scores_TE.sum(0), self.seen / self.passes, now_E)
         return found
 
-    def _balance(self, score_E: Tensor, load_E: Tensor) -> Tensor:
-        """`E · Σ_e f_e · P_e`, f and P both over the tokens that `load_E` counts."""
-        count = load_E.sum() / self.top_k
+    def _balance(self, score_E: Tensor, load_E: Tensor, now_E: Tensor) -> Tensor:
+        """`E · Σ_e f_e · P_e`, f and P both over the tokens that `now_E` counts, this micro-batch's."""
+        count = now_E.sum() / self.top_k
         return self.experts * (score_E * load_E).sum() / (self.top_k * count * count).clamp(min=1.0)
 
     def _sequences(self, score_BE: Tensor, load_BE: Tensor) -> Tensor:

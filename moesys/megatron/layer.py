@@ -24,7 +24,9 @@ class MoESysLayer(MegatronModule):
         submodules: not used: all parts are the project's own.
         layer_number: the block's, from 1.
         pg_collection: process groups; default, as up to Megatron-Core 0.17, those of `parallel_state`.
-        is_mtp_layer, name: what versions from 0.18 on pass beside.
+        is_mtp_layer: whether the block is of multi-token prediction, whose `layer_number`s begin anew from 1: what
+            versions from 0.17 on say. Its losses are told after those of the decoder's blocks.
+        name: what versions from 0.18 on pass beside.
         options: what Megatron has no option for.
 
     Attributes:
@@ -50,19 +52,20 @@ class MoESysLayer(MegatronModule):
         m = from_transformer_config(config, options.gate)
         self.moe = build(m, config, self.groups, options.dispatch_config(config))
         again = config.recompute_modules if config.recompute_granularity == "selective" else ()
-        self.recompute = "moe" in (again or ())
-        if "shared_experts" in (again or ()) and not self.recompute:
-            rule = "the plug-in recomputes the whole MoE layer or nothing of it"
-            raise Refusal([Problem("recompute_modules", rule, "moe in place of shared_experts", "shared_experts")])
+        self.recompute = _recomputed(set(again or ()))
+        self.first = config.num_layers if is_mtp_layer else 0
+        if is_mtp_layer and getattr(config, "mtp_use_repeated_layer", False):
+            self.moe.repeats = config.mtp_num_layers or 1
         self.layer_number: int | None = None
         if layer_number is not None:
             self.set_layer_number(layer_number)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Name the block, from 1 over all pipeline stages, in metrics and in records of what travels."""
-        self.layer_number = self.moe.layer_number = layer_number
+        self.layer_number = layer_number
+        self.moe.layer_number = self.first + layer_number
         if hasattr(self.moe.dispatcher, "layer"):
-            self.moe.dispatcher.layer = f"layers.{layer_number - 1}.mlp"
+            self.moe.dispatcher.layer = f"layers.{self.first + layer_number - 1}.mlp"
 
     def forward(
         self, hidden_states: Tensor, *_: Any, padding_mask: Tensor | None = None, **__: Any
@@ -96,3 +99,14 @@ class MoESysLayer(MegatronModule):
     ) -> dict[str, Any]:
         """What `megatron.core.dist_checkpointing` saves, under the names of Megatron's own layer."""
         return sharded(self.moe, self.groups, f"{prefix}moe.", prefix, sharded_offsets, metadata)
+
+
+def _recomputed(modules: set[str]) -> bool:
+    """Whether the layer is computed again in backward, as these `recompute_modules` say."""
+    if "moe" in modules:
+        return True
+    if part := modules & {"shared_experts", "moe_act"}:
+        rule = "the plug-in recomputes the whole MoE layer or nothing of it"
+        given = " and ".join(sorted(part))
+        raise Refusal([Problem("recompute_modules", rule, f"moe in place of {given}", given)])
+    return False

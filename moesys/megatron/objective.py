@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from packaging.version import Version
 from torch import Tensor
 
+from moesys.megatron import settings
+from moesys.megatron.gate import MegatronGate
 from moesys.megatron.scope import MegatronScope
 from moesys.moe.layer import MoELayer
 
@@ -21,47 +26,86 @@ class MegatronMoE(MoELayer):
     """An `MoELayer` inside a Megatron model: x [S, B, H] → same.
 
     Attributes:
+        config: `TransformerConfig`, of which every forward pass reads the losses' coefficients and the capacity.
         layer_number: the block's, from 1 over all pipeline stages; None: losses are not reported.
-        layers: blocks of the whole model.
+        layers: blocks of the whole model, those of multi-token prediction included.
+        repeats: how often the block is run on a micro-batch: more than once if multi-token prediction repeats it.
         per_token: Megatron's `calculate_per_token_loss`: it divides gradients by tokens, not by micro-batches.
         coefficients: of the losses by our names, for they are reported without.
     """
 
     scope: MegatronScope
+    config: Any = None
     layer_number: int | None = None
     layers: int = 1
+    repeats: int = 1
     per_token: bool = False
     coefficients: dict[str, float]
+
+    def forward(self, x_SBH: Tensor, tokens_SB: Tensor | None = None) -> Tensor:
+        if isinstance(self.gate, MegatronGate):
+            self.gate.follow(self.config)
+            self.coefficients = settings.by_name(self.gate.balance)
+        return super().forward(x_SBH, tokens_SB)
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
         """0, through which backward reaches the losses with the scale that Megatron's schedules set."""
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
         for name, loss in losses.items():
-            self._report(name, loss.detach())
-        total = torch.stack(list(losses.values())).sum()
-        if self.per_token:
-            total = total * self.scope.real
+            self._report(name, loss.detach() / self.repeats)
+        total = torch.stack([loss * self._factor(name) for name, loss in losses.items()]).sum()
         nothing: Tensor = MoEAuxLossAutoScaler.apply(torch.zeros_like(total), total)
         return nothing
+
+    def _factor(self, name: str) -> Tensor | float:
+        """What Megatron multiplies a loss by in backward."""
+        # Of a block that is repeated it divides the balance losses, but z in the metrics alone.
+        share = 1.0 if name == "z" else 1 / self.repeats
+        return share * per_token_factor(name, self.scope) if self.per_token else share
 
     def _report(self, name: str, share: Tensor) -> None:
         """Megatron adds the shares up over ranks, but averages z."""
         if self.layer_number is None or not torch.is_grad_enabled():
             return
         value = share / self.coefficients.get(name, 1.0)
-        groups, all_data = self.scope.groups, name == "global_balance"
-        group = None if name == "z" else groups.tp_dp_cp if all_data else groups.tp_cp
-        value = value * self.scope.size if name == "z" else value
-        _record(NAMES.get(name, name), value, self.layer_number, self.layers, group, all_data)
+        groups = self.scope.groups
+        if name == "z":
+            value = value * self.scope.size
+            _record(NAMES[name], value, self.layer_number, self.layers, None, groups.tp_dp_cp, False)
+        else:
+            all_data = name == "global_balance"
+            group = groups.tp_dp_cp if all_data else groups.tp_cp
+            _record(NAMES.get(name, name), value, self.layer_number, self.layers, group, None, all_data)
 
 
-def _record(name: str, value: Tensor, number: int, layers: int, group: object, has_data: bool) -> None:
+def per_token_factor(name: str, scope: MegatronScope) -> Tensor | float:
+    """What the installed Megatron multiplies a loss by, where gradients are divided by the tokens of the global batch.
+
+    Those are tokens of all tensor and context ranks; up to 0.18 Megatron takes this rank's alone, so that losses
+    count TP · CP times too little, and of the loss of sequences one sequence's.
+    """
+    if version()[:2] >= (0, 19):
+        return scope.real * scope.size
+    return scope.real / scope.sequences if name == "sequence_balance" else scope.real
+
+
+def version() -> tuple[int, ...]:
+    """Of the installed megatron-core."""
+    from megatron.core.package_info import __version__
+
+    return Version(__version__).release
+
+
+def _record(
+    name: str, value: Tensor, number: int, layers: int, group: object, averaged: object, has_data: bool
+) -> None:
+    more = {"reduce_group": group, "avg_group": averaged}
     try:  # from 0.18 on
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     except ModuleNotFoundError:
         from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 
-        save_to_aux_losses_tracker(name, value, number, layers, reduce_group=group, reduce_group_has_dp=has_data)
+        save_to_aux_losses_tracker(name, value, number, layers, reduce_group_has_dp=has_data, **more)
     else:
-        get_moe_metrics_tracker().record(name, value, number, layers, reduce_group=group, needs_dp_avg=not has_data)
+        get_moe_metrics_tracker().record(name, value, number, layers, needs_dp_avg=not has_data, **more)

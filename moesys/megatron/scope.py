@@ -53,6 +53,8 @@ class MegatronScope(MicroBatch):
         self.groups, self.size = groups, groups.tp_cp.size()
         self.real: Tensor | int = 0
         """How many real tokens the last input of this rank had."""
+        self.sequences = 1
+        """And in how many sequences."""
 
     def sum(self, x: Tensor) -> Tensor:
         return x if self.size == 1 else comm.total(x, self.groups.tp_cp)
@@ -72,5 +74,5 @@ class MegatronScope(MicroBatch):
         rows = batch * sequence
         number_T = torch.arange(rows, device=device) + self.mine(rows).start
         real_T = None if tokens is None else tokens.reshape(-1)
-        self.real = rows if real_T is None else real_T.sum()
+        self.sequences, self.real = sequence, rows if real_T is None else real_T.sum()
         return MegatronTokens(number_T, sequence, real_T=real_T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -39,15 +40,19 @@ def _replaced(spec: Any, layer: ModuleSpec) -> Any:
     return spec
 
 
+def _engine(config: Any, given: bool | None) -> bool:
+    """Whether the layers around are Transformer Engine's: as `--transformer-impl` says, where that is installed."""
+    return bool(theirs.HAVE_TE and config.transformer_impl == "transformer_engine") if given is None else given
+
+
 def gpt_layer_spec(config: Any, options: Options | None = None, transformer_engine: bool | None = None) -> ModuleSpec:
     """A GPT block whose feed-forward is the plug-in, for models whose blocks are all MoE.
 
-    `transformer_engine`: whether the rest is Transformer Engine's; default: where it is installed.
+    `transformer_engine`: whether the rest is Transformer Engine's; default: as the configuration says.
     """
-    engine = theirs.HAVE_TE if transformer_engine is None else transformer_engine
     own = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     own |= {"qk_layernorm": config.qk_layernorm, "multi_latent_attention": config.multi_latent_attention}
-    if engine:
+    if _engine(config, transformer_engine):
         return with_plug_in(theirs.get_gpt_layer_with_transformer_engine_spec(**own), options)
     return with_plug_in(theirs.get_gpt_layer_local_spec(**own, normalization=config.normalization), options)
 
@@ -59,6 +64,30 @@ def gpt_block_spec(
 
     `stage`: what `get_gpt_decoder_block_spec` takes beside (`vp_stage`, `pp_rank`, `qk_l2_norm`).
     """
-    engine = theirs.HAVE_TE if transformer_engine is None else transformer_engine
-    block = theirs.get_gpt_decoder_block_spec(config, engine, normalization=config.normalization, **stage)
-    return with_plug_in(block, options)
+    own = {"normalization": config.normalization, "qk_l2_norm": config.qk_l2_norm} | stage
+    engine = _engine(config, transformer_engine)
+    return with_plug_in(theirs.get_gpt_decoder_block_spec(config, engine, **own), options)
+
+
+def gpt_mtp_spec(
+    config: Any, options: Options | None = None, transformer_engine: bool | None = None, **stage: Any
+) -> Any:
+    """The blocks of multi-token prediction, which are as the decoder's last; None where there are none.
+
+    `stage`: what `get_gpt_mtp_block_spec` takes beside (`vp_stage`, `pp_rank`).
+    """
+    if not config.mtp_num_layers:
+        return None
+    engine = _engine(config, transformer_engine)
+    own = {"normalization": config.normalization, "qk_l2_norm": config.qk_l2_norm} | stage
+    last = theirs.get_gpt_decoder_layer_specs(config, engine, **own)[-1]
+    return with_plug_in(theirs.get_gpt_mtp_block_spec(config, last, engine, **stage), options)
+
+
+def model_spec(options: Options | None = None) -> Callable[..., Any]:
+    """What a `GPTModelConfig` of Megatron-LM 0.19 takes as its `transformer_layer_spec`: a function of it."""
+
+    def spec(model: Any, vp_stage: int | None = None) -> Any:
+        return gpt_block_spec(model.transformer, options, vp_stage=vp_stage)
+
+    return spec

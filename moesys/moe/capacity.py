@@ -36,6 +36,7 @@ class Capacity:
             choices before first ones, then tokens whose best score is lowest (V-MoE, arXiv 2106.05974).
         pad: give every expert exactly C rows of each device, fillers of weight 0 among them, such that no
             shape depends on the data.
+        exact: compare weights by every bit; otherwise as `rounded`.
     """
 
     factor: float | None = None
@@ -43,6 +44,7 @@ class Capacity:
     minimum: int = 0
     drop: Drop = "weight"
     pad: bool = False
+    exact: bool = False
 
     def _factor(self, training: bool) -> float | None:
         return self.factor if training or self.eval_factor is None else self.eval_factor
@@ -92,7 +94,7 @@ def assign(
     keep_A = None if wish.wanted_Tk is None else wish.wanted_Tk.flatten()
     if limit is not None:
         wanted_A = torch.ones_like(token_A, dtype=torch.bool) if keep_A is None else keep_A
-        keep_A = _fitting(wish, wanted_A, number_T, experts, limit, rule.drop, scope)
+        keep_A = _fitting(wish, wanted_A, number_T, experts, limit, rule, scope)
         routing.dropped = wanted_A.sum() - keep_A.sum()
     if keep_A is None:
         return routing
@@ -104,7 +106,7 @@ def assign(
 
 
 def _fitting(
-    wish: Wish, wanted_A: Tensor, number_T: Tensor, experts: int, limit: int, drop: Drop, scope: MicroBatch
+    wish: Wish, wanted_A: Tensor, number_T: Tensor, experts: int, limit: int, rule: Capacity, scope: MicroBatch
 ) -> Tensor:
     """Which of this device's assignments fit into their expert: bool [A].
 
@@ -114,12 +116,13 @@ def _fitting(
     choice_A = torch.arange(top_k, device=number_T.device).repeat(tokens)
     # The last of `keys` counts most; each is unique to a place in the micro-batch, not in this device's part.
     keys = [number_T.repeat_interleave(top_k) * top_k + choice_A]
+    drop, compared = rule.drop, (lambda weight: weight) if rule.exact else rounded
     if drop == "weight":
-        keys.append(-rounded(wish.weight_Tk.detach().flatten()))
+        keys.append(-compared(wish.weight_Tk.detach().flatten()))
     elif drop == "choice":
         keys.append(choice_A)
     elif drop == "priority":
-        keys += [-rounded(wish.scores_TE.detach().amax(-1)).repeat_interleave(top_k), choice_A]
+        keys += [-compared(wish.scores_TE.detach().amax(-1)).repeat_interleave(top_k), choice_A]
     keys.append(torch.where(wanted_A, wish.expert_Tk.flatten(), experts))
     return (places([scope.gather(key) for key in keys]) < limit)[scope.mine(tokens * top_k)] & wanted_A
 

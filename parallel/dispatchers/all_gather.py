@@ -20,7 +20,14 @@ class AllGatherDispatcher(TravellingDispatcher):
     For small groups or many experts per token: a rank sends and receives every token once, however many
     experts it has. Assignments may be uneven; where tokens are too, each chunk is padded to its most of any
     rank. Every rank cuts its own tokens, so that no rank need know of others before counts have travelled.
+
+    Attributes:
+        wide: sum over the ranks in float32, as Megatron-Core does, for twice the bytes of the way back. Sums of
+            narrower numbers depend on the order of the ranks, which is another one for each: tokens that are alike
+            come out alike only if they are on one rank.
     """
+
+    wide = False
 
     def journeys(
         self,
@@ -83,9 +90,10 @@ class AllGatherDispatcher(TravellingDispatcher):
         if weight is not None:
             weight = weight.index_select(0, chosen)
         sums = compute(every_TH, token, place[chosen] - rank * self.local, weight, self.local, experts)
-        home = fly_home(sums, self.group, self.way("combine"))
+        wide = torch.promote_types(sums.dtype, torch.float32) if self.wide else sums.dtype
+        home = fly_home(sums.to(wide), self.group, self.way("combine"))
         yield from aloft(home)
-        return home.wait()[:tokens]
+        return home.wait()[:tokens].to(sums.dtype)
 
 
 def _most(tokens: list[int], chunks: int) -> list[int]:

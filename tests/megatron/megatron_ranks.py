@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moesys.megatron.arguments import Options
+from moesys.megatron.layer import MoESysLayer
 from moesys.megatron.weights import Place, part
 
 SIZES = {
@@ -60,6 +61,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "moe_router_topk": 4, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
     },
     "capacity": {"moe_expert_capacity_factor": 0.75},
+    "per token": {
+        "calculate_per_token_loss": True, "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.1, 0.2], "moe_z_loss_coeff": 0.05,
+    },
 }  # fmt: skip
 
 
@@ -84,13 +89,39 @@ def agree(name: str, options: dict[str, Any]) -> None:
     copy_weights(mine, theirs)
     seed = dist.get_rank() // SIZES[name][0]
     losses()
-    expected, told = run(theirs, seed), losses()
+    expected, told = run(theirs, seed), metrics()
     torch.testing.assert_close(run(mine, seed), expected, rtol=1e-5, atol=1e-5)
-    found = losses()
+    found = metrics()
     assert set(found) == set(told)
-    for key, values in told.items():
-        torch.testing.assert_close(found[key], values, rtol=1e-5, atol=1e-5)
+    for key, (values, whole) in told.items():
+        torch.testing.assert_close(found[key][0], values, rtol=1e-5, atol=1e-5)
+        if key == "z_loss":  # of which Megatron 0.16 reports one rank's
+            dist.all_reduce(values)
+            whole = values / dist.get_world_size()
+        torch.testing.assert_close(found[key][1], whole, rtol=1e-5, atol=1e-5)
     compare_gradients(mine, theirs)
+
+
+def metrics() -> dict[str, tuple[Tensor, Tensor]]:
+    """Losses by layer since the last call: this rank's, and what Megatron's logger makes of all ranks'."""
+    from megatron.core.transformer.moe.moe_utils import reduce_aux_losses_tracker_across_ranks
+
+    mine = losses(keep=True)
+    reduce_aux_losses_tracker_across_ranks()
+    whole = losses()
+    return {name: (values, whole[name]) for name, values in mine.items()}
+
+
+def alike(name: str) -> None:
+    """In bfloat16 the same tokens give the same bits on every rank, however they travel."""
+    config = config_of(name, num_layers=1, params_dtype=torch.bfloat16, bf16=True)
+    for kind in ("all_to_all", "all_gather", "hierarchical"):
+        layer = MoESysLayer(config, options=Options(dispatch=kind))
+        x = torch.randn(16, 2, HIDDEN, generator=torch.Generator().manual_seed(5)).bfloat16()
+        out = layer(x)[0].detach()
+        first = out.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(out, first), f"{kind}: {(out - first).abs().max()}"
 
 
 def reduced(name: str) -> tuple[Place, dict[str, Tensor], dict[str, Tensor]]:
@@ -194,6 +225,7 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
             if name not in ALONE:
                 for kind, options in OPTIONS.items():
                     found[f"{name}, {kind}"] = attempt(partial(agree, name, options))
+                found[f"alike {name}"] = attempt(partial(alike, name))
             found[f"reduced {name}"] = reduced(name)
             for journey in JOURNEYS:
                 if journey[0] == name and journey[:2] not in kept:

@@ -33,7 +33,8 @@ def megatron(**sizes: int) -> Iterator[None]:
             forget()
 
 
-def transformer_config(**options: Any) -> Any:
+def transformer_config(kind: Any = None, **options: Any) -> Any:
+    """A small `TransformerConfig`, or a `kind` of one."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     given = {
@@ -46,7 +47,7 @@ def transformer_config(**options: Any) -> Any:
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return TransformerConfig(**{**given, **options})
+        return (kind or TransformerConfig)(**{**given, **options})
 
 
 def block_spec(config: Any, options: Any = None, plug_in: bool = True) -> Any:
@@ -114,13 +115,21 @@ def compare_gradients(mine: nn.Module, theirs: nn.Module) -> None:
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def losses() -> dict[str, Tensor]:
-    """What is in Megatron's metrics since the last call, by layer."""
-    from megatron.core.transformer.moe import moe_utils
+def losses(keep: bool = False) -> dict[str, Tensor]:
+    """What is in Megatron's metrics since the last call, by layer; `keep`: it stays there."""
+    try:  # from 0.18 on
+        from megatron.core.transformer.moe import moe_logging
+    except ImportError:
+        from megatron.core.transformer.moe import moe_utils
 
-    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-    found = {name: entry["values"].clone() for name, entry in tracker.items()}
-    tracker.clear()
+        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+        found = {name: entry["values"].clone() for name, entry in tracker.items()}
+        if not keep:
+            tracker.clear()
+        return found
+    found = {name: entry.values.clone() for name, entry in moe_logging.get_moe_metrics_tracker().metrics.items()}
+    if not keep:
+        moe_logging.destroy_moe_metrics_tracker()
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from inspect import signature
 from math import ceil
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from moesys.errors import ConfigError
 from moesys.megatron.arguments import Options
 from moesys.megatron.layer import MoESysLayer
 from moesys.megatron.specs import gpt_layer_spec, moe_layer_spec, with_plug_in
+from moesys.megatron.weights import from_megatron
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +77,7 @@ LOSSES = {
     "moe_aux_loss_coeff": [0.1, 0.2, 0.3],
     "moe_z_loss_coeff": 0.05,
 }
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "softmax top-1": {**PRE, "moe_router_topk": 1},
     "softmax top-2": {},
     "softmax top-8": {"moe_router_topk": 8},
@@ -86,6 +88,22 @@ CASES = {
     "groups by the best": {**PRE, **LIMITED},
     "groups by the best two": {**BIASED, **LIMITED, "moe_router_topk": 4},
     "groups by logits": {**LIMITED, "moe_router_topk": 4},
+    "groups by the best three": {
+        **BIASED,
+        "num_moe_experts": 12,
+        "moe_router_topk": 6,
+        "moe_router_num_groups": 3,
+        "moe_router_group_topk": 2,
+    },
+    "one group, which is kept": {
+        **BIASED,
+        "moe_router_topk": 8,
+        "num_moe_experts": 16,
+        "moe_router_num_groups": 1,
+        "moe_router_group_topk": 1,
+        "moe_router_bias_update_rate": 0.0,
+    },
+    "routed in float64": {**BIASED, **LOSSES, "moe_router_dtype": "fp64"},
     "capacity": {"moe_expert_capacity_factor": 0.75},
     "capacity, padded": {"moe_expert_capacity_factor": 0.75, "moe_pad_expert_input_to_capacity": True},
     "shared": {"moe_shared_expert_intermediate_size": 12},
@@ -97,6 +115,12 @@ CASES = {
         "calculate_per_token_loss": True,
         "moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"],
         "moe_aux_loss_coeff": [0.1, 0.3],
+    },
+    "sequences per token": {
+        "calculate_per_token_loss": True,
+        "moe_router_load_balancing_type": ["seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.2],
+        "moe_z_loss_coeff": 0.05,
     },
     "all-gather": {"moe_token_dispatcher_type": "allgather"},
     "dense and MoE": {"moe_layer_freq": [0, 1], **LOSSES},
@@ -127,6 +151,50 @@ def test_expert_biases_move_alike() -> None:
             torch.testing.assert_close(own.moe.gate.expert_bias, other.router.expert_bias)
             for gate in (own.moe.gate, other.router):
                 gate.local_tokens_per_expert.zero_()
+
+
+def test_a_frozen_bias_chooses_and_does_not_move() -> None:
+    from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
+
+    options = {**BIASED, "moe_router_bias_update_rate": 0.0}
+    mine, theirs = both(**options)
+    agree(mine, theirs)
+    ((own, other), *_) = moe_pairs(mine, theirs)
+    before = own.moe.gate.expert_bias.clone()
+    assert before.abs().min() > 0 and own.moe.gate.local_tokens_per_expert.sum() > 0
+    _update_router_expert_bias([mine], transformer_config(**options))
+    assert torch.equal(own.moe.gate.expert_bias, before) and torch.equal(before, other.router.expert_bias)
+
+
+def test_what_changes_in_the_configuration_holds_from_the_next_pass_on() -> None:
+    """Frameworks raise coefficients in steps, and change capacity for evaluation."""
+    mine, theirs = both(**{**LOSSES, "moe_aux_loss_coeff": [0.1, 0.0, 0.0], "moe_expert_capacity_factor": 1.0})
+    config = mine.config
+    assert config is theirs.config
+    changes = (
+        {"moe_aux_loss_coeff": [0.3, 0.2, 0.5], "moe_z_loss_coeff": 0.4},
+        {"moe_aux_loss_coeff": [0.0, 0.2, 0.0], "moe_z_loss_coeff": None},
+        {"moe_router_topk_scaling_factor": 2.5, "moe_expert_capacity_factor": 0.75},
+        {"moe_expert_capacity_factor": None, "moe_router_topk_scaling_factor": None},
+    )
+    for _, other in moe_pairs(mine, theirs):
+        # Megatron makes these where the coefficient is not 0 when the layer is built.
+        other.router.global_tokens_per_expert, other.router.ga_steps = torch.zeros(8), torch.zeros(())
+    agree(mine, theirs)
+    for change in changes:
+        for name, value in change.items():
+            setattr(config, name, value)
+        mine.zero_grad()
+        theirs.zero_grad()
+        agree(mine, theirs)
+
+
+def test_global_losses_of_micro_batches_with_unlike_padding() -> None:
+    mine, theirs = both(moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.5)
+    for seed, real in enumerate((8, 3, 5)):
+        padding = torch.zeros(batch()[0].shape, dtype=torch.bool)
+        padding[:, real:] = True
+        agree(mine, theirs, seed=seed, padding_mask=padding)
 
 
 def test_global_losses_of_two_micro_batches() -> None:
@@ -198,6 +266,35 @@ def test_recomputed_alike() -> None:
             torch.testing.assert_close(recomputed[name], value)
 
 
+MTP = {
+    "mtp_num_layers": 2, "mtp_use_repeated_layer": True, "moe_router_load_balancing_type": ["aux_loss"],
+    "moe_aux_loss_coeff": [0.1], "moe_z_loss_coeff": 0.05,
+}  # fmt: skip
+
+
+if "is_mtp_layer" in signature(MoELayer).parameters:  # from 0.17 on
+
+    def test_losses_of_multi_token_prediction_are_told_after_the_decoders() -> None:
+        config = transformer_config(**MTP)
+        theirs = gpt_model(config, False).decoder.layers[1].mlp
+        theirs = type(theirs)(config, theirs.submodules, pg_collection=get_default_pg_collection(), is_mtp_layer=True)
+        mine = MoESysLayer(config, pg_collection=get_default_pg_collection(), is_mtp_layer=True, name="mtp")
+        mine.moe.load_state_dict(from_megatron(theirs.state_dict()))
+        told = []
+        losses()
+        for layer in (mine, theirs):
+            layer.set_layer_number(1)
+            x = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(2))
+            for _ in range(2):
+                layer(x)[0].sum().backward()
+            told.append(losses())
+        assert set(told[0]) == {"load_balancing_loss", "z_loss"}
+        for name, found in told[0].items():
+            assert len(found) == 4 and found[2] > 0 and found[[0, 1, 3]].abs().sum() == 0, name
+            torch.testing.assert_close(found, told[1][name])
+        torch.testing.assert_close(mine.moe.gate.projection.weight.grad, theirs.router.weight.grad)
+
+
 def test_capacity_by_position(monkeypatch) -> None:
     # Megatron takes the first rows by the largest of zeros and ones, and hopes that topk keeps their order.
     monkeypatch.setattr(torch, "topk", first_of_equals)
@@ -254,9 +351,10 @@ def test_one_block_for_all() -> None:
     block = gpt_layer_spec(transformer_config(), transformer_engine=False)
     assert block.submodules.mlp == moe_layer_spec()
     theirs = get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=False)
-    assert theirs.submodules.mlp.module is MoELayer
+    before = theirs.submodules.mlp
+    assert "module" not in vars(before) or before.module is MoELayer
     assert with_plug_in([theirs])[0].submodules.mlp == moe_layer_spec()
-    assert theirs.submodules.mlp.module is MoELayer
+    assert theirs.submodules.mlp is before
 
 
 def test_takes_what_later_versions_pass() -> None:
@@ -338,9 +436,9 @@ def hybrid(plug_in: bool) -> nn.Module:
     spec = with_plug_in(stack) if plug_in else stack
     torch.manual_seed(5)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return MambaStack(
-        config, spec.submodules, hybrid_override_pattern="*E*E", post_layer_norm=False, pg_collection=groups
-    )
+    by_text = "hybrid_override_pattern" in signature(MambaStack).parameters  # up to 0.17
+    pattern = {"hybrid_override_pattern": "*E*E"} if by_text else {"layer_type_list": list("*E*E")}
+    return MambaStack(config, spec.submodules, post_layer_norm=False, pg_collection=groups, **pattern)
 
 
 def test_blocks_of_a_hybrid_model() -> None:

@@ -24,6 +24,12 @@ def test_equals_megatrons_own_layer(found, name, options):
         assert not every[f"{name}, {options}"], every[f"{name}, {options}"]
 
 
+@pytest.mark.parametrize("name", [name for name in SIZES if name not in ALONE])
+def test_tokens_that_are_alike_come_out_alike_on_every_rank(found, name):
+    for every in found:
+        assert not every[f"alike {name}"], every[f"alike {name}"]
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_reduced_gradients_do_not_depend_on_the_layout(found, name):
     """Of the same four parts of a batch, by Megatron's data-parallel reduction."""

@@ -1,0 +1,127 @@
+"""Fields of Megatron-Core's `TransformerConfig` that the plug-in refuses, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moesys.errors import Problem
+
+
+def _is_set(config: Any, value: Any) -> bool:
+    return bool(value)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What a field asks for, in a sentence on why the plug-in has it not.
+
+    Attributes:
+        why: the reason.
+        remedy: what to do.
+        asks: whether `value`, the field's in `config`, asks for it.
+    """
+
+    why: str
+    remedy: str = "leave it unset, or use Megatron's own layer"
+    asks: Callable[[Any, Any], bool] = _is_set
+
+
+def _is_given(config: Any, value: Any) -> bool:
+    return value is not None
+
+
+def _more_than_one(config: Any, value: Any) -> bool:
+    return value is not None and value > 1
+
+
+def _more_shards_than(size: str) -> Callable[[Any, Any], bool]:
+    return lambda config, value: value is not None and value != (getattr(config, size) or 1)
+
+
+def _other_than(*plain: Any) -> Callable[[Any, Any], bool]:
+    return lambda config, value: value not in plain
+
+
+def _inside_the_layer(config: Any, value: Any) -> bool:
+    inside = {"expert_fc1", "moe_act", "fused_group_mlp"}
+    return bool(getattr(config, "fine_grained_activation_offloading", False)) and bool(inside & set(value or ()))
+
+
+BITS = "experts do not compute in eight bits"
+GRAPHS = "split sizes of dispatch are not known when a graph is captured"
+SHARDS = "weights are split over tensor and expert ranks alone"
+BLOCKS = "the gate and the linear part of an activation lie one after the other, not in blocks in turn"
+INFERENCE = "the layer has no way of its own for inference"
+
+REFUSED = {
+    "moe_latent_size": Refused("experts work on the whole hidden size"),
+    "moe_apply_probs_on_input": Refused("weights multiply the experts' outputs"),
+    "moe_enable_routing_replay": Refused("routing is not replayed"),
+    "moe_router_force_load_balancing": Refused("logits are not random"),
+    "moe_router_force_biased": Refused("logits are not random", asks=_is_given),
+    "moe_router_padding_for_quantization": Refused(BITS),
+    "moe_router_padding_for_fp8": Refused(BITS),
+    "moe_router_topk_limited_devices": Refused(
+        "Megatron replaced it by moe_router_num_groups and moe_router_group_topk"
+    ),
+    "moe_token_dropping": Refused("Megatron does not support it", "moe_expert_capacity_factor drops tokens"),
+    "moe_extended_tp": Refused("Megatron replaced it by expert_tensor_parallel_size"),
+    "moe_expert_rank_capacity_factor": Refused(
+        "capacity is of experts, not of ranks", "moe_expert_capacity_factor", _is_given
+    ),
+    "moe_mlp_glu_interleave_size": Refused(BLOCKS, asks=_is_given),
+    "moe_shared_expert_glu_interleave_size": Refused(BLOCKS, asks=_is_given),
+    "moe_paged_stash": Refused("activations of experts stay where they are"),
+    "moe_pad_experts_for_cuda_graph_inference": Refused(INFERENCE),
+    "use_inference_optimized_layers": Refused(INFERENCE),
+    "transformer_impl": Refused(
+        INFERENCE, "transformer_engine or local", lambda config, value: value == "inference_optimized"
+    ),
+    "fp8": Refused(BITS),
+    "fp4": Refused("experts do not compute in four bits"),
+    "quant_recipe": Refused(BITS, asks=_is_given),
+    "use_kitchen": Refused(BITS),
+    "activation_func_fp8_input_store": Refused("what backward needs of activations is kept in the model's type"),
+    "batch_invariant_mode": Refused("its kernels may depend on how many tokens there are"),
+    "overlap_moe_expert_parallel_comm": Refused("tokens travel beside the shared experts and other chunks alone"),
+    "overlap_dispatch_backward_with_experts_wgrad": Refused("gradients of weights are computed with those of inputs"),
+    "delay_wgrad_compute": Refused("gradients of weights are computed with those of inputs"),
+    "cuda_graph_impl": Refused(GRAPHS, "set it to none", _other_than(None, "none")),
+    "enable_cuda_graph": Refused(GRAPHS),
+    "external_cuda_graph": Refused(GRAPHS),
+    "cpu_offloading": Refused("its activations stay on the GPU"),
+    "offload_modules": Refused(
+        "inside of the layer activations stay on the GPU",
+        "leave out expert_fc1, moe_act and fused_group_mlp",
+        _inside_the_layer,
+    ),
+    "init_model_with_meta_device": Refused(
+        "its weights get their values when it is built", "--no-init-model-with-meta-device"
+    ),
+    "use_mup": Refused(
+        "the optimizer would scale the experts' stacked biases as matrices",
+        "--disable-bias-linear",
+        lambda config, value: bool(value and config.add_bias_linear),
+    ),
+    "gtp_weight_remat_size": Refused(SHARDS, "leave it 1", _more_than_one),
+    "expert_gtp_weight_remat_size": Refused(SHARDS, "leave it 1", _more_than_one),
+    "tensor_parallel_num_weight_shards": Refused(
+        SHARDS, "as many as tensor_model_parallel_size", _more_shards_than("tensor_model_parallel_size")
+    ),
+    "expert_tensor_parallel_num_weight_shards": Refused(
+        SHARDS, "as many as expert_tensor_parallel_size", _more_shards_than("expert_tensor_parallel_size")
+    ),
+}
+"""By field; a field that a release of Megatron-Core does not have asks for nothing."""
+
+
+def refused(config: Any) -> list[Problem]:
+    """What `config` asks for that the plug-in has not."""
+    found = []
+    for name, rule in REFUSED.items():
+        value = getattr(config, name, None)
+        if hasattr(config, name) and rule.asks(config, value):
+            found.append(Problem(name, f"not in the plug-in: {rule.why}", rule.remedy, repr(value)))
+    return found

@@ -1,0 +1,63 @@
+"""What Megatron-Core's router reads of its configuration in every forward pass.
+
+Frameworks change it during a run: a coefficient that is raised in steps, a capacity for evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import ceil
+from typing import Any
+
+from moesys.moe.capacity import Capacity
+from moesys.moe.losses import Balance
+
+
+@dataclass(frozen=True)
+class MegatronCapacity(Capacity):
+    """`Capacity` of this rank's tokens, rounded as Megatron's `get_capacity` rounds."""
+
+    def limit(self, training: bool, tokens: int, top_k: int, experts: float) -> int | None:
+        if self.factor is None:
+            return None
+        # In this order: a factor of 1.1 makes 400 · 2 / 8 · 1.1 more than 110, and C 111.
+        return min(ceil(tokens * top_k / experts * self.factor), tokens)
+
+
+def coefficients(config: Any) -> dict[str, float]:
+    """Coefficients of the balance losses by Megatron's types; of one type named twice the first counts."""
+    kinds, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    pairs = zip(kinds, values, strict=True) if isinstance(kinds, list) else [(kinds, values)]
+    return dict(reversed([(kind, value or 0.0) for kind, value in pairs]))
+
+
+def balance(config: Any) -> Balance:
+    """The coefficients of the losses by this project's names."""
+    found = coefficients(config)
+    return Balance(
+        found.get("aux_loss", 0.0),
+        found.get("seq_aux_loss", 0.0),
+        found.get("global_aux_loss", 0.0),
+        config.moe_z_loss_coeff or 0.0,
+    )
+
+
+def by_name(balance: Balance) -> dict[str, float]:
+    """The coefficients by their names."""
+    return {f.name: getattr(balance, f.name) for f in fields(balance)}
+
+
+def capacity(config: Any) -> MegatronCapacity:
+    """Capacity and who goes when an expert is full; weights are compared exactly, as Megatron compares them."""
+    drop = config.moe_token_drop_policy
+    return MegatronCapacity(
+        config.moe_expert_capacity_factor,
+        drop="weight" if drop == "probs" else "position",
+        pad=config.moe_pad_expert_input_to_capacity,
+        exact=True,
+    )
+
+
+def scale(config: Any) -> float:
+    """The factor on the weights."""
+    return float(config.moe_router_topk_scaling_factor or 1.0)
