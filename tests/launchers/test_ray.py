@@ -38,14 +38,17 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
     token = tmp_path / "token"
     token.write_text("0123456789" * 4)
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, str(Path(__file__).with_name("cluster.py"))]
-    env = {**os.environ, **settings}
-    process = subprocess.Popen(
-        command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    while ":" not in (line := process.stdout.readline()):
-        assert line, "the cluster did not start"
-    yield line.split()[-1], str(token)
+    for _ in range(3):  # Ray gives a node that starts 30 seconds, which a busy machine exceeds
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("cluster.py"))],
+            env={**os.environ, **settings}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        lines = iter(process.stdout.readline, "")
+        if address := next((line.split()[-1] for line in lines if ":" in line), ""):
+            break
+    assert address, "the cluster did not start"
+    yield address, str(token)
     process.communicate()
 
 
