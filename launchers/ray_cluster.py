@@ -238,8 +238,9 @@ def authenticate(address: str) -> None:
     """
     if not address.rpartition(":")[2].isdigit() or _accepts_us(address):
         return
-    if maybe_enable_token_auth_if_token_available(warn_if_disabled=False) and _accepts_us(address):
-        return
+    with suppress(AuthenticationError):  # RAY_AUTH_TOKEN_PATH names no file
+        if maybe_enable_token_auth_if_token_available(warn_if_disabled=False) and _accepts_us(address):
+            return
     mode = os.environ.get("RAY_AUTH_MODE")
     wrong = (
         "and the one that is set here is another's" if mode == "token" else f"and RAY_AUTH_MODE is {mode or 'not set'}"
