@@ -22,6 +22,7 @@ from rich.text import Text
 
 from moesys.launchers.failure import log_file
 from moesys.launchers.follow import Tail
+from moesys.launchers.noise import Quiet
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
@@ -49,7 +50,7 @@ class Progress:
         self.interval_s = interval_s
         self._metrics = Tail(run_dir / "metrics.jsonl")
         self._ranks = run_dir / "ranks.json"
-        self._output = Tail(log_file(run_dir, 0))
+        self._output = Quiet(log_file(run_dir, 0))
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._phase, self._since = "", time.monotonic()
         self._latest: Metrics | None = None
