@@ -413,8 +413,7 @@ class LaunchConfig(Section):
     threads: Positive | None = None
     """CPU threads per worker; default: the node's cores divided by ranks_per_node, at least 1."""
     env: dict[str, str] = {}
-    """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller; a value $NAME
-    stands for the caller's variable. Secrets, by their names, are not written into the run's folder."""
+    """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller."""
     slurm: dict[str, str] = {}
     """slurm: sbatch options without the dashes, for example {partition: gpu, time: "04:00:00"}."""
 
