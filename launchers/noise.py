@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-from moesys.launchers.follow import Tail
-
 NOISE = re.compile(
     r"\[[IW]\d{4} \d\d:\d\d:\d\d"  # PyTorch's C++ notes and warnings: "[W1127 23:05:05.123 socket.cpp:767] [c10d] …"
     r"|(USDT|STAGE|INFO|WARNING):\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \d+:\d+ "  # Kineto, PyTorch's profiler
@@ -13,11 +11,6 @@ NOISE = re.compile(
 )
 
 
-class Quiet(Tail):
-    """A log of a worker without the lines that are noise."""
-
-    def lines(self) -> list[str]:
-        return [line for line in super().lines() if not NOISE.match(line)]
-
-    def last(self) -> list[str]:
-        return [line for line in super().last() if not NOISE.match(line)]
+def is_noise(line: str) -> bool:
+    """Whether a line of a worker's output is of no use to whoever launched it."""
+    return NOISE.match(line) is not None

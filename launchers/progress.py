@@ -20,9 +20,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from moesys.launchers import noise
 from moesys.launchers.failure import log_file
 from moesys.launchers.follow import Tail
-from moesys.launchers.noise import Quiet
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
@@ -50,7 +50,7 @@ class Progress:
         self.interval_s = interval_s
         self._metrics = Tail(run_dir / "metrics.jsonl")
         self._ranks = run_dir / "ranks.json"
-        self._output = Quiet(log_file(run_dir, 0))
+        self._output = Tail(log_file(run_dir, 0))
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._phase, self._since = "", time.monotonic()
         self._latest: Metrics | None = None
@@ -122,7 +122,8 @@ class Progress:
         return not self._printed_step or tenth or time.monotonic() - self._printed_at >= self.interval_s
 
     def _print(self, line: str) -> None:
-        self.console.print(Text.from_ansi(line), soft_wrap=True)
+        if not noise.is_noise(line):
+            self.console.print(Text.from_ansi(line), soft_wrap=True)
 
     def _draw(self) -> None:
         self._live.update(bar(self._latest) if self._latest else self._waiting(), refresh=True)
