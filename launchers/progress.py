@@ -20,7 +20,6 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from moesys.launchers import noise
 from moesys.launchers.failure import log_file
 from moesys.launchers.follow import Tail
 
@@ -122,8 +121,7 @@ class Progress:
         return not self._printed_step or tenth or time.monotonic() - self._printed_at >= self.interval_s
 
     def _print(self, line: str) -> None:
-        if not noise.is_noise(line):
-            self.console.print(Text.from_ansi(line), soft_wrap=True)
+        self.console.print(Text.from_ansi(line), soft_wrap=True)
 
     def _draw(self) -> None:
         self._live.update(bar(self._latest) if self._latest else self._waiting(), refresh=True)
