@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from moesys.launchers.noise import is_noise
+
 
 class Tail:
     """Reads the lines appended to a file, each once; the file need not exist yet.
@@ -21,7 +23,7 @@ class Tail:
             self._offset = path.stat().st_size
 
     def lines(self) -> list[str]:
-        """The lines completed since the last call, without their line ends; bad UTF-8 is replaced."""
+        """The lines completed since the last call, without their line ends and without noise; bad UTF-8 is replaced."""
         try:
             with self.path.open("rb") as file:
                 state = os.fstat(file.fileno())
@@ -34,10 +36,11 @@ class Tail:
             return []
         self._offset += len(data)
         *complete, self._rest = (self._rest + data).split(b"\n")
-        return [line.decode(errors="replace").rstrip("\r") for line in complete]
+        lines = (line.decode(errors="replace").rstrip("\r") for line in complete)
+        return [line for line in lines if not is_noise(line)]
 
     def last(self) -> list[str]:
         """The lines not read yet and the unfinished last one, once nothing more will be written."""
         lines = self.lines()
         rest, self._rest = self._rest.decode(errors="replace"), b""
-        return [*lines, rest] if rest else lines
+        return [*lines, rest] if rest and not is_noise(rest) else lines

@@ -55,8 +55,8 @@ def job_environment(spec: RunSpec) -> dict[str, str]:
 class RayWorkers:
     """The workers of a run as actors of Ray Train.
 
-    `worker` ("module:function") is called in each as `function(config, run_dir)`, with torch.distributed
-    initialised and its environment variables set.
+    `worker` ("module:function") is called in each as `function(config, run_dir)`, with the variables set by which
+    ranks meet (`moesys.parallel.rendezvous`).
     """
 
     def __init__(self, spec: RunSpec, worker: str = "moesys.train.worker:run"):
@@ -83,6 +83,8 @@ class RayWorkers:
         self._closing.enter_context(ray_cluster.environment(RAY_ENV | job_env))
         address = ray_cluster.find_address(self.spec.config.launch.ray_address)
         self._check_nodes(address)
+        log = self.spec.run_dir / "logs" / "ray.log"
+        self._closing.enter_context(ray_cluster.deaths_to(log))
         owned = leftovers.Owned("ray")
         self._closing.callback(owned.remove)
         if address is None:
@@ -94,7 +96,7 @@ class RayWorkers:
             owned.claim(self._storage)
         self._closing.callback(self._ray.stop)
         try:
-            with ray_cluster.output_to(self.spec.run_dir / "logs" / "ray.log"):
+            with ray_cluster.output_to(log):
                 self._ray.start(job_env)
         except LaunchError:
             self._keep_logs()

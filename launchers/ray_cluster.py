@@ -79,12 +79,11 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 @contextmanager
 def output_to(log: Path) -> Iterator[None]:
-    """Append to `log` what this process prints meanwhile, from C++ as well, and what Ray's threads ever die of.
+    """Append to `log` what this process prints meanwhile, from C++ as well.
 
     Ray asks its users to report what it prints there. What it raises is enough for ours.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    threading.excepthook = lambda death: _append(log, death)
     sys.stdout.flush()
     sys.stderr.flush()
     shown = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
@@ -104,9 +103,22 @@ def output_to(log: Path) -> Iterator[None]:
             log.unlink()
 
 
-def _append(log: Path, death: threading.ExceptHookArgs) -> None:
-    with suppress(OSError), log.open("a", encoding="utf-8", errors="replace") as file:
-        traceback.print_exception(death.exc_type, death.exc_value, death.exc_traceback, file=file)
+@contextmanager
+def deaths_to(log: Path) -> Iterator[None]:
+    """Append to `log` what threads of this process die of meanwhile: Ray's do, when what they talk to is gone."""
+    before = threading.excepthook
+
+    def append(death: threading.ExceptHookArgs) -> None:
+        with suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a", encoding="utf-8", errors="replace") as file:
+                traceback.print_exception(death.exc_type, death.exc_value, death.exc_traceback, file=file)
+
+    threading.excepthook = append
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class EmbeddedRay:
@@ -227,8 +239,9 @@ def authenticate(address: str) -> None:
     """
     if not address.rpartition(":")[2].isdigit() or _accepts_us(address):
         return
-    if maybe_enable_token_auth_if_token_available(warn_if_disabled=False) and _accepts_us(address):
-        return
+    with suppress(AuthenticationError):  # RAY_AUTH_TOKEN_PATH names no file
+        if maybe_enable_token_auth_if_token_available(warn_if_disabled=False) and _accepts_us(address):
+            return
     mode = os.environ.get("RAY_AUTH_MODE")
     wrong = (
         "and the one that is set here is another's" if mode == "token" else f"and RAY_AUTH_MODE is {mode or 'not set'}"

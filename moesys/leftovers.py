@@ -55,27 +55,32 @@ class Owner:
         """Whether it certainly runs no more; False where that cannot be known from here."""
         if self.host != os.uname().nodename:
             return False
-        if self.boot != _boot():
+        if None not in (self.boot, boot := _boot()) and self.boot != boot:
             return True
         if self.space != _space():
             return False
-        if self.start is not None:
-            return _started(self.pid) != self.start
         try:
+            if self.start is not None:
+                return _started(self.pid) != self.start
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:
+        except OSError:
             return False
         return False
 
 
 def _started(pid: int) -> str | None:
-    """When a running process started; None if there is none (or only one that waits to be reaped)."""
-    with suppress(OSError):
+    """When a running process started; None if there is none (or only one that waits to be reaped).
+
+    Raises:
+        OSError: the system does not say.
+    """
+    try:
         words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if words[0] in "ZX" else words[19]
-    return None
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if words[0] in "ZX" else words[19]
 
 
 def _boot() -> str | None:

@@ -91,6 +91,16 @@ def test_a_number_in_use_again_is_another_process() -> None:
     assert replace(here, pid=2**22 + 1).is_dead()
 
 
+def test_who_cannot_be_looked_at_is_not_called_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Owner.here()
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert not here.is_dead() and not replace(here, start="1").is_dead()
+
+
 def test_a_folder_that_another_took_over_is_left_to_it(tmp_path: Path) -> None:
     first, second = Owned("ray"), Owned("ray")
     first.claim(tmp_path / "shared")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from statistics import median
 
@@ -13,6 +14,7 @@ from support import changed
 
 from moesys.cli import main
 from moesys.launchers.hosts import Hosts, unavailable
+from moesys.launchers.lock import locked
 from moesys.measure.explain import explain
 from moesys.measure.explanation import Breakdown
 from moesys.measure.step import read_steps
@@ -48,6 +50,32 @@ def test_hosts_reach_each_other_and_leave_nothing() -> None:
         made = hosts.namespace(0)
     assert reached == 0
     assert made not in names()
+
+
+KEPT = """
+import sys
+from moesys.launchers.hosts import Hosts
+with Hosts(2) as hosts:
+    print(hosts.namespace(0), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_next_start_of_any_kind_removes_the_hosts_of_a_killed_launch(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", KEPT]
+    killed = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    made = killed.stdout.readline().strip()
+    bridge = made.removesuffix("h0")
+    killed.kill()
+    killed.wait()
+    assert made in names() and bridge in links()
+    with locked(tmp_path / "run"):
+        assert bridge not in names() and bridge not in links()
+    killed.communicate()
+
+
+def links() -> str:
+    return subprocess.run(["ip", "link"], capture_output=True, text=True).stdout
 
 
 def _has_ping() -> bool:

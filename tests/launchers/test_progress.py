@@ -35,6 +35,27 @@ def shown(run_dir: Path, write, terminal: bool = False, **options: float) -> str
     return console.file.getvalue()
 
 
+def test_what_libraries_note_for_themselves_stays_in_the_log(tmp_path: Path) -> None:
+    noise = (
+        "[W1127 23:05:05.123456789 socket.cpp:767] [c10d] The hostname of the client socket cannot be …",
+        "[I1127 23:05:05.123456789 ProcessGroupNCCL.cpp:954] [PG 0 Rank 0] initialization options: size: 2",
+        "USDT:2026-11-27 23:25:36 24045:24045 SyncActivityProfilerHandler.cpp:52] profiler_start",
+        "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1",
+    )
+    signal = (
+        "[E1127 23:05:05.1 ProcessGroupNCCL.cpp:632] Watchdog caught collective operation timeout",
+        "[W] of a user",
+    )
+
+    def write(progress: Progress) -> None:
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "rank-0.log").write_text("".join(f"{line}\n" for line in (*noise, *signal)) + noise[0])
+
+    text = shown(tmp_path, write)
+    assert all(line in text for line in signal)
+    assert not any(line[:20] in text for line in noise)
+
+
 def test_a_line_has_all_figures():
     assert line_of(STEP) == (
         "step 1/100  loss 5.1234  tokens/s 12,346  grad norm 1.500  imbalance 1.25  exposed a2a 12.5%  left 1:02:05"

@@ -21,6 +21,11 @@ def test_the_callers_variables_travel_and_launch_env_wins(config):
     assert "HOME" not in env and "CUDA_VISIBLE_DEVICES" not in env
 
 
+def test_logs_are_utf8_whatever_the_terminal_is(config):
+    env = spec.worker_environment(config(), {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (env["PYTHONIOENCODING"], env["PYTHONUTF8"]) == ("utf-8:backslashreplace", "1")
+
+
 @pytest.mark.parametrize(
     ("launch", "caller", "threads"),
     [
