@@ -15,7 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moesys.config.schema import Config
+from moesys.errors import LaunchError
 from moesys.parallel.mesh import Ranks
+from moesys.train.ending import Failure
 
 
 @contextmanager
@@ -23,12 +25,42 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     """Run `work(rank, world, *arguments, folder)`, importable by name, in `world` processes to its end.
 
     Yields the folder, in which results may be left; it is removed afterwards.
+
+    Raises:
+        LaunchError: a process failed; says why, with a traceback where the error was not meant for users.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.train.loop", "moesys.train.worker"])
     with tempfile.TemporaryDirectory(prefix="moesys-") as folder:
-        mp.start_processes(work, (world, *arguments, folder), nprocs=world, start_method="forkserver")
+        try:
+            mp.start_processes(_told, (work, world, *arguments, folder), nprocs=world, start_method="forkserver")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            raise _cause(error, Path(folder)) from None
         yield Path(folder)
+
+
+def _told(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+    """In a process: its work, whose failure is left in the folder."""
+    folder = Path(arguments[-1])
+    try:
+        work(rank, *arguments)
+    except BaseException as error:
+        (folder / f"failure-{rank}.json").write_text(Failure.of(error, rank, folder).json)
+        raise
+
+
+def _cause(error: mp.ProcessRaisedException | mp.ProcessExitedException, folder: Path) -> LaunchError:
+    """The failure that the others follow from, as an error meant for the user."""
+    if isinstance(error, mp.ProcessExitedException):
+        how = f"was killed by {error.signal_name}" if error.signal_name else f"exited with code {error.exit_code}"
+        return LaunchError(f"process {error.error_index} {how}")
+    failures = [Failure.parse(path.read_text()) for path in folder.glob("failure-*.json")]
+    if not failures:
+        return LaunchError(str(error))
+    cause = min(failures, key=lambda failure: failure.order)
+    told = LaunchError(f"process {cause.rank} failed: {cause.text}")
+    told.exit_code = cause.exit_code
+    return told
 
 
 @contextmanager
