@@ -50,8 +50,10 @@ def port(config: Config, launcher: str) -> None:
 def data(config: Config, launcher: str) -> None:
     """Read the text and tokenize it, where all workers are on this machine: they find the tokens in `data.cache`.
 
+    Not Megatron's data, which are tokens: their reader imports torch.
+
     Raises:
         DataError: the data cannot be read, or are too few.
     """
-    if is_here(config, launcher) or launcher == "hosts":
+    if config.data.kind != "megatron" and (is_here(config, launcher) or launcher == "hosts"):
         open_corpus(config)

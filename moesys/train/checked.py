@@ -66,6 +66,9 @@ def output(config: Config) -> list[Problem]:
     if config.output.wandb and importlib.util.find_spec("wandb") is None:
         rule = "needs the package wandb, which is not installed"
         problems.append(Problem("output.wandb", rule, "pip install wandb, or set it to false"))
+    if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        rule = "needs the package tensorboard, which is not installed"
+        problems.append(Problem("output.tensorboard", rule, "pip install tensorboard, or set it to false"))
     runs = Path(config.output.runs)
     if runs.exists() and not runs.is_dir():
         problems.append(Problem("output.runs", "must be a folder, and a file is there", "choose another folder"))

@@ -15,9 +15,10 @@ import torch.multiprocessing as mp
 
 from moesys import leftovers
 from moesys.config.schema import Config
-from moesys.errors import MoesysError
+from moesys.errors import LaunchError
 from moesys.loopback import stay_here
 from moesys.parallel.mesh import Ranks
+from moesys.train.ending import Failure
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     Yields the folder, in which results may be left; it is removed afterwards.
 
     Raises:
-        MoesysError: what a process raised that a user is to read.
+        LaunchError: a process failed; says why, with a traceback where the error was not meant for users.
     """
     stay_here()
     context = mp.get_context("forkserver")
@@ -35,21 +36,34 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     with leftovers.temporary("proof") as folder:
         try:
             words = (world, *arguments, str(folder))
-            mp.start_processes(_call, (work, *words), nprocs=world, start_method="forkserver")
-        except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            if text := next((path.read_text() for path in sorted(folder.glob("told-*.txt"))), ""):
-                raise MoesysError(text) from None
-            raise
+            mp.start_processes(_told, (work, *words), nprocs=world, start_method="forkserver")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            raise _cause(error, folder) from None
         yield folder
 
 
-def _call(rank: int, work: Callable[..., None], *arguments: Any) -> None:
-    """`work(rank, *arguments)`, whose last argument is the folder; leaves there what a user is to read."""
+def _told(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+    """In a process: its work, whose failure is left in the folder."""
+    folder = Path(arguments[-1])
     try:
         work(rank, *arguments)
-    except MoesysError as error:
-        Path(arguments[-1], f"told-{rank}.txt").write_text(str(error))
+    except BaseException as error:
+        (folder / f"failure-{rank}.json").write_text(Failure.of(error, rank, folder).json)
         raise
+
+
+def _cause(error: mp.ProcessRaisedException | mp.ProcessExitedException, folder: Path) -> LaunchError:
+    """The failure that the others follow from, as an error meant for the user."""
+    if isinstance(error, mp.ProcessExitedException):
+        how = f"was killed by {error.signal_name}" if error.signal_name else f"exited with code {error.exit_code}"
+        return LaunchError(f"process {error.error_index} {how}")
+    failures = [Failure.parse(path.read_text()) for path in folder.glob("failure-*.json")]
+    if not failures:
+        return LaunchError(str(error))
+    cause = min(failures, key=lambda failure: failure.order)
+    told = LaunchError(f"process {cause.rank} failed: {cause.text}")
+    told.exit_code = cause.exit_code
+    return told
 
 
 @contextmanager

@@ -12,10 +12,11 @@ import yaml
 from support import changed
 
 from moesys import cli
-from moesys.errors import FileError
-from moesys.launchers import folder, foreign
+from moesys.errors import FileError, LaunchError
+from moesys.launchers import folder, foreign, prepare
 from moesys.launchers.command import command_line, going_on
 from moesys.launchers.lock import locked
+from moesys.train import checked
 from moesys.train.worker import going_on as resumed
 
 
@@ -77,6 +78,13 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "runs").touch()
     with pytest.raises(FileError, match=r"runs is a file, and a folder of this name is to be written"):
         folder.make(tmp_path / "runs" / "name")
+
+
+def test_a_missing_package_is_told_before_workers_start(config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "output.tensorboard: needs the package tensorboard" in "".join(map(str, checked.output(config())))
+    with pytest.raises(LaunchError, match=r"measure\.metrics_port: needs the package prometheus_client"):
+        prepare.port(config(measure={"metrics_port": 9000}), "ray")
 
 
 def test_variables_of_other_launchers_are_dropped(monkeypatch):

@@ -53,18 +53,16 @@ def test_what_a_process_started_ends_with_it(tmp_path):
     pid = int(child.read_text())
     os.kill(pid, 0)
     processes.end()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_ending_is_quick_and_harmless_twice(tmp_path):
+def test_ending_is_gentle_first_and_harmless_twice(tmp_path):
     processes = start(tmp_path, SLEEP, 2)
-    begin = time.monotonic()
     processes.end()
     processes.end()
-    assert time.monotonic() - begin < 2
     assert {end.signal for end in processes.ended().values()} == {signal.SIGTERM}
 
 

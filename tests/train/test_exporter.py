@@ -79,7 +79,9 @@ def test_the_latest_metrics_are_served_and_then_no_longer(port: int) -> None:
         ],
         "moesys_layer_imbalance": [({"layer": "1"}, 2.0), ({"layer": "3"}, 1.5)],
     }
-    with pytest.raises(MoesysError, match=rf"metrics_port: 127.0.0.1:{port}: .*choose another port"):
+    with pytest.raises(
+        MoesysError, match=rf"metrics_port: 127.0.0.1:{port}: address already in use\n    remedy: choose another port"
+    ):
         Exporter("other", port, "127.0.0.1")
     exporter.close()
     with pytest.raises(OSError):
