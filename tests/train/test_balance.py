@@ -130,4 +130,4 @@ def test_a_run_tells_it_everywhere(small, tmp_path):
     assert [record["step"] for record in records if "warning" in record] == [40]
     first = f"layers.0: no token for expert{'s' * (len(dead) > 1)} {dead[0]}"
     assert f"step 40: {first}" in ended.stdout and f"dead experts {len(dead)}" in ended.stdout
-    assert summary["routing"].startswith(first) and first[:20] in (run / "report.html").read_text()
+    assert summary["routing"].startswith(first) and "│ routing" in ended.stdout
