@@ -369,8 +369,8 @@ class TrainConfig(Section):
     eval_every: NonNegative = 0
     """Steps between evaluations on held-out data; 0: at the end only."""
     eval_sequences: Positive = 64
-    """Held-out sequences per evaluation. What fills up the last global batch is padding, whose tokens take no
-    place in an expert from others."""
+    """Held-out sequences per evaluation. What fills up the last global batch is padding: no expert computes it, and
+    its tokens take no place from others under a capacity."""
 
 
 class DataConfig(Section):
