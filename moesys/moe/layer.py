@@ -31,22 +31,19 @@ class LayerStatistics:
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
-        self.unheard = 0
-        """Passes without gradients, in which losses may not have arisen: they do when these are recomputed."""
+        self.owed: list[set[str]] = []
+        """Of training passes without gradients, the losses that arose: the others do when the pass is recomputed."""
 
-    def add(self, decision: Decision, device: torch.device) -> None:
+    def add(self, decision: Decision, device: torch.device, training: bool) -> None:
         """Count a forward pass, once however often it runs."""
+        losses = {name: loss.detach() for name, loss in decision.losses.items()}
         if recomputing():
-            if self.unheard:
-                self.unheard -= 1
-                self._add(self._losses(decision))
+            counted = self.owed.pop() if self.owed else losses.keys()
+            self._add({name: loss for name, loss in losses.items() if name not in counted})
             return
-        if not decision.losses and not torch.is_grad_enabled():
-            self.unheard += 1
-        self._add(self._losses(decision) | self._counts(decision, device))
-
-    def _losses(self, decision: Decision) -> dict[str, Tensor]:
-        return {name: loss.detach() for name, loss in decision.losses.items()}
+        if training and not torch.is_grad_enabled():
+            self.owed.append(set(losses))
+        self._add(losses | self._counts(decision, device))
 
     def _counts(self, decision: Decision, device: torch.device) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
@@ -66,7 +63,7 @@ class LayerStatistics:
 
     def take(self) -> dict[str, Tensor]:
         """The sums, which start again from nothing."""
-        totals, self.totals, self.unheard = self.totals, {}, 0
+        totals, self.totals, self.owed = self.totals, {}, []
         return totals
 
 
@@ -122,7 +119,7 @@ class MoELayer(nn.Module):
 
         `tokens_BS2` int64 [B, S, 2]: each token's number in the run and its id in the vocabulary;
         without it tokens are numbered by their place, and gates that need ids cannot be used. In evaluation a
-        number below 0 marks padding, which no expert computes; training knows none.
+        number below 0 marks padding, which is routed to no expert; training knows none.
         """
         batch, sequence, hidden = x_BSH.shape
         x_TH = x_BSH.reshape(-1, hidden)
@@ -131,7 +128,7 @@ class MoELayer(nn.Module):
             tokens = tokens.marked()
         decision, mixture = self.gate(x_TH, tokens, self.scope), self.mix(x_TH, self.scope)
         decision.losses |= mixture.losses
-        self.statistics.add(decision, x_BSH.device)
+        self.statistics.add(decision, x_BSH.device, self.training)
         if decision.losses:
             decision.attach(self.objective(decision.losses))
         shared = None if self.shared is None else Once(partial(self.shared, x_BSH))

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moesys.models.layers import FeedForward
 from moesys.moe import MoELayer, Tokens
 from moesys.moe.capacity import Capacity
 from moesys.moe.experts import Experts
 from moesys.moe.gates import TopKGate
 from moesys.moe.gates.expert_choice import CausalExpertChoiceGate
 from moesys.moe.losses import Balance
+from moesys.moe.shared import ConditionalMix
 
 T, H, F, E, K = 24, 16, 12, 6, 2
 
@@ -116,12 +118,13 @@ def test_routing_is_float32_in_a_bfloat16_model():
 @pytest.mark.parametrize("kind", ["top_k", "causal"])
 def test_a_recomputed_pass_counts_once(kind, reentrant):
     torch.manual_seed(0)
+    shared, mix = FeedForward(H, F), ConditionalMix(H, 0.8, 0.1)
     if kind == "top_k":
         balance = Balance(balance=0.02, global_balance=0.01, z=0.003)
         gate = TopKGate(H, E, K, bias_rate=0.1, capacity=Capacity(0.5), balance=balance)
     else:
         gate = CausalExpertChoiceGate(H, E, K, z_loss=0.003)
-    layer = MoELayer(gate, Experts(E, H, F))
+    layer = MoELayer(gate, Experts(E, H, F), shared, mix=mix)
     x = torch.randn(2, T // 2, H, requires_grad=True)
     found = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
@@ -131,7 +134,7 @@ def test_a_recomputed_pass_counts_once(kind, reentrant):
         gate.load = None
     (plain, seen), (again, seen_again) = found
     assert plain["calls"] == 2 and plain["load"].sum() == 2 * T * K
-    assert plain.keys() == again.keys() and "z" in plain
+    assert plain.keys() == again.keys() and {"z", "cmr"} <= plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(again[name], value)
     assert torch.equal(seen, seen_again)
