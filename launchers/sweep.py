@@ -119,8 +119,10 @@ def _train(config: Config, console: Console) -> int:
     if found.get("steps") == config.train.steps and not resume.trained_with(spec.run_dir, spec.config):
         console.print(f"  already trained: {spec.run_dir}")
         return 0
-    with locked(spec.run_dir), run_folder.proposed(spec.run_dir, dump(spec.config)):
-        return launch(spec, config.launch.launcher, console)
+    with locked(spec.run_dir):
+        resume.check(spec.run_dir, spec.config)
+        with run_folder.proposed(spec.run_dir, dump(spec.config)):
+            return launch(spec, config.launch.launcher, console)
 
 
 def figures(run_dir: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support import changed
 
+from moesys import cli
 from moesys.config import Config
 from moesys.config.changes import saved_form
 from moesys.errors import CheckpointError, ConfigError, FileError
@@ -214,6 +215,17 @@ def test_a_folder_where_a_file_belongs_is_told_before_the_start(tmp_path: Path, 
     (tmp_path / name).mkdir(parents=True)
     with pytest.raises(FileError, match=f"{name} is a folder, and a file of this name is to be written\n    remedy"):
         run_folder.check(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("errors", False), ("launch.lock", True)])
+def test_the_command_says_it_in_one_message(small: dict, tmp_path: Path, capsys, name: str, folder: bool) -> None:
+    (tmp_path / "a.yaml").write_text(json.dumps(changed(small, {"output": {"runs": str(tmp_path / "runs")}})))
+    path = tmp_path / "runs" / "a" / name
+    path.mkdir(parents=True) if folder else (path.parent.mkdir(parents=True), path.write_text("mine"))
+    assert cli.main(["launch", str(tmp_path / "a.yaml"), "--launcher", "local"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"moesys launch: {path} is a f") and said.count("\n") == 2 and "remedy: move it away" in said
+    assert [p.name for p in path.parent.iterdir()] == [name]
 
 
 def test_what_stands_in_the_way_of_the_folder_itself_is_told(tmp_path: Path) -> None:
