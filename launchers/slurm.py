@@ -76,6 +76,7 @@ def script(spec: RunSpec, python: str = sys.executable) -> str:
     config = spec.config
     per_node = config.cluster.ranks_per_node
     command = [python, "-m", "moesys.train.worker", str(spec.run_dir)]
+    share = f"$(( SLURM_CPUS_ON_NODE > {per_node} ? SLURM_CPUS_ON_NODE / {per_node} : 1 ))"
     return TEMPLATE.format(
         options="\n".join(f"#SBATCH --{option}" for option in options(spec)) + gpu_comment(spec),
         name=config.name,
@@ -87,7 +88,7 @@ def script(spec: RunSpec, python: str = sys.executable) -> str:
         log_pattern=shlex.quote(f"{str(spec.run_dir).replace('%', '%%')}/logs/rank-%t.log"),
         quoted_run_dir=shlex.quote(str(spec.run_dir)),
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in exports(spec).items()),
-        threads=f"${{SLURM_CPUS_PER_TASK:-$(( SLURM_CPUS_ON_NODE > {per_node} ? SLURM_CPUS_ON_NODE / {per_node} : 1 ))}}",
+        threads=f"${{SLURM_CPUS_PER_TASK:-{share}}}",
         max_failures=config.launch.max_failures,
         command=shlex.join(command),
     )

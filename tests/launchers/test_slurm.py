@@ -45,9 +45,8 @@ def check_syntax(text: str) -> None:
 
 
 def test_the_script_says_what_it_needs(spec):
-    text = slurm.script(
-        spec({"slurm": {"partition": "gpu", "time": "04:00:00", "exclusive": True, "requeue": None, "mem": 0}}, "cuda")
-    )
+    options = {"partition": "gpu", "time": "04:00:00", "exclusive": True, "requeue": None, "mem": 0}
+    text = slurm.script(spec({"slurm": options}, "cuda"))
     check_syntax(text)
     lines = text.splitlines()
     assert lines[0] == "#!/bin/bash"
@@ -89,7 +88,7 @@ def test_a_value_that_a_line_cannot_hold_is_refused(spec, value):
 
 @pytest.mark.parametrize("folder", ["a\\frac", "a\nb"])
 def test_a_folder_that_srun_cannot_write_to_is_refused(spec, tmp_path, folder):
-    with pytest.raises(LaunchError, match="remedy: set output.runs"):
+    with pytest.raises(LaunchError, match=r"remedy: set output\.runs"):
         slurm.script(replace(spec(), run_dir=tmp_path / folder))
 
 
