@@ -80,7 +80,7 @@ def parser() -> Parser:
         epilog=_epilog("moesys launch configs/quickstart.yaml", "launching.md") + f"\n\n{EXIT_CODES}",
     )
     top.add_argument("--version", action="version", version=f"moesys {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="what to do; each has --help")
     _launch(_configured(commands, "launch", "train a configuration", "configs/quickstart.yaml train.steps=50"))
     _sweep(commands)
     _config(commands)
@@ -199,7 +199,8 @@ def _links(sub: Parser) -> None:
 def _bench(commands: argparse._SubParsersAction[Parser]) -> None:
     group = commands.add_parser("bench", help="benchmarks", description="Benchmarks.", formatter_class=Help)
     group.epilog = _epilog("moesys bench a2a configs/quickstart.yaml", "benchmarks.md")
-    bench = group.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    text = "what to time; each has --help"
+    bench = group.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK", help=text)
     guide, quickstart = "benchmarks.md", "configs/quickstart.yaml"
     text = "training speed beside transformers, and time to the first step"
     _rounds(_configured(bench, "train", text, quickstart, guide), 5, "training steps per round")

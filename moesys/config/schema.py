@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,21 @@ class Section(BaseModel):
     """What the section is called in messages, where it is a whole file."""
 
 
+class Kinds(Section):
+    """Base of sections whose kind alone, as a word, stands for the section."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        section = handler(core)
+        words = handler.resolve_ref_schema(section)["properties"]["kind"]["enum"]
+        return {"anyOf": [{"enum": words, "type": "string"}, section]}
+
+
 class AttentionConfig(Section):
     kind: Literal["gqa", "mla"] = "gqa"
     """gqa: grouped-query attention; mla: multi-head latent attention (DeepSeek-V2)."""
@@ -102,7 +117,7 @@ class AttentionConfig(Section):
     """mla: size of a head's value."""
 
 
-class GateConfig(Section):
+class GateConfig(Kinds):
     """How tokens are routed; the kind alone, as a word, stands for the section."""
 
     kind: Literal[
@@ -164,11 +179,6 @@ class GateConfig(Section):
     """force skewed: Zipf's exponent."""
     seed: Seed = 0
     """hash, random, force skewed: another seed chooses other experts."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _word(cls, given: Any) -> Any:
-        return {"kind": given} if isinstance(given, str) else given
 
 
 class MoEConfig(Section):
@@ -326,7 +336,7 @@ class ModelConfig(Section):
         return self.attention.qk_rope_head_dim if self.attention.kind == "mla" else self.head_dim
 
 
-class DispatchConfig(Section):
+class DispatchConfig(Kinds):
     """How tokens travel to experts; the kind alone, as a word, stands for the section."""
 
     kind: Literal["all_to_all", "all_gather", "hierarchical"] = "all_to_all"
@@ -340,11 +350,6 @@ class DispatchConfig(Section):
     payload: Literal["model", "fp8"] = "model"
     """How rows travel to experts: in the model's precision, or as float8_e4m3 with a scale per 128 elements,
     which rounds them to 4 significant bits. Results and gradients travel in the model's precision."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _word(cls, given: Any) -> Any:
-        return {"kind": given} if isinstance(given, str) else given
 
 
 class ParallelConfig(Section):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import unicodedata
 from collections.abc import Sequence
 from functools import partial
 from importlib.machinery import PathFinder
@@ -14,6 +16,7 @@ from moesys.config.load import attempt, in_order, locate
 from moesys.config.schema import Config, TrainConfig
 from moesys.config.stand_ins import independent
 from moesys.data import check as data
+from moesys.data.documents import located
 from moesys.errors import ConfigError, Problem
 from moesys.parallel import dimension
 from moesys.train import routing_files
@@ -69,10 +72,26 @@ def output(config: Config) -> list[Problem]:
     if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
         rule = "needs the package tensorboard, which is not installed"
         problems.append(Problem("output.tensorboard", rule, "pip install tensorboard, or set it to false"))
-    runs = Path(config.output.runs)
-    if runs.exists() and not runs.is_dir():
-        problems.append(Problem("output.runs", "must be a folder, and a file is there", "choose another folder"))
+    if (rule := no_folder(config.output.runs)) is not None:
+        problems.append(Problem("output.runs", rule, "choose another folder"))
+    if config.data.cache is not None and (rule := no_folder(config.data.cache)) is not None:
+        problems.append(Problem("data.cache", rule, "choose another folder"))
     return problems + recording(config)
+
+
+def no_folder(given: str) -> str | None:
+    """Why nothing can be written in the folder `given`, which need not be there yet; None if something can."""
+    if not given or any(unicodedata.category(letter) == "Cc" for letter in given):
+        return "must be the name of a folder, without control characters"
+    place = located(given).absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+    except OSError as error:
+        return f"cannot be a folder: {(error.strerror or str(error)).lower()}"
+    if not place.is_dir():
+        return "must be a folder, and a file is there" if place == located(given) else f"is below {place}, a file"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"cannot be written: {place} may not be changed"
 
 
 def engine(config: Config) -> list[Problem]:

@@ -7,6 +7,7 @@ import pytest
 
 from moesys.config.load import dump, json_schema, load
 from moesys.config.read import read_file
+from moesys.config.write import json_schema_of_sweeps
 from moesys.parallel import dimension
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -68,8 +69,40 @@ def test_the_schema_is_one_and_describes_every_key():
         {"train": {"optimizer": {"betas": [1]}}},
         {"include": 3},
         {"x": 1},
+        {"model": {"moe": {"gate": "topk"}}},
+        {"model": {"layers": 10**9}},
     ],
 )
 def test_editors_see_mistakes(wrong):
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, json_schema())
+
+
+@pytest.mark.parametrize("legal", [{"model": {"moe": {"gate": "hash"}}}, {"parallel": {"dispatch": "all_gather"}}])
+def test_a_word_for_a_section_is_valid_for_editors(legal):
+    jsonschema.validate(legal, json_schema())
+
+
+def test_what_editors_say_of_experts_is_about_experts():
+    """Editors show what is wrong with the first alternative, or the best match: null must not come first."""
+    wrong = {"model": {"moe": {"experts": "x"}}}
+    schema = json_schema()
+    assert list(schema["$defs"]["ModelConfig"]["properties"]["moe"]["anyOf"][-1].items()) == [("type", "null")]
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(wrong))
+    assert list(error.absolute_path) == ["model", "moe", "experts"] and "integer" in error.message
+
+
+def test_sweeps_have_a_schema_of_their_own():
+    schema = json_schema_of_sweeps()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    sweep = CONFIGS / "sweeps" / "gates.yaml"
+    whole = read_file(sweep, []).plain()
+    jsonschema.validate(whole, schema)
+    for wrong in (
+        {"runs": {}},
+        {"base": "x"},
+        {"base": "x", "runs": {"a": [1]}},
+        {"base": "x", "runs": {}, "rums": {}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)

@@ -45,9 +45,8 @@ def check_syntax(text: str) -> None:
 
 
 def test_the_script_says_what_it_needs(spec):
-    text = slurm.script(
-        spec({"slurm": {"partition": "gpu", "time": "04:00:00", "exclusive": True, "requeue": None, "mem": 0}}, "cuda")
-    )
+    options = {"partition": "gpu", "time": "04:00:00", "exclusive": True, "requeue": None, "mem": 0}
+    text = slurm.script(spec({"slurm": options}, "cuda"))
     check_syntax(text)
     lines = text.splitlines()
     assert lines[0] == "#!/bin/bash"
