@@ -23,7 +23,7 @@ import moesys
 from moesys.config.load import dump
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
-from moesys.files import write_json
+from moesys.files import read_json, write_json
 from moesys.launchers.launch import run, workers
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import StopRequests
@@ -137,7 +137,7 @@ def command(arguments: argparse.Namespace) -> int:
         if outcome.exit_code:
             print(f"moesys: {outcome.message}", file=sys.stderr)
             return outcome.exit_code
-        found = json.loads((spec.run_dir / "results.json").read_text())
+        found = read_json(spec.run_dir / "results.json", "run the benchmark again")
     results = [Result(**result) for result in found["results"]]
     show(results, found["facts"], Console(width=max(WIDTH, Console().width)))
     if arguments.profile is not None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -26,8 +25,8 @@ from moesys.config.load import load
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
-from moesys.errors import DataError, MoesysError
-from moesys.files import write_json, write_whole
+from moesys.errors import DataError, FileError, MoesysError
+from moesys.files import read_json, write_json, write_whole
 from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
@@ -154,7 +153,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     old = run_dir / "summary.json"
     if summary["tokens_per_second"] is None and old.exists():
         # Nothing was left to train: the figures of the run that did the work stay.
-        kept = json.loads(old.read_text())
+        kept = _readable(old)
         summary |= {k: kept.get(k) for k in ("tokens_per_second", "all_to_all_share", "checkpoint")}
     summary |= {
         "unigram_loss": unigram,
@@ -169,6 +168,14 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     summary["profile"] = trainer.config.measure.profile
     summary["report"] = str(report.write(run_dir, summary))
     write_json(old, summary)
+
+
+def _readable(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if it is damaged: the file is about to be replaced."""
+    try:
+        return read_json(path, "")
+    except FileError:
+        return {}
 
 
 def _write_ranks(mesh: Ranks, run_dir: Path) -> None:
