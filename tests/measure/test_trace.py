@@ -195,6 +195,19 @@ def test_a_pattern_that_is_none_is_said(tmp_path: Path) -> None:
         read([write(tmp_path / "t.json", 0, SEND_RECV)], all_to_all="(")
 
 
+def test_kernels_that_the_user_names_are_all_to_all(tmp_path: Path) -> None:
+    """RCCL calls every kernel Generic; other libraries' kernels are not known at all."""
+    events = [annotation(1, 0, 100), kernel("ncclDevKernel_Generic_1(x)", 0, 40), kernel("mori::EpDispatch", 50, 90)]
+    path = write(tmp_path / "t.json", 0, events)
+    traces = read([path])
+    assert [t.purpose for t in traces.steps[0].ranks[0].travels] == ["data"]
+    assert "nothing tells their collective: 1 kernel as ncclDevKernel_Generic_1(x)" in " ".join(traces.notes)
+    named = read([path], all_to_all="Generic|mori")
+    assert [t.purpose for t in named.steps[0].ranks[0].travels] == ["expert", "expert"]
+    assert named.notes == []
+    assert explain(named.steps).total.compute == 0
+
+
 @pytest.mark.parametrize(
     ("facts", "config"),
     [
