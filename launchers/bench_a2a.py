@@ -23,14 +23,14 @@ from moesys import leftovers
 from moesys.config.load import dump
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
-from moesys.files import write_json
+from moesys.files import read_json, write_json
 from moesys.launchers.launch import run, workers
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import StopRequests
 from moesys.measure import traffic
 from moesys.measure.bench_a2a import Options
 from moesys.measure.bench_result import Result, flat, lines
-from moesys.measure.links import Profile
+from moesys.measure.links import Line, Profile
 from moesys.measure.sizes import COLLECTIVES, GROUPS, human
 from moesys.train import routing_files
 from moesys.train.checked import load_checked
@@ -137,16 +137,16 @@ def command(arguments: argparse.Namespace) -> int:
         if outcome.exit_code:
             print(f"moesys: {outcome.message}", file=sys.stderr)
             return outcome.exit_code
-        found = json.loads((spec.run_dir / "results.json").read_text())
+        found = read_json(spec.run_dir / "results.json", "run the benchmark again")
     results = [Result(**result) for result in found["results"]]
     show(results, found["facts"], Console(width=max(WIDTH, Console().width)))
+    if arguments.json is not None:
+        write_json(arguments.json, as_json(results, found["facts"], options))
     if arguments.profile is not None:
         facts = {"date": date.today().isoformat(), **found["facts"]}
         if not lines(results):
             raise BenchError(f"{arguments.profile} is not written: no link could be fitted\n    remedy: {LARGER}")
         Profile(lines(results), facts).save(arguments.profile)
-    if arguments.json is not None:
-        write_json(arguments.json, as_json(results, found["facts"], options))
     return 1 if any(result.wrong for result in results) else 0
 
 
@@ -202,10 +202,13 @@ def show(results: list[Result], facts: dict[str, Any], console: Console) -> None
         fitted.add_row(name, *values)
     if fitted.row_count:
         console.print(fitted)
+    untold: dict[Line, list[str]] = {}
     for name, line in flat(results).items():
+        untold.setdefault(line, []).append(name)
+    for line, names in untold.items():
         console.print(
-            f"{name}: no bandwidth can be told (β = ∞): up to {human(int(line.largest))} took no longer than "
-            f"{human(int(line.smallest))}, so it is in no profile; {LARGER}",
+            f"{' = '.join(names)}: no bandwidth can be told (β = ∞): up to {human(int(line.largest))} took no longer "
+            f"than {human(int(line.smallest))}, so it is in no profile; {LARGER}",
             highlight=False,
             soft_wrap=True,
         )

@@ -103,6 +103,14 @@ def is_unnamed(name: str, facts: Mapping[str, Any]) -> bool:
     return bool(SEND_RECV.search(name)) and not facts.get("Collective name")
 
 
+def is_nameless(name: str, facts: Mapping[str, Any]) -> bool:
+    """Whether it is some collective of which neither metadata, nor its name, nor its group's tells anything."""
+    if not is_communication(name) or DEEP_EP.search(name) or kind_of(name, facts):
+        return False
+    group = " ".join(str(facts.get(key) or "") for key in ("Process Group Description", "Process Group Name"))
+    return not any(pattern.search(group) for _, pattern in GROUPS)
+
+
 def kind_of(name: str, facts: Mapping[str, Any], all_to_all: re.Pattern[str] | None = None) -> str:
     """The collective: as NCCL's metadata tells, else as the name does; "" if neither does.
 

@@ -60,10 +60,10 @@ def _untold_because(costs: Sequence[Cost], ranks: Sequence[int]) -> str:
     if not untold:
         return ""
     if len(ranks) == 1:
-        return "from the trace of one rank"
+        return "this is the trace of one rank"
     if any(t.kind == DEEP_EP for t in untold):
-        return "from DeepEP's kernels, which wait inside themselves and do not tell their group"
+        return "DeepEP's kernels wait inside themselves and do not tell their group"
     if absent:
         names = ", ".join(map(str, absent[:4])) + ", …" * (len(absent) > 4)
-        return f"without the traces of the other ranks of its groups ({names})"
-    return "from traces that do not tell the ranks of its groups, or when they began"
+        return f"the traces of other ranks of its groups ({names}) are missing"
+    return "the traces do not tell the ranks of its groups, or when they began"

@@ -146,7 +146,7 @@ class Explanation:
         load: [recorded step] of [layer][expert] assignments.
         audit: whether barriers kept wait and transfer apart.
         marked: False if a "step" is a whole trace that does not tell where its steps begin.
-        untold_because: why some waiting cannot be told, as "from the trace of one rank"; "" if all of it can.
+        untold_because: why some waiting cannot be told, as "this is the trace of one rank"; "" if all of it can.
     """
 
     steps: list[int]

@@ -35,10 +35,10 @@ def _why(e: Explanation) -> str:
     untold = e.causes.untold / e.causes.exposed if e.causes.exposed > 0 else 0.0
     if untold < 0.02:
         return f"{_cause(e, 'what is exposed')}."
-    cannot = f"waiting cannot be told apart from moving bytes {e.untold_because}"
+    cannot = f"it cannot be told whether it is waiting or moving bytes: {e.untold_because}"
     if untold > 0.98:
-        return f"In what is exposed {cannot}."
-    return f"In {_percent(untold)} of what is exposed {cannot}. {_cause(e, 'the rest')}."
+        return f"Of what is exposed {cannot}."
+    return f"Of {_percent(untold)} of what is exposed {cannot}. {_cause(e, 'the rest')}."
 
 
 def _cause(e: Explanation, what: str) -> str:

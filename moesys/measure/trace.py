@@ -18,6 +18,7 @@ from moesys.measure.collectives import (
     DEEP_EP,
     Groups,
     is_communication,
+    is_nameless,
     is_unnamed,
     kind_of,
     purpose_of,
@@ -28,7 +29,7 @@ from moesys.measure.step import RankStep, Step, Travel
 from moesys.words import plural
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
-STEP = re.compile(r"^ProfilerStep#(\d{1,15})$")
+STEP = re.compile(r"^ProfilerStep#(\d{1,15})(?!\d)")
 WRAPPER = re.compile(r"(c10d|_c10d_functional|record_param_comms)")
 """Operators that only start, or wait for, communication."""
 
@@ -82,6 +83,8 @@ def read(
     if len(set(ranks)) < len(ranks):
         raise TraceError(f"two of the traces are of rank {Counter(ranks).most_common(1)[0][0]}: give one of each rank")
     traces = _with_all_to_all(loaded, all_to_all, notes)
+    if len({t.host for t in traces}) > 1:
+        notes.append("The traces are of several hosts, whose clocks are taken to agree.")
     comparable = all(t.base is not None for t in traces)
     if len(traces) > 1 and not comparable:
         notes.append(
@@ -130,6 +133,12 @@ def _with_all_to_all(traces: Sequence[_Trace], asked: str | None, notes: list[st
         except re.error as error:
             raise TraceError(f"--all-to-all-kernels {asked}: {error}\n    remedy: give a regular expression") from None
         return [replace(t, all_to_all=pattern) for t in traces]
+    names = [e.name for t in traces for e in t.events if e.category in KERNELS and is_nameless(e.name, e.facts)]
+    if names:
+        notes.append(
+            f"Taken for data parallelism's, since nothing tells their collective: {plural(len(names), 'kernel')} "
+            f"as {names[0][:60]}; --all-to-all-kernels REGEX says which are all-to-all."
+        )
     if not unnamed:
         return list(traces)
     kernels = f"{plural(unnamed, 'kernel')} named SendRecv, without metadata"
@@ -153,8 +162,8 @@ def _steps(trace: _Trace, offset: float, given: Sequence[int]) -> Iterator[tuple
         kernels = [e for e in trace.events if e.name.startswith("gloo:") or e.category == "cpu_op"]
     if not kernels:
         raise TraceError(f"{trace.path} holds no kernels: record it with ProfilerActivity.CUDA, or CPU for gloo")
-    moving = [e for e in kernels if is_communication(e.name)]
-    computing = [e for e in kernels if not is_communication(e.name) and not _is_wrapper(e)]
+    moving = [e for e in kernels if _moves(e, trace)]
+    computing = [e for e in kernels if not _moves(e, trace) and not _is_wrapper(e)]
     spans = _annotated(trace.events, kernels, on_gpu)
     for number_, begin, end in spans or [(UNMARKED, min(k.begin for k in kernels), max(k.end for k in kernels))]:
         inside = [e for e in moving if begin <= e.begin < end or (not spans and e.begin == end)]
@@ -200,6 +209,12 @@ def _travels(events: Sequence[Event], trace: _Trace, offset: float, given: Seque
             DEEP_EP_KIND if deep else kind or "collective", purpose, ranks, numbers[key] - 1, begin, begin, end,
             size_of(kind, e.facts), layer="", part=part, level="flat" if purpose == "expert" else "",
         )  # fmt: skip
+
+
+def _moves(e: Event, trace: _Trace) -> bool:
+    """Whether it is communication, by its name or because the user says so."""
+    named = trace.all_to_all is not None and e.category in KERNELS and trace.all_to_all.search(e.name)
+    return bool(named) or is_communication(e.name)
 
 
 def _is_wrapper(e: Event) -> bool:

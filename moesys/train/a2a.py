@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
-from moesys.files import json_text, write_json
+from moesys.files import json_text, read_json, write_json
 from moesys.measure import bench_a2a
 from moesys.measure.bench_a2a import Options
 from moesys.measure.bench_result import Result
@@ -29,7 +28,7 @@ def _measure(config: Config, run_dir: Path) -> None:
     mesh = native.connect(config)
     names: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(names, nodes.here(mesh.rank, dist.get_world_size(), config.cluster))
-    asked = json.loads((run_dir / "bench.json").read_text())
+    asked = read_json(run_dir / "bench.json", "run the benchmark again")
     follow = (run_dir / "follow.jsonl").open("w", buffering=1) if mesh.rank == 0 else None
 
     def tell(result: Result) -> None:

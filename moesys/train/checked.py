@@ -72,10 +72,9 @@ def output(config: Config) -> list[Problem]:
     if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
         rule = "needs the package tensorboard, which is not installed"
         problems.append(Problem("output.tensorboard", rule, "pip install tensorboard, or set it to false"))
-    if (rule := no_folder(config.output.runs)) is not None:
-        problems.append(Problem("output.runs", rule, "choose another folder"))
-    if config.data.cache is not None and (rule := no_folder(config.data.cache)) is not None:
-        problems.append(Problem("data.cache", rule, "choose another folder"))
+    for key, path in (("output.runs", config.output.runs), ("data.cache", config.data.cache)):
+        if path is not None and (wrong := no_folder(path)) is not None:
+            problems.append(Problem(key, wrong, "choose another folder"))
     return problems + recording(config)
 
 

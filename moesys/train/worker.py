@@ -22,7 +22,7 @@ from moesys.config.changes import differences
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
-from moesys.errors import DataError
+from moesys.errors import DataError, FileError
 from moesys.files import json_objects, read_json, write_json
 from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
@@ -209,10 +209,11 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
 
 
 def _kept(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Figures of speed in a summary, where they were measured in the same configuration."""
-    if not path.is_file():
+    """Figures of speed in a summary, where they were measured in the same configuration; none if it is damaged."""
+    try:
+        before = read_json(path, "")
+    except FileError:
         return {}
-    before = read_json(path, "remove it")
     same = isinstance(before.get("config"), dict) and not differences(before["config"], config)
     return {key: before.get(key) for key in ("tokens_per_second", "all_to_all_share")} if same else {}
 

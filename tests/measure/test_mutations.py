@@ -182,7 +182,7 @@ def test_run_folders(tmp_path: Path, undrawn: None) -> None:
     (folder / "measure").mkdir(parents=True)
     good = write_run(folder, links)
     texts = {name: as_text(name, value).encode() for name, value in good.items()}
-    for number in range(300):
+    for number in range(200):
         for name, text in texts.items():
             (folder / name).write_bytes(text)
         name = draw.choice(list(good))
@@ -190,7 +190,7 @@ def test_run_folders(tmp_path: Path, undrawn: None) -> None:
         (folder / name).write_bytes(content)
         results += survives(lambda: report.write(folder))
         results += survives(lambda: list(perfetto.events(read_steps(folder) or [step(1)])))
-    assert results > 400
+    assert 250 < results < 400
     assert steps_file(folder).exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moesys.errors import MoesysError
+from moesys.errors import FileError, MoesysError
 from moesys.files import json_objects, write_whole
 from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
@@ -173,8 +173,12 @@ def _what_if(run: Run) -> list[str]:
     path = run.folder / "measure" / "what_if.json"
     if not path.exists():
         return []
+    try:
+        found = predictions(path)
+    except FileError as error:
+        return [section("What if", note=str(error))]  # a run's end shall not fail for it
     rows = []
-    for p in predictions(path):
+    for p in found:
         measured = "" if p.measured is None or p.error is None else f"{_ms(p.measured)} ({p.error:+.0%})"
         rows.append((p.name, _ms(p.step), _ms(p.exposed), measured))
     heads = ("setting", "step, ms", "exposed all-to-all, ms", "measured, ms (error)")
