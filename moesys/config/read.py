@@ -124,7 +124,7 @@ def _text(path: Path, problems: list[Problem]) -> str | None:
 def nearest_file(path: Path) -> str:
     """A remedy that names the file of nearest name in the same folder."""
     if not os.path.isdir(path.parent):
-        return f"there is no folder {path.parent}"
+        return f"there is no folder {str(path.parent)[:1000]}"
     try:
         names = sorted(os.listdir(path.parent))
     except OSError:  # a folder that this user may not list
