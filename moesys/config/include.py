@@ -13,7 +13,7 @@ from moesys.config.schema import Config
 from moesys.config.tree import Entry, merge
 from moesys.errors import Problem
 
-MOST_FILES = 1000
+MOST_FILES = 200
 """Files that one configuration is made of, each counted as often as it is included."""
 
 
@@ -75,7 +75,7 @@ def _absent(entry: Entry, target: Path) -> Problem:
     elif os.path.lexists(target):
         rule, remedy = f"{target} is no regular file, or may not be read", "include another file"
     else:
-        rule, remedy = f"there is no file {target}", nearest_file(target)
+        rule, remedy = f"there is no file {str(target)[:1000]}", nearest_file(target)
     remedy = remedy or "paths are relative to the file that includes"
     return Problem("include", rule, remedy, entry.given(), entry.where)
 

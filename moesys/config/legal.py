@@ -135,7 +135,7 @@ def _describe(kind: Any, plural: bool = False) -> str:
         members = get_args(kind)
         return f"a list of {len(members)} {_describe(members[0], plural=True)}"
     if get_origin(kind) is dict:
-        return f"a mapping of names to {_describe(get_args(kind)[1])}"
+        return f"a mapping of names to {describe(get_args(kind)[1])}"
     return " ".join([_NOUNS[kind][plural], *_bounds(rules)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moesys.config.read import parse
+from moesys.config.read import parse, unwritable
 from moesys.config.tree import Entry, put
 from moesys.errors import Problem
 
@@ -28,6 +28,8 @@ def _one(tree: Entry, text: str, problems: list[Problem]) -> Entry:
     path = [name.strip() for name in key.split(".")]
     if not equals or not all(path):
         problems.append(Problem("", "is no override", "write key.sub=value, such as train.steps=10", where=where))
+    elif (rule := unwritable(text)) is not None:
+        problems.append(Problem("", rule, "give text in UTF-8", where=where))
     elif len(path) > DEEPEST:
         rule = f"has {len(path)} names, and no key is that deep"
         problems.append(Problem("", rule, "write key.sub=value, such as train.steps=10", where=where[:100]))

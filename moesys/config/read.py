@@ -124,7 +124,7 @@ def _text(path: Path, problems: list[Problem]) -> str | None:
 def nearest_file(path: Path) -> str:
     """A remedy that names the file of nearest name in the same folder."""
     if not os.path.isdir(path.parent):
-        return f"there is no folder {path.parent}"
+        return f"there is no folder {str(path.parent)[:1000]}"
     try:
         names = sorted(os.listdir(path.parent))
     except OSError:  # a folder that this user may not list
@@ -184,7 +184,7 @@ class _Convert:
             return self._refuse(key, where, "contains itself through its anchor", "remove the alias")
         if node in self.scalars:
             return Entry(self.scalars[node], where, node.value)
-        if isinstance(node, ScalarNode) and (rule := _unwritable(node.value)):
+        if isinstance(node, ScalarNode) and (rule := unwritable(node.value)):
             return self._refuse(key, where, rule, "remove the escape")
         self.open.append(node)
         try:
@@ -209,7 +209,7 @@ class _Convert:
         for name_node, value in node.value:
             where, name = self._place(name_node), str(name_node.value)
             dotted = f"{key}.{name}" if key else name
-            if isinstance(name_node, ScalarNode) and (rule := _unwritable(name)):
+            if isinstance(name_node, ScalarNode) and (rule := unwritable(name)):
                 self._refuse(key, where, f"has a key that {rule}", "remove the escape")
             elif not isinstance(name_node, ScalarNode):
                 self._refuse(key, where, "has a key that is not a plain word", "quote text that starts with { or [")
@@ -234,7 +234,7 @@ MOST_DIGITS = 4300
 """Of a whole number: Python itself reads no more."""
 
 
-def _unwritable(text: str) -> str | None:
+def unwritable(text: str) -> str | None:
     """What of `text`, if anything, cannot be written to a file or stand in a file's name."""
     if "\0" in text:
         return "holds a NUL character"
