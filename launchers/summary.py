@@ -9,20 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moesys.files import read_json
-from moesys.measure.report.facts import RESULTS
+from moesys.measure.report.facts import results
 
-ROWS = (
-    *RESULTS,
-    ("routing", "routing", "{}"),
-    ("steps skipped", "skipped_steps", "{:,}, not finite"),
-    ("checkpoint", "checkpoint", "{}"),
-    ("metrics", "metrics", "{}"),
-    ("report", "report", "{}"),
-)
-"""Label, key of summary.json and format of each row: what came out, and where things lie.
-
-Keys that a run does not have are left out, and skipped steps where there are none.
-"""
+PLACES = ("checkpoint", "metrics", "report")
+"""Keys of summary.json that say where things lie."""
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:
@@ -36,11 +26,11 @@ def table(summary: dict[str, Any], run_dir: Path) -> Table:
     result = Table(title=f"run {run_dir.name}", title_justify="left", show_header=False)
     result.add_column(no_wrap=True)
     result.add_column(overflow="fold")
-    for label, key, form in ROWS:
-        if key == "heldout_loss" and key in summary and summary[key] is None:
-            result.add_row(label, "not finite")
-        elif summary.get(key) is not None and not (key == "skipped_steps" and not summary[key]):
-            result.add_row(label, form.format(summary[key]))
+    for label, text in results(summary):
+        result.add_row(label, text)
+    for key in PLACES:
+        if summary.get(key):
+            result.add_row(key, str(summary[key]))
     if summary.get("communication"):
         result.add_row("communication", summary["communication"]["sentence"])
     result.add_row("summary", str(run_dir / "summary.json"))

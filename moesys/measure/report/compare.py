@@ -8,7 +8,7 @@ from pathlib import Path
 from moesys.files import write_whole
 from moesys.measure.explanation import Explanation
 from moesys.measure.report import figures
-from moesys.measure.report.facts import RESULTS, bits_per_byte, configuration
+from moesys.measure.report.facts import RESULTS, bits_per_byte, configuration, shown
 from moesys.measure.report.figures import Curve
 from moesys.measure.report.page import figure, page, section, sentence, table
 from moesys.measure.report.run import CURVES, Run
@@ -37,9 +37,9 @@ def outcome(a: Run, b: Run) -> Table:
     rows: list[tuple[str, ...]] = []
     for label, key, form in RESULTS:
         x, y = (r.summary.get(key) for r in (a, b))
-        shown = [form.format(value) if is_number(value) else "" for value in (x, y)]
-        if any(shown):
-            rows.append((label, *shown, _change(x, y, form)))
+        texts = [shown(run.summary, key, form) for run in (a, b)]
+        if any(texts):
+            rows.append((label, *texts, _change(x, y, form)))
     return ("result", *_names(a, b), "difference"), rows
 
 

@@ -26,6 +26,8 @@ RESULTS = (
     ("  active per token", "active_parameters", "{:,}"),
     ("steps", "steps", "{:,}"),
     ("tokens trained on", "tokens", "{:,}"),
+    ("steps skipped", "skipped_steps", "{:,}, not finite"),
+    ("routing", "routing", "{}"),
     ("workers", "world_size", "{:,}"),
 )
 """Label, key of summary.json and format of what came out; a row that begins with blanks is part of the one before."""
@@ -41,9 +43,18 @@ EXPERT_AXES = (("edp", ("edp_replicate", "edp_shard")), ("ep", ("ep",)), ("etp",
 
 
 def results(summary: Mapping[str, Any]) -> list[Row]:
-    """What came out; figures that the run does not have are left out."""
-    found = ((label, form, summary.get(key)) for label, key, form in RESULTS)
-    return [(label, form.format(value)) for label, form, value in found if is_number(value)]
+    """What came out; figures that the run does not have are left out, and skipped steps where there are none."""
+    return [(label, text) for label, key, form in RESULTS if (text := shown(summary, key, form))]
+
+
+def shown(summary: Mapping[str, Any], key: str, form: str) -> str:
+    """A figure of summary.json as text; "" where there is none."""
+    value = summary.get(key)
+    if key == "heldout_loss" and key in summary and value is None:
+        return "not finite"
+    if key == "skipped_steps" and not value:
+        return ""
+    return form.format(value) if isinstance(value, str) or is_number(value) else ""
 
 
 def circumstances(folder: Path, summary: Mapping[str, Any]) -> list[Row]:
