@@ -66,10 +66,9 @@ def output(config: Config) -> list[Problem]:
     if config.output.wandb and importlib.util.find_spec("wandb") is None:
         rule = "needs the package wandb, which is not installed"
         problems.append(Problem("output.wandb", rule, "pip install wandb, or set it to false"))
-    if (rule := no_folder(config.output.runs)) is not None:
-        problems.append(Problem("output.runs", rule, "choose another folder"))
-    if config.data.cache is not None and (rule := no_folder(config.data.cache)) is not None:
-        problems.append(Problem("data.cache", rule, "choose another folder"))
+    for key, folder in (("output.runs", config.output.runs), ("data.cache", config.data.cache)):
+        if folder is not None and (wrong := no_folder(folder)) is not None:
+            problems.append(Problem(key, wrong, "choose another folder"))
     return problems + recording(config)
 
 
