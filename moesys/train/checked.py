@@ -72,8 +72,8 @@ def output(config: Config) -> list[Problem]:
     if config.output.tensorboard and importlib.util.find_spec("tensorboard") is None:
         rule = "needs the package tensorboard, which is not installed"
         problems.append(Problem("output.tensorboard", rule, "pip install tensorboard, or set it to false"))
-    for key, path in (("output.runs", config.output.runs), ("data.cache", config.data.cache)):
-        if path is not None and (wrong := no_folder(path)) is not None:
+    for key, folder in (("output.runs", config.output.runs), ("data.cache", config.data.cache)):
+        if folder is not None and (wrong := no_folder(folder)) is not None:
             problems.append(Problem(key, wrong, "choose another folder"))
     return problems + recording(config)
 
