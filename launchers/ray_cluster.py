@@ -33,6 +33,9 @@ from moesys.leftovers import Owned
 
 CONNECT_S = 5.0
 
+ATTEMPTS = 3
+"""How often to start Ray on this machine: it gives its processes 30 seconds, which a busy machine exceeds."""
+
 TOKEN = secrets.token_hex(32)
 """Of every embedded Ray of this process: Ray keeps the first that it reads."""
 
@@ -146,14 +149,7 @@ class EmbeddedRay:
         preload = threading.Thread(target=import_slow_libraries, daemon=True)
         preload.start()
         try:
-            ray.init(
-                address="local",
-                num_cpus=self.world,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                _temp_dir=str(self._owned.path),
-            )
+            self._init()
         except Exception as error:
             self.stop()
             raise LaunchError(
@@ -162,6 +158,24 @@ class EmbeddedRay:
             ) from error
         preload.join()
         silence_driver()
+
+    def _init(self) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=self.world,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.CRITICAL,
+                    _temp_dir=str(self._owned.path),
+                )
+                return
+            except Exception as error:
+                if attempt == ATTEMPTS or "timed out" not in str(error):
+                    raise
+                ray.shutdown()
+                self._owned.end_processes()
 
     def keep_logs(self, folder: Path) -> None:
         """Copy the logs of Ray's own processes to `folder`, for errors that are not a worker's."""

@@ -149,6 +149,10 @@ class Owned:
         """Note pretended hosts that will be made: a bridge `name` and namespaces whose names begin with it."""
         self._note("networks", name)
 
+    def end_processes(self) -> None:
+        """SIGKILL to every process that was started with `environment`, and to what it started."""
+        _end_processes(self.path)
+
     def remove(self) -> None:
         """Remove all of it. Harmless twice."""
         _clear(self.path, self._mark)

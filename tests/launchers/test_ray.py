@@ -178,7 +178,10 @@ def test_no_cluster_is_told_at_once(launched):
 
 
 def test_what_ray_says_while_it_fails_to_start_is_in_a_log(config, tmp_path, monkeypatch, capfd):
+    attempts = []
+
     def init(**settings):
+        attempts.append(settings["_temp_dir"])
         dying = threading.Thread(target=lambda: 1 / 0)
         dying.start()
         dying.join()
@@ -197,7 +200,7 @@ def test_what_ray_says_while_it_fails_to_start_is_in_a_log(config, tmp_path, mon
     assert str(error.value).startswith(
         "Ray could not be started on this machine: The current node timed out during startup.\n    remedy: try again"
     )
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and len(attempts) == 3
     log = (tmp_path / "logs" / "ray.log").read_text()
     assert "ZeroDivisionError" in log and "InvalidAuthToken" in log and "likely discovered a bug" in log
     assert (dict(os.environ), threading.excepthook) == before
