@@ -15,7 +15,8 @@ from moesys.train.resume import newest
 def command_line(words: Sequence[str] | None = None) -> str:
     """The command that started this process, default `sys.argv`, without what `launch.env` may hold of secrets."""
     program, *rest = sys.argv if words is None else words
-    name = "moesys" if Path(program).name == "moesys" or program.endswith(("moesys/cli.py", "moesys/__main__.py")) else f"python {program}"
+    ours = Path(program).name == "moesys" or program.endswith(("moesys/cli.py", "moesys/__main__.py"))
+    name = "moesys" if ours else f"python {program}"
     return " ".join([name, *(shlex.quote(re.sub(r"^(launch(\.env[^=]*)?)=.*", r"\1=…", word)) for word in rest)])
 
 

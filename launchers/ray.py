@@ -25,9 +25,6 @@ from moesys.words import plural
 if TYPE_CHECKING:
     from moesys.launchers.ray_cluster import EmbeddedRay, ExistingRay
 
-ATTEMPTS = 3
-"""How often to start when the rendezvous port turns out to be taken: Ray picks it and lets it go again."""
-
 RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -64,7 +61,6 @@ class RayWorkers:
         self.worker = worker
         self._ray: EmbeddedRay | ExistingRay
         self._closing = ExitStack()
-        self._attempts = 0
 
     def start(self, phase: Callable[[str], None]) -> None:
         """Start or join Ray, check that it has the nodes, start the workers; `phase` is told what goes on.
@@ -111,11 +107,8 @@ class RayWorkers:
             return None
         if self._error is None:
             return Outcome(0)
-        from moesys.launchers.ray_errors import is_port_taken, outcome_of
+        from moesys.launchers.ray_errors import outcome_of
 
-        if is_port_taken(self._error) and self._attempts < ATTEMPTS:
-            self._start_fit()
-            return None
         timeout_s = self.spec.config.launch.timeout_s
         outcome = outcome_of(self._error, self.spec.run_dir, self._ray.where, timeout_s)
         if outcome.message.startswith("Ray failed"):
@@ -164,7 +157,6 @@ class RayWorkers:
         return dict(self.spec.env) | env
 
     def _start_fit(self) -> None:
-        self._attempts += 1
         self._error: BaseException | None = None
         self._fit = threading.Thread(target=self._run_fit, name="ray-train", daemon=True)
         self._fit.start()

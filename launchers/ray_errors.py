@@ -9,7 +9,7 @@ from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
 from moesys.launchers.failure import Outcome, first_cause, log_tail, name, outcome
-from moesys.train.ending import PORT_TAKEN, Failure, Kind
+from moesys.train.ending import Failure, Kind
 
 NODE_LOST = re.compile(r"node (\S+ )?(has )?(died|failed|was terminated|is dead)", re.IGNORECASE)
 
@@ -42,13 +42,6 @@ def worker_outcome(failures: dict[int, Exception], run_dir: Path) -> Outcome:
         return Outcome(1, describe_death(gone[0], failures[gone[0]], run_dir), Kind.CRASH)
     cause = first_cause(raised.values())
     return outcome(cause, name(cause.rank, run_dir), run_dir)
-
-
-def is_port_taken(error: BaseException) -> bool:
-    """Whether the port that Ray Train chose for the ranks to meet is taken: not whether a worker's own is."""
-    if isinstance(error, WorkerGroupError) and any(map(is_own, error.worker_failures.values())):
-        return False
-    return PORT_TAKEN.search(str(error)) is not None
 
 
 def is_own(error: Exception) -> bool:

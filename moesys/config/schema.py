@@ -485,7 +485,8 @@ class LaunchConfig(Section):
     threads: Annotated[int, Field(ge=1), AtMost(4096)] | None = None
     """CPU threads per worker; default: the node's cores divided by ranks_per_node, at least 1."""
     env: dict[Variable, str] = {}
-    """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller."""
+    """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller. A value $NAME is
+    that of the caller's variable NAME; secrets, told by their names, are written nowhere."""
     slurm: dict[SlurmOption, str | int | bool | None] = {}
     """slurm: sbatch options without the dashes, for example {partition: gpu, time: 04:00:00, mem: 0}. true or null: the
     option alone (exclusive: true); false: not this option, not even where moesys would give it."""

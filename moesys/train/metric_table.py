@@ -99,11 +99,6 @@ METRICS: dict[str, Metric] = {
         "moesys_measured_exposed_ratio",
         "Share of the last measured step in which ranks waited for rows of experts and did nothing else.",
     ),
-    "hidden_share": Metric(
-        "comm/measured_hidden_share",
-        "moesys_measured_hidden_ratio",
-        "Share of the last measured step in which rows travelled while ranks computed.",
-    ),
     "wait_share": Metric(
         "comm/measured_wait_share",
         "moesys_measured_wait_ratio",

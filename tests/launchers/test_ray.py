@@ -29,7 +29,7 @@ from moesys.launchers import failure, ray_cluster, ray_placement, ray_trainer
 from moesys.launchers.lock import locked
 from moesys.launchers.ray import RayWorkers
 from moesys.launchers.ray_cluster import Node
-from moesys.launchers.ray_errors import is_port_taken, outcome_of
+from moesys.launchers.ray_errors import outcome_of
 from moesys.launchers.spec import RunSpec
 from moesys.train.ending import Failure, Kind
 
@@ -280,13 +280,6 @@ def test_of_several_errors_the_first_is_shown(tmp_path):
     failures = [Failure(0, Kind.USER, "first", exit_code=3, at=1), Failure(1, Kind.USER, "second", at=2)]
     error = WorkerGroupError("", {one.rank: raised(one) for one in failures})
     assert outcome_of(error, tmp_path, "here", 60.0) == failure.Outcome(3, "rank 0 failed:\nfirst", Kind.USER)
-
-
-def test_only_the_port_where_ranks_meet_is_tried_again():
-    taken = "The server socket has failed to listen on any local network address. EADDRINUSE"
-    assert is_port_taken(ControllerError(RuntimeError(taken)))
-    own = raised(Failure(0, Kind.USER, "measure.metrics_port: 127.0.0.1:9000: address already in use"))
-    assert not is_port_taken(WorkerGroupError(str(own), {0: own}))
 
 
 def test_rays_own_failures_are_told_in_a_line(tmp_path):
