@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.optimizer import OptimizerConfig, _get_param_groups
+from megatron.core.optimizer import OptimizerConfig, _get_param_groups, get_standard_config_overrides
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_sides import (
@@ -333,7 +333,8 @@ def test_megatrons_optimizer_lets_no_bias_decay() -> None:
     """Stacked biases of experts have more dims than one: it must know them by their names."""
     options = {"add_bias_linear": True, "moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
     model = gpt_model(transformer_config(**options), plug_in=True)
-    groups = _get_param_groups([model], OptimizerConfig(optimizer="adam", lr=0.1), None)
+    optimizer = OptimizerConfig(optimizer="adam", lr=0.1)
+    groups = _get_param_groups([model], optimizer, get_standard_config_overrides(optimizer))
     multiple = {id(p): group["wd_mult"] for group in groups for p in group["params"]}
     found = {name: multiple[id(p)] for name, p in model.named_parameters()}
     assert {name for name, times in found.items() if times == 0.0} == {
