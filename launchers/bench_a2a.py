@@ -218,8 +218,8 @@ def table(results: list[Result], title: str) -> Table:
     """One row for each size; microseconds and 10⁹ bytes per second."""
     plain = any(r.plain is not None for r in results)
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    names = ["bytes", "median µs", "min", "p95", "max", "wait", "transfer", "algbw GB/s", "busbw", "wrong"]
-    for name in [*names, *(["/ plain"] if plain else []), "waited for"]:
+    names = ["bytes", "median\nµs", "min", "p95", "max", "wait", "transfer", "algbw\nGB/s", "busbw", "wrong"]
+    for name in [*names, *(["/ plain"] if plain else []), "waited\nfor"]:
         shown.add_column(name, justify="right", no_wrap=True)
     for r in results:
         facts = r.as_json()

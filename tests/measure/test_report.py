@@ -136,6 +136,8 @@ def test_what_moved_is_set_beside_the_links(run: Path, tmp_path: Path) -> None:
     text = report.write(run, profile=links).read_text()
     assert '<td data-head="of links">2.40</td></tr>' in text
     assert "fitted bandwidth of all-to-all" in text
+    assert "KiB</text>" in text
+    assert "math" not in text
 
 
 def test_nothing_comes_from_a_network_and_nothing_is_unescaped(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from moesys.measure.explanation import Breakdown
 from moesys.measure.links import Line
+from moesys.measure.sizes import human
 
 INK = "#010203"
 """Drawn in place of the page's text colour."""
@@ -164,6 +165,8 @@ def curves(title: str, lines: Mapping[str, Curve], levels: Mapping[str, float]) 
 def bandwidths(title: str, points: Mapping[str, Sequence[tuple[float, float]]], lines: Mapping[str, Line]) -> str:
     """Bytes per second against bytes, measured (dots) and fitted (lines)."""
 
+    from matplotlib.ticker import LogFormatter
+
     def paint(axes: Any, columns: int) -> None:
         for i, (name, measured) in enumerate(points.items()):
             colour = SERIES[i % len(SERIES)]
@@ -177,7 +180,11 @@ def bandwidths(title: str, points: Mapping[str, Sequence[tuple[float, float]]], 
         drawn = [y for artist in axes.get_lines() for y in artist.get_ydata()]
         reach = min(drawn) / 2, max(drawn) * 2  # also where all are the same
         axes.set_ylim(*reach)
-        axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="10⁹ bytes per second")
+        axes.set_xscale("log", base=2)
+        axes.set(yscale="log", xlabel="bytes", ylabel="10⁹ bytes per second")
+        axes.xaxis.set_major_formatter(lambda size, _: human(round(size)))
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # the default writes in TeX
         _legend(axes, columns)
 
     return draw(title, 3.0, paint, legend=len(points) or len(lines))
