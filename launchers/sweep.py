@@ -30,6 +30,7 @@ from moesys.train.checked import load_checked
 
 COLUMNS = (
     ("held-out loss", "heldout_loss", "{:.3f}"),
+    ("bits per byte", "heldout_bits_per_byte", "{:.3f}"),
     ("imbalance", "imbalance", "{:.2f}"),
     ("dropped", "dropped", "{:.1%}"),
     ("active parameters", "active_parameters", "{:,}"),

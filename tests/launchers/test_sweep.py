@@ -47,7 +47,7 @@ def test_runs_are_trained_once_and_compared(file, tmp_path, capsys):
     rows = json.loads((tmp_path / "runs" / "two" / "sweep.json").read_text())
     assert rows["one"]["dropped"] == 0 and rows["dropping"]["dropped"] > 0.2
     table = (tmp_path / "runs" / "two" / "table.md").read_text().splitlines()
-    assert table[0].startswith("|  | held-out loss | imbalance | dropped |")
+    assert table[0].startswith("|  | held-out loss | bits per byte | imbalance | dropped |")
     assert table[2].split(" | ")[1] == f"{rows['one']['heldout_loss']:.3f}"
     before = (tmp_path / "runs" / "two-one" / "metrics.jsonl").stat().st_mtime_ns
     assert run(sweep, Console()) == 0
