@@ -34,7 +34,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 class _Load:
     """A line of load.jsonl."""
 
-    step: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0, le=10**15)]
     load: list[list[Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e15)]]]
 
 

@@ -54,7 +54,9 @@ def shown(summary: Mapping[str, Any], key: str, form: str) -> str:
         return "not finite"
     if key == "skipped_steps" and not value:
         return ""
-    return form.format(value) if isinstance(value, str) or is_number(value) else ""
+    if form == "{}":
+        return value if isinstance(value, str) else ""
+    return form.format(value) if is_number(value) else ""
 
 
 def circumstances(folder: Path, summary: Mapping[str, Any]) -> list[Row]:
@@ -98,7 +100,7 @@ def layout(ranks: Sequence[Mapping[str, Any]]) -> str:
     def degrees(axes: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
         sizes = []
         for name, parts in axes:
-            size = len({tuple(rank.get(part, 0) for part in parts) for rank in ranks})
+            size = len({tuple(str(rank.get(part, 0)) for part in parts) for rank in ranks})
             sizes += [f"{name} {size}"] * (size > 1)
         return sizes
 
