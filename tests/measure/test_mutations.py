@@ -147,8 +147,8 @@ def write_run(folder: Path, links: Path) -> dict[str, Any]:
     prediction = {"name": "x", "changes": [], "step": 1.0, "exposed": 0.1, "measured": 1.1, "error": -0.1}
     return {
         "summary.json": {
-            "heldout_loss": 2.0, "unigram_loss": 3.3, "parameters": 1000, "all_to_all_share": 0.2, "routing": "collapsed",
-            "steps": 30, "profile": str(links), "checkpoint": None,
+            "heldout_loss": 2.0, "unigram_loss": 3.3, "parameters": 1000, "all_to_all_share": 0.2,
+            "routing": "collapsed", "steps": 30, "profile": str(links), "checkpoint": None,
         },
         "ranks.json": [{"rank": r, "host": "a", "device": "cpu", "pp": r, "dp_shard": 0, "ep": 0} for r in (0, 1)],
         "launches.jsonl": [{"time": "2026-01-02", "command": "moesys launch x", "versions": {"torch": "2.13.0"}}],

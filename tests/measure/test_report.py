@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import pytest
 
 from moesys.cli import main
 from moesys.launchers.command import command_line
+from moesys.measure.explanation import Breakdown
 from moesys.measure.links import Line, Profile
-from moesys.measure.report import compare
+from moesys.measure.report import compare, figures
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
-from moesys.measure.report.figures import SERIES
+from moesys.measure.report.figures import COLOURS, SERIES
 from moesys.measure.report.run import Run
 from moesys.measure.step import RankStep, Step, Travel, steps_file
 
@@ -178,6 +180,25 @@ def test_a_run_that_went_on_with_other_ranks_is_reported(run: Path, tmp_path: Pa
     assert told["sentence"].endswith(note)
     assert note in (run / "report.html").read_text()
     assert {e["pid"] for e in json.loads(perfetto.read_text())["traceEvents"]} == {0, 1}
+
+
+def test_a_bar_shows_parts_that_the_first_bar_lacks() -> None:
+    first = Breakdown(0.1, 0.1, 0.0, {}, 0.0, 0.0, None)
+    second = Breakdown(0.2, 0.1, 0.0, {"tensor": 0.1}, 0.0, 0.0, None)
+    drawn = figures.stacked("two", ["one", "two"], [first, second])
+    assert "tensor communication" in drawn
+    assert COLOURS["tensor communication"] in drawn
+    assert "exposed all-to-all" not in drawn
+
+
+def test_causes_stand_below_exposed_all_to_all(run: Path) -> None:
+    e = Run.read(run).explanation
+    assert e is not None
+    names = [name for name, _, _ in report.part_rows(e)]
+    below = names[names.index("exposed all-to-all") + 1 :]
+    assert below[:3] == ["  of all-to-all: transfer", "  of all-to-all: late", "  of all-to-all: uneven"]
+    without = replace(e, total=replace(e.total, exposed=0.0))
+    assert not [name for name, _, _ in report.part_rows(without) if "all-to-all" in name]
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:

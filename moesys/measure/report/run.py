@@ -124,11 +124,22 @@ LEGS = (
 
 
 def _step_table(e: Explanation) -> str:
-    t = e.total
-    rows = [(name, _ms(seconds), f"{seconds / t.step:.1%}") for name, seconds in t.parts.items() if seconds > 0]
-    c = e.causes
-    causes = [(f"  of all-to-all: {name}", _ms(s), f"{s / t.step:.1%}") for name, s in c.parts.items()]
-    return table(("part", "ms", "of step"), [*rows[:2], *causes, *rows[2:], ("step", _ms(t.step), "")])
+    return table(("part", "ms", "of step"), [*part_rows(e), ("step", _ms(e.total.step), "")])
+
+
+def part_rows(e: Explanation) -> list[tuple[str, str, str]]:
+    """The parts of a step that are not 0, in milliseconds and as shares, below exposed all-to-all its causes."""
+
+    def row(name: str, seconds: float) -> tuple[str, str, str]:
+        return name, _ms(seconds), f"{seconds / e.total.step:.1%}"
+
+    rows = []
+    for name, seconds in e.total.parts.items():
+        if seconds > 0:
+            rows.append(row(name, seconds))
+            if name == "exposed all-to-all":
+                rows += [row(f"  of all-to-all: {cause}", s) for cause, s in e.causes.parts.items()]
+    return rows
 
 
 def _layer_table(e: Explanation) -> str:
