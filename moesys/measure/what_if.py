@@ -142,7 +142,7 @@ class Predictor:
     def __init__(self, config: Config, vocab_size: int, steps: Sequence[Step], profile: Profile):
         self.config, self.vocab_size, self.profile = config, vocab_size, profile
         self.recorded = explain(steps)
-        self.every_load = [load for step in steps for load in step.load.values()]
+        self.every_load = _loads(steps)
         self.loads = _mean_loads(self.every_load)
         self.computing = experts_seconds(steps)
         rows = self.recorded.total.exposed - counts_seconds(steps)
@@ -225,6 +225,12 @@ class Predictor:
     def _kept(self, config: Config) -> float:
         """The share of assignments that the capacity leaves of the recorded ones."""
         return _fitting(self.every_load, config) / _fitting(self.every_load, self.config)
+
+
+def _loads(steps: Sequence[Step]) -> list[list[float]]:
+    """Of every recorded layer that got tokens, of as many experts as the last one."""
+    found = [load for step in steps for load in step.load.values() if sum(load) > 0]
+    return [load for load in found if len(load) == len(found[-1])]
 
 
 def _fitting(loads: Sequence[Sequence[float]], config: Config) -> float:

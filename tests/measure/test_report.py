@@ -311,6 +311,16 @@ def test_a_run_has_one_colour_in_every_chart(run: Path, tmp_path: Path) -> None:
     assert set(SERIES[:2]) <= drawn
 
 
+def test_runs_of_one_name_in_two_places_are_both_told(tmp_path: Path, capsys) -> None:
+    """Their names have brackets, which are no style."""
+    a, b = (write_run(tmp_path / place / "[red]run", slow) for place, slow in (("old", 20), ("new", 5)))
+    out, told = tmp_path / "both.html", tmp_path / "both.json"
+    assert main(["report", str(a), str(b), "--out", str(out), "--json", str(told)]) == 0
+    shares = {name: found["exposed_share"] for name, found in json.loads(told.read_text()).items()}
+    assert shares == {"old/[red]run": pytest.approx(0.34), "new/[red]run": pytest.approx(0.19)}
+    assert "old/[red]run" in capsys.readouterr().out
+
+
 def test_names_that_look_like_mathematics_are_text(tmp_path: Path) -> None:
     odd = write_run(tmp_path / r"c$\frac$d", 20)
     compare.write(odd, write_run(tmp_path / "two", 5), tmp_path / "both.html")
