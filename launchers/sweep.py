@@ -5,7 +5,6 @@ moesys sweep configs/sweeps/gates.yaml
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from moesys.config.load import dump, run_name
 from moesys.config.schema import Config
 from moesys.config.sweep import read_sweep
 from moesys.errors import CheckpointError, ConfigError
-from moesys.files import write_json
+from moesys.files import json_objects, write_json
 from moesys.launchers import summary
 from moesys.launchers.launch import launch
 from moesys.launchers.lock import locked
@@ -127,10 +126,10 @@ def _train(config: Config, console: Console) -> int:
 
 def figures(run_dir: Path) -> dict[str, Any]:
     """Every figure of a finished run: its summary, and the mean of each metric over its last steps."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if "loss" in r]
+    steps = [r for r in json_objects(run_dir / "metrics.jsonl") if "loss" in r]
     last = steps[-max(1, round(LAST * len(steps))) :]
-    numbers = {key: [r[key] for r in last if isinstance(r.get(key), float)] for key in last[-1]}
+    keys = dict.fromkeys(key for r in last for key in r)
+    numbers = {key: [r[key] for r in last if isinstance(r.get(key), float)] for key in keys}
     means = {key: fmean(values) for key, values in numbers.items() if values}
     found = summary.read(run_dir) or {}
     return means | {key: value for key, value in found.items() if key != "config"}
