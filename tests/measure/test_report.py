@@ -191,6 +191,14 @@ def test_a_bar_shows_parts_that_the_first_bar_lacks() -> None:
     assert "exposed all-to-all" not in drawn
 
 
+def test_links_without_a_time_are_not_drawn(run: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links.yaml"
+    good, nothing = Line(0.0, 1e-5, 0.0, 0.0, 1, 1e6), Line(0.0, 0.0, 0.0, 0.0, 0, 0)
+    Profile({"all_to_all intra": good, "all_to_all inter": nothing}, {"backend": "gloo"}).save(links)
+    drawn = report.write(run, profile=links).read_text()
+    assert "all_to_all intra" in drawn and "all_to_all inter" not in drawn
+
+
 def test_causes_stand_below_exposed_all_to_all(run: Path) -> None:
     e = Run.read(run).explanation
     assert e is not None

@@ -113,7 +113,7 @@ def heat(title: str, table: Sequence[Sequence[float]], xs: Sequence[float], x: s
     """Values by colour: `table` has a row for each y; `xs`, evenly spaced, are the places of the columns."""
 
     def paint(axes: Any, columns: int) -> None:
-        half = (xs[-1] - xs[0]) / (2 * (len(xs) - 1)) if len(xs) > 1 else 0.5
+        half = (xs[-1] - xs[0]) / (2 * max(1, len(xs) - 1)) or 0.5
         extent = (xs[0] - half, xs[-1] + half, len(table) - 0.5, -0.5)
         image = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
         for axis in (axes.xaxis, axes.yaxis):

@@ -176,7 +176,11 @@ def _links(run: Run) -> list[str]:
     """The link model that the run names, if its file is there."""
     if run.profile is None:
         return []
-    lines = {name: line for name, line in run.profile.lines.items() if name.startswith("all_to_all")}
+    lines = {
+        name: line
+        for name, line in run.profile.lines.items()
+        if name.startswith("all_to_all") and line.largest >= 1 and line.seconds(1) > 0
+    }
     return [section("Links", figure(figures.bandwidths("fitted bandwidth of all-to-all", {}, lines)))] if lines else []
 
 
