@@ -212,6 +212,10 @@ def test_causes_stand_below_exposed_all_to_all(run: Path) -> None:
 def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no metrics.jsonl of a run" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"no step yet: there is nothing to report\n    remedy: moesys launch {tmp_path}" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "give one run's folder" in capsys.readouterr().err
 

@@ -50,9 +50,13 @@ class Run:
         """From its folder; `summary` instead of its summary.json, `profile` instead of the run's measure.profile.
 
         Raises:
-            ReportError: there is no run.
+            ReportError: there is no run, or it ended before its first step.
         """
         records = list(json_objects(folder / "metrics.jsonl"))
+        if not records and (config := folder / "config.yaml").is_file():
+            raise ReportError(
+                f"{folder}: the run has no step yet: there is nothing to report\n    remedy: moesys launch {config}"
+            )
         if not records:
             raise ReportError(f"{folder} holds no metrics.jsonl of a run: give the folder that moesys launch made")
         if summary is None:
