@@ -1,4 +1,4 @@
-"""What a run left in its folder, as a report can trust it: damaged lines are left out, damaged files named."""
+"""Files that a run left in its folder, as a report can trust them: damaged lines are left out, damaged files named."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def share_of_links(profile: Profile, leg: Leg) -> str:
 
 
 def predictions(path: Path) -> list[Prediction]:
-    """What `moesys what-if` wrote.
+    """The predictions that `moesys what-if` wrote.
 
     Raises:
         FileError: it is something else.

@@ -28,12 +28,12 @@ def write(a: Path, b: Path, path: Path) -> tuple[Run, Run]:
 
 
 def tables(a: Run, b: Run) -> list[Table]:
-    """What is shown of both on screen and on the page: results, keys that differ, the parts of a step."""
+    """Tables of both for screen and page: results, keys that differ, the parts of a step."""
     return [found for found in (outcome(a, b), differences(a, b), steps(a, b)) if found[1]]
 
 
 def outcome(a: Run, b: Run) -> Table:
-    """What came out of each, and the second's difference from the first."""
+    """The results of each, and the second's difference from the first."""
     rows: list[tuple[str, ...]] = []
     for label, key, form in RESULTS:
         x, y = (r.summary.get(key) for r in (a, b))

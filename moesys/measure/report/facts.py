@@ -1,4 +1,4 @@
-"""What a run was and what came out, as rows of a table: label and text."""
+"""The circumstances and results of a run as rows of a table: label and text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EXPERT_AXES = (("edp", ("edp_replicate", "edp_shard")), ("ep", ("ep",)), ("etp",
 
 
 def results(summary: Mapping[str, Any]) -> list[Row]:
-    """What came out; figures that the run does not have are left out, and skipped steps where there are none."""
+    """The results; figures that the run does not have are left out, and skipped steps where there are none."""
     return [(label, text) for label, key, form in RESULTS if (text := shown(summary, key, form))]
 
 
