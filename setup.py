@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["moesys", "moesys.*"]),
-    package_data={"moesys": ["configs/**/*.yaml", "docs/*.md", "docs/*.svg", "docs/*.png"]},
+    package_data={"moesys": ["configs/**/*.yaml", "configs/*.json", "docs/*.md", "docs/*.svg", "docs/*.png"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "pydantic>=2.9",

@@ -40,7 +40,7 @@ def command(arguments: argparse.Namespace) -> int:
 
         export(_recorded(folder), arguments.perfetto)
     if found is not None:
-        show(found, Console())
+        show(found, _console())
     _json(arguments.json, None if found is None else found.as_json())
     print(path)
     return 0
@@ -51,8 +51,9 @@ def _two(arguments: argparse.Namespace) -> int:
     path = arguments.out or Path(f"report-{a.name}-vs-{b.name}.html")
     runs = compare.write(a, b, path)
     for heads, rows in compare.tables(*runs):
-        Console().print(_table(heads, rows))
-    _json(arguments.json, {r.folder.name: None if r.explanation is None else r.explanation.as_json() for r in runs})
+        _console().print(_table(heads, rows))
+    named = zip(compare.names(*runs), runs, strict=True)
+    _json(arguments.json, {name: None if r.explanation is None else r.explanation.as_json() for name, r in named})
     print(path)
     return 0
 
@@ -64,12 +65,17 @@ def _traces(arguments: argparse.Namespace) -> int:
 
     traces = read(arguments.trace, lambda text: print(text, flush=True), arguments.all_to_all_kernels)
     found = explain(traces.steps, traces.notes)
-    show(found, Console())
+    show(found, _console())
     path = arguments.out or Path("report-trace.html")
     write_whole(path, page_of(found, arguments.trace))
     _json(arguments.json, found.as_json())
     print(path)
     return 0
+
+
+def _console() -> Console:
+    """Wide enough for the tables. What is in brackets, as in a run's name, is text."""
+    return Console(markup=False)
 
 
 def show(e: Explanation, console: Console) -> None:

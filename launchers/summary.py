@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moesys.files import read_json
 from moesys.measure.report.facts import results
@@ -30,10 +31,10 @@ def table(summary: dict[str, Any], run_dir: Path) -> Table:
         result.add_row(label, text)
     for key in PLACES:
         if summary.get(key):
-            result.add_row(key, str(summary[key]))
+            result.add_row(key, Text(str(summary[key])))
     if summary.get("communication"):
         result.add_row("communication", summary["communication"]["sentence"])
-    result.add_row("summary", str(run_dir / "summary.json"))
+    result.add_row("summary", Text(str(run_dir / "summary.json")))
     return result
 
 

@@ -43,7 +43,7 @@ def command(arguments: argparse.Namespace) -> int:
             prediction = replace(prediction, measured=measure(changed, run_dir.parent))
         found.append(prediction)
     base = Prediction("as recorded", [], predictor.recorded.total.step, predictor.recorded.total.exposed)
-    console = Console()
+    console = Console(markup=False)
     console.print(table([base, *found]))
     console.print(f"Modelled are {MODEL}; computation is taken to stay as it was.", highlight=False, soft_wrap=True)
     write_json(run_dir / "measure" / "what_if.json", [p.as_json() for p in [base, *found]])

@@ -49,7 +49,7 @@ def test_the_package_is_whole_in_a_wheel(tmp_path):
         "moesys/parallel/dispatchers/all_to_all.py",
         "moesys/kernels/grouped_matmul.py",
         "moesys/launchers/ray.py",
-        *(f"moesys/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")),
+        *(f"moesys/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")),
         *(f"moesys/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "docs").glob("*.md")),
     ):
         assert module in names, module

@@ -86,7 +86,7 @@ def groups(mesh: ParallelMesh, names: Sequence[str], nodes: list[str]) -> list[G
 
 
 def divisions(names: Sequence[str], nodes: Sequence[str], size: int) -> list[tuple[list[list[int]], list[str]]]:
-    """How each of `names` divides the world, where `size` ranks share the experts, and the names that divide alike."""
+    """The divisions of the world by `names`, each with the names that divide alike; `size` ranks share the experts."""
     world = list(range(len(nodes)))
     members = [[rank for rank in world if nodes[rank] == node] for node in dict.fromkeys(nodes)]
     found: dict[str, list[list[int]]] = {"world": [world], "intra": members}
@@ -300,7 +300,7 @@ ADDENDS = 64
 
 
 def pattern(rank: int, elements: int, dtype: torch.dtype, summed: int = 1) -> Tensor:
-    """What rank `rank` sends, [elements]: small whole numbers that differ from rank to rank.
+    """The elements that rank `rank` sends, [elements]: small whole numbers that differ from rank to rank.
 
     Where `summed` ranks are added, each adds to some of the elements only: bfloat16 knows whole numbers to 256. Sums
     differ from element to element, too.

@@ -1,4 +1,4 @@
-"""What `moesys bench a2a --json` wrote, read back for reports: what of it is drawn, checked. Needs no torch."""
+"""Reads what `moesys bench a2a --json` wrote back for reports, and checks what of it is drawn. Needs no torch."""
 
 from __future__ import annotations
 

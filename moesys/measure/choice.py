@@ -1,4 +1,4 @@
-"""Which recorded steps are explained: one rule for the end of a run, its reports, traces and predictions.
+"""The choice of recorded steps to explain: one rule for the end of a run, its reports, traces and predictions.
 
 A run folder may hold steps of several layouts: a run can be resumed on another number of ranks. They cannot be
 averaged, so the layout that recorded last counts.

@@ -47,7 +47,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """What a file holds: what it says about the process, its complete events, and what was wrong with it ("")."""
+    """The contents of a file: what it says about the process, its complete events, and what was wrong with it ("")."""
 
     about: Mapping[str, Any]
     events: list[Event]
@@ -95,7 +95,7 @@ def count(value: Any) -> int | None:
 
 
 def _unpacked(raw: bytes) -> tuple[bytes, bool]:
-    """What is in a gzipped file, up to where it is damaged, and whether that is all; other bytes as they are."""
+    """The contents of a gzipped file, up to where it is damaged, and whether that is all; other bytes as they are."""
     if raw[:2] != GZIP:
         return raw, True
     parts: list[bytes] = []
@@ -115,7 +115,7 @@ def _unpacked(raw: bytes) -> tuple[bytes, bool]:
 
 
 def _parsed(text: str, path: Path) -> tuple[Mapping[str, Any], list[Any], bool]:
-    """What is said about the process, the values in the list of events, and whether some were lost."""
+    """The facts about the process, the values in the list of events, and whether some were lost."""
     try:
         value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
@@ -161,7 +161,7 @@ def _after(pattern: re.Pattern[str], text: str, at: int) -> int:
 
 
 def _value(text: str, key: str) -> Any:
-    """What the first key of this name has, if it can be read."""
+    """The value of the first key of this name, if it can be read."""
     found = re.search(rf'"{key}"\s*:\s*', text)
     try:
         return None if found is None else _DECODER.raw_decode(text, found.end())[0]

@@ -1,4 +1,4 @@
-"""Which collective a kernel of a trace is, of which ranks, and what for. Needs no torch.
+"""The collective that a kernel of a trace is, its ranks and its purpose. Needs no torch.
 
 Told by NCCL's metadata where torch wrote it, else by the kernel's name; by the name of its group; and by what the
 trace says about the process groups (`distributedInfo`).
@@ -51,7 +51,7 @@ MOST = 2**20
 
 @dataclass(frozen=True)
 class Groups:
-    """What a trace tells of its process: its rank, the world's size (0: not told), and its groups by name."""
+    """A process as its trace tells of it: its rank, the world's size (0: not told), and its groups by name."""
 
     rank: int
     world: int
@@ -123,7 +123,7 @@ def kind_of(name: str, facts: Mapping[str, Any], all_to_all: re.Pattern[str] | N
 
 
 def purpose_of(kind: str, name: str, facts: Mapping[str, Any], description: str = "") -> Purpose:
-    """What a collective is for: what its group is called, else what such collectives mostly are for."""
+    """The purpose of a collective: as its group is called, else that of most such collectives."""
     if DEEP_EP.search(name):
         return "expert"
     keys = ("Process Group Description", "Process Group Name")

@@ -16,13 +16,13 @@ from moesys.measure.step import DEEP_EP, Step
 
 
 def of_run(steps: Sequence[Step]) -> Explanation | None:
-    """What the recorded steps of a run's folder say, of those that `choice.explained` takes; None of none."""
+    """The explanation of those recorded steps of a run's folder that `choice.explained` takes; None of none."""
     choice = explained(steps)
     return explain(choice.steps, [choice.note] if choice.note else []) if choice.steps else None
 
 
 def explain(steps: Sequence[Step], notes: Sequence[str] = ()) -> Explanation:
-    """What `steps`, at least one and all of the same ranks, say; `notes` are told after the sentence."""
+    """The explanation of `steps`, at least one and all of the same ranks; `notes` are told after the sentence."""
     taken = [costs(step) for step in steps]
     broken = [[breakdown(r, c[r.rank]) for r in step.ranks] for step, c in zip(steps, taken, strict=True)]
     ranks = [r.rank for r in steps[0].ranks]
@@ -54,7 +54,7 @@ def explain(steps: Sequence[Step], notes: Sequence[str] = ()) -> Explanation:
 
 
 def _untold_because(costs: Sequence[Cost], ranks: Sequence[int]) -> str:
-    """Why waiting cannot be told apart from moving bytes in some of the costs; "" if it can in all."""
+    """The reason that waiting cannot be told from moving bytes in some of the costs; "" if it can in all."""
     untold = [cost.travel for cost in costs if cost.untold > 0]
     absent = sorted({rank for t in untold for rank in t.ranks} - set(ranks))
     if not untold:

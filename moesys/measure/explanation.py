@@ -43,7 +43,7 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Causes:
-    """Why all-to-all was exposed: they add up to the exposed seconds.
+    """Causes of exposed all-to-all: they add up to the exposed seconds.
 
     Attributes:
         transfer: every rank had arrived, and bytes moved.
@@ -168,7 +168,7 @@ class Explanation:
 
     @property
     def unit(self) -> str:
-        """What all seconds are of: "step", or "trace" if steps cannot be told apart."""
+        """The span that all seconds are of: "step", or "trace" if steps cannot be told apart."""
         return "step" if self.marked else "trace"
 
     @property

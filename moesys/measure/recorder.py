@@ -133,7 +133,7 @@ class Recorder:
         return steps
 
     def explanation(self) -> Explanation | None:
-        """What the recorded steps of the run say, on rank 0; None if there are none."""
+        """The explanation of the run's recorded steps, on rank 0; None if there are none."""
         return of_run(read_steps(self.path.parent.parent))
 
     def _travels(self, recording: Recording) -> Iterator[Travel]:
@@ -172,7 +172,7 @@ class Recorder:
 
 
 def layout_of(config: Config, degrees: Degrees) -> str:
-    """What decides how long the communication of a step takes, in words: steps that agree in it can be averaged."""
+    """The layout that decides how long a step's communication takes, in words: steps of one layout can be averaged."""
     p, t = config.parallel, config.train
     axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp")
     parts = [f"{axis} {size}" for axis in axes if (size := getattr(degrees, axis)) > 1]

@@ -1,4 +1,4 @@
-"""What a run left in its folder, as a report can trust it: damaged lines are left out, damaged files named."""
+"""Files that a run left in its folder, as a report can trust them: damaged lines are left out, damaged files named."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 class _Load:
     """A line of load.jsonl."""
 
-    step: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0, le=10**15)]
     load: list[list[Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e15)]]]
 
 
@@ -81,7 +81,7 @@ def share_of_links(profile: Profile, leg: Leg) -> str:
 
 
 def predictions(path: Path) -> list[Prediction]:
-    """What `moesys what-if` wrote.
+    """The predictions that `moesys what-if` wrote.
 
     Raises:
         FileError: it is something else.

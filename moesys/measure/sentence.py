@@ -24,7 +24,7 @@ def sentence(e: Explanation) -> str:
 
 
 def _whole(e: Explanation) -> str:
-    """What the shares are of: "the step of 1.1 s (mean of 18 recorded steps)"."""
+    """The whole that the shares are of: "the step of 1.1 s (mean of 18 recorded steps)"."""
     if not e.marked:
         return f"the trace of {_time(e.total.step)}, which does not mark its steps"
     mean = f" (mean of {len(e.steps)} recorded steps)" if len(e.steps) > 1 else ""

@@ -72,7 +72,7 @@ def _bytes(given: Any) -> int:
 
 
 def _own(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """What is first among the arguments, whole."""
+    """Bytes of the first of the arguments, whole."""
     return _bytes(arguments[0]), ()
 
 

@@ -96,7 +96,7 @@ def variants(config: Config) -> dict[str, list[str]]:
 
 
 def unmodelled(before: Config, after: Config) -> list[str]:
-    """What cannot be predicted of the change from one configuration to the other, with the reason; none if it can."""
+    """Changes from one configuration to the other that cannot be predicted, with the reason; none if all can."""
     old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (before, after))
     found = []
     for key in dict.fromkeys([*old, *new]):
@@ -142,7 +142,7 @@ class Predictor:
     def __init__(self, config: Config, vocab_size: int, steps: Sequence[Step], profile: Profile):
         self.config, self.vocab_size, self.profile = config, vocab_size, profile
         self.recorded = explain(steps)
-        self.every_load = [load for step in steps for load in step.load.values()]
+        self.every_load = _loads(steps)
         self.loads = _mean_loads(self.every_load)
         self.computing = experts_seconds(steps)
         rows = self.recorded.total.exposed - counts_seconds(steps)
@@ -151,7 +151,7 @@ class Predictor:
         self.factor = {k: observed[k] / self.base[k] if self.base[k] > 0 and observed[k] > 0 else 1.0 for k in observed}
 
     def predict(self, name: str, changes: list[str], config: Config, faster: float = 1.0) -> Prediction:
-        """Of `config`, which is this run's with `changes`, on links `faster` times as fast.
+        """The prediction of `config`, which is this run's with `changes`, on links `faster` times as fast.
 
         Raises:
             WhatIfError: it differs from the run's in something that is not modelled.
@@ -225,6 +225,12 @@ class Predictor:
     def _kept(self, config: Config) -> float:
         """The share of assignments that the capacity leaves of the recorded ones."""
         return _fitting(self.every_load, config) / _fitting(self.every_load, self.config)
+
+
+def _loads(steps: Sequence[Step]) -> list[list[float]]:
+    """The loads of every recorded layer that got tokens, of as many experts as the last one."""
+    found = [load for step in steps for load in step.load.values() if sum(load) > 0]
+    return [load for load in found if len(load) == len(found[-1])]
 
 
 def _fitting(loads: Sequence[Sequence[float]], config: Config) -> float:

@@ -134,7 +134,7 @@ class State:
         storage.save({"model": model, "optimizer": slots}, folder)
 
     def slots(self) -> dict[str, Tensor]:
-        """What the optimizer keeps here of this rank's parameters, by "NAME/SLOT"."""
+        """The optimizer's state of this rank's parameters, by "NAME/SLOT"."""
         held = [(piece.name, self.kept[id(p)][2]) for p, piece in self.pieces if id(p) in self.kept]
         return {f"{name}/{slot}": state[slot] for name, state in held for slot in SLOTS}
 

@@ -59,7 +59,7 @@ class MegatronMoE(MoELayer):
         return nothing
 
     def _factor(self, name: str) -> Tensor | float:
-        """What Megatron multiplies a loss by in backward."""
+        """The factor of a loss in Megatron's backward pass."""
         # Of a block that is repeated it divides the balance losses, but z in the metrics alone.
         share = 1.0 if name == "z" else 1 / self.repeats
         return share * per_token_factor(name, self.scope) if self.per_token else share
@@ -80,7 +80,7 @@ class MegatronMoE(MoELayer):
 
 
 def per_token_factor(name: str, scope: MegatronScope) -> Tensor | float:
-    """What the installed Megatron multiplies a loss by, where gradients are divided by the tokens of the global batch.
+    """The factor of a loss in the installed Megatron, where gradients are divided by the tokens of the global batch.
 
     Those are tokens of all tensor and context ranks; up to 0.18 Megatron takes this rank's alone, so that losses
     count TP · CP times too little, and of the loss of sequences one sequence's.
@@ -91,7 +91,7 @@ def per_token_factor(name: str, scope: MegatronScope) -> Tensor | float:
 
 
 def version() -> tuple[int, ...]:
-    """Of the installed megatron-core."""
+    """The version of the installed megatron-core."""
     from megatron.core.package_info import __version__
 
     return Version(__version__).release

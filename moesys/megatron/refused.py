@@ -15,7 +15,7 @@ def _is_set(config: Any, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Refused:
-    """What a field asks for, in a sentence on why the plug-in has it not.
+    """A field that may ask for something that the plug-in has not.
 
     Attributes:
         why: the reason.
@@ -118,7 +118,7 @@ REFUSED = {
 
 
 def refused(config: Any) -> list[Problem]:
-    """What `config` asks for that the plug-in has not."""
+    """Problems of what `config` asks for and the plug-in has not."""
     found = []
     for name, rule in REFUSED.items():
         value = getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""What Megatron-Core's router reads of its configuration in every forward pass.
+"""Settings that Megatron-Core's router reads of its configuration in every forward pass.
 
 Frameworks change it during a run: a coefficient that is raised in steps, a capacity for evaluation.
 """

@@ -85,7 +85,7 @@ def gpt_mtp_spec(
 
 
 def model_spec(options: Options | None = None) -> Callable[..., Any]:
-    """What a `GPTModelConfig` of Megatron-LM 0.19 takes as its `transformer_layer_spec`: a function of it."""
+    """The `transformer_layer_spec` of a `GPTModelConfig` of Megatron-LM 0.19: a function of it."""
 
     def spec(model: Any, vp_stage: int | None = None) -> Any:
         return gpt_block_spec(model.transformer, options, vp_stage=vp_stage)

@@ -220,7 +220,7 @@ class MegatronEngine:
 
 
 def _loss(counts_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """What backward starts from, the mean over a micro-batch's tokens, and the sum.
+    """The start of backward, the mean over a micro-batch's tokens, and the sum.
 
     A sum that is not finite makes every gradient NaN, so that their norm, which all ranks know, tells of it.
     """

@@ -15,7 +15,7 @@ Kind = Literal["matrix", "norm", "bias", "temperature"]
 
 
 def kind(name: str) -> Kind:
-    """What the parameter of this name is; only matrices decay, and only they are multiplied with.
+    """The kind of the parameter of this name; only matrices decay, and only they are multiplied with.
 
     Matrices are all weights of linear maps: of attention, of feed-forwards, of experts and their LoRA factors, of
     gates, of mixes and of constant experts; and embeddings.
@@ -48,7 +48,7 @@ class Weight:
 
     @property
     def kind(self) -> Kind:
-        """What it is."""
+        """Its kind."""
         return kind(self.name)
 
     @property

@@ -1,4 +1,4 @@
-"""Which forward passes count a token."""
+"""Forward passes that count no token again."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Tokens:
         return replace(self, real_T=self.number_T >= 0)
 
     def count(self, scope: MicroBatch) -> int:
-        """How many of the micro-batch's tokens are no padding."""
+        """Number of the micro-batch's tokens that are no padding."""
         if self.real_T is None:
             return len(self.number_T) * scope.size
         return int(scope.sum(self.real_T.sum()))

@@ -102,7 +102,7 @@ METRICS: dict[str, Metric] = {
     "wait_share": Metric(
         "comm/measured_wait_share",
         "moesys_measured_wait_ratio",
-        "Share of the last measured step in which ranks waited for other ranks to send rows.",
+        "Share of the exposed all-to-all of the last measured step in which ranks waited for other ranks to send.",
     ),
 }
 """By key in metrics.jsonl."""

@@ -13,7 +13,7 @@ from support import changed
 
 from moesys import cli
 from moesys.errors import CheckpointError, ConfigError
-from moesys.launchers.sweep import Sweep, run
+from moesys.launchers.sweep import Sweep, figures, run
 
 
 @pytest.fixture
@@ -33,6 +33,14 @@ def file(small, tmp_path):
         return path
 
     return write
+
+
+def test_lines_that_were_cut_cost_no_figure(tmp_path):
+    (tmp_path / "summary.json").write_text('{"heldout_loss": 2.5, "config": {}}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "imbalance": 1.5}\n{"step": 2, "lo')
+    assert figures(tmp_path) == {"loss": 3.0, "imbalance": 1.5, "heldout_loss": 2.5}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "warning": "nothing was logged"}\n')
+    assert figures(tmp_path) == {"heldout_loss": 2.5}
 
 
 def test_runs_are_trained_once_and_compared(file, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Which recorded steps of a run are explained."""
+"""The choice of the recorded steps of a run that are explained."""
 
 from __future__ import annotations
 

@@ -146,12 +146,17 @@ def write_run(folder: Path, links: Path) -> dict[str, Any]:
     """A run's files: what is in each that holds JSON, by name; lists are of one value a line."""
     prediction = {"name": "x", "changes": [], "step": 1.0, "exposed": 0.1, "measured": 1.1, "error": -0.1}
     return {
-        "summary.json": {"unigram_loss": 3.3, "steps": 30, "profile": str(links), "checkpoint": None},
+        "summary.json": {
+            "heldout_loss": 2.0, "unigram_loss": 3.3, "parameters": 1000, "all_to_all_share": 0.2,
+            "routing": "collapsed", "steps": 30, "profile": str(links), "checkpoint": None,
+        },
+        "ranks.json": [{"rank": r, "host": "a", "device": "cpu", "pp": r, "dp_shard": 0, "ep": 0} for r in (0, 1)],
+        "launches.jsonl": [{"time": "2026-01-02", "command": "moesys launch x", "versions": {"torch": "2.13.0"}}],
         "metrics.jsonl": [{"step": n, "loss": 5.0 - n, "imbalance": 1.5} for n in (1, 2)],
         "load.jsonl": [{"step": n, "load": [[30, 10], [20, 20]]} for n in (1, 2)],
         "measure/steps.jsonl": [json.loads(step(n).to_json()) for n in (1, 2)],
         "measure/what_if.json": [prediction, {**prediction, "measured": None, "error": None}],
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -164,7 +169,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         return f"{value:g}"
 
     def curves(title: str, lines: dict, levels: dict, *more: Any, **named: Any) -> str:
-        numbers([list(points) for points in lines.values()])
+        numbers([list(curve.points) for curve in lines.values()])
         numbers(list(levels.values()))
         return ""
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import pytest
 
 from moesys.cli import main
 from moesys.launchers.command import command_line
+from moesys.measure.explanation import Breakdown
 from moesys.measure.links import Line, Profile
-from moesys.measure.report import compare
+from moesys.measure.report import compare, figures
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
-from moesys.measure.report.figures import SERIES
+from moesys.measure.report.figures import COLOURS, SERIES
 from moesys.measure.report.run import Run
 from moesys.measure.step import RankStep, Step, Travel, steps_file
 
@@ -182,9 +184,40 @@ def test_a_run_that_went_on_with_other_ranks_is_reported(run: Path, tmp_path: Pa
     assert {e["pid"] for e in json.loads(perfetto.read_text())["traceEvents"]} == {0, 1}
 
 
+def test_a_bar_shows_parts_that_the_first_bar_lacks() -> None:
+    first = Breakdown(0.1, 0.1, 0.0, {}, 0.0, 0.0, None)
+    second = Breakdown(0.2, 0.1, 0.0, {"tensor": 0.1}, 0.0, 0.0, None)
+    drawn = figures.stacked("two", ["one", "two"], [first, second])
+    assert "tensor communication" in drawn
+    assert COLOURS["tensor communication"] in drawn
+    assert "exposed all-to-all" not in drawn
+
+
+def test_links_without_a_time_are_not_drawn(run: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links.yaml"
+    good, nothing = Line(0.0, 1e-5, 0.0, 0.0, 1, 1e6), Line(0.0, 0.0, 0.0, 0.0, 0, 0)
+    Profile({"all_to_all intra": good, "all_to_all inter": nothing}, {"backend": "gloo"}).save(links)
+    drawn = report.write(run, profile=links).read_text()
+    assert "all_to_all intra" in drawn and "all_to_all inter" not in drawn
+
+
+def test_causes_stand_below_exposed_all_to_all(run: Path) -> None:
+    e = Run.read(run).explanation
+    assert e is not None
+    names = [name for name, _, _ in report.part_rows(e)]
+    below = names[names.index("exposed all-to-all") + 1 :]
+    assert below[:3] == ["  of all-to-all: transfer", "  of all-to-all: late", "  of all-to-all: uneven"]
+    without = replace(e, total=replace(e.total, exposed=0.0))
+    assert not [name for name, _, _ in report.part_rows(without) if "all-to-all" in name]
+
+
 def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no metrics.jsonl of a run" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"no step yet: there is nothing to report\n    remedy: moesys launch {tmp_path}" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "give one run's folder" in capsys.readouterr().err
 
@@ -290,6 +323,16 @@ def test_a_run_has_one_colour_in_every_chart(run: Path, tmp_path: Path) -> None:
     drawn = set(re.findall(r"stroke: (#[0-9a-f]{6})", training))
     assert drawn <= {*SERIES[:2], "#000000"}
     assert set(SERIES[:2]) <= drawn
+
+
+def test_runs_of_one_name_in_two_places_are_both_told(tmp_path: Path, capsys) -> None:
+    """Their names have brackets, which are no style."""
+    a, b = (write_run(tmp_path / place / "[red]run", slow) for place, slow in (("old", 20), ("new", 5)))
+    out, told = tmp_path / "both.html", tmp_path / "both.json"
+    assert main(["report", str(a), str(b), "--out", str(out), "--json", str(told)]) == 0
+    shares = {name: found["exposed_share"] for name, found in json.loads(told.read_text()).items()}
+    assert shares == {"old/[red]run": pytest.approx(0.34), "new/[red]run": pytest.approx(0.19)}
+    assert "old/[red]run" in capsys.readouterr().out
 
 
 def test_names_that_look_like_mathematics_are_text(tmp_path: Path) -> None:

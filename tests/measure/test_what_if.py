@@ -161,6 +161,17 @@ def test_links_without_a_bandwidth_predict_nothing() -> None:
         Predictor(config(), VOCABULARY, [recorded_step()], flat)
 
 
+def test_loads_that_are_damaged_are_left_out(predictor: Predictor) -> None:
+    """A layer without tokens, and one of fewer experts than the last."""
+    odd = [Step(n, recorded_step().ranks, {"layers.0": load}) for n, load in enumerate(([0.0] * 8, [3.0, 1.0]))]
+    found = Predictor(config(), VOCABULARY, [*odd, recorded_step()], PROFILE)
+    assert found.loads == predictor.loads
+    assert found.predict("same", [], config()).step == pytest.approx(STEP)
+    nothing = Predictor(config(), VOCABULARY, [odd[0]], PROFILE)
+    limited = config(model={"moe": {**BASE["model"]["moe"], "capacity_factor": 1.0}})
+    assert nothing.predict("same", [], limited).step == pytest.approx(STEP)
+
+
 def test_settings_worth_a_prediction() -> None:
     assert variants(config()) == {
         "experts over 2 ranks": ["parallel.ep=2"],

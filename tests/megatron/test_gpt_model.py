@@ -404,14 +404,6 @@ def test_a_refusal_arrives_whole_through_megatrons_builder() -> None:
     assert text.endswith("or use Megatron's own layer")
 
 
-def test_shared_experts_are_not_recomputed_alone() -> None:
-    config = transformer_config(
-        recompute_granularity="selective", recompute_modules=["shared_experts"], moe_shared_expert_intermediate_size=12
-    )
-    with pytest.raises(ConfigError, match="recompute_modules is shared_experts"):
-        MoESysLayer(config)
-
-
 def hybrid(plug_in: bool) -> nn.Module:
     """Attention and MoE blocks in turn, by the pattern of a hybrid model."""
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -23,24 +23,24 @@ OWN = ("name", "output.runs", "measure.metrics_port")
 def write(a: Path, b: Path, path: Path) -> tuple[Run, Run]:
     """Write a page on two runs beside each other; returns both."""
     runs = Run.read(a), Run.read(b)
-    write_whole(path, page(f"{_names(*runs)[0]} and {_names(*runs)[1]}", _parts(*runs)))
+    write_whole(path, page(f"{names(*runs)[0]} and {names(*runs)[1]}", _parts(*runs)))
     return runs
 
 
 def tables(a: Run, b: Run) -> list[Table]:
-    """What is shown of both on screen and on the page: results, keys that differ, the parts of a step."""
+    """Tables of both for screen and page: results, keys that differ, the parts of a step."""
     return [found for found in (outcome(a, b), differences(a, b), steps(a, b)) if found[1]]
 
 
 def outcome(a: Run, b: Run) -> Table:
-    """What came out of each, and the second's difference from the first."""
+    """The results of each, and the second's difference from the first."""
     rows: list[tuple[str, ...]] = []
     for label, key, form in RESULTS:
         x, y = (r.summary.get(key) for r in (a, b))
         texts = [shown(run.summary, key, form) for run in (a, b)]
         if any(texts):
             rows.append((label, *texts, _change(x, y, form)))
-    return ("result", *_names(a, b), "difference"), rows
+    return ("result", *names(a, b), "difference"), rows
 
 
 def _change(x: object, y: object, form: str) -> str:
@@ -57,12 +57,12 @@ def differences(a: Run, b: Run) -> Table:
     x, y = configuration(a.folder), configuration(b.folder)
     keys = [key for key in dict.fromkeys([*x, *y]) if x.get(key) != y.get(key) and key not in OWN] if x and y else []
     rows: list[tuple[str, ...]] = [(key, *(str(c[key]) if key in c else "not there" for c in (x, y))) for key in keys]
-    return ("key", *_names(a, b)), rows
+    return ("key", *names(a, b)), rows
 
 
 def steps(a: Run, b: Run) -> Table:
     """The parts of a step of each, in milliseconds, and their difference; empty unless both recorded steps."""
-    heads = ("ms per step", *_names(a, b), "difference")
+    heads = ("ms per step", *names(a, b), "difference")
     if a.explanation is None or b.explanation is None:
         return heads, []
     rows: list[tuple[str, ...]] = [
@@ -91,7 +91,7 @@ def _legs(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float]]:
         yield name, seconds[0].get(leg, 0.0), seconds[1].get(leg, 0.0)
 
 
-def _names(a: Run, b: Run) -> tuple[str, str]:
+def names(a: Run, b: Run) -> tuple[str, str]:
     """The folders' names, with as much of their paths as tells them apart."""
     x, y = a.folder.resolve().parts, b.folder.resolve().parts
     count = next((n for n in range(1, max(len(x), len(y))) if x[-n:] != y[-n:]), 1)
@@ -99,9 +99,9 @@ def _names(a: Run, b: Run) -> tuple[str, str]:
 
 
 def _parts(a: Run, b: Run) -> list[str]:
-    names = _names(a, b)
+    both = names(a, b)
     parts = []
-    for name, run in zip(names, (a, b), strict=True):
+    for name, run in zip(both, (a, b), strict=True):
         if run.explanation is not None:
             parts.append(sentence(f"{name}: {run.explanation.sentence}"))
     parts.append(section("What came out", table(*outcome(a, b))))
@@ -110,10 +110,10 @@ def _parts(a: Run, b: Run) -> list[str]:
         told = table(heads, rows) if rows else "<p>No key of the configuration differs.</p>"
         parts.append(section("Keys that differ", told))
     if a.explanation is not None and b.explanation is not None:
-        both = [a.explanation.total, b.explanation.total]
-        bars = figures.stacked("a step of each, mean over ranks", names, both)
+        totals = [a.explanation.total, b.explanation.total]
+        bars = figures.stacked("a step of each, mean over ranks", both, totals)
         parts.append(section("Where a step goes", table(*steps(a, b)), figure(bars)))
-    pictures, note = _curves((a, b), names)
+    pictures, note = _curves((a, b), both)
     parts.append(section("Training", *map(figure, pictures), note=note))
     return parts
 

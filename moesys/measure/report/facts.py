@@ -1,4 +1,4 @@
-"""What a run was and what came out, as rows of a table: label and text."""
+"""The circumstances and results of a run as rows of a table: label and text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EXPERT_AXES = (("edp", ("edp_replicate", "edp_shard")), ("ep", ("ep",)), ("etp",
 
 
 def results(summary: Mapping[str, Any]) -> list[Row]:
-    """What came out; figures that the run does not have are left out, and skipped steps where there are none."""
+    """The results; figures that the run does not have are left out, and skipped steps where there are none."""
     return [(label, text) for label, key, form in RESULTS if (text := shown(summary, key, form))]
 
 
@@ -54,7 +54,9 @@ def shown(summary: Mapping[str, Any], key: str, form: str) -> str:
         return "not finite"
     if key == "skipped_steps" and not value:
         return ""
-    return form.format(value) if isinstance(value, str) or is_number(value) else ""
+    if form == "{}":
+        return value if isinstance(value, str) else ""
+    return form.format(value) if is_number(value) else ""
 
 
 def circumstances(folder: Path, summary: Mapping[str, Any]) -> list[Row]:
@@ -98,7 +100,7 @@ def layout(ranks: Sequence[Mapping[str, Any]]) -> str:
     def degrees(axes: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
         sizes = []
         for name, parts in axes:
-            size = len({tuple(rank.get(part, 0) for part in parts) for rank in ranks})
+            size = len({tuple(str(rank.get(part, 0)) for part in parts) for rank in ranks})
             sizes += [f"{name} {size}"] * (size > 1)
         return sizes
 

@@ -84,14 +84,14 @@ def _legend(axes: Any, columns: int) -> None:
 
 
 def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) -> str:
-    """A step as stacked bars of milliseconds, one bar for each of `rows`."""
+    """A step as stacked bars of milliseconds, one bar for each of `rows`; each bar may have parts that others lack."""
+    parts = [name for name in COLOURS if any(b.parts.get(name, 0.0) > 0 for b in breakdowns)]
 
     def paint(axes: Any, columns: int) -> None:
         left = [0.0] * len(rows)
-        for part in breakdowns[0].parts:
+        for part in parts:
             width = [b.parts.get(part, 0.0) * 1e3 for b in breakdowns]
-            if max(width) > 0:
-                axes.barh(range(len(rows)), width, left=left, height=0.8, color=COLOURS[part], label=part)
+            axes.barh(range(len(rows)), width, left=left, height=0.8, color=COLOURS[part], label=part)
             left = [a + b for a, b in zip(left, width, strict=True)]
         hidden = [(b.hidden or 0.0) * 1e3 for b in breakdowns]
         if max(hidden) > 0:
@@ -106,16 +106,15 @@ def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) ->
         axes.set_xlabel("milliseconds")
         _legend(axes, columns)
 
-    parts = sum(any(b.parts.get(name, 0.0) > 0 for b in breakdowns) for name in breakdowns[0].parts)
     hidden = any(map(bool, (b.hidden for b in breakdowns)))
-    return draw(title, 1.0 + 0.28 * len(rows), paint, legend=parts + hidden)
+    return draw(title, 1.0 + 0.28 * len(rows), paint, legend=len(parts) + hidden)
 
 
 def heat(title: str, table: Sequence[Sequence[float]], xs: Sequence[float], x: str, y: str, unit: str) -> str:
     """Values by colour: `table` has a row for each y; `xs`, evenly spaced, are the places of the columns."""
 
     def paint(axes: Any, columns: int) -> None:
-        half = (xs[-1] - xs[0]) / (2 * (len(xs) - 1)) if len(xs) > 1 else 0.5
+        half = (xs[-1] - xs[0]) / (2 * max(1, len(xs) - 1)) or 0.5
         extent = (xs[0] - half, xs[-1] + half, len(table) - 0.5, -0.5)
         image = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
         for axis in (axes.xaxis, axes.yaxis):

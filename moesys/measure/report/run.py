@@ -50,9 +50,13 @@ class Run:
         """From its folder; `summary` instead of its summary.json, `profile` instead of the run's measure.profile.
 
         Raises:
-            ReportError: there is no run.
+            ReportError: there is no run, or it ended before its first step.
         """
         records = list(json_objects(folder / "metrics.jsonl"))
+        if not records and (config := folder / "config.yaml").is_file():
+            raise ReportError(
+                f"{folder}: the run has no step yet: there is nothing to report\n    remedy: moesys launch {config}"
+            )
         if not records:
             raise ReportError(f"{folder} holds no metrics.jsonl of a run: give the folder that moesys launch made")
         if summary is None:
@@ -124,11 +128,22 @@ LEGS = (
 
 
 def _step_table(e: Explanation) -> str:
-    t = e.total
-    rows = [(name, _ms(seconds), f"{seconds / t.step:.1%}") for name, seconds in t.parts.items() if seconds > 0]
-    c = e.causes
-    causes = [(f"  of all-to-all: {name}", _ms(s), f"{s / t.step:.1%}") for name, s in c.parts.items()]
-    return table(("part", "ms", "of step"), [*rows[:2], *causes, *rows[2:], ("step", _ms(t.step), "")])
+    return table(("part", "ms", "of step"), [*part_rows(e), ("step", _ms(e.total.step), "")])
+
+
+def part_rows(e: Explanation) -> list[tuple[str, str, str]]:
+    """The parts of a step that are not 0, in milliseconds and as shares, below exposed all-to-all its causes."""
+
+    def row(name: str, seconds: float) -> tuple[str, str, str]:
+        return name, _ms(seconds), f"{seconds / e.total.step:.1%}"
+
+    rows = []
+    for name, seconds in e.total.parts.items():
+        if seconds > 0:
+            rows.append(row(name, seconds))
+            if name == "exposed all-to-all":
+                rows += [row(f"  of all-to-all: {cause}", s) for cause, s in e.causes.parts.items()]
+    return rows
 
 
 def _layer_table(e: Explanation) -> str:
@@ -165,7 +180,11 @@ def _links(run: Run) -> list[str]:
     """The link model that the run names, if its file is there."""
     if run.profile is None:
         return []
-    lines = {name: line for name, line in run.profile.lines.items() if name.startswith("all_to_all")}
+    lines = {
+        name: line
+        for name, line in run.profile.lines.items()
+        if name.startswith("all_to_all") and line.largest >= 1 and line.seconds(1) > 0
+    }
     return [section("Links", figure(figures.bandwidths("fitted bandwidth of all-to-all", {}, lines)))] if lines else []
 
 

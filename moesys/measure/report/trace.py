@@ -8,7 +8,7 @@ from pathlib import Path
 from moesys.measure.explanation import Explanation
 from moesys.measure.report import figures
 from moesys.measure.report.page import figure, page, section, sentence, table
-from moesys.measure.report.run import rank_names
+from moesys.measure.report.run import part_rows, rank_names
 
 NOTE = (
     "Compute is when any kernel ran that is no communication; hidden communication ran beside such, exposed did not; "
@@ -19,10 +19,9 @@ NOTE = (
 def page_of(e: Explanation, files: Sequence[Path]) -> str:
     """The page."""
     t = e.total
-    rows = [(name, f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in t.parts.items() if s > 0]
+    rows = part_rows(e)
     if t.hidden is not None:
         rows.append(("all-to-all hidden behind compute", f"{t.hidden * 1e3:.2f}", f"{t.hidden / t.step:.1%}"))
-    rows += [(f"  of all-to-all: {name}", f"{s * 1e3:.2f}", f"{s / t.step:.1%}") for name, s in e.causes.parts.items()]
     ranks = figures.stacked("ranks", rank_names(e), e.by_rank)
     few = list(range(len(e.steps)))[:24]
     names = [f"step {e.steps[i]}" if e.marked else "trace" for i in few]
