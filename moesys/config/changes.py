@@ -15,7 +15,7 @@ from moesys.config.legal import annotation, section_of
 from moesys.config.schema import Config, Section
 
 SECRET = ("launch.env",)
-"""Keys that nothing but config.yaml keeps: they may hold passwords."""
+"""Keys that config.yaml alone keeps, and without what `moesys.config.secret` knows to be secret: more may be."""
 
 
 class Kind(Enum):
