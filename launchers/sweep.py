@@ -5,7 +5,6 @@ moesys sweep configs/sweeps/gates.yaml
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,8 @@ from moesys.config.changes import Kind
 from moesys.config.load import dump, run_name
 from moesys.config.schema import Config
 from moesys.config.sweep import read_sweep
-from moesys.errors import CheckpointError, ConfigError
-from moesys.files import write_json
+from moesys.errors import CheckpointError, ConfigError, Problem
+from moesys.files import json_objects, write_json
 from moesys.launchers import summary
 from moesys.launchers.launch import launch
 from moesys.launchers.lock import locked
@@ -36,6 +35,9 @@ COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:,.0f}"),
 )
 """Heading, key and format of each figure of a run."""
+
+SUBMITS = "only submits a run, and a sweep waits for the figures of each"
+WITHIN = "set it to local or ray, and start the sweep inside a job"
 
 LAST = 0.2
 """Share of the steps, the last ones, over which figures of single steps are averaged."""
@@ -65,13 +67,16 @@ class Sweep:
                 configs[run] = load_checked(base, [*every, *own, f"name={name}-{run}"])
             except ConfigError as error:
                 problems += [replace(p, where=f"{path}, run {run}: {p.where}") for p in error.problems]
+        for run, config in configs.items():
+            if config.launch.launcher == "slurm":
+                problems.append(Problem("launch.launcher", SUBMITS, WITHIN, "slurm", f"{path}, run {run}"))
         if problems:
             raise ConfigError(problems)
         return cls(name, configs)
 
     @property
     def folder(self) -> Path:
-        """Where the table lies."""
+        """The folder of the table."""
         return Path(next(iter(self.configs.values())).output.runs) / self.name
 
 
@@ -127,10 +132,10 @@ def _train(config: Config, console: Console) -> int:
 
 def figures(run_dir: Path) -> dict[str, Any]:
     """Every figure of a finished run: its summary, and the mean of each metric over its last steps."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if "loss" in r]
+    steps = [record for record in json_objects(run_dir / "metrics.jsonl") if "loss" in record]
     last = steps[-max(1, round(LAST * len(steps))) :]
-    numbers = {key: [r[key] for r in last if isinstance(r.get(key), float)] for key in last[-1]}
+    keys = last[-1] if last else ()
+    numbers = {key: [r[key] for r in last if isinstance(r.get(key), float)] for key in keys}
     means = {key: fmean(values) for key, values in numbers.items() if values}
     found = summary.read(run_dir) or {}
     return means | {key: value for key, value in found.items() if key != "config"}
