@@ -59,10 +59,10 @@ def launch(spec: RunSpec, launcher: str, console: Console | None = None) -> int:
     returns 130. Raises `MoesysError` if the workers cannot be started, or the data cannot be read.
     """
     history.note(spec.run_dir)
+    prepare.port(spec.config, launcher)
     if launcher == "slurm":
         return slurm.submit(spec)
     started = workers(spec, launcher)
-    prepare.port(spec.config, launcher)
     prepare.data(spec.config, launcher)
     return watch(started, spec, console or Console())
 
