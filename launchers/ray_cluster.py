@@ -52,15 +52,6 @@ class Node:
     """Whether nothing of these is in use."""
 
 
-def find_address(configured: str | None, env: Mapping[str, str] | None = None) -> str | None:
-    """The cluster to use: `launch.ray_address`, else the one this process was submitted to, else None."""
-    env = os.environ if env is None else env
-    if configured is not None:
-        return configured
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in env
-    return env.get("RAY_ADDRESS") or ("auto" if inside_job else None)
-
-
 @contextmanager
 def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
     """Set variables of this process for a while, or remove those that are None; Ray reads its settings from there."""
