@@ -5,7 +5,6 @@ moesys bench train configs/quickstart.yaml
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ from moesys import leftovers
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
 from moesys.errors import MoesysError
+from moesys.files import json_objects
 from moesys.loopback import stay_here
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import ParallelMesh
@@ -150,4 +150,4 @@ def first_step(path: Path, overrides: list[str], launcher: str) -> float:
 
 
 def _has_step(metrics: Path) -> bool:
-    return metrics.exists() and any("loss" in json.loads(line) for line in metrics.read_text().splitlines()[:1])
+    return any("loss" in record for record in json_objects(metrics))
