@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from moesys.errors import CheckpointError, FileError
 from moesys.files import read_json
+from moesys.train.ending import Kind, kind_of
 from moesys.train.resume import META, damaged
 
 METADATA = ".metadata"
@@ -200,8 +201,19 @@ def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.load(state, storage_reader=Reader(folder, metadata))
     except (CheckpointException, Exception) as error:
+        if _is_elsewhere(error, folder):
+            raise
         raise damaged(folder, _cause(error)) from None
     return missing
+
+
+def _is_elsewhere(error: BaseException, folder: Path) -> bool:
+    """Whether the fault is another rank's or lack of memory: nobody should move a good checkpoint away for that.
+
+    A damaged file may ask for any amount of memory, unless its checksum has been compared.
+    """
+    kind = kind_of(error)
+    return kind in (Kind.LOST, Kind.TIMEOUT) or (kind is Kind.MEMORY and _listed(folder))
 
 
 def agree(wrong: str | None) -> None:
