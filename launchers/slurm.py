@@ -22,6 +22,7 @@ from moesys.config.secret import is_secret
 from moesys.errors import LaunchError
 from moesys.launchers.command import command_line
 from moesys.launchers.spec import RunSpec
+from moesys.train import run_folder
 from moesys.train.rank import COMMAND
 
 GPU_OPTIONS = {"gpus", "gpus-per-node", "gpus-per-task", "gres"}
@@ -46,6 +47,12 @@ if [ $? -eq 75 ]; then
     exit 1
 fi
 echo "$$ of Slurm job $SLURM_JOB_ID" > "$run_dir/launch.lock"
+# The configuration of a run with checkpoints comes back, unless the workers accept this one.
+before="$run_dir/{before}"
+if compgen -G "$run_dir/checkpoints/step-*/moesys.json" > /dev/null && [ ! -e "$before" ]; then
+    mv "$run_dir/config.yaml" "$before" 2> /dev/null
+fi
+trap '[ -e "$before" ] && mv "$before" "$run_dir/config.yaml"' EXIT
 cat > "$run_dir/config.yaml" << 'END_OF_CONFIG'
 {config}END_OF_CONFIG
 {exports}
@@ -96,7 +103,7 @@ def script(spec: RunSpec, python: str = sys.executable) -> str:
         world=spec.world,
         per_node=per_node,
         nodes=config.cluster.nodes,
-        run_dir=spec.run_dir,
+        before=run_folder.BEFORE,
         log_pattern=shlex.quote(f"{str(spec.run_dir).replace('%', '%%')}/logs/rank-%t.log"),
         quoted_run_dir=shlex.quote(str(spec.run_dir)),
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in exports(spec).items()),

@@ -167,6 +167,26 @@ def test_a_job_leaves_a_folder_alone_that_is_in_use(spec, tmp_path):
     assert not (run.run_dir / "config.yaml").exists()
 
 
+ACCEPTING = """
+import os, sys
+if os.environ["RANK"] == "0":
+    os.unlink(sys.argv[4] + "/.config.before.yaml")
+"""
+
+
+@pytest.mark.parametrize(
+    ("worker", "accepted"), [(ACCEPTING, True), ("raise SystemExit(1)", False)], ids=["accepted", "refused"]
+)
+def test_a_job_that_workers_refuse_leaves_the_configuration_as_it_was(spec, tmp_path, worker, accepted):
+    run = spec()
+    (run.run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run.run_dir / "checkpoints" / "step-00000001" / "moesys.json").touch()
+    (run.run_dir / "config.yaml").write_text("of before\n")
+    assert run_script(run, tmp_path, worker).returncode == (0 if accepted else 1)
+    assert ((run.run_dir / "config.yaml").read_text() != "of before\n") is accepted
+    assert not (run.run_dir / ".config.before.yaml").exists()
+
+
 def test_cores_of_a_task_reach_srun(spec, tmp_path):
     run = spec({"slurm": {"cpus-per-task": 5}})
     assert "#SBATCH --cpus-per-task=5" in slurm.script(run)
