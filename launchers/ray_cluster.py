@@ -34,7 +34,7 @@ from moesys.leftovers import Owned
 CONNECT_S = 5.0
 
 ATTEMPTS = 3
-"""How often to start Ray on this machine: it gives its processes 30 seconds, which a busy machine exceeds."""
+"""Starts of Ray on this machine, at most: it gives its processes 30 seconds, which a busy machine exceeds."""
 
 TOKEN = secrets.token_hex(32)
 """Of every embedded Ray of this process: Ray keeps the first that it reads."""

@@ -51,7 +51,7 @@ class Board:
 
 
 def hyperparameters(config: Config) -> dict[str, Any]:
-    """What a run is told apart by at a glance."""
+    """Settings by which runs are told apart at a glance."""
     m, t, o = config.model, config.train, config.train.optimizer
     found: dict[str, Any] = {
         "layers": m.layers,

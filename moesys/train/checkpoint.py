@@ -42,7 +42,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Loaded:
-    """Where a run goes on: after `step` steps and `samples` sequences, with the `changes` since.
+    """The place at which a run goes on: after `step` steps and `samples` sequences, with the `changes` since.
 
     `fresh` names what the checkpoint does not have and what thus begins as in a new run; `state` is as it was saved.
     """
@@ -149,7 +149,7 @@ def _all_checksums(folder: Path) -> dict[str, list[int]]:
 
 
 def _facts(engine: Engine, corpus: Corpus) -> dict[str, Any]:
-    """What is needed to use a checkpoint without its run: all of it is in docs/launching.md."""
+    """Facts to use a checkpoint without its run: all of them are in docs/launching.md."""
     config, tokenizer = engine.config, corpus.tokenizer
     model = config.model.model_copy(update={"vocab_size": corpus.vocab_size})
     own = isinstance(tokenizer, HFTokenizer)
