@@ -1,4 +1,4 @@
-"""Why a process ended that left no error: from its exit code or signal, the end of its log, the kernel's counts."""
+"""The cause of an end that left no error: from exit code or signal, the end of the log, the kernel's counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HINTS = {
     "SIGXCPU": "the limit of CPU time, `ulimit -t`, is used up",
     "SIGXFSZ": "a file grew beyond the limit, `ulimit -f`",
 }
-"""Who or what sends a signal that ends a process."""
+"""The usual senders of a signal that ends a process."""
 
 TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(\S.*)", re.MULTILINE)
 TERMINATED = re.compile(r"terminate called after throwing an instance of .*\n\s*what\(\):\s*(.*)")
@@ -51,7 +51,7 @@ def failure(rank: int, ended: Ended, run_dir: Path, killed_before: int | None) -
 
 
 def reason(ended: Ended, killed_before: int | None) -> str:
-    """Who or what sent the signal, as far as that can be known; "" if there was none."""
+    """The sender of the signal, as far as it can be known; "" if there was none."""
     if ended.signal is signal.SIGKILL:
         return _killer(killed_before, kills())
     if ended.signal is signal.SIGBUS:

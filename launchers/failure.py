@@ -1,4 +1,4 @@
-"""Why a run failed: the one worker whose failure came first, told apart from the failures that followed from it.
+"""The cause of a run's failure: the worker whose failure came first, told apart from those that followed from it.
 
 When a worker dies, the others fail a moment later because their peer is gone. Only the first is of use.
 """
@@ -20,7 +20,7 @@ TAIL_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its exit code, unless that is 0 what to tell the user, and what kind of failure it was."""
+    """The end of a run: its exit code, unless that is 0 what to tell the user, and what kind of failure it was."""
 
     exit_code: int
     message: str = ""
@@ -28,7 +28,7 @@ class Outcome:
 
 
 def log_file(run_dir: Path, rank: int) -> Path:
-    """Where the output of the worker of `rank` goes."""
+    """The file with the output of the worker of `rank`."""
     return run_dir / "logs" / f"rank-{rank}.log"
 
 
@@ -38,12 +38,12 @@ def first_cause(failures: Iterable[Failure]) -> Failure:
 
 
 def outcome(failure: Failure, who: str, run_dir: Path) -> Outcome:
-    """How a run ended that `failure` of the worker called `who` ended."""
+    """The end of a run that `failure` of the worker called `who` ended."""
     return Outcome(failure.exit_code, message(failure, who, run_dir), failure.kind)
 
 
 def message(failure: Failure, who: str, run_dir: Path) -> str:
-    """What to tell the user: the cause in a sentence, and below it what helps to find more."""
+    """The text for the user: the cause in a sentence, and below it what helps to find more."""
     if failure.kind in (Kind.CRASH, Kind.EXIT):
         return f"{who} {failure.text}"
     if failure.kind is Kind.USER:

@@ -59,10 +59,10 @@ def launch(spec: RunSpec, launcher: str, console: Console | None = None) -> int:
     returns 130. Raises `MoesysError` if the workers cannot be started, or the data cannot be read.
     """
     history.note(spec.run_dir)
+    prepare.port(spec.config, launcher)
     if launcher == "slurm":
         return slurm.submit(spec)
     started = workers(spec, launcher)
-    prepare.port(spec.config, launcher)
     prepare.data(spec.config, launcher)
     return watch(started, spec, console or Console())
 
@@ -86,6 +86,9 @@ def workers(spec: RunSpec, launcher: str, program: str = "moesys.train.worker") 
         from moesys.launchers.ray import RayWorkers  # Ray takes half a second to import
 
         return RayWorkers(spec, f"{program}:run")
+    if launcher == "slurm":
+        rule = "launcher slurm submits runs alone, and this command waits for its workers"
+        raise LaunchError(f"{rule}\n    remedy: set it to ray or local, and give the command inside a job")
     raise LaunchError(f"there is no launcher {launcher!r}: use ray, local, hosts or slurm")
 
 

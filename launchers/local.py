@@ -19,9 +19,9 @@ from moesys.words import plural
 
 HOST = "127.0.0.1"
 SETTLE_S = 2.0
-"""How long after a failure to wait at most for workers that told one to end by themselves."""
+"""Seconds after a failure in which workers that told one may end by themselves."""
 ATTEMPTS = 3
-"""How often to start when the rendezvous port turns out to be taken."""
+"""Starts, at most, when the rendezvous port turns out to be taken."""
 
 
 class LocalWorkers:
@@ -110,7 +110,7 @@ class LocalWorkers:
         return ended
 
     def _failures(self, ended: Mapping[int, Ended]) -> list[Failure]:
-        """What workers told, and what is known of those that `ended` without a word."""
+        """The failures that workers told, and those of workers that `ended` without a word."""
         told = self._processes.failures()
         silent = {rank: end for rank, end in ended.items() if rank not in told}
         failures = list(told.values())

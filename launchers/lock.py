@@ -33,6 +33,8 @@ def locked(run_dir: Path) -> Iterator[None]:
                 f"{run_dir} is in use: another launch of this run (process {holder}) has not ended\n"
                 "    remedy: wait for it or stop it, or give this run another name=NAME"
             ) from None
+        except OSError:
+            pass  # a file system without locks, as some of clusters are: nobody can be asked
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

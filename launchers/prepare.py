@@ -1,25 +1,19 @@
-"""What workers would find wrong, and is found before any of them starts: a port that is taken, data."""
+"""Checks before any worker starts, of what workers would find wrong: a port that is taken, data."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import socket
 
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
 from moesys.errors import LaunchError
+from moesys.launchers.address import ray_address
 
 
 def is_here(config: Config, launcher: str) -> bool:
     """Whether rank 0 will run on this machine, in its network."""
-    return launcher == "local" or (launcher == "ray" and not _joins(config))
-
-
-def _joins(config: Config) -> bool:
-    """Whether a running Ray cluster is joined."""
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return bool(config.launch.ray_address or os.environ.get("RAY_ADDRESS") or inside_job)
+    return launcher == "local" or (launcher == "ray" and ray_address(config.launch.ray_address) is None)
 
 
 def port(config: Config, launcher: str) -> None:

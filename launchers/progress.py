@@ -44,7 +44,7 @@ FAULTS = (("skipped", "skipped"), ("dead_experts", "dead experts"), ("collapsed_
 """Key and label of counts that are shown where there are any."""
 
 LOST, NOT_FINITE = ("loss", "grad_norm"), "not finite"
-"""What every step has: null in its record, as JSON has no NaN, it is no number."""
+"""Figures that every step has: one that is null in its record, as JSON has no NaN, is shown in these words."""
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""Which rank does not answer: from the signs of life that all ranks write (train/beat.py), on whatever launcher.
+"""The rank that does not answer, found by the signs of life that all ranks write (train/beat.py), on any launcher.
 
 A rank that hangs fails the *others*, which wait for it in vain. Their errors cannot say who was missing.
 """
@@ -23,7 +23,7 @@ STATES = {
     "D": "it waits for a disk or a network file system",
     "Z": "it has ended",
 }
-"""What the kernel says of a process that gives no sign of life."""
+"""The kernel's letters for states in which a process gives no sign of life, and what they mean."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moesys import leftovers
 from moesys.errors import LaunchError
 from moesys.launchers import device, foreign
+from moesys.launchers.address import ray_address
 from moesys.launchers.failure import Outcome, clear_traces
 from moesys.launchers.ray_worker import Task
 from moesys.launchers.spec import RunSpec, default_threads
@@ -77,7 +78,7 @@ class RayWorkers:
             remedy = 'pip install "ray[train]", or use --launcher local'
             raise LaunchError(f"Ray is not installed ({error})\n    remedy: {remedy}") from error
         self._closing.enter_context(ray_cluster.environment(RAY_ENV | job_env))
-        address = ray_cluster.find_address(self.spec.config.launch.ray_address)
+        address = ray_address(self.spec.config.launch.ray_address)
         self._check_nodes(address)
         log = self.spec.run_dir / "logs" / "ray.log"
         self._closing.enter_context(ray_cluster.deaths_to(log))

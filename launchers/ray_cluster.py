@@ -34,7 +34,7 @@ from moesys.leftovers import Owned
 CONNECT_S = 5.0
 
 ATTEMPTS = 3
-"""How often to start Ray on this machine: it gives its processes 30 seconds, which a busy machine exceeds."""
+"""Starts of Ray on this machine, at most: it gives its processes 30 seconds, which a busy machine exceeds."""
 
 TOKEN = secrets.token_hex(32)
 """Of every embedded Ray of this process: Ray keeps the first that it reads."""
@@ -50,15 +50,6 @@ class Node:
     gpus: int
     free: bool
     """Whether nothing of these is in use."""
-
-
-def find_address(configured: str | None, env: Mapping[str, str] | None = None) -> str | None:
-    """The cluster to use: `launch.ray_address`, else the one this process was submitted to, else None."""
-    env = os.environ if env is None else env
-    if configured is not None:
-        return configured
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in env
-    return env.get("RAY_ADDRESS") or ("auto" if inside_job else None)
 
 
 @contextmanager

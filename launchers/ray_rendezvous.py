@@ -1,4 +1,4 @@
-"""Where the workers of Ray Train meet, and what they are told only once they run.
+"""The meeting place of the workers of Ray Train, and what they are told only once they run.
 
 Ray Train's own backend for torch looks for a free port, lets it go again, and has the store of rank 0 listen there
 on every interface. Here rank 0's process itself listens, on its node's address alone, and keeps that socket for the

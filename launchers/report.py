@@ -74,7 +74,7 @@ def _traces(arguments: argparse.Namespace) -> int:
 
 
 def _console() -> Console:
-    """Wide enough for the tables. What is in brackets, as in a run's name, is text."""
+    """A console to which brackets, as in a run's name, are text."""
     return Console(markup=False)
 
 

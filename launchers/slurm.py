@@ -20,7 +20,10 @@ from pathlib import Path
 from moesys.config.load import dump
 from moesys.config.secret import is_secret
 from moesys.errors import LaunchError
+from moesys.launchers.command import command_line
 from moesys.launchers.spec import RunSpec
+from moesys.train import run_folder
+from moesys.train.rank import COMMAND
 
 GPU_OPTIONS = {"gpus", "gpus-per-node", "gpus-per-task", "gres"}
 
@@ -36,6 +39,20 @@ set -uo pipefail
 
 run_dir={quoted_run_dir}
 mkdir -p "$run_dir/logs" "$run_dir/errors"
+# One launch at a time for each run folder, as `moesys launch` has it; where there are no locks, nothing is asked.
+exec 9>> "$run_dir/launch.lock"
+flock --exclusive --wait 60 --conflict-exit-code 75 9 2> /dev/null
+if [ $? -eq 75 ]; then
+    echo "$run_dir is in use: another launch of this run (process $(cat "$run_dir/launch.lock")) has not ended" >&2
+    exit 1
+fi
+echo "$$ of Slurm job $SLURM_JOB_ID" > "$run_dir/launch.lock"
+# The configuration of a run with checkpoints comes back, unless the workers accept this one.
+before="$run_dir/{before}"
+if compgen -G "$run_dir/checkpoints/step-*/moesys.json" > /dev/null && [ ! -e "$before" ]; then
+    mv "$run_dir/config.yaml" "$before" 2> /dev/null
+fi
+trap '[ -e "$before" ] && mv "$before" "$run_dir/config.yaml"' EXIT
 cat > "$run_dir/config.yaml" << 'END_OF_CONFIG'
 {config}END_OF_CONFIG
 {exports}
@@ -53,7 +70,7 @@ for attempt in $(seq 0 {max_failures}); do
         --kill-on-bad-exit=1 --open-mode=append --output={log_pattern} \\
         bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS \\
             LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE={per_node}
-            exec "$@"' worker {command}
+            exec "$@"' worker {command} 9>&-
     code=$?
     [ "$code" -eq 0 ] && break
     first="$(ls -tr "$run_dir"/errors/rank-*.txt 2>/dev/null | head -n 1)"
@@ -77,7 +94,7 @@ def script(spec: RunSpec, python: str = sys.executable) -> str:
         )
     config = spec.config
     per_node = config.cluster.ranks_per_node
-    command = [python, "-m", "moesys.train.worker", str(spec.run_dir)]
+    command = [python, "-m", "moesys.train.rank", "moesys.train.worker", str(spec.run_dir)]
     share = f"$(( SLURM_CPUS_ON_NODE > {per_node} ? SLURM_CPUS_ON_NODE / {per_node} : 1 ))"
     return TEMPLATE.format(
         options="\n".join(f"#SBATCH --{option}" for option in options(spec)) + gpu_comment(spec),
@@ -86,7 +103,7 @@ def script(spec: RunSpec, python: str = sys.executable) -> str:
         world=spec.world,
         per_node=per_node,
         nodes=config.cluster.nodes,
-        run_dir=spec.run_dir,
+        before=run_folder.BEFORE,
         log_pattern=shlex.quote(f"{str(spec.run_dir).replace('%', '%%')}/logs/rank-%t.log"),
         quoted_run_dir=shlex.quote(str(spec.run_dir)),
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in exports(spec).items()),
@@ -142,7 +159,7 @@ def gpu_comment(spec: RunSpec) -> str:
 
 def exports(spec: RunSpec) -> dict[str, str]:
     """Variables written into the script. Those of the submitting shell, tokens among them, go with sbatch."""
-    fixed = {"PYTHONPATH": spec.env["PYTHONPATH"], "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    fixed = {"PYTHONPATH": spec.env["PYTHONPATH"], "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", COMMAND: command_line()}
     if spec.config.launch.threads is not None:
         fixed["OMP_NUM_THREADS"] = str(spec.config.launch.threads)
     return fixed | {name: spec.env[name] for name in spec.config.launch.env if name not in secrets(spec)}

@@ -76,7 +76,7 @@ def worker_environment(config: Config, caller: Mapping[str, str] | None = None) 
 
 
 def told_late(env: Mapping[str, str]) -> dict[str, str]:
-    """What of `env` is handed to workers that run already, and not to the system that starts them.
+    """The part of `env` that is handed to workers that run already, and not to the system that starts them.
 
     Such a system may write down what it is given, as Ray does: secrets, and what only libraries of the worker read.
     """

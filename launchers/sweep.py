@@ -18,7 +18,7 @@ from moesys.config.changes import Kind
 from moesys.config.load import dump, run_name
 from moesys.config.schema import Config
 from moesys.config.sweep import read_sweep
-from moesys.errors import CheckpointError, ConfigError
+from moesys.errors import CheckpointError, ConfigError, Problem
 from moesys.files import json_objects, write_json
 from moesys.launchers import summary
 from moesys.launchers.launch import launch
@@ -36,6 +36,9 @@ COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:,.0f}"),
 )
 """Heading, key and format of each figure of a run."""
+
+SUBMITS = "only submits a run, and a sweep waits for the figures of each"
+WITHIN = "set it to local or ray, and start the sweep inside a job"
 
 LAST = 0.2
 """Share of the steps, the last ones, over which figures of single steps are averaged."""
@@ -65,13 +68,16 @@ class Sweep:
                 configs[run] = load_checked(base, [*every, *own, f"name={name}-{run}"])
             except ConfigError as error:
                 problems += [replace(p, where=f"{path}, run {run}: {p.where}") for p in error.problems]
+        for run, config in configs.items():
+            if config.launch.launcher == "slurm":
+                problems.append(Problem("launch.launcher", SUBMITS, WITHIN, "slurm", f"{path}, run {run}"))
         if problems:
             raise ConfigError(problems)
         return cls(name, configs)
 
     @property
     def folder(self) -> Path:
-        """Where the table lies."""
+        """The folder of the table."""
         return Path(next(iter(self.configs.values())).output.runs) / self.name
 
 

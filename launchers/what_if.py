@@ -29,6 +29,9 @@ def command(arguments: argparse.Namespace) -> int:
     """Predict, measure if asked to, show, and write RUN/measure/what_if.json."""
     run_dir: Path = arguments.run_dir
     config, steps = recorded(run_dir)
+    if arguments.measure and config.launch.launcher == "slurm":
+        rule = "--measure waits for the runs that it starts, and launch.launcher slurm only submits"
+        raise WhatIfError(f"{rule}\n    remedy: leave --measure out")
     path = arguments.profile or config.measure.profile
     if path is None:
         raise WhatIfError("--profile: links are not known; measure them: moesys bench a2a CONFIG --profile FILE")
@@ -89,9 +92,10 @@ def measure(config: Config, runs: Path) -> float:
 
     Returns the median seconds of its recorded steps.
     """
-    output = config.output.model_copy(update={"tensorboard": False})
+    output = config.output.model_copy(update={"tensorboard": False, "wandb": False})
+    alone = {"output": output, "measure": config.measure.model_copy(update={"metrics_port": None})}
     with leftovers.temporary("what-if-", runs) as folder:
-        spec = RunSpec.of(config.model_copy(update={"output": output}), folder)
+        spec = RunSpec.of(config.model_copy(update=alone), folder)
         (spec.run_dir / "config.yaml").write_text(dump(spec.config))
         if launch(spec, config.launch.launcher, Console(stderr=True, quiet=True)):
             raise WhatIfError(f"{config.name} did not run with this setting")

@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def strange(parser: Parser, words: Sequence[str], overrides: bool) -> str | None:
-    """What to say of `words` that `parser` does not know; None if all of them are overrides, which may be given."""
+    """The error in `words` that `parser` does not know; None if all of them are overrides, which may be given."""
     for number, word in enumerate(words):
         if overrides and "=" in word and not word.startswith("-"):
             continue

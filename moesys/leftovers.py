@@ -1,4 +1,4 @@
-"""What belongs to a process and must not outlive it: folders, pretended hosts, processes.
+"""Belongings of a process that must not outlive it: folders, pretended hosts, processes.
 
 A process that ends in order removes its own. One that is killed by SIGKILL cannot; so whatever is made is first
 written down, beside who owns it, in /tmp/moesys-UID, and every start removes what belongs to the dead. Nothing else
@@ -71,7 +71,7 @@ class Owner:
 
 
 def _started(pid: int) -> str | None:
-    """When a running process started; None if there is none (or only one that waits to be reaped).
+    """The start of a running process; None if there is none (or only one that waits to be reaped).
 
     Raises:
         OSError: the system does not say.

@@ -1,4 +1,4 @@
-"""What the `moesys` command writes to a terminal or pipe, whatever characters that takes."""
+"""Output of the `moesys` command to a terminal or pipe, whatever characters that takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PLAIN = {
     "±": "+-", "µ": "u", "μ": "u", "α": "alpha", "β": "beta", "∝": "~", "²": "2", "³": "3", "⁹": "9", "°": "deg",
     "‘": "'", "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
-"""What stands for a character that the other end cannot show."""
+"""Stand-ins for characters that the other end cannot show."""
 
 
 def degrade(error: UnicodeError) -> tuple[str, int]:

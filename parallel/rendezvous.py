@@ -1,4 +1,4 @@
-"""How the ranks of a run find each other: a store that rank 0 keeps, reachable where it must be and nowhere else.
+"""The meeting of the ranks of a run: a store that rank 0 keeps, reachable where it must be and nowhere else.
 
 torch's own `env://` lets rank 0's store listen on every interface of its machine: anybody who reaches the port may
 read and write what the ranks agree on. Here it listens on the one address that the ranks are told, MASTER_ADDR.

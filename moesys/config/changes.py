@@ -1,4 +1,4 @@
-"""What a change of each key means to a run that goes on from its checkpoint.
+"""The meaning of each key's change to a run that goes on from its checkpoint.
 
 saved = saved_form(config)               # what a checkpoint keeps
 differences(saved, saved_form(other))    # [Change("train.optimizer.lr", 0.003, 0.5)]
@@ -15,16 +15,16 @@ from moesys.config.legal import annotation, section_of
 from moesys.config.schema import Config, Section
 
 SECRET = ("launch.env",)
-"""Keys that nothing but config.yaml keeps: they may hold passwords."""
+"""Keys that config.yaml alone keeps, and without what `moesys.config.secret` knows to be secret: more may be."""
 
 
 class Kind(Enum):
-    """What hangs on a key, and what follows from that when it changes between a checkpoint and its resumption."""
+    """Kinds of keys: what hangs on one, and what follows when it changes between a checkpoint and its resumption."""
 
     WEIGHTS = "decides the weights"
     """Their shapes, or what they mean: it cannot change."""
     MEANT = "changes what the run is"
-    """What a model computes, or which samples it sees: it may change where `train.resume_changed` names it."""
+    """The model computes something else, or sees other samples: it may change where `train.resume_changed` names it."""
     CONTENT = "says where the data lie"
     """It may change, and is told; what lies there is compared by content."""
     TRAINING = "decides the steps to come"
@@ -109,7 +109,7 @@ class Change:
 
     @property
     def kind(self) -> Kind:
-        """What follows. A key that this version does not know decides, for all it knows, the steps to come."""
+        """The kind of the key. One that this version does not know decides, for all it knows, the steps to come."""
         unknown = Kind.WEIGHTS if self.key.startswith("model") else Kind.TRAINING
         return self.given or KINDS.get(self.key, unknown)
 

@@ -14,7 +14,7 @@ from moesys.config.schema import Config
 from moesys.errors import ConfigError, Problem
 
 ANYWHERE = re.compile("SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|APIKEY|BEARER")
-"""What makes a name that of a secret, wherever it stands in it."""
+"""Parts that make a name that of a secret, wherever they stand in it."""
 
 WORDS = {"KEY", "KEYS", "TOKEN", "TOKENS", "AUTH", "AUTHORIZATION", "OAUTH", "PASS", "PWD", "PAT", "NETRC", "SALT"}
 """The same as one of its words, which `_`, `-` and `.` part."""

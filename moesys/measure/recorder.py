@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
+from moesys.files import write_whole
 from moesys.measure import clocks
 from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
@@ -84,7 +85,7 @@ class Recorder:
         if mesh.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = [step for step in read_steps(run_dir) if step.number <= resumed]
-            self.path.write_text("".join(step.to_json() + "\n" for step in kept))
+            write_whole(self.path, "".join(step.to_json() + "\n" for step in kept))
 
     def due(self, number: int) -> bool:
         """Whether step `number` is recorded."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from moesys.measure import bench_a2a
 from moesys.measure.bench_a2a import Options
 from moesys.measure.bench_result import Result
 from moesys.parallel import nodes
-from moesys.train import native, rank, worker
+from moesys.train import native, worker
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -44,12 +43,3 @@ def _measure(config: Config, run_dir: Path) -> None:
 
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-
-
-def main() -> int:
-    """Run the folder named on the command line."""
-    return rank.main(["moesys.train.a2a", *sys.argv[1:]])
-
-
-if __name__ == "__main__":
-    rank.leave(main())

@@ -29,7 +29,7 @@ EXEMPT = ("dense", "soft", "smear", "expert_choice")
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with the routing of one layer.
+    """A fault in the routing of one layer.
 
     Attributes:
         layer: "layers.3".
@@ -111,7 +111,7 @@ class BalanceWatch:
         return all((fault.layer, fault.kind, expert) in self._told for expert in fault.experts)
 
     def faults(self) -> list[Fault]:
-        """What is wrong now, layer by layer."""
+        """The faults of now, layer by layer."""
         if not self.active:
             return []
         last = self.step - self.window + 1
@@ -134,7 +134,7 @@ class BalanceWatch:
         return {"dead_experts": dead, "collapsed_layers": sum(fault.kind == "collapsed" for fault in faults)}
 
     def as_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps: layer's place, expert, first step (and what was missed) of those that are so now."""
+        """The state for a checkpoint: layer's place, expert, first step (and what was missed) of those that are so."""
         if not self.active:
             return {}
         silent = np.argwhere(self.silent_LE <= self.step).tolist()

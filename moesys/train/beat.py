@@ -32,7 +32,7 @@ def interval(timeout_s: float) -> float:
 
 
 def beat_file(run_dir: Path, rank: int) -> Path:
-    """Where the rank's sign lies."""
+    """The file of the rank's sign."""
     return run_dir / "beats" / f"rank-{rank}.json"
 
 
@@ -107,7 +107,7 @@ def step(number: int) -> None:
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """Where a thread is, "moesys/train/loop.py:58 train_step", and whether it waits for other ranks."""
+    """The place of a thread, "moesys/train/loop.py:58 in train_step", and whether it waits for other ranks."""
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
     if frame is None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from moesys.config.changes import saved_form
 from moesys.config.schema import Config
 from moesys.train.metric_table import LOAD, metric
 
@@ -25,7 +26,7 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=resumed + 1)
         if resumed == 0:
             self._writer.add_text("run/hyperparameters", _table(hyperparameters(config)), 0)
-            self._writer.add_text("run/configuration", f"```yaml\n{yaml.safe_dump(written(config))}```", 0)
+            self._writer.add_text("run/configuration", f"```yaml\n{yaml.safe_dump(saved_form(config))}```", 0)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars by their keys in metrics.jsonl."""
@@ -49,13 +50,8 @@ class Board:
         self._writer.close()
 
 
-def written(config: Config) -> dict[str, Any]:
-    """The configuration without what may be secret."""
-    return config.model_dump(mode="json", exclude={"launch": {"env"}})
-
-
 def hyperparameters(config: Config) -> dict[str, Any]:
-    """What a run is told apart by at a glance."""
+    """Settings by which runs are told apart at a glance."""
     m, t, o = config.model, config.train, config.train.optimizer
     found: dict[str, Any] = {
         "layers": m.layers,

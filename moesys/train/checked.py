@@ -46,7 +46,7 @@ def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = 
 
 
 _DATA_ANSWERS: dict[str, list[Problem]] = {}
-"""What the data check said of each of its inputs: it lists folders, and few of the keys in error are its own."""
+"""Answers of the data check by its inputs: it lists folders, and few of the keys in error are its own."""
 
 
 def _data(config: Config) -> list[Problem]:
@@ -79,7 +79,7 @@ def output(config: Config) -> list[Problem]:
 
 
 def no_folder(given: str) -> str | None:
-    """Why nothing can be written in the folder `given`, which need not be there yet; None if something can."""
+    """The reason why nothing can be written in the folder `given`, which need not be there yet; None if it can."""
     if not given or any(unicodedata.category(letter) == "Cc" for letter in given):
         return "must be the name of a folder, without control characters"
     place = located(given).absolute()
@@ -178,7 +178,7 @@ def apex(config: Config) -> list[Problem]:
 
 
 def _lacks_apex() -> str:
-    """Why NVIDIA's apex cannot be used, "" where it can; nothing is imported, which may be of another project."""
+    """The reason why NVIDIA's apex cannot be used, "" where it can; nothing is imported, for it may be another's."""
     found = importlib.util.find_spec("apex")
     if found is None:
         return "needs NVIDIA apex with its FusedAdam, which is not installed"

@@ -42,7 +42,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Loaded:
-    """Where a run goes on: after `step` steps and `samples` sequences, with the `changes` since.
+    """The place at which a run goes on: after `step` steps and `samples` sequences, with the `changes` since.
 
     `fresh` names what the checkpoint does not have and what thus begins as in a new run; `state` is as it was saved.
     """
@@ -95,20 +95,22 @@ def surplus(folder: Path, keep: int) -> list[Path]:
     """Checkpoints that are no longer needed, the oldest first: all but the newest `keep` good ones and the newest.
 
     A good one was written after a step that updated. One that was written while steps were being skipped is good for
-    going on, but takes the place of no good one: whether training recovers is not known then.
+    going on, but takes the place of no good one: whether training recovers is not known then. One whose moesys.json
+    cannot be read takes no place either, and stays: the disk may be at fault, and a person may mend it.
     """
     found = complete(folder)
-    good = [path for path in found if not _skipping(path)]
+    skipping = {path: _skipping(path) for path in found}
+    good = [path for path in found if skipping[path] is False]
     needed = {*good[-keep:], *found[-1:]}
-    return [path for path in found if path not in needed]
+    return [path for path in found if path not in needed and skipping[path] is not None]
 
 
-def _skipping(path: Path) -> bool:
-    """Whether a checkpoint was written while steps were being skipped; one that cannot be read is not known to be."""
+def _skipping(path: Path) -> bool | None:
+    """Whether a checkpoint was written while steps were being skipped; None where it cannot be read."""
     try:
         state = read(path).state.get("skips")
     except CheckpointError:
-        return False
+        return None
     return isinstance(state, dict) and bool(state.get("consecutive"))
 
 
@@ -147,7 +149,7 @@ def _all_checksums(folder: Path) -> dict[str, list[int]]:
 
 
 def _facts(engine: Engine, corpus: Corpus) -> dict[str, Any]:
-    """What is needed to use a checkpoint without its run: all of it is in docs/launching.md."""
+    """Facts to use a checkpoint without its run: all of them are in docs/launching.md."""
     config, tokenizer = engine.config, corpus.tokenizer
     model = config.model.model_copy(update={"vocab_size": corpus.vocab_size})
     own = isinstance(tokenizer, HFTokenizer)

@@ -1,4 +1,4 @@
-"""How a worker ends in failure: what kind of failure it is, and its cause in one sentence.
+"""The end of a worker in failure: what kind of failure it is, and its cause in one sentence.
 
 A failure is told by the type of its error, not by a phrase in its text, except where PyTorch itself has no
 type for it. It reaches whoever started the worker through a pipe or Ray, because the disk may be what failed.
@@ -32,7 +32,7 @@ LONGEST = 2**14
 
 
 class Kind(StrEnum):
-    """What a failure is."""
+    """Kinds of failures."""
 
     USER = "user"
     """A `MoesysError`: its message is all there is to say."""
@@ -65,10 +65,10 @@ LOST_PEER = re.compile(
     r"|failed to recv, got 0 bytes",
     re.IGNORECASE,
 )
-"""What gloo, NCCL and torch's TCPStore say when the worker at the other end is gone."""
+"""Words of gloo, NCCL and torch's TCPStore when the worker at the other end is gone."""
 
 WAITED = re.compile(r"tim(ed|e) ?out|Watchdog caught collective operation", re.IGNORECASE)
-"""What they say when the worker at the other end does not come."""
+"""Their words when the worker at the other end does not come."""
 
 PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
@@ -142,7 +142,7 @@ class Failure:
 
 
 def error_file(run_dir: Path, rank: int) -> Path:
-    """Where the worker of `rank` writes its error."""
+    """The file in which the worker of `rank` writes its error."""
     return run_dir / "errors" / f"rank-{rank}.txt"
 
 
@@ -154,7 +154,7 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def kind_of(error: BaseException) -> Kind:
-    """What `error` is, by its type and the types of those that it came from."""
+    """The kind of `error`, by its type and the types of those that it came from."""
     if isinstance(error, MoesysError):
         return Kind.USER
     chain = list(_chain(error))
@@ -171,7 +171,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def kind_of_text(text: str, of_store: bool = False) -> Kind:
-    """What an error of torch.distributed is; `of_store`: of the store, at which ranks meet."""
+    """The kind of an error of torch.distributed; `of_store`: of the store, at which ranks meet."""
     if of_store and PORT_TAKEN.search(text):
         return Kind.PORT
     if LOST_PEER.search(text):

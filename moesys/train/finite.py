@@ -1,4 +1,4 @@
-"""Which tensors hold numbers that are not finite, and which of their names comes first in the model."""
+"""Names of tensors that hold numbers that are not finite, and their order in the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def nonfinite(tensors: Mapping[str, Tensor], order: float = inf) -> list[str]:
 
 
 def place(name: str) -> tuple[int, list[tuple[int, str]]]:
-    """Where a parameter's or buffer's name comes in the model: embedding, layers by number, what follows them.
+    """The place of a parameter's or buffer's name in the model: embedding, layers by number, what follows them.
 
     Every rank sorts alike by it, whatever the rank holds.
     """

@@ -83,7 +83,7 @@ class Guard:
         raise TrainingError(f"step {skip.step}: skipped for it is not finite, {rule}: {skip}{remedy(newest)}")
 
     def as_json(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """The counts for a checkpoint."""
         return {"consecutive": self.consecutive, "total": self.total}
 
     def restore(self, kept: dict[str, Any]) -> None:
@@ -128,6 +128,6 @@ def named(names: list[str]) -> str:
 
 
 def remedy(newest: Path | None) -> str:
-    """What to do about a run whose numbers are no longer finite."""
+    """The remedy of a run whose numbers are no longer finite."""
     where = f"; the run goes on from {newest}, or from further back if you remove that" if newest else ""
     return f"\n    remedy: lower train.optimizer.lr, lengthen its warm-up, or clip more (train.optimizer.clip){where}"

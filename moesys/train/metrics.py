@@ -161,7 +161,7 @@ class MetricsLog:
 
 
 def about(config: Config) -> dict[str, str]:
-    """What a run is, for labels."""
+    """Facts of a run, for labels."""
     degrees = " ".join(f"{axis}={degree}" for axis, degree in layout(config).items())
     return {"version": moesys.__version__, "engine": config.engine, "parallel": degrees}
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may under this configuration. Needs no torch."""
+"""The checkpoint that a run goes on from, and whether it may under this configuration. Needs no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIRST_FORMAT = ("model.", "seed", "train.freeze")
 
 @dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says of itself.
+    """The facts that a checkpoint says of itself.
 
     Attributes:
         step, samples: done; samples count sequences of the run's `train.seq_len`.
@@ -90,7 +90,7 @@ def checksum(meta: Mapping[str, Any]) -> int:
 
 
 def read(path: Path) -> Meta:
-    """What the checkpoint at `path` says of itself.
+    """The facts that the checkpoint at `path` says of itself.
 
     Raises:
         CheckpointError: that is missing or damaged.
@@ -247,7 +247,7 @@ def incomplete(folder: Path) -> list[str]:
 
 
 def trained_with(run_dir: Path, config: Config) -> list[Change]:
-    """How the settings that the figures in `run_dir` are of differ from `config`; none where there is no run yet.
+    """The differences of `config` from the settings of the figures in `run_dir`; none where there is no run yet.
 
     Raises:
         CheckpointError: as `read`.

@@ -25,7 +25,7 @@ DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError),
     *(NotImplementedError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
 )
-"""What numpy and zipfile raise of files that are damaged."""
+"""Errors that numpy and zipfile raise of files that are damaged."""
 Arrays = tuple[Any, Any, Any]
 """number [T], expert [T, K] and weight [T, K] of one layer."""
 
@@ -117,7 +117,7 @@ def _files(folder: Path) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _wrong(arrays: dict[str, np.ndarray]) -> str:
-    """What is wrong with the arrays of a file; "" if nothing is."""
+    """The fault in the arrays of a file; "" if there is none."""
     experts = arrays["experts"]
     if experts.shape != () or experts.dtype.kind not in "iu" or not 1 <= experts <= 2**20:
         return "does not say how many experts a layer has"

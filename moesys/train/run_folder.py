@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moesys.errors import FileError
@@ -55,7 +55,7 @@ def proposed(run_dir: Path, text: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if before.exists():
+        with suppress(FileNotFoundError):  # accepted, on another node perhaps, whose folder is seen here with delay
             os.replace(before, path)
 
 

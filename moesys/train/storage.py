@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from moesys.errors import CheckpointError, FileError
 from moesys.files import read_json
+from moesys.train.ending import Kind, kind_of
 from moesys.train.resume import META, damaged
 
 METADATA = ".metadata"
@@ -66,7 +67,7 @@ OPCODES = {
     "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS",
     "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD",
 }  # fmt: skip
-"""What a pickle of metadata consists of. Others, that a flipped bit makes of these, let the unpickler ask for
+"""Opcodes of a pickle of metadata. Others, that a flipped bit makes of these, let the unpickler ask for
 gigabytes."""
 
 
@@ -89,7 +90,7 @@ class Reader(FileSystemReader):
 
 
 def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
-    """What the tensors of a checkpoint are and where they lie; executes nothing.
+    """The tensors of a checkpoint and their places; executes nothing.
 
     Args:
         part, parts: whether their places are in the files is asked of every `parts`-th file, from the `part`-th on.
@@ -128,7 +129,7 @@ def _listed(folder: Path) -> bool:
 
 
 def _misplaced(folder: Path, metadata: Any, part: int, parts: int) -> str | None:
-    """What of the tensors' places is not in the checkpoint's files."""
+    """The first of the tensors' places that is not in the checkpoint's files, if any."""
     if not isinstance(metadata, Metadata):
         return f"{METADATA} holds no metadata"
     ends: dict[str, tuple[int, str]] = {}
@@ -200,8 +201,19 @@ def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.load(state, storage_reader=Reader(folder, metadata))
     except (CheckpointException, Exception) as error:
+        if _is_elsewhere(error, folder):
+            raise
         raise damaged(folder, _cause(error)) from None
     return missing
+
+
+def _is_elsewhere(error: BaseException, folder: Path) -> bool:
+    """Whether the fault is another rank's or lack of memory: nobody should move a good checkpoint away for that.
+
+    A damaged file may ask for any amount of memory, unless its checksum has been compared.
+    """
+    kind = kind_of(error)
+    return kind in (Kind.LOST, Kind.TIMEOUT) or (kind is Kind.MEMORY and _listed(folder))
 
 
 def agree(wrong: str | None) -> None:
@@ -258,7 +270,7 @@ def crc32(path: Path) -> int:
 
 
 def verify(folder: Path, files: Mapping[str, Any], part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with every `parts`-th of the files, whose `checksums` are given; None if nothing is."""
+    """The fault in every `parts`-th of the files, whose `checksums` are given; None if there is none."""
     for name in sorted(files)[part::parts]:
         size, expected = files[name]
         try:

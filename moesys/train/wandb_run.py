@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from moesys.config.changes import saved_form
 from moesys.config.schema import Config
 from moesys.files import read_json, write_json
-from moesys.train.board import written
 from moesys.train.metric_table import metric
 
 FILE = "wandb.json"
@@ -25,7 +25,7 @@ class WandbRun:
         import wandb
 
         self._run = wandb.init(
-            project="moesys", name=config.name, id=identity(run_dir), resume="allow", config=written(config)
+            project="moesys", name=config.name, id=identity(run_dir), resume="allow", config=saved_form(config)
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

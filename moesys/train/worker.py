@@ -1,14 +1,13 @@
 """One worker process of a run: what every launcher starts on every rank.
 
     RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 \\
-        python -m moesys.train.worker runs/NAME
+        python -m moesys.train.rank moesys.train.worker runs/NAME
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter, time
@@ -31,7 +30,7 @@ from moesys.measure.report.facts import bits_per_byte
 from moesys.measure.step import Step
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
-from moesys.train import beat, checkpoint, rank, resume, run_folder
+from moesys.train import beat, checkpoint, resume, run_folder
 from moesys.train.balance import sentence
 from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
@@ -233,12 +232,3 @@ def _write_ranks(mesh: Ranks, run_dir: Path) -> None:
     dist.all_gather_object(everyone, here)
     if mesh.rank == 0:
         write_json(run_dir / "ranks.json", everyone)
-
-
-def main() -> int:
-    """Train the run folder named on the command line; 0, or the error's exit code."""
-    return rank.main(["moesys.train.worker", *sys.argv[1:]])
-
-
-if __name__ == "__main__":
-    rank.leave(main())

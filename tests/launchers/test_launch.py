@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moesys.errors import LaunchError
-from moesys.launchers.launch import launch, misplaced
+from moesys.launchers.launch import launch, misplaced, workers
 from moesys.launchers.spec import RunSpec
 
 
@@ -42,3 +42,8 @@ def test_an_incomplete_map_is_not_judged(config, tmp_path):
 def test_an_unknown_launcher_is_refused(config, tmp_path):
     with pytest.raises(LaunchError, match="there is no launcher 'mpi': use ray, local, hosts or slurm"):
         launch(spec(config, tmp_path), "mpi")
+
+
+def test_what_only_submits_has_no_workers_to_wait_for(config, tmp_path):
+    with pytest.raises(LaunchError, match="launcher slurm submits runs alone"):
+        workers(RunSpec.of(config(), tmp_path), "slurm")

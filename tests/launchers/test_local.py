@@ -96,8 +96,8 @@ def test_a_request_stops_all_workers(launched, number):
 def test_workers_deaf_to_sigterm_are_killed(launched):
     run = launched("local", 2, MOESYS_TOY="stubborn")
     run.wait_until_training()
-    run.process.send_signal(signal.SIGINT)
     begin = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
     assert run.finish()[0] == 130
     assert time.monotonic() - begin > 4, "they were given no time"
     assert not run.alive()

@@ -26,6 +26,7 @@ from support import listening
 
 from moesys.errors import LaunchError
 from moesys.launchers import failure, ray_cluster, ray_placement, ray_trainer
+from moesys.launchers.address import ray_address
 from moesys.launchers.lock import locked
 from moesys.launchers.ray import RayWorkers
 from moesys.launchers.ray_cluster import Node
@@ -224,7 +225,7 @@ def test_several_nodes_need_an_address(config, tmp_path, monkeypatch):
     ],
 )
 def test_the_cluster_is_the_one_asked_for(configured, env, address):
-    assert ray_cluster.find_address(configured, env) == address
+    assert ray_address(configured, env) == address
 
 
 def test_ray_client_is_refused():

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from moesys.config.load import load
 from moesys.errors import LaunchError, MoesysError
 from moesys.launchers import slurm
+from moesys.launchers.lock import locked
 from moesys.launchers.spec import RunSpec
 from moesys.train.native import own_gpu
 
@@ -137,7 +138,7 @@ print(json.dumps([sys.argv[1:]] + [os.environ.get(key) for key in keys]))
 FAILING = """
 import os, sys
 if os.environ["RANK"] == "2":
-    open(sys.argv[3] + "/errors/rank-2.txt", "w").write("no text\\n")
+    open(sys.argv[4] + "/errors/rank-2.txt", "w").write("no text\\n")
     sys.exit(2)
 """
 
@@ -148,11 +149,42 @@ def test_every_task_becomes_a_rank(spec, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     for rank in range(4):
         seen = json.loads((run.run_dir / "logs" / f"rank-{rank}.log").read_text())
-        assert seen[0] == ["-m", "moesys.train.worker", str(run.run_dir)]
+        assert seen[0] == ["-m", "moesys.train.rank", "moesys.train.worker", str(run.run_dir)]
         assert seen[1:6] == [str(rank), "4", str(rank % 2), "2", "node-7"]
         assert 20000 <= int(seen[6]) < 32000
         assert seen[7:] == ["3", "it's 5 o'clock", None]
     assert load(run.run_dir / "config.yaml").config == run.config
+    assert (run.run_dir / "launch.lock").read_text().endswith(" of Slurm job 1234\n")
+
+
+def test_a_job_leaves_a_folder_alone_that_is_in_use(spec, tmp_path):
+    run = spec()
+    with locked(run.run_dir):
+        text = slurm.script(run).replace("--wait 60", "--wait 0")
+        done = subprocess.run(["bash"], input=text, text=True, env={**os.environ}, capture_output=True, timeout=60)
+    holder = f"another launch of this run (process {os.getpid()}) has not ended"
+    assert (done.returncode, done.stderr) == (1, f"{run.run_dir} is in use: {holder}\n")
+    assert not (run.run_dir / "config.yaml").exists()
+
+
+ACCEPTING = """
+import os, sys
+if os.environ["RANK"] == "0":
+    os.unlink(sys.argv[4] + "/.config.before.yaml")
+"""
+
+
+@pytest.mark.parametrize(
+    ("worker", "accepted"), [(ACCEPTING, True), ("raise SystemExit(1)", False)], ids=["accepted", "refused"]
+)
+def test_a_job_that_workers_refuse_leaves_the_configuration_as_it_was(spec, tmp_path, worker, accepted):
+    run = spec()
+    (run.run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run.run_dir / "checkpoints" / "step-00000001" / "moesys.json").touch()
+    (run.run_dir / "config.yaml").write_text("of before\n")
+    assert run_script(run, tmp_path, worker).returncode == (0 if accepted else 1)
+    assert ((run.run_dir / "config.yaml").read_text() != "of before\n") is accepted
+    assert not (run.run_dir / ".config.before.yaml").exists()
 
 
 def test_cores_of_a_task_reach_srun(spec, tmp_path):

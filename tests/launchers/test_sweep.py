@@ -129,3 +129,16 @@ def test_the_shipped_sweep_is_legal():
     sweep = Sweep.load(Path(__file__).parents[2] / "configs" / "sweeps" / "gates.yaml")
     assert len(sweep.configs) == 6
     assert len({c.model.moe.gate.kind for c in sweep.configs.values() if c.model.moe is not None}) == 4
+
+
+def test_a_sweep_does_not_only_submit(file):
+    path = file(overrides=["launch.launcher=slurm"], runs={"one": []})
+    with pytest.raises(ConfigError, match=r"run one: launch\.launcher is slurm: only submits a run, and a sweep waits"):
+        Sweep.load(path)
+
+
+def test_a_record_that_was_cut_short_spoils_no_table(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert figures(tmp_path) == {"loss": 2.5}
+    (tmp_path / "metrics.jsonl").unlink()
+    assert figures(tmp_path) == {}

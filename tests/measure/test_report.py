@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -342,9 +343,11 @@ def test_names_that_look_like_mathematics_are_text(tmp_path: Path) -> None:
 
 
 def test_secrets_are_not_part_of_a_noted_command() -> None:
-    typed = ["/usr/bin/moesys", "launch", "a b.yaml", "launch.env.WANDB_API_KEY=abc", "model.layers=2"]
-    noted = command_line(typed)
-    assert noted == "moesys launch 'a b.yaml' 'launch.env.WANDB_API_KEY=…' model.layers=2"
+    secret = ["launch.env.WANDB_API_KEY=abc", "launch={env: {A: b}}", "launch.env.PROXY=http://me:abc@host"]
+    plain = ["launch.env.NCCL_DEBUG=INFO", "launch.env.HF_TOKEN=$MINE", "model.layers=2"]
+    noted = command_line(["/usr/bin/moesys", "launch", "a b.yaml", *secret, *plain])
+    hidden = ["launch.env.WANDB_API_KEY=$WANDB_API_KEY", "launch=…", "launch.env.PROXY=$PROXY"]
+    assert shlex.split(noted) == ["moesys", "launch", "a b.yaml", *hidden, *plain]
 
 
 def test_bits_per_byte_follow_their_definition() -> None:

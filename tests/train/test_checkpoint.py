@@ -291,6 +291,19 @@ def test_a_missing_tensor_and_another_shape_are_named(tmp_path):
     assert state["model"].keys() == {"a"} and state["model"]["a"].sum() == 0
 
 
+@pytest.mark.parametrize("said", ["[pair.cc:534] gloo: Connection closed by peer", "gloo: Timed out waiting 300000ms"])
+def test_what_befalls_another_rank_is_no_damage(tmp_path, monkeypatch, said):
+    path = tmp_path / "step-00000001"
+    storage.save({"model": {"a": torch.ones(3)}}, path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(dcp, "load", fail)
+    with pytest.raises(RuntimeError, match="gloo"):
+        storage.load({"model": {"a": torch.ones(3)}}, path)
+
+
 def test_a_selection_bias_may_be_switched_on_later(trainer, tmp_path):
     off = {"model": {"moe": {"bias_rate": 0.0}}}
     path = trainer(off).save(tmp_path / "run" / "checkpoints")

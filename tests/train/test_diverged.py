@@ -107,6 +107,13 @@ def test_a_checkpoint_of_skipped_steps_takes_the_place_of_no_good_one(tmp_path, 
     assert [int(path.name[-1]) for path in found] == removed
 
 
+def test_a_checkpoint_that_cannot_be_read_takes_no_place_and_stays(tmp_path):
+    folder = folders(tmp_path, [0, 0, 0, 0])
+    (folder / "step-00000003" / checkpoint.META).write_text("{")
+    assert [int(path.name[-1]) for path in checkpoint.surplus(folder, 2)] == [1]
+    assert [int(path.name[-1]) for path in checkpoint.surplus(folder, 1)] == [1, 2]
+
+
 class Engine:
     """Of which all that matters is finite."""
 
