@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moesys.config.changes import differences
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
@@ -184,9 +183,8 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     unigram, bigram = cross_entropies(corpus.train, windows, corpus.vocab_size)
     total, active = parameters(trainer.config.model, corpus.vocab_size)
     old, config = run_dir / "summary.json", resume.now(trainer.config)
-    if summary["tokens_per_second"] is None:
-        # Nothing was left to train: the figures of the run that did the work stay, if they are of this configuration.
-        summary |= _kept(old, config)
+    trained = summary["checkpoint"] is not None
+    if not trained:
         summary["checkpoint"] = str(checkpoint.newest(run_dir / "checkpoints"))
     summary |= {
         "unigram_loss": unigram,
@@ -201,20 +199,25 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
         "metrics": str(run_dir / "metrics.jsonl"),
     }
     summary["config"] = config
+    if not trained:
+        summary |= _kept(old)
     summary["profile"] = trainer.config.measure.profile
     beat.at("writing the report", shown=True)
     summary["report"] = str(report.write(run_dir, summary))
     write_json(old, summary)
 
 
-def _kept(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Figures of speed in a summary, where they were measured in the same configuration; none if it is damaged."""
+OF_THE_WORK = ("tokens_per_second", "all_to_all_share", "world_size", "config")
+"""What a summary says of the run that trained, not of one that found nothing left to train."""
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The figures of the run that did the work, and what it ran with; none if its summary is missing or damaged."""
     try:
         before = read_json(path, "")
     except FileError:
         return {}
-    same = isinstance(before.get("config"), dict) and not differences(before["config"], config)
-    return {key: before.get(key) for key in ("tokens_per_second", "all_to_all_share")} if same else {}
+    return {key: before[key] for key in OF_THE_WORK if key in before}
 
 
 def _write_ranks(mesh: Ranks, run_dir: Path) -> None:
