@@ -9,6 +9,7 @@ the owner started, the boot of the machine, and the namespace in which the numbe
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -225,4 +226,7 @@ def remove_network(name: str) -> None:
     for namespace in (line.split()[0] for line in listed.stdout.splitlines() if line.strip()):
         if namespace.startswith(f"{name}h"):
             subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
-    subprocess.run(["ip", "link", "delete", name], capture_output=True)
+    # A namespace's end of a link goes a moment after the namespace.
+    shown = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
+    for link in re.findall(rf"^\d+: ({re.escape(name)}(?:v\d+)?)[@:]", shown, re.MULTILINE):
+        subprocess.run(["ip", "link", "delete", link], capture_output=True)

@@ -172,7 +172,7 @@ def apex(config: Config) -> list[Problem]:
         problems.append(Problem(key, rule, f"{remedy}, or set engine: native"))
     if config.cluster.device == "cpu":
         problems.append(Problem(key, "apex computes on a GPU alone, and cluster.device is cpu", remedy))
-    if rule := _lacks_apex():
+    elif rule := _lacks_apex():
         problems.append(Problem(key, rule, f"build NVIDIA/apex from source with its CUDA extensions, or {remedy}"))
     return problems
 

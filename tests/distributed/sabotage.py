@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
+
+from moesys.errors import DataError
 
 
 def forget_the_experts() -> None:
@@ -79,3 +83,14 @@ def _report(rank: int, world: int, config: Any, folder: str) -> None:
     Path(f"{folder}/layout-{rank}.json").write_text(json.dumps([elements, sent]))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def failing(rank: int, world: int, how: str, folder: str) -> None:
+    """End as `how` says, rank 1 first."""
+    if rank == 0:
+        signal.pause()
+    if how == "user":
+        raise DataError("there is no text")
+    if how == "bug":
+        raise KeyError("x")
+    os.kill(os.getpid(), signal.SIGKILL)

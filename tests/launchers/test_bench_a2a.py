@@ -76,7 +76,7 @@ def test_every_collective_is_right_and_its_bandwidths_are_nccl_tests(config: Pat
     assert main(["report", str(config.parent / "a2a.json")]) == 0
     page = (config.parent / "a2a.html").read_text()
     assert "all_reduce, intra = expert = world groups of 2, bfloat16" in page
-    assert f"<td>{uneven[0]['out_of_place']['alg_bw']:.3f}</td>" in page
+    assert f">{uneven[0]['out_of_place']['alg_bw']:.3f}</td>" in page
 
 
 @pytest.mark.parametrize("ranks", [2, 171, 172, 1000])

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
+from sabotage import failing
 
-from moesys.errors import DataError, LaunchError
+from moesys.errors import LaunchError
 from moesys.train import here
-
-
-def failing(rank: int, world: int, how: str, folder: str) -> None:
-    """End as `how` says, rank 1 first."""
-    if rank == 0:
-        signal.pause()
-    if how == "user":
-        raise DataError("there is no text")
-    if how == "bug":
-        raise KeyError("x")
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
