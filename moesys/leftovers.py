@@ -15,6 +15,7 @@ import signal
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -205,8 +206,17 @@ def _clear(path: Path, mark: dict[str, Any]) -> None:
     for folder in map(Path, mark["folders"]):
         with suppress(OSError):
             if (folder / CLAIM).read_text() == path.name:
-                shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(path, ignore_errors=True)
+                _remove_tree(folder)
+    _remove_tree(path)
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove a folder into which processes that are just ending may still write."""
+    for _ in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def _end_processes(path: Path) -> None:
