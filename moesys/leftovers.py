@@ -221,11 +221,25 @@ def _remove_tree(path: Path) -> None:
 
 def _end_processes(path: Path) -> None:
     """SIGKILL to every process that belongs to `path`."""
-    wanted = f"{VARIABLE}={path}".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if wanted in environ.read_bytes().split(b"\0") and int(environ.parent.name) != os.getpid():
-                os.kill(int(environ.parent.name), signal.SIGKILL)
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) != os.getpid() and _belongs(process, path):
+            with suppress(OSError):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def _belongs(process: Path, path: Path) -> bool:
+    """Whether a process, by its folder in /proc, was started for `path`, or has a file open inside.
+
+    Ray's agents write their titles over their environment.
+    """
+    with suppress(OSError):
+        if f"{VARIABLE}={path}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            return True
+        for descriptor in (process / "fd").iterdir():
+            with suppress(OSError):
+                if os.readlink(descriptor).startswith(f"{path}/"):
+                    return True
+    return False
 
 
 def remove_network(name: str) -> None:
