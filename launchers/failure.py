@@ -15,7 +15,7 @@ from moesys.train.ending import Failure, Kind, error_file
 from moesys.train.rank import MARK
 
 TAIL_BYTES = 2**16
-"""Of a log, how much of its end is looked at."""
+"""Size of the end of a log that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def log_file(run_dir: Path, rank: int) -> Path:
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure:
-    """Of at least one failure the one that the others follow from."""
+    """The failure that the others follow from, of at least one."""
     return min(failures, key=lambda failure: failure.order)
 
 

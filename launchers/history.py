@@ -28,7 +28,7 @@ def note(run_dir: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of moesys, Python and the packages that decide what a run computes."""
+    """Versions of moesys, Python and the packages that decide what a run computes."""
     found = {"moesys": __version__, "Python": platform.python_version()}
     for package in PACKAGES:
         try:

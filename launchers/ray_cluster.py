@@ -244,6 +244,7 @@ def authenticate(address: str) -> None:
     """
     if not address.rpartition(":")[2].isdigit() or _accepts_us(address):
         return
+    # Ray asks this itself, privately, when it starts a cluster; joining one it looks for no token.
     with suppress(AuthenticationError):  # RAY_AUTH_TOKEN_PATH names no file
         if maybe_enable_token_auth_if_token_available(warn_if_disabled=False) and _accepts_us(address):
             return
