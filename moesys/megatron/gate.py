@@ -20,8 +20,9 @@ from torch import Tensor
 from moesys.kernels.gate import GateResult, best
 from moesys.megatron import settings
 from moesys.megatron.scope import MegatronTokens
+from moesys.moe.gates.per_token import load_of
 from moesys.moe.gates.projection import GateProjection
-from moesys.moe.gates.top_k import Groups, TopKGate, load_of
+from moesys.moe.gates.top_k import Groups, TopKGate
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moesys.kernels.gate import GateResult, best
-from moesys.moe.gates.top_k import TopKGate, load_of
+from moesys.moe.gates.per_token import load_of
+from moesys.moe.gates.top_k import TopKGate
 from moesys.moe.routing import Tokens
 
 
