@@ -73,7 +73,9 @@ def _unknown_size(func: Any, args: tuple, kwargs: dict) -> bool:
     if func is aten.repeat_interleave.Tensor:
         return kwargs.get("output_size") is None
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        masked = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        # One number put wherever a mask says is a `masked_fill`.
+        return masked and (func is aten.index.Tensor or args[2].numel() > 1)
     return False
 
 
