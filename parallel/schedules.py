@@ -77,29 +77,35 @@ class Pipelined:
     ):
         """`shapes`: (input, output) of each stage for one micro-batch, on the meta device."""
         self.stages, self.mesh = stages, mesh
-        group = mesh.group("pp")
-        wrapped = [
-            PipelineStage(part, s.index, s.count, mesh.device, input_args=x, output_args=y, group=group)
-            for part, s, (x, y) in zip(parts, stages, shapes, strict=True)
-        ]
-        single = schedule not in MULTI
-        # The loss is divided by the global token count already: nothing is left to scale.
-        self.schedule = SCHEDULES[schedule](
-            wrapped[0] if single else wrapped, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False
-        )
+        group, single = mesh.group("pp"), schedule not in MULTI
+
+        def make() -> Any:
+            wrapped = [
+                PipelineStage(part, s.index, s.count, mesh.device, input_args=x, output_args=y, group=group)
+                for part, s, (x, y) in zip(parts, stages, shapes, strict=True)
+            ]
+            # The loss is divided by the global token count already: nothing is left to scale.
+            return SCHEDULES[schedule](
+                wrapped[0] if single else wrapped, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False
+            )
+
+        # Of each its own: stages that change between training and evaluation ask each other anew every time.
+        self._training, self._evaluation = make(), make()
 
     def _run(self, step: Callable, tokens: Tensor, labels: Tensor) -> Tensor:
         losses: list[Tensor] = []
         first, last = self.stages[0].first, self.stages[-1].last
         ids = (tokens[..., 1].contiguous(),) if first else ()
-        step(*ids, target=labels if last else None, losses=losses if last else None, tokens_BS2=tokens)
+        target = labels if last else None
+        # The logits of all micro-batches together would be the largest tensor of the run.
+        step(*ids, target=target, losses=losses if last else None, tokens_BS2=tokens, return_outputs=False)
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=tokens.device)
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """As `Whole.train`; zero on ranks without the last stage."""
-        return self._run(self.schedule.step, tokens, labels)
+        return self._run(self._training.step, tokens, labels)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """As `Whole.evaluate`; zero on ranks without the last stage."""
-        return self._run(self.schedule.eval, tokens, labels)
+        return self._run(self._evaluation.eval, tokens, labels)
