@@ -87,7 +87,7 @@ def prepare(block: Block, recompute: str, compiled: bool, backend: Any = "induct
 def _between(block: Block) -> list[Part]:
     """What is computed between parts, and would keep more than products for backward."""
     moe = block.ffn
-    if not isinstance(moe, MoELayer) or not moe.dispatcher.travels:
+    if not isinstance(moe, MoELayer) or (block, "run_experts") in block.parts():
         return []
     plain = isinstance(moe.experts, Experts) and moe.experts.fc2_bias is None
     return [] if plain else [(moe.experts, "forward")]

@@ -42,10 +42,15 @@ class Block(nn.Module):
         moe = self.ffn
         if not isinstance(moe, MoELayer):
             return [(self, "run_dense")]
-        if not moe.dispatcher.travels:
+        if not self._apart(moe):
             return [(self, "route"), (self, "run_experts")]
         shared: list[Part] = [] if moe.shared is None else [(moe, "run_shared")]
         return [(self, "route"), *shared, (self, "finish")]
+
+    @staticmethod
+    def _apart(moe: MoELayer) -> bool:
+        """Whether experts are no part, but lie between two."""
+        return moe.apart or moe.dispatcher.travels
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
         moe = self.ffn
@@ -54,7 +59,7 @@ class Block(nn.Module):
         x_BSH, h_BSH, decided = self.route(x_BSH, cos, sin, tokens_BS2)
         decided = decided.kept()
         moe.count(decided)
-        if not moe.dispatcher.travels:
+        if not self._apart(moe):
             return self.run_experts(x_BSH, h_BSH, decided)
         dense = None if moe.shared is None else Once(partial(moe.run_shared, h_BSH))
         routed_BSH = moe.run_experts(h_BSH, decided, dense)
@@ -80,7 +85,7 @@ class Block(nn.Module):
         return x_BSH, h_BSH, self.ffn.decide(h_BSH, tokens_BS2)
 
     def run_experts(self, x_BSH: Tensor, h_BSH: Tensor, decided: Decided) -> Tensor:
-        """All that follows `route`, where no token travels."""
+        """All that follows `route`, where nothing comes between."""
         assert isinstance(self.ffn, MoELayer)
         out: Tensor = x_BSH + self.ffn.leave(self.ffn.compute(h_BSH, decided))
         return out
@@ -88,7 +93,7 @@ class Block(nn.Module):
     def finish(
         self, x_BSH: Tensor, h_BSH: Tensor, routed_BSH: Tensor, decided: Decided, dense_BSH: Tensor | None
     ) -> Tensor:
-        """What follows the routed experts, where tokens travel."""
+        """What follows the routed experts, where these are no part."""
         assert isinstance(self.ffn, MoELayer)
         out: Tensor = x_BSH + self.ffn.leave(self.ffn.join(h_BSH, routed_BSH, decided, dense_BSH))
         return out

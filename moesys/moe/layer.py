@@ -111,6 +111,7 @@ class MoELayer(nn.Module):
         loss_scale: factor on the auxiliary losses in backward, such that the objective is their mean
             over the micro-batches of the global batch; reported values are unscaled.
         statistics: what was routed where, for metrics.
+        apart: whether experts are run by themselves in any case: something else happens as they start and end.
         watchers: are told of every decision once, and its tokens.
         enter, leave: what makes this device's tokens of the model's stream, and the other way round; one device
             has the same.
@@ -134,6 +135,7 @@ class MoELayer(nn.Module):
         self.scope = MicroBatch()
         self.loss_scale = 1.0
         self.statistics = LayerStatistics()
+        self.apart = False
         self.watchers: list[Callable[[Tokens, Decision], None]] = []
         self.enter, self.leave = nn.Identity(), nn.Identity()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesys.moe.gates.per_token import load_of
+from moesys.moe.counts import occurrences
 from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.routing import MicroBatch, Routing, Tokens, only
 
@@ -44,6 +44,6 @@ class ReplayGate(ScoredGate):
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
         token_A = torch.arange(len(x_TH), device=x_TH.device).repeat_interleave(expert_TK.shape[1])
         expert_TK = expert_TK.clamp(min=0)
-        load_E = load_of(expert_TK, self.experts, there_TK)
+        load_E = occurrences(expert_TK, self.experts, there_TK)
         routing = Routing(token_A, expert_TK.flatten(), (weight_TK * self.scale).flatten(), load_E=load_E)
         return self.with_losses(only(routing, there_TK.flatten()), logits_TE, scope)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from moesys.kernels.gate import GateResult, Score, best, gate, weigh
 from moesys.moe import noise
 from moesys.moe.capacity import Capacity, Wish, assign
+from moesys.moe.counts import occurrences
 from moesys.moe.gates.gate import Gate
-from moesys.moe.gates.per_token import load_of
 from moesys.moe.gates.projection import GateProjection as GateProjection
 from moesys.moe.losses import Balance, Seen
 from moesys.moe.routing import MicroBatch, Routing, Tokens
@@ -145,10 +145,10 @@ class TopKGate(Gate):
         logits_TE, noisy_TE, width_TE = self._logits(x_TH, tokens.number_T)
         chosen = self.choose(noisy_TE, tokens)
         counted_Tc = self._counted(chosen.expert_Tk, noisy_TE)
-        counted_E = chosen.load_E if counted_Tc is chosen.expert_Tk else load_of(counted_Tc, self.candidates)
+        counted_E = chosen.load_E if counted_Tc is chosen.expert_Tk else occurrences(counted_Tc, self.candidates)
         stays_Tk = self._stays(chosen.weight_Tk, tokens)
         if stays_Tk is not None:
-            chosen = chosen._replace(load_E=load_of(chosen.expert_Tk, self.candidates, stays_Tk))
+            chosen = chosen._replace(load_E=occurrences(chosen.expert_Tk, self.candidates, stays_Tk))
         routing = self._route(chosen, stays_Tk, tokens, scope)
         routing.counted = self._counts(chosen.load_E, counted_E)
         if self.training and torch.is_grad_enabled():
