@@ -67,7 +67,7 @@ MODES = {
     "ep, shared experts": ("none", "selective", "full"),
     "dense": ("full",),
 }
-"""Those with which a case is compiled, in place of `selective`, which has the most to lose: its graphs are checkpointed."""
+"""How a case is compiled if not with `selective`, which has the most to lose: its graphs are checkpointed."""
 
 
 @pytest.mark.parametrize(
