@@ -134,35 +134,42 @@ class Pipelined:
     ):
         """`shapes`: (input, output) of each stage for one micro-batch, on the meta device. `each` as for `Whole`."""
         self.stages, self.mesh = stages, mesh
-        group = mesh.group("pp")
-        wrapped = [
-            TorchStage(
-                part, s.index, s.count, mesh.device, input_args=x, output_args=y, group=group,
-                last_backward=partial(last_backward, number), each=each,
+        group, single = mesh.group("pp"), schedule not in MULTI
+
+        def make() -> Any:
+            wrapped = [
+                TorchStage(
+                    part, s.index, s.count, mesh.device, input_args=x, output_args=y, group=group,
+                    last_backward=partial(last_backward, number), each=each,
+                )
+                for number, (part, s, (x, y)) in enumerate(zip(parts, stages, shapes, strict=True))
+            ]  # fmt: skip
+            # The loss is divided by the global token count already: nothing is left to scale.
+            made = SCHEDULES[schedule](
+                wrapped[0] if single else wrapped, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False
             )
-            for number, (part, s, (x, y)) in enumerate(zip(parts, stages, shapes, strict=True))
-        ]  # fmt: skip
-        single = schedule not in MULTI
-        # The loss is divided by the global token count already: nothing is left to scale.
-        self.schedule = SCHEDULES[schedule](
-            wrapped[0] if single else wrapped, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False
-        )
-        if not single:
-            orders = self.schedule.pipeline_order_with_comms
-            orders[self.schedule.rank] = gathered_once(orders[self.schedule.rank])
+            if not single:
+                orders = made.pipeline_order_with_comms
+                orders[made.rank] = gathered_once(orders[made.rank])
+            return made
+
+        # Of each its own: stages that change between training and evaluation ask each other anew every time.
+        self._training, self._evaluation = make(), make()
 
     def _run(self, step: Callable, tokens: Tensor, labels: Tensor) -> Tensor:
         losses: list[Tensor] = []
         first, last = self.stages[0].first, self.stages[-1].last
         ids = (tokens[..., 1].contiguous(),) if first else ()
-        step(*ids, target=labels if last else None, losses=losses if last else None, tokens_BS2=tokens)
+        target = labels if last else None
+        # The logits of all micro-batches together would be the largest tensor of the run.
+        step(*ids, target=target, losses=losses if last else None, tokens_BS2=tokens, return_outputs=False)
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=tokens.device)
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """As `Whole.train`; zero on ranks without the last stage."""
-        return self._run(self.schedule.step, tokens, labels)
+        return self._run(self._training.step, tokens, labels)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """As `Whole.evaluate`; zero on ranks without the last stage."""
-        return self._run(self.schedule.eval, tokens, labels)
+        return self._run(self._evaluation.eval, tokens, labels)
