@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from batches import forget, join, start
+from sabotage import in_small_buckets
 
 from moesys.config import Config
-
-BUCKET_BYTES = 16 * 2**10
 
 RUNS, BACK = "runs", "back"
 """Kinds of marks among events: forward, or backward, has come to a layer."""
@@ -27,7 +26,7 @@ def observed(cases: Mapping[str, Config], world: int, folder: Path) -> dict[str,
 
 def _work(rank: int, world: int, cases: dict[str, Config], folder: Path) -> None:
     join(rank, world, folder)
-    small_buckets()
+    in_small_buckets()
     found = {}
     for name, config in cases.items():
         found[name] = _observe(config)
@@ -35,13 +34,6 @@ def _work(rank: int, world: int, cases: dict[str, Config], folder: Path) -> None
     torch.save(found, folder / f"found-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def small_buckets() -> None:
-    """Let small models have many buckets of gradients."""
-    from moesys.parallel import buckets
-
-    buckets.BUCKET_BYTES = BUCKET_BYTES
 
 
 def _observe(config: Config) -> dict[str, Any]:

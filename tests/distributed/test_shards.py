@@ -6,7 +6,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from shards import BACK, BUCKET_BYTES, RUNS, observed
+from sabotage import BUCKET_BYTES
+from shards import BACK, RUNS, observed
 from support import changed
 
 from moesys.config import Config
