@@ -94,8 +94,9 @@ def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> 
         query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         core = 2 * query + 2 * a.heads * a.v_head_dim
     else:
-        # On CPU keys and values are repeated for every query head.
-        keys = a.heads if config.cluster.device == "cpu" else a.kv_heads or a.heads
+        # Flash attention alone takes grouped heads: for the CPU, and in float32, keys are repeated for every query head.
+        repeated = config.cluster.device == "cpu" or config.train.dtype == "float32"
+        keys = a.heads if repeated else a.kv_heads or a.heads
         core = (2 * a.heads + 2 * keys) * m.head_dim
     # A norm keeps its input alone, on the sequence's shards also what it scaled.
     streams = 3 if tp > 1 and config.parallel.sp else 2
