@@ -14,6 +14,9 @@ from moesys.parallel.cost import StepShape
 from moesys.parallel.dispatchers.plan import kept_rows
 from moesys.parallel.pipeline import MULTI
 
+LOSS_CHUNK = 2**22
+"""Logits that the loss computes with in float32 at once: enough to fill a GPU, and 64 MiB of workspace."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -94,7 +97,7 @@ def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> 
         query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         core = 2 * query + 2 * a.heads * a.v_head_dim
     else:
-        # Flash attention alone takes grouped heads: for the CPU, and in float32, keys are repeated for every query head.
+        # Flash attention alone takes grouped heads: on CPU, and in float32, each query head gets its copy of a key.
         repeated = config.cluster.device == "cpu" or config.train.dtype == "float32"
         keys = a.heads if repeated else a.kv_heads or a.heads
         core = (2 * a.heads + 2 * keys) * m.head_dim
@@ -123,5 +126,9 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
 
 
 def _head(shape: StepShape) -> float:
-    """Logits and their log-probabilities, float32, of one micro-batch."""
-    return 2 * 4 * shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp
+    """Logits of one micro-batch, which become their gradient, and of a chunk of them what the loss computes in float32.
+
+    That is the float32 logits, their log-probabilities and the gradients of both.
+    """
+    logits = shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp
+    return shape.width * logits + 4 * 4 * min(logits, LOSS_CHUNK)

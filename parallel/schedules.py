@@ -92,7 +92,9 @@ class Pipelined:
         losses: list[Tensor] = []
         first, last = self.stages[0].first, self.stages[-1].last
         ids = (tokens[..., 1].contiguous(),) if first else ()
-        step(*ids, target=labels if last else None, losses=losses if last else None, tokens_BS2=tokens)
+        # Kept to be returned, logits of all micro-batches would fill the last stage.
+        scores = {"target": labels if last else None, "losses": losses if last else None, "return_outputs": False}
+        step(*ids, **scores, tokens_BS2=tokens)
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=tokens.device)
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from moesys.models.attention import CausalCore, attend
 from moesys.parallel.gathered_attention import GatheredCore
 
 MODELS = [p for p in sorted(shipped.CONFIGS.rglob("*.yaml")) if p.parent.name in ("models", "configs")]
+MIXTRAL = shipped.CONFIGS / "models" / "mixtral-8x7b.yaml"
 SEQUENCE, LARGEST_HEAD = 64, 256
 
 
@@ -107,7 +108,9 @@ def test_every_shipped_shape_takes_a_fused_kernel(path, monkeypatch):
 def test_a_mask_would_be_seen(monkeypatch):
     """What this repository once passed under context parallelism: a mask beside grouped heads."""
     with watched(monkeypatch) as ran:
-        q, k, v = (x.transpose(1, 2) for x in heads(shipped.CONFIGS / "models" / "mixtral-8x7b.yaml", torch.bfloat16, SEQUENCE))
+        q, k, v = (
+            x.transpose(1, 2) for x in heads(shipped.CONFIGS / "models" / "mixtral-8x7b.yaml", torch.bfloat16, SEQUENCE)
+        )
         mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool, device="cuda")
         nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     assert ran == ["math with a mask"]
