@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesys.parallel import comm
-from moesys.parallel.memory import LOSS_CHUNK
+
+LOSS_CHUNK = 2**22
+"""Logits that are computed with in float32 at once: enough to fill a GPU, with 64 MiB of workspace."""
 
 IGNORED = -100
 """The label of a token that is not learnt."""

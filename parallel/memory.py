@@ -14,9 +14,6 @@ from moesys.parallel.cost import StepShape
 from moesys.parallel.dispatchers.plan import kept_rows
 from moesys.parallel.pipeline import MULTI
 
-LOSS_CHUNK = 2**22
-"""Logits that the loss computes with in float32 at once: enough to fill a GPU, and 64 MiB of workspace."""
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -122,13 +119,12 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
         kept += m.hidden + moe.ffn_hidden + (parts + 1) * moe.lora_rank
     routed = moe.mean_choices * kept + kept_rows(shape) * m.hidden
     routed *= moe.rows_per_token(shape.config.train.seq_len)
+    if moe.shared_experts:
+        # The outputs of the branches that a mix has factors for.
+        routed += {"add": 0, "gate": 1, "residual": 2, "cmr": 2}[moe.shared_mix] * m.hidden
     return (routed + 4 * moe.experts + inner * (1 if moe.gated else 0.5) * moe.shared_width) / tp
 
 
 def _head(shape: StepShape) -> float:
-    """Logits of one micro-batch, which become their gradient, and of a chunk of them what the loss computes in float32.
-
-    That is the float32 logits, their log-probabilities and the gradients of both.
-    """
-    logits = shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp
-    return shape.width * logits + 4 * 4 * min(logits, LOSS_CHUNK)
+    """Logits of one micro-batch, which become their gradient (`moesys.parallel.loss`)."""
+    return shape.width * shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp
