@@ -80,8 +80,7 @@ class Composed:
         mine = self._mine(tokens, labels, samples)
         if counting_passes(self.config, self.mesh.degrees.dp):
             self._count(mine)
-        with self.loss.context():
-            return self.engine.train(*mine)
+        return self.engine.train(*mine)
 
     def after_step(self, skipped: Tensor) -> None:
         """Let gates that follow the global batch see it, or forget a step that is `skipped`: bool [], the same on all
@@ -103,8 +102,7 @@ class Composed:
         return self._forward(self._mine(tokens, labels, samples))
 
     def _forward(self, mine: tuple[Tensor, Tensor]) -> Tensor:
-        with self.loss.context():
-            loss = self.engine.evaluate(*mine)
+        loss = self.engine.evaluate(*mine)
         # Without a backward FSDP leaves its root's parameters whole: they would be saved as such.
         for part in self.parts:
             for module in part.modules():
