@@ -80,18 +80,16 @@ class Composed:
         mine = self._mine(tokens, labels, samples)
         if counting_passes(self.config, self.mesh.degrees.dp):
             self._count(mine)
-        with self.loss.context():
-            return self.engine.train(*mine)
+        return self.engine.train(*mine)
 
-    def after_step(self) -> None:
-        """Let gates that follow the global batch see it. Collective over each pipeline stage."""
+    def after_step(self, skipped: Tensor) -> None:
+        """Let gates that follow the global batch see it, or forget a step that is `skipped`: bool [], the same on all
+        ranks, for which the host does not wait. Collective over each pipeline stage."""
         for gate, total in step_totals([layer.gate for layer in self.moe_layers().values()], self.mesh):
+            kept = {name: buffer.clone() for name, buffer in gate.state_dict_buffers()}
             gate.after_step(total)
-
-    def skip_step(self) -> None:
-        """Let gates forget a step that updates nothing."""
-        for layer in self.moe_layers().values():
-            layer.gate.skip_step()
+            for name, buffer in gate.state_dict_buffers():
+                buffer.copy_(torch.where(skipped, kept[name], buffer))
 
     def _count(self, mine: tuple[Tensor, Tensor]) -> None:
         """Let gates that must know the global batch before they route see it: a forward pass, as in training."""
@@ -104,8 +102,7 @@ class Composed:
         return self._forward(self._mine(tokens, labels, samples))
 
     def _forward(self, mine: tuple[Tensor, Tensor]) -> Tensor:
-        with self.loss.context():
-            loss = self.engine.evaluate(*mine)
+        loss = self.engine.evaluate(*mine)
         # Without a backward FSDP leaves its root's parameters whole: they would be saved as such.
         for part in self.parts:
             for module in part.modules():

@@ -131,6 +131,6 @@ def fly_home(x: Tensor, group: dist.ProcessGroup, way: Way = NOWHERE) -> Flight:
     )
 
 
-def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_rows(x: Tensor, group: dist.ProcessGroup, way: Way = NOWHERE) -> Tensor:
     """`gather` whose backward sums the gradients of each rank's rows (reduce-scatter)."""
-    return fly_everywhere(x, group).wait()
+    return fly_everywhere(x, group, way=way).wait()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from math import inf, prod, sqrt
+from functools import cached_property, partial
+from math import inf, prod
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,8 @@ class Gradients:
         for bucket in self._queue:
             for p in bucket.params:
                 p.register_post_accumulate_grad_hook(partial(self._complete, bucket))
+        self.norms = torch.zeros(0, device=mesh.device)
+        """Of this rank's parts of the gradients, in the parameters' order, as `norm` found them: [P]."""
 
     def _groups(self, parts: Sequence[nn.Module], routing: set[int]) -> dict[int, dist.ProcessGroup]:
         """By the id of each parameter that FSDP does not sum: the ranks that hold the same of it for other tokens."""
@@ -132,25 +134,31 @@ class Gradients:
             bucket.start()
             bucket.wait()
 
-    def norm(self, loss: Tensor) -> tuple[float, float]:
+    def norm(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """The true global L2 norm of all gradients, over all dimensions of parallelism, and the sum of `loss`.
 
-        Each rank adds the squares of what it holds, divided by how many ranks hold the same: one
-        all-reduce of two numbers, whatever the layout, and one wait of the host. `loss`: this rank's share.
+        Both float64 [] on the device. Each rank adds the squares of what it holds, divided by how many ranks hold the
+        same: one all-reduce of two numbers, whatever the layout, and no wait of the host. `loss`: this rank's share.
         """
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         squares = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         if grads:
-            copies = torch.tensor(self._copies, device=self.mesh.device, dtype=torch.float64)
-            squares = (torch.stack(torch._foreach_norm(grads)).double().square() / copies).sum()
-        whole, total = comm.total(torch.stack([squares, loss.double()]), way=comm.STEP).tolist()
-        return sqrt(whole), total
+            self.norms = torch.stack(torch._foreach_norm(grads))
+            squares = (self.norms.double().square() / self._copies_P).sum()
+        whole, total = comm.total(torch.stack([squares, loss.double()]), way=comm.STEP)
+        return whole.sqrt(), total
 
-    def clip(self, limit: float | None, norm: float) -> None:
+    @cached_property
+    def _copies_P(self) -> Tensor:
+        return torch.tensor(self._copies, device=self.mesh.device, dtype=torch.float64)
+
+    def clip(self, limit: float | None, norm: Tensor) -> None:
         """Scale the gradients, whose global norm is `norm`, so that it becomes `limit` at most."""
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         if grads and limit is not None and limit < inf:
-            torch._foreach_mul_(grads, min(1.0, limit / (norm + 1e-12)))
+            factor = (limit / (norm + 1e-12)).clamp(max=1.0)
+            for dtype in {grad.dtype for grad in grads}:
+                torch._foreach_mul_([grad for grad in grads if grad.dtype == dtype], factor.to(dtype))
 
 
 def _whole_over_tensor_ranks(p: nn.Parameter) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from moesys.config.schema import ModelConfig
 from moesys.models.attention import GroupedQueryAttention, LatentAttention
 from moesys.models.layers import FeedForward, RMSNorm
 from moesys.models.moe import build_moe
 from moesys.moe import MoELayer
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
 
 
 class Block(nn.Module):
