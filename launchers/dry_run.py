@@ -247,8 +247,8 @@ def _ways(facts: dict[str, Any]) -> list[Any]:
     found = facts["sync_gradients"]
     if found is None:
         return []
-    title = "gradients of several micro-batches, parallel.sync_gradients"
-    table = Table("", "gradients", "summed over shards", "fullest", title=title, title_justify="left")
+    heads = ("", "gradients", "summed over shards", "memory of the fullest")
+    table = Table(*heads, title="parallel.sync_gradients", title_justify="left")
     for way in WAYS:
         sizes = [_size(found[way][key]) for key in ("gradient_bytes", "moved_bytes", "memory_bytes")]
         table.add_row(way, *sizes)
