@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,11 +31,53 @@ def _work(rank: int, world: int, cases: dict[str, Config], folder: Path) -> None
     in_small_buckets()
     found = {}
     for name, config in cases.items():
-        found[name] = _observe(config)
+        with SABOTAGE.get(name, nullcontext)():
+            found[name] = _observe(config)
         forget()
     torch.save(found, folder / f"found-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+@contextmanager
+def _freed_after_forward() -> Iterator[None]:
+    """FSDP frees what forward has used, as it does by itself, under a pipeline too."""
+    from moesys.parallel import data
+
+    plain = data._shard
+
+    def shard(*arguments: Any, **more: Any) -> Any:
+        return plain(*arguments[:4], **(more | {"keep": False}))
+
+    with patch.object(data, "_shard", shard):
+        yield
+
+
+@contextmanager
+def _asked_for_late() -> Iterator[None]:
+    """Weights are gathered when they are needed."""
+    from moesys.parallel import data
+
+    with patch.object(data, "_prefetch"):
+        yield
+
+
+@contextmanager
+def _summed_at_the_end() -> Iterator[None]:
+    """Sums of gradients start when backward has ended, in a copy of them all."""
+    from moesys.parallel import buckets
+    from moesys.parallel.gradients import Gradients
+
+    never = patch.object(Gradients, "last_backward", lambda *_: nullcontext())
+    with never, patch.object(buckets, "BUCKET_BYTES", 2**30):
+        yield
+
+
+SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "freed after forward": _freed_after_forward,
+    "asked for late": _asked_for_late,
+    "summed at the end": _summed_at_the_end,
+}
 
 
 def _observe(config: Config) -> dict[str, Any]:

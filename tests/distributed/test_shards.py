@@ -45,7 +45,13 @@ REPLICAS: dict[str, dict[str, Any]] = {
     "replicas, 1f1b": {"parallel": {"pp": 2}, "model": {"tie_embeddings": True}},
     "replicas, zero-bubble": {"parallel": {"pp": 2, "pp_virtual": 2, "pp_schedule": "zero-bubble"}},
 }
-CASES = ALONE | PIPELINES | REPLICAS
+SABOTAGED = {
+    "freed after forward": PIPELINES["1f1b"],
+    "asked for late": ALONE["shards"],
+    "summed at the end": REPLICAS["replicas"],
+}
+"""What `shards.SABOTAGE` spoils."""
+CASES = ALONE | PIPELINES | REPLICAS | SABOTAGED
 
 
 def configuration(small: dict, case: dict[str, Any]) -> Config:
@@ -172,3 +178,19 @@ def test_sums_of_gradients_need_no_copy_of_them_all(name, found):
         total, peak = rank["sums"]
         assert total > 4 * BUCKET_BYTES, "else this shows nothing"
         assert peak < total + 1.25 * BUCKET_BYTES
+
+
+def test_what_is_spoiled_is_found(found, configs):
+    spoiled = found["freed after forward"]
+    with pytest.raises(AssertionError):
+        test_weights_are_gathered_as_often_as_they_must_be("1f1b", {"1f1b": spoiled}, configs)
+    with pytest.raises(AssertionError):
+        test_the_plan_says_what_is_gathered_and_summed("1f1b", {"1f1b": spoiled}, configs)
+    spoiled = found["asked for late"]
+    with pytest.raises(AssertionError):
+        test_weights_of_the_next_block_are_asked_for_before_a_block_computes("shards", {"shards": spoiled}, configs)
+    spoiled = found["summed at the end"]
+    with pytest.raises(AssertionError):
+        test_replicated_gradients_are_summed_while_backward_runs("replicas", {"replicas": spoiled})
+    with pytest.raises(AssertionError):
+        test_sums_of_gradients_need_no_copy_of_them_all("replicas", {"replicas": spoiled})
