@@ -63,7 +63,10 @@ def same(a: Trainer, b: Trainer) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("change", [{}, {"model": {"moe": {"capacity_factor": 1.0, "pad_to_capacity": True}}}, {"train": {"recompute": "full"}}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"model": {"moe": {"capacity_factor": 1.0, "pad_to_capacity": True}}}, {"train": {"recompute": "full"}}],
+)
 def test_the_host_waits_for_no_step_that_is_not_due(trainer, change):
     run = trainer(change)
     run.train_step()
