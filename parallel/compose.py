@@ -34,6 +34,7 @@ from moesys.parallel.loss import TokenLoss
 from moesys.parallel.mesh import ParallelMesh
 from moesys.parallel.recompute import wrap
 from moesys.parallel.schedules import Pipelined, Whole
+from moesys.parallel.settle import settled
 
 
 @dataclass
@@ -138,8 +139,9 @@ def compose(config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dt
         for layer in moe_layers(part).values():
             layer.loss_scale = 1.0 / (micro_batches * mesh.degrees.dp)
     loss = TokenLoss(t.global_batch * t.seq_len, mesh.mesh("tp"))
-    engine = _engine(config, mesh, parts, mine, micro_batches, loss, vocab_size)
-    return Composed(config, mesh, parts, mine, engine, _gradients(config, mesh, parts, mine), loss)
+    gradients = _gradients(config, mesh, parts, mine)
+    engine = _engine(config, mesh, parts, mine, micro_batches, loss, vocab_size, gradients)
+    return Composed(config, mesh, parts, mine, engine, gradients, loss)
 
 
 def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dtype: torch.dtype) -> Decoder:
@@ -173,9 +175,12 @@ def _engine(
     micro_batches: int,
     loss: TokenLoss,
     vocab_size: int,
+    gradients: Gradients,
 ) -> Whole | Pipelined:
+    last = gradients.last_backward
+    each = settled(config, mesh.degrees, vocab_size).parallel.sync_gradients == "each"
     if config.parallel.pp == 1:
-        return Whole(parts[0], micro_batches, loss)
+        return Whole(parts[0], micro_batches, loss, last, each)
     t, d = config.train, mesh.degrees
     held = t.seq_len // d.cp
     width = held // d.tp if config.parallel.sp else held
@@ -184,7 +189,8 @@ def _engine(
     stream = like((t.micro_batch, width, config.model.hidden))
     logits = like((t.micro_batch, held, vocab_size // d.tp))
     shapes = [(tokens if s.first else stream, logits if s.last else stream) for s in stages]
-    return Pipelined(list(parts), stages, config.parallel.pp_schedule, micro_batches, loss, mesh, shapes)
+    schedule = config.parallel.pp_schedule
+    return Pipelined(list(parts), stages, schedule, micro_batches, loss, mesh, shapes, last, each)
 
 
 def _gradients(config: Config, mesh: ParallelMesh, parts: list[Decoder], stages: list[Stage]) -> Gradients:

@@ -100,8 +100,10 @@ def assign(
         return routing
     if limit is not None and rule.pad:
         return _padded(routing, keep_A, tokens, experts, min(limit if rows is None else rows, tokens))
-    routing.token_A, routing.expert_A = token_A[keep_A], routing.expert_A[keep_A]
-    routing.weight_A = routing.weight_A[keep_A]
+    # How many are left only the device knows: the host waits for that once, not for each of the three.
+    kept = keep_A.nonzero().squeeze(1)
+    routing.token_A, routing.expert_A = token_A[kept], routing.expert_A[kept]
+    routing.weight_A = routing.weight_A[kept]
     return routing
 
 

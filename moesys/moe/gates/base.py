@@ -8,6 +8,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from moesys.moe.counts import occurrences
 from moesys.moe.gates.per_token import route
 from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.routing import MicroBatch, Routing, Tokens
@@ -68,7 +69,7 @@ def balanced_assignment(score_TE: Tensor) -> Tensor:
     # Tokens that are worth nothing to anyone fill the last places.
     score_NE = torch.nn.functional.pad(score_TE, (0, 0, 0, experts * places - tokens))
     owner_N = (score_NE - _prices(score_NE, places)).argmax(1)
-    while bool(((spare_E := places - owner_N.bincount(minlength=experts)) < 0).any()):
+    while bool(((spare_E := places - occurrences(owner_N, experts)) < 0).any()):
         loss_NE = score_NE.gather(1, owner_N[:, None]) - score_NE
         _move(owner_N, loss_NE, spare_E)
     return owner_N[:tokens]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moesys.moe.capacity import capacity, rounded
+from moesys.moe.counts import occurrences
 from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.passes import recomputing
 from moesys.moe.routing import MicroBatch, Routing, Tokens
@@ -101,7 +102,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
         # NaN is in no bin, and its step counts for nothing.
         place = ((score_TE.log2() / self.OCTAVES + 1) * self.BINS).nan_to_num(0.0).clamp(0, self.BINS - 1).long()
         row = torch.arange(self.experts, device=score_TE.device) * self.BINS
-        return torch.bincount((place + row).flatten(), minlength=self.experts * self.BINS).view(-1, self.BINS)
+        return occurrences((place + row).flatten(), self.experts * self.BINS).view(-1, self.BINS)
 
     def step_statistics(self) -> Tensor:
         found, self.histogram_EB = self.histogram_EB, None

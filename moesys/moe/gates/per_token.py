@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moesys.moe.counts import occurrences
 from moesys.moe.routing import Routing, Tokens
 
 Choice = Callable[[Tokens], Tensor]
@@ -22,9 +23,9 @@ def route(expert_Tk: Tensor, weight_Tk: Tensor, experts: int, real_T: Tensor | N
     token_A = torch.arange(tokens, device=expert_Tk.device).repeat_interleave(top_k)
     expert_A, weight_A = expert_Tk.flatten(), weight_Tk.flatten()
     if real_T is not None:
-        kept_A = real_T[token_A]
+        kept_A = real_T[token_A].nonzero().squeeze(1)
         token_A, expert_A, weight_A = token_A[kept_A], expert_A[kept_A], weight_A[kept_A]
-    return Routing(token_A, expert_A, weight_A, load_E=torch.bincount(expert_A, minlength=experts))
+    return Routing(token_A, expert_A, weight_A, load_E=occurrences(expert_A, experts))
 
 
 def route_evenly(expert_Tk: Tensor, experts: int, real_T: Tensor | None = None) -> Routing:
