@@ -50,10 +50,11 @@ def collect(engine: Engine, loss: Tensor, all_to_all_seconds: float) -> dict[str
     layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
     width = (moe.experts if moe else 0) + len(COUNTS) + len(LOSSES)
     table = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
+    absent = torch.zeros((), dtype=torch.float64, device=device)
     for name, layer in engine.moe_layers().items():
         totals = layer.statistics.take()
         row = table[layers.index(int(name.split(".")[1]))]
-        parts = [totals.get(key, torch.zeros((), device=device)) for key in (*COUNTS, *LOSSES)]
+        parts = [totals.get(key, absent) for key in (*COUNTS, *LOSSES)]
         row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
     head = torch.tensor([0.0, all_to_all_seconds], dtype=torch.float64, device=device)
     head[0] = loss.double() / degrees.tp
