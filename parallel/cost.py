@@ -120,14 +120,15 @@ class StepShape:
         layer: int | None = None,
         unsharded: bool = False,
         trained: bool = False,
+        where: Callable[[Weight], bool] = lambda _: True,
     ) -> float:
         """Elements of weights on one rank, of all or of routed experts or others, of all layers or one.
 
-        `unsharded`: before data sharding. `trained`: without those that are frozen.
+        `unsharded`: before data sharding. `trained`: without those that are frozen. `where`: of which weights.
         """
         total = 0.0
         for weight in self.weights():
-            if trained and frozen(weight.name, self.config.train.freeze):
+            if not where(weight) or (trained and frozen(weight.name, self.config.train.freeze)):
                 continue
             if routed in (None, weight.routed) and layer in (None, weight.layer):
                 ways = self.model_shards(weight, self.degrees)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from moesys.moe.gates import Gate
 from moesys.moe.layer import MoELayer
+from moesys.parallel.host import sent
 from moesys.parallel.mesh import Ranks
 
 
 def numbers(tokens: Tensor, samples: Sequence[int]) -> Tensor:
     """Each token's number in the run, int64 [B, S], of the sequences `samples`; below 0 where these are."""
     length = tokens.shape[1]
-    first = torch.tensor(samples, device=tokens.device)[:, None] * length
+    first = sent(torch.tensor(samples), tokens.device)[:, None] * length
     return first + torch.arange(length, device=tokens.device)
 
 

@@ -8,11 +8,15 @@ own buffers, and takes routing as balanced.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from moesys.config.schema import Config
 from moesys.parallel.cost import StepShape
 from moesys.parallel.dispatchers.plan import kept_rows
 from moesys.parallel.pipeline import MULTI
+
+EDGES = ("embed.weight", "head.weight")
+"""Weights beside the blocks that FSDP gathers apart."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,32 @@ def estimate(shapes: list[StepShape]) -> Memory:
     sharded = shapes[0].degrees.dp_shard > 1
     trained = sum(s.held(trained=True) for s in shapes)
     unsharded = sum(s.held(unsharded=True, trained=True) for s in shapes) - trained if sharded else 0.0
-    # While micro-batches accumulate, FSDP keeps gradients whole, in float32.
-    accumulating = unsharded * 4 if shapes[0].micro_batches > 1 else 0.0
-    blocks = [s.held(layer=s.stage.layers[0], unsharded=True) for s in shapes]
-    # torch's pipeline keeps the weights of a stage whole between backward passes.
-    whole = sum(s.held(unsharded=True) for s in shapes) if shapes[0].degrees.pp > 1 else max(blocks)
-    gathered = whole * shapes[0].width if sharded else 0.0
+    accumulating = 0.0
+    if sharded:
+        # FSDP sums the gradients of one block at a time, whole and in float32, and between micro-batches either keeps
+        # those of all blocks so or has summed them.
+        keeps = shapes[0].micro_batches > 1 and shapes[0].config.parallel.sync_gradients != "each"
+        summed = max(s.held(layer=layer, unsharded=True, trained=True) for s in shapes for layer in s.stage.layers)
+        accumulating = 4 * ((unsharded if keeps else 0.0) + summed)
+    gathered = _gathered(shapes) * shapes[0].width if sharded else 0.0
     return Memory(4 * held, 4 * trained + accumulating, 8 * trained, activations(shapes), gathered)
+
+
+def _gathered(shapes: list[StepShape]) -> float:
+    """Elements of weights that are whole at the fullest moment, from what FSDP gathers.
+
+    With a pipeline all of the rank's; else those of two neighbours (blocks, embedding, head), since one computes while
+    the next is gathered, and what belongs to no block.
+    """
+    if shapes[0].degrees.pp > 1:
+        return sum(s.held(unsharded=True) for s in shapes)
+    (shape,) = shapes
+    tied = shape.config.model.tie_embeddings
+    edge = {name: shape.held(unsharded=True, where=lambda w, n=name: w.name == n) for name in EDGES}  # type: ignore[misc]
+    blocks = [shape.held(layer=layer, unsharded=True) for layer in shape.stage.layers]
+    order = blocks if tied else [edge["embed.weight"], *blocks, edge["head.weight"]]
+    throughout = edge["embed.weight"] if tied else 0.0
+    return throughout + max((a + b for a, b in pairwise(order)), default=sum(order))
 
 
 def _megatron(shapes: list[StepShape]) -> Memory:
@@ -94,8 +117,9 @@ def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> 
         query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         core = 2 * query + 2 * a.heads * a.v_head_dim
     else:
-        # On CPU keys and values are repeated for every query head.
-        keys = a.heads if config.cluster.device == "cpu" else a.kv_heads or a.heads
+        # Flash attention alone takes grouped heads: on CPU, and in float32, each query head gets its copy of a key.
+        repeated = config.cluster.device == "cpu" or config.train.dtype == "float32"
+        keys = a.heads if repeated else a.kv_heads or a.heads
         core = (2 * a.heads + 2 * keys) * m.head_dim
     # A norm keeps its input alone, on the sequence's shards also what it scaled.
     streams = 3 if tp > 1 and config.parallel.sp else 2
@@ -118,9 +142,12 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
         kept += m.hidden + moe.ffn_hidden + (parts + 1) * moe.lora_rank
     routed = moe.mean_choices * kept + kept_rows(shape) * m.hidden
     routed *= moe.rows_per_token(shape.config.train.seq_len)
+    if moe.shared_experts:
+        # The outputs of the branches that a mix has factors for.
+        routed += {"add": 0, "gate": 1, "residual": 2, "cmr": 2}[moe.shared_mix] * m.hidden
     return (routed + 4 * moe.experts + inner * (1 if moe.gated else 0.5) * moe.shared_width) / tp
 
 
 def _head(shape: StepShape) -> float:
-    """Logits and their log-probabilities, float32, of one micro-batch."""
-    return 2 * 4 * shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp
+    """Logits of one micro-batch, which become their gradient (`moesys.parallel.loss`)."""
+    return shape.width * shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp

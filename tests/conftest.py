@@ -11,6 +11,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start many processes on few cores
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "write what steps do to tests/distributed/budgets.json, instead of comparing"
+    parser.addoption("--write-budgets", action="store_true", help=what)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with some of the standard library's sources."""

@@ -9,7 +9,7 @@ recorder.keep(recording, load)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,10 +24,11 @@ from moesys.files import write_whole
 from moesys.measure import clocks
 from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
-from moesys.measure.step import Purpose, RankStep, Step, Travel, read_steps, steps_file
+from moesys.measure.purposes import purpose_of, purposes
+from moesys.measure.step import RankStep, Step, Travel, read_steps, steps_file
 from moesys.measure.watch import watched
 from moesys.parallel import comm, nodes
-from moesys.parallel.comm import Event, Time
+from moesys.parallel.comm import Time
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import Ranks
 from moesys.words import plural
@@ -45,7 +46,7 @@ class Recording:
     end: float = 0.0
     anchor: torch.cuda.Event | None = None
     """An event of the GPU at `begin`: its other events are read as seconds after it."""
-    events: list[Event] = field(default_factory=list)
+    events: list[comm.Event] = field(default_factory=list)
 
     def at(self, time: Time) -> float:
         """`time` on the host's clock."""
@@ -181,36 +182,6 @@ def layout_of(config: Config, degrees: Degrees) -> str:
         parts.append(f"{p.dispatch.kind} dispatch in {plural(p.dispatch.chunks, 'chunk')}")
     parts.append(f"{t.global_batch} × {t.seq_len} tokens in micro-batches of {t.micro_batch}")
     return f"{plural(degrees.world, 'rank')} ({', '.join(parts)})"
-
-
-def purpose_of(event: Event, groups: Mapping[str, Purpose]) -> Purpose:
-    """What a collective says that it is for, else what its group is for."""
-    if event.way.level:
-        return "expert"
-    if event.way in (comm.STEP, comm.GRADIENTS):
-        return "step" if event.way == comm.STEP else "data"
-    if event.kind in ("send", "recv"):
-        return "pipeline"  # over the world's own group, too
-    return groups.get(event.group, "step")
-
-
-def purposes(mesh: Ranks) -> dict[str, Purpose]:
-    """The dimension that each process group of the run serves, by its name.
-
-    Axes that span the world share its group. Where tensor or context ranks are also the ranks that hold copies of
-    experts, the group is theirs: sums of gradients say what they are.
-    """
-    found: dict[str, Purpose] = {}
-    for axes, group in mesh.groups():
-        if axes[0] in ("ep", "etp"):
-            continue  # what goes to experts says so itself, and this may be the same group as another axis'
-        if any("dp" in axis for axis in axes):
-            found.setdefault(group.group_name, "data")
-        elif axes[0] == "pp":
-            found[group.group_name] = "pipeline"
-        else:
-            found[group.group_name] = "tensor" if "tp" in mesh.active(*axes) else "context"
-    return found
 
 
 def _moved(held: _Held, rank: int, host: str, by: float) -> RankStep:

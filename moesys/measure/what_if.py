@@ -28,6 +28,7 @@ from moesys.measure.step import Seconds, Step
 from moesys.parallel import dimension, nodes
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
+from moesys.parallel.settle import settled
 from moesys.words import plural
 
 EXPERT = ("ep", "etp")
@@ -178,6 +179,7 @@ class Predictor:
     def seconds(self, config: Config, profile: Profile) -> dict[str, float]:
         """Of a step's collectives of expert and data parallelism on the busiest stage, by the model."""
         degrees = degrees_of(config)
+        config = settled(config, degrees, self.vocab_size)
         stages = [dimension.step_shape(config, degrees, self.vocab_size, pp) for pp in range(degrees.pp)]
         totals = [self._stage(shape, profile) for shapes in stages for shape in shapes]
         return {kind: max(total[kind] for total in totals) for kind in ("expert", "data")}

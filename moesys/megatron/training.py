@@ -130,14 +130,17 @@ class MegatronEngine:
             group["lr"] = rate
             group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
         norm = step(self.optimizer)
+        bad: list[str] = []
         if isfinite(norm):
             for gate, total in step_totals(gates, self.ranks):
                 gate.after_step(total)
-            return Update(norm)
-        for gate in gates:
-            gate.skip_step()
-        gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.held()}  # type: ignore[attr-defined]
-        return Update(norm, nonfinite(gradients, order=2))
+        else:
+            for gate in gates:
+                gate.skip_step()
+            gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.held()}  # type: ignore[attr-defined]
+            bad = nonfinite(gradients, order=2)
+        told = partial(torch.full, (), device=self.mesh.device)
+        return Update(told(norm, dtype=torch.float64), told(not isfinite(norm), dtype=torch.bool), lambda: bad)
 
     def nonfinite(self) -> list[str]:
         held = {piece.name: part for _, piece, part in self.held()} | self._buffers()

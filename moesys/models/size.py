@@ -58,6 +58,11 @@ class Weight:
         """Whether it belongs to routed experts."""
         return self.module == "experts"
 
+    @property
+    def routing(self) -> bool:
+        """Whether it belongs to a gate, or to what mixes in shared experts."""
+        return ".ffn.gate." in self.name or ".ffn.mix." in self.name
+
 
 def weights(model: ModelConfig, vocab_size: int) -> Iterator[Weight]:
     """Every parameter, in the order and by the names of `moesys.models.Decoder`; tied ones once."""

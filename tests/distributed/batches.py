@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ran import Ran, observe
 from torch.distributed.tensor import debug
 
 from moesys.config import Config
@@ -21,20 +24,27 @@ Prepare = Callable[[], None] | None
 
 
 def traces(
-    runs: Mapping[str, tuple[Config, int]], steps: int, folder: Path, prepare: Prepare = None
+    runs: Mapping[str, tuple[Config, int]],
+    steps: int,
+    folder: Path,
+    prepare: Prepare = None,
+    ran: dict[str, Ran] | None = None,
 ) -> dict[str, verify.Trace]:
     """What each run computes on so many processes in float32, as `verify.trace` finds it.
 
-    One set of processes for each number of them, in which runs follow one another. `prepare` as there.
+    One set of processes for each number of them, in which runs follow one another. `prepare` as there. `ran` gets
+    what a further step of each run of several processes does.
     """
     found = {}
     for world in sorted({world for _, world in runs.values()}):
         mine = {name: config for name, (config, ranks) in runs.items() if ranks == world}
         place = folder / str(world)
         place.mkdir(parents=True)
-        start(_work, world, mine, steps, place, prepare)
+        start(_work, world, mine, steps, place, prepare, ran is not None)
         for number, name in enumerate(mine):
             found[name] = merged(sorted(place.glob(f"trace-{number}-*.pt")))
+            if ran is not None and world > 1:
+                ran[name] = Ran(**json.loads((place / f"ran-{number}.json").read_text()))
     return found
 
 
@@ -53,12 +63,14 @@ def merged(paths: list[Path]) -> verify.Trace:
     return whole
 
 
-def _work(rank: int, world: int, configs: dict[str, Config], steps: int, folder: Path, prepare: Prepare) -> None:
+def _work(
+    rank: int, world: int, configs: dict[str, Config], steps: int, folder: Path, prepare: Prepare, further: bool
+) -> None:
     if prepare is not None:
         prepare()
     join(rank, world, folder)
     for number, config in enumerate(configs.values()):
-        observed(config, steps, folder, number)
+        observed(config, steps, folder, number, further)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -69,13 +81,21 @@ def join(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
 
 
-def observed(config: Config, steps: int, folder: Path, number: int) -> None:
-    """One run; the first rank of each pipeline stage writes its trace. Ends all groups but the world's."""
+def observed(config: Config, steps: int, folder: Path, number: int, further: bool = False) -> None:
+    """One run; the first rank of each pipeline stage writes its trace. Ends all groups but the world's.
+
+    `further`: one more step, of which rank 0 writes what was done in it.
+    """
     config, mesh = connected(config)
-    found, _ = verify.observe(config, mesh, steps, torch.float32)
+    found, trainer = verify.observe(config, mesh, steps, torch.float32)
     if not any(place for axis, place in mesh.place.items() if axis != "pp"):
         torch.save(found, folder / f"trace-{number}-{mesh.rank}.pt")
-    del mesh, _
+    if further and mesh.degrees.world > 1:
+        trainer.before_update = None  # it gathers gradients
+        ran = observe(trainer)
+        if ran is not None:
+            (folder / f"ran-{number}.json").write_text(json.dumps(asdict(ran)))
+    del mesh, trainer
     forget()
 
 

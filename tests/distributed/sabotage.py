@@ -18,6 +18,39 @@ def forget_the_experts() -> None:
     Gradients._experts = lambda self, ids: []  # type: ignore[method-assign]
 
 
+def forbid_outputs_of_a_pipeline() -> None:
+    """Let a pipeline fail that puts the logits of all micro-batches together."""
+    from torch.distributed.pipelining import schedules
+
+    def merge(self: Any, chunks: list[Any]) -> Any:
+        raise AssertionError(f"{len(chunks)} micro-batches' outputs are kept and put together, and nobody needs them")
+
+    for owner in (schedules.PipelineScheduleSingle, schedules.PipelineScheduleMulti):
+        owner._merge_outputs = merge  # type: ignore[method-assign]
+
+
+def gather_and_wait_too_often() -> None:
+    """Let each block's first norm be a unit of FSDP, and the host ask the device for each gate's largest logit."""
+    from torch.distributed.fsdp import fully_shard
+
+    from moesys.moe.gates.top_k import GateProjection
+    from moesys.parallel import data
+
+    plain, forward = data.apply, GateProjection.forward
+
+    def apply(model: Any, mesh: Any, config: Any) -> Any:
+        for block in model.layers.values():
+            fully_shard(block.get_submodule("attention_norm"), mesh=mesh.data((), ("dp_shard", "cp")))
+        return plain(model, mesh, config)
+
+    def ask(self: GateProjection, x: Any) -> Any:
+        logits = forward(self, x)
+        logits.max().item()
+        return logits
+
+    data.apply, GateProjection.forward = apply, ask  # type: ignore[assignment,method-assign]
+
+
 def send_everything_to_the_first_expert() -> None:
     """All tokens choose expert 0, whatever the weights."""
     import torch

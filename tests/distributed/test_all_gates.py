@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 from all_gates import traces
+from ran import Ran
 from support import changed
 
 from moesys.config import Config
@@ -98,7 +100,12 @@ def record(folder: Path, tokens: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(small, tmp_path_factory) -> dict[str, verify.Trace]:
+def ran() -> dict[str, Ran]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def found(small, tmp_path_factory, ran) -> dict[str, verify.Trace]:
     """Every legal pair's trace, and for each gate and size of micro-batch that of one process."""
     folder = tmp_path_factory.mktemp("gates")
     record(folder / "routing", tokens=100)
@@ -107,7 +114,9 @@ def found(small, tmp_path_factory) -> dict[str, verify.Trace]:
         assert dimension.check(c) == []
     alone = {f"{gate} {LIKE[layout]}": verify.reference(configs[f"{gate} {layout}"]) for gate, layout in PAIRS}
     expected = traces(alone, 1, STEPS, folder / "alone")
-    return traces(configs, WORLD, STEPS, folder / "together") | {f"{name} alone": t for name, t in expected.items()}
+    return traces(configs, WORLD, STEPS, folder / "together", ran) | {
+        f"{name} alone": t for name, t in expected.items()
+    }
 
 
 @pytest.mark.parametrize(("gate", "layout"), PAIRS)
@@ -116,6 +125,12 @@ def test_equals_one_process(found, gate, layout):
     tolerance = verify.TOLERANCES["float32" if layout == "sharded" else "float64"]
     report = verify.compare(found[f"{gate} {layout}"], found[f"{gate} {LIKE[layout]} alone"], WORLD, tolerance)
     assert report.passed, report
+
+
+@pytest.mark.parametrize(("gate", "layout"), PAIRS)
+def test_does_what_its_budget_says(found, ran, gate, layout, budgets):
+    # Collectives are those of the layout; what differs from gate to gate is what the host must know.
+    budgets.check(f"gate {gate}, {layout}", replace(ran[f"{gate} {layout}"], collectives={}))
 
 
 @pytest.mark.parametrize(("gate", "layout"), ILLEGAL)

@@ -14,6 +14,7 @@ from drawn import Case
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from journeys import KINDS_OF_WAYS, ROUTINGS, TYPES, WAYS, E, F, H, everything, routing, whole
+from ran import Ran
 from standing import Standing
 from support import changed
 
@@ -280,17 +281,27 @@ def run(small: dict, nodes: int, parallel: dict, recompute: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def runs(small, tmp_path_factory) -> dict[str, verify.Trace]:
+def ran() -> dict[str, Ran]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory, ran) -> dict[str, verify.Trace]:
     folder = tmp_path_factory.mktemp("runs")
     configs = {name: run(small, *case) for name, case in RUNS.items()}
     alone = {"alone": verify.reference(configs["chunks"])}
-    return traces(configs, 4, 2, folder / "together") | traces(alone, 1, 2, folder / "alone")
+    return traces(configs, 4, 2, folder / "together", ran) | traces(alone, 1, 2, folder / "alone")
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_training_equals_one_process(runs, name):
     report = verify.compare(runs[name], runs["alone"], 4, verify.TOLERANCES["float64"])
     assert report.passed, report
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_does_what_its_budget_says(runs, ran, name, budgets):
+    budgets.check(f"dispatch in {name}", ran[name])
 
 
 def test_a_pipeline_of_two_levels_equals_one_process(small):

@@ -1,4 +1,4 @@
-"""`moesys verify` over a matrix that covers every pair of dimensions."""
+"""`moesys verify` over a matrix that covers every pair of dimensions, and what a step of each case may do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 from batches import Prepare, traces
+from budgets import Budgets
 from cases import MORE, PAIRS, Case
-from sabotage import forget_the_experts, send_everything_to_the_first_expert
+from ran import Ran
+from sabotage import (
+    forbid_outputs_of_a_pipeline,
+    forget_the_experts,
+    gather_and_wait_too_often,
+    send_everything_to_the_first_expert,
+)
 from support import changed
 
 from moesys import cli
@@ -34,32 +41,62 @@ def configuration(small: dict, case: Case) -> Config:
     return config
 
 
-def compared(small: dict, cases: Sequence[Case], folder: Path, prepare: Prepare = None) -> Compared:
-    """All cases and their references, which cases of one model share."""
+def compared(
+    small: dict,
+    cases: Sequence[Case],
+    folder: Path,
+    prepare: Prepare = None,
+    ran: dict[str, Ran] | None = None,
+) -> Compared:
+    """All cases and their references, which cases of one model share; `ran` gets what a step of each case does."""
     configs = {case.name: configuration(small, case) for case in cases}
     alone = {name: verify.reference(config) for name, config in configs.items()}
     keys = {name: json.dumps(config.model_dump(), sort_keys=True) for name, config in alone.items()}
     runs = {case.name: (configs[case.name], case.world) for case in cases}
     runs |= {keys[name]: (config, 1) for name, config in alone.items()}
-    found = traces(runs, STEPS, folder, prepare)
+    found = traces(runs, STEPS, folder, prepare, ran)
     return {name: (found[name], found[keys[name]]) for name in configs}
 
 
-def selected(request: pytest.FixtureRequest, function: str) -> list[Case]:
-    """The cases of a test of this module that are to run."""
+def selected(request: pytest.FixtureRequest, *functions: str) -> list[Case]:
+    """The cases of tests of this module that are to run."""
     items = [item for item in request.session.items if item.path == request.path]
-    return [item.callspec.params["case"] for item in items if getattr(item, "originalname", "") == function]
+    cases = [item.callspec.params["case"] for item in items if getattr(item, "originalname", "") in functions]
+    return list({case.name: case for case in cases}.values())
 
 
 @pytest.fixture(scope="module")
-def pairs(request, small, tmp_path_factory) -> Compared:
-    return compared(small, selected(request, "test_equals_one_process"), tmp_path_factory.mktemp("pairs"))
+def ran() -> dict[str, Ran]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def pairs(request, small, tmp_path_factory, ran) -> Compared:
+    cases = selected(request, "test_equals_one_process", "test_does_what_its_budget_says")
+    return compared(small, cases, tmp_path_factory.mktemp("pairs"), forbid_outputs_of_a_pipeline, ran)
 
 
 @pytest.mark.parametrize("case", PAIRS + MORE, ids=lambda case: case.name)
 def test_equals_one_process(pairs, case):
     report = verify.compare(*pairs[case.name], case.world, TOLERANCE)
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("case", PAIRS + MORE, ids=lambda case: case.name)
+def test_does_what_its_budget_says(pairs, ran, case, budgets):
+    budgets.check(case.name, ran[case.name])
+
+
+def test_a_gather_and_a_wait_too_many_are_found(small, tmp_path):
+    case = next(case for case in PAIRS if case.name == "shard-ep")
+    ran: dict[str, Ran] = {}
+    traces({case.name: (configuration(small, case), case.world)}, 1, tmp_path, gather_and_wait_too_often, ran)
+    budget = Budgets().written[case.name]["collectives"]
+    with pytest.raises(AssertionError) as failure:
+        Budgets().check(case.name, ran[case.name])
+    text = str(failure.value)
+    assert f"and the budget is {budget['all_gather over dp_shard']}" in text
+    assert "tests/distributed/sabotage.py: 3, and the budget is none" in text
 
 
 def test_the_matrix_covers_every_pair_of_dimensions():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cases import Case
+from ran import Ran
 from records import first_records
 from test_equality import TOLERANCE, Compared, compared, configuration, selected
 
@@ -59,14 +60,25 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def routed(request, small, tmp_path_factory) -> Compared:
-    return compared(small, selected(request, "test_equals_one_process"), tmp_path_factory.mktemp("routed"))
+def ran() -> dict[str, Ran]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def routed(request, small, tmp_path_factory, ran) -> Compared:
+    cases = selected(request, "test_equals_one_process", "test_does_what_its_budget_says")
+    return compared(small, cases, tmp_path_factory.mktemp("routed"), ran=ran)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_one_process(routed, case):
     report = verify.compare(*routed[case.name], case.world, TOLERANCE)
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_does_what_its_budget_says(routed, ran, case, budgets):
+    budgets.check(case.name, ran[case.name])
 
 
 REPORTED = {

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from moesys.kernels.gate import GateResult, Score, best, gate, weigh
 from moesys.moe import noise
 from moesys.moe.capacity import Capacity, Wish, assign
+from moesys.moe.counts import occurrences
 from moesys.moe.gates.gate import Gate
 from moesys.moe.gates.projection import GateProjection as GateProjection
 from moesys.moe.losses import Balance, Seen
-from moesys.moe.passes import recomputing
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 from moesys.moe.zero import ZeroRule
 
@@ -145,12 +145,12 @@ class TopKGate(Gate):
         logits_TE, noisy_TE, width_TE = self._logits(x_TH, tokens.number_T)
         chosen = self.choose(noisy_TE, tokens)
         counted_Tc = self._counted(chosen.expert_Tk, noisy_TE)
-        counted_E = chosen.load_E if counted_Tc is chosen.expert_Tk else load_of(counted_Tc, self.candidates)
+        counted_E = chosen.load_E if counted_Tc is chosen.expert_Tk else occurrences(counted_Tc, self.candidates)
         stays_Tk = self._stays(chosen.weight_Tk, tokens)
         if stays_Tk is not None:
-            chosen = chosen._replace(load_E=load_of(chosen.expert_Tk, self.candidates, stays_Tk))
-        self._count(chosen.load_E, counted_E)
+            chosen = chosen._replace(load_E=occurrences(chosen.expert_Tk, self.candidates, stays_Tk))
         routing = self._route(chosen, stays_Tk, tokens, scope)
+        routing.counted = self._counts(chosen.load_E, counted_E)
         if self.training and torch.is_grad_enabled():
             seen = Seen(
                 logits_TE,
@@ -243,10 +243,12 @@ class TopKGate(Gate):
             routing.zero_load = chosen.load_E[self.experts :].sum()
         return routing
 
-    def _count(self, load_E: Tensor, counted_E: Tensor) -> None:
+    def _counts(self, load_E: Tensor, counted_E: Tensor) -> Tensor | None:
         wanted = [load_E] * bool(self.bias_rate) + [counted_E] * self.counts_first
-        if self.training and wanted and not recomputing():
-            self.load = torch.cat(wanted) + (0 if self.load is None else self.load)
+        return torch.cat(wanted) if self.training and wanted else None
+
+    def count(self, counted: Tensor) -> None:
+        self.load = counted + (0 if self.load is None else self.load)
 
     def _global_load(self, counted_E: Tensor, scope: MicroBatch) -> Tensor | None:
         if not self.balance.global_balance:
@@ -272,9 +274,3 @@ class TopKGate(Gate):
             load_E = total[: self.candidates]
             load_E = load_E if self.zero is None else self.zero.adjust(load_E)
             self.selection_bias += self.bias_rate * torch.sign(load_E.mean() - load_E).to(self.selection_bias.dtype)
-
-
-def load_of(expert_Tk: Tensor, experts: int, stays_Tk: Tensor | None = None) -> Tensor:
-    """How often each expert occurs in `expert_Tk`, where it stays: int64 [E]."""
-    one_A = torch.ones_like(expert_Tk).flatten() if stays_Tk is None else stays_Tk.flatten().to(torch.int64)
-    return expert_Tk.new_zeros(experts).scatter_add_(0, expert_Tk.flatten(), one_A)
