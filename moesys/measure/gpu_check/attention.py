@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesys.measure.gpu_check import models
@@ -119,8 +120,11 @@ def _step(device: str, shape: Shape, queries: int, keys: int) -> Callable[[], No
     sizes = ((queries, shape.h, shape.d), (keys, shape.g, shape.d), (keys, shape.g, shape.dv))
     q, k, v = (torch.randn(1, *size, device=device, dtype=dtype, requires_grad=True) for size in sizes)
 
+    # Made beforehand, as the attention of a context rank does.
+    bias = causal_lower_right(queries, keys) if queries < keys else None
+
     def step() -> None:
-        out: Tensor = attend(q, k, v)
+        out: Tensor = attend(q, k, v, bias)
         torch.autograd.grad(out.sum(), (q, k, v))
 
     return step
