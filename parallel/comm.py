@@ -188,7 +188,8 @@ def _start(
 
     Nobody says to whom the parts of an all-reduce go.
     """
-    if _recording is None or op in _kept:
+    # A compiled graph runs without Python: nothing in it can be recorded.
+    if torch.compiler.is_compiling() or _recording is None or op in _kept:
         return Pending(op(x, *arguments, group.group_name), None)
     ranks = tuple(dist.get_process_group_ranks(group))
     sent: tuple[int, ...] = ()
@@ -258,4 +259,6 @@ def start_total(x: Tensor, group: dist.ProcessGroup | None = None, way: Way = NO
 
 def total(x: Tensor, group: dist.ProcessGroup | None = None, way: Way = NOWHERE) -> Tensor:
     """`start_total` of a copy, waited for."""
+    if torch.compiler.is_compiling() and group is not None:  # nothing in place: graphs may be computed again
+        return _start("all_reduce", way, _functional.all_reduce.default, x, group, "sum").wait()
     return start_total(x.clone(), group, way).wait()

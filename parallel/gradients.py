@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from math import inf, prod
 
 import torch
@@ -45,7 +45,10 @@ class Gradients:
         self.mesh, self.tied = mesh, tied
         every = {id(p): p for part in parts for p in part.parameters()}.values()
         self.parameters = [p for p in every if p.requires_grad]
-        self._copies = [self._copies_of(p) for p in self.parameters]
+        copies = [self._copies_of(p) for p in self.parameters]
+        self._copies_P = torch.tensor(copies, device=mesh.device, dtype=torch.float64)
+        self.norms = torch.zeros(0, device=mesh.device)
+        """Of this rank's parts of the gradients, in the parameters' order, as `norm` found them: [P]."""
         routing = {id(p) for part in parts for p in routers(part)}
         groups = self._groups(parts, routing)
         late = [p for p in self.parameters if id(p) in routing or _whole_over_tensor_ranks(p)]
@@ -61,8 +64,6 @@ class Gradients:
         for bucket in self._queue:
             for p in bucket.params:
                 p.register_post_accumulate_grad_hook(partial(self._complete, bucket))
-        self.norms = torch.zeros(0, device=mesh.device)
-        """Of this rank's parts of the gradients, in the parameters' order, as `norm` found them: [P]."""
 
     def _groups(self, parts: Sequence[nn.Module], routing: set[int]) -> dict[int, dist.ProcessGroup]:
         """By the id of each parameter that FSDP does not sum: the ranks that hold the same of it for other tokens."""
@@ -147,10 +148,6 @@ class Gradients:
             squares = (self.norms.double().square() / self._copies_P).sum()
         whole, total = comm.total(torch.stack([squares, loss.double()]), way=comm.STEP)
         return whole.sqrt(), total
-
-    @cached_property
-    def _copies_P(self) -> Tensor:
-        return torch.tensor(self._copies, device=self.mesh.device, dtype=torch.float64)
 
     def clip(self, limit: float | None, norm: Tensor) -> None:
         """Scale the gradients, whose global norm is `norm`, so that it becomes `limit` at most."""

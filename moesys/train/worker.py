@@ -26,7 +26,7 @@ from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
-from moesys.measure.step import Step
+from moesys.measure.summary import Summary
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
 from moesys.train import beat, checkpoint, resume, run_folder
@@ -62,8 +62,8 @@ def _train(config: Config, run_dir: Path) -> None:
     corpus = open_corpus(config)
     _agree(corpus)
     beat.at("building the model", shown=True)
-    trainer = Trainer(config, mesh, corpus)
     folder = run_dir / "checkpoints"
+    trainer = Trainer(config, mesh, corpus, draw=checkpoint.newest(folder) is None)
     _tell(trainer.resume(folder), trainer, run_dir)
     if mesh.rank == 0:
         run_folder.accept(run_dir)
@@ -179,7 +179,7 @@ def _heldout(trainer: Trainer) -> dict[str, float]:
     return {"heldout_loss": loss} | ({} if size is None else {"heldout_bits_per_byte": bits_per_byte(loss, size)})
 
 
-def _write_measured(steps: Sequence[Step], log: MetricsLog) -> None:
+def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:
     """What recorded steps say, among the metrics of these steps."""
     for step in steps:
         e = explain([step])
