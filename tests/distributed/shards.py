@@ -171,16 +171,11 @@ def _ways(p: Any) -> int:
 
 
 def _mark(parts: Any) -> None:
-    """Let events tell when forward and backward come to each block."""
-    from moesys.parallel.initialise import canonical
-
+    """Let events tell when forward computes in each block, and when backward comes to its output."""
     for part in parts:
         for name, block in part.layers.items():
-            for child, module in block.named_modules():
-                if canonical(child + ".", False) == "attention.":
-                    module.register_forward_pre_hook(lambda *_, n=name: _note(RUNS, n))
-                if canonical(child + ".", False) == "ffn.":
-                    module.register_forward_hook(lambda _, __, out, n=name: _watch(out, n))
+            block.attention.register_forward_pre_hook(lambda *_, n=name: _note(RUNS, n))
+            block.register_forward_hook(lambda _, __, out, n=name: _watch(out, n))
 
 
 def _watch(out: torch.Tensor, name: str) -> None:
