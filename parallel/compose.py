@@ -104,7 +104,7 @@ class Composed:
 
     def _forward(self, mine: tuple[Tensor, Tensor]) -> Tensor:
         loss = self.engine.evaluate(*mine)
-        # Without a backward FSDP leaves its root's parameters whole: they would be saved as such.
+        # Without a backward FSDP leaves whole what it keeps for one: it would be saved as such.
         for part in self.parts:
             for module in part.modules():
                 if isinstance(module, FSDPModule):
