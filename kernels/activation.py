@@ -104,7 +104,8 @@ def reference(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tenso
 
 def activate(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
     """act(h) · weight: [N, F] in the type of h [N, G, F]; `weight_N` float32 [N] or None for 1."""
-    if choose(h_NGF, "activation") == "reference":
+    way = choose(h_NGF, "activation")
+    if way == "reference" or (way == "torch" and torch.compiler.is_compiling()):  # which fuses the definition
         return reference(h_NGF, kind, weight_N)
     return _Activate.apply(h_NGF, weight_N, kind)
 

@@ -64,18 +64,18 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:
     """Whether torch's grouped_mm runs x [N, K] · w [G, K, M] and its gradients as one kernel.
 
-    In torch 2.11 to 2.13 that is bfloat16 on NVIDIA's compute capability 9, with inner sizes of whole
+    In torch 2.11 to 2.13 that is bfloat16 on NVIDIA's compute capabilities 9 and 10, with inner sizes of whole
     16 bytes, in memory too, where w may lie transposed. w may also be the gradient [N, M] of products, for
-    that of their matrices. Elsewhere it refuses, or copies the offsets to the host and loops over the groups. On
-    capability 10 it has the kernel, too, but the gradients of empty groups are not zero there
-    (https://github.com/pytorch/pytorch/issues/172439).
+    that of their matrices: on capability 9 alone, for on 10 the gradients of empty groups are not zero
+    (https://github.com/pytorch/pytorch/issues/172439). Elsewhere torch refuses, or copies the offsets to the host
+    and loops over the groups.
     """
     if not x.is_cuda or torch.version.hip is not None or x.dtype != torch.bfloat16 or w.dtype != x.dtype:
         return False
     if any(size * x.element_size() % 16 for size in (x.shape[-1], w.shape[-1])):
         return False
     aligned = has_aligned_rows(x) and (has_aligned_rows(w) or (w.ndim == 3 and has_aligned_rows(w.mT)))
-    return aligned and torch.cuda.get_device_capability(x.device)[0] == 9
+    return aligned and torch.cuda.get_device_capability(x.device)[0] in ((9, 10) if w.ndim == 3 else (9,))
 
 
 def has_aligned_rows(x: Tensor) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor
 from moesys.kernels import activation
 from moesys.kernels.choose import has_aligned_rows
 from moesys.kernels.expert_ffn_given import Given
+from moesys.kernels.grouped_matmul import torch_grouped_mm
 
-_product = torch._grouped_mm
+_product = torch_grouped_mm
 
 
 def fits(given: Given, most: int) -> bool:

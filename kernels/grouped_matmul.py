@@ -7,6 +7,8 @@ result, which spares the copies of a split and a concatenation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,9 +23,13 @@ def reference(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
     return torch.cat([part @ w for part, w in zip(parts, w_GKM, strict=True)])
 
 
+torch_grouped_mm: Callable[..., Tensor] = getattr(torch.nn.functional, "grouped_mm", torch._grouped_mm)
+"""torch's own grouped product: public since torch 2.10, and the same operation in either case."""
+
+
 @torch.library.custom_op("moesys::grouped_matmul", mutates_args=())
-def _grouped(x_NK: Tensor, w_GKM: Tensor, rows: list[int]) -> Tensor:
-    out = x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2])
+def _grouped(x_NK: Tensor, w_GKM: Tensor, rows_G: Tensor) -> Tensor:
+    out, rows = x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2]), rows_G.tolist()
     for x, w, y in zip(x_NK.split(rows), w_GKM, out.split(rows), strict=True):
         if len(x):
             torch.mm(x, w, out=y)
@@ -31,42 +37,44 @@ def _grouped(x_NK: Tensor, w_GKM: Tensor, rows: list[int]) -> Tensor:
 
 
 @_grouped.register_fake
-def _(x_NK: Tensor, w_GKM: Tensor, rows: list[int]) -> Tensor:
+def _(x_NK: Tensor, w_GKM: Tensor, rows_G: Tensor) -> Tensor:
     return x_NK.new_empty(x_NK.shape[0], w_GKM.shape[2])
 
 
-def _save(ctx, inputs, output) -> None:
-    x_NK, w_GKM, ctx.rows = inputs
-    ctx.save_for_backward(x_NK, w_GKM)
+@torch.library.custom_op("moesys::grouped_matmul_weight_grad", mutates_args=())
+def _grouped_weight_grad(x_NK: Tensor, grad_NM: Tensor, rows_G: Tensor) -> Tensor:
+    out, rows = x_NK.new_zeros(len(rows_G), x_NK.shape[1], grad_NM.shape[1]), rows_G.tolist()
+    for x, grad, y in zip(x_NK.split(rows), grad_NM.split(rows), out, strict=True):
+        if len(x):
+            torch.mm(x.t(), grad, out=y)
+    return out
+
+
+@_grouped_weight_grad.register_fake
+def _(x_NK: Tensor, grad_NM: Tensor, rows_G: Tensor) -> Tensor:
+    return x_NK.new_empty(rows_G.shape[0], x_NK.shape[1], grad_NM.shape[1])
 
 
 def _backward(ctx, grad_NM: Tensor):
-    x_NK, w_GKM = ctx.saved_tensors
+    x_NK, w_GKM, rows_G = ctx.saved_tensors
     grad_NM = grad_NM.contiguous()
-    grad_x = torch.empty_like(x_NK) if ctx.needs_input_grad[0] else None
-    grad_w = torch.empty_like(w_GKM) if ctx.needs_input_grad[1] else None
-    start = 0
-    for group, count in enumerate(ctx.rows):
-        if not count:
-            if grad_w is not None:
-                grad_w[group].zero_()
-            continue
-        rows = slice(start, start + count)
-        start += count
-        if grad_x is not None:
-            torch.mm(grad_NM[rows], w_GKM[group].t(), out=grad_x[rows])
-        if grad_w is not None:
-            torch.mm(x_NK[rows].t(), grad_NM[rows], out=grad_w[group])
+    grad_x = _grouped(grad_NM, w_GKM.transpose(1, 2), rows_G) if ctx.needs_input_grad[0] else None
+    grad_w = _grouped_weight_grad(x_NK, grad_NM, rows_G) if ctx.needs_input_grad[1] else None
     return grad_x, grad_w, None
 
 
-_grouped.register_autograd(_backward, setup_context=_save)
+_grouped.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 @register_flop_formula(torch.ops.moesys.grouped_matmul)
-def _flops(x_shape, w_shape, rows, *args, out_shape=None, **kwargs) -> int:
+def _flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
     """So that torch's FlopCounterMode sees through the operation."""
     return 2 * x_shape[0] * x_shape[1] * w_shape[2]
+
+
+@register_flop_formula(torch.ops.moesys.grouped_matmul_weight_grad)
+def _flops_grouped_weight_grad(x_shape, grad_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape[0] * x_shape[1] * grad_shape[1]
 
 
 @torch.library.custom_op("moesys::grouped_mm", mutates_args=())
@@ -131,7 +139,7 @@ def grouped_matmul(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tenso
         return _grouped_mm(x_NK, w_GKM, starts(rows_per_group))
     if torch_has_grouped_mm(x_NK, w_GKM):
         return _TorchProducts.apply(x_NK, w_GKM, starts(rows_per_group))
-    return _grouped(x_NK, w_GKM, rows_per_group.tolist())
+    return _grouped(x_NK, w_GKM, rows_per_group)
 
 
 def starts(rows_per_group: Tensor) -> Tensor:
@@ -144,8 +152,8 @@ def product(x_NK: Tensor, w_GKM: Tensor, starts_G1: Tensor) -> Tensor:
     if choose(x_NK, "grouped_matmul", w_GKM) == "triton":
         return _grouped_mm(x_NK, w_GKM, starts_G1)
     if torch_has_grouped_mm(x_NK, w_GKM):
-        return torch._grouped_mm(x_NK, w_GKM, offs=starts_G1[1:])
-    return _grouped(x_NK, w_GKM, starts_G1.diff().tolist())
+        return torch_grouped_mm(x_NK, w_GKM, offs=starts_G1[1:])
+    return _grouped(x_NK, w_GKM, starts_G1.diff())
 
 
 def matrix_gradients(x_NK: Tensor, grad_NM: Tensor, starts_G1: Tensor) -> Tensor:
@@ -153,13 +161,8 @@ def matrix_gradients(x_NK: Tensor, grad_NM: Tensor, starts_G1: Tensor) -> Tensor
     if choose(x_NK, "grouped_matmul", grad_NM) == "triton":
         return _grouped_mm_weight_grad(x_NK, grad_NM, starts_G1)
     if torch_has_grouped_mm(x_NK, grad_NM):
-        return torch._grouped_mm(x_NK.t(), grad_NM, offs=starts_G1[1:])
-    rows = starts_G1.diff().tolist()
-    out = x_NK.new_zeros(len(rows), x_NK.shape[1], grad_NM.shape[1])
-    for x, grad, y in zip(x_NK.split(rows), grad_NM.split(rows), out, strict=True):
-        if len(x):
-            torch.mm(x.t(), grad, out=y)
-    return out
+        return torch_grouped_mm(x_NK.t(), grad_NM, offs=starts_G1[1:])
+    return _grouped_weight_grad(x_NK, grad_NM, starts_G1.diff())
 
 
 class _TorchProducts(torch.autograd.Function):
@@ -168,7 +171,7 @@ class _TorchProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NK, w_GKM, starts_G1):  # type: ignore[override]
         ctx.save_for_backward(x_NK, w_GKM, starts_G1)
-        return torch._grouped_mm(x_NK, w_GKM, offs=starts_G1[1:])
+        return torch_grouped_mm(x_NK, w_GKM, offs=starts_G1[1:])
 
     @staticmethod
     @once_differentiable

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -55,14 +56,14 @@ def _again(cached: AbstractContextManager) -> Iterator[None]:
         yield
 
 
-def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Of the first run and of the second."""
     first, second = create_selective_checkpoint_contexts(_policy)
     return first, _again(second)
 
 
 _compiled_contexts = partial(create_selective_checkpoint_contexts, _policy)
-"""`_contexts` for the compiler, which takes torch's own alone; it decides what is kept once, and replays nothing."""
+"""`contexts` for the compiler, which takes torch's own alone; it decides what is kept once, and replays nothing."""
 
 
 def prepare(block: Block, recompute: str, compiled: bool, backend: Any = "inductor") -> None:
@@ -76,23 +77,23 @@ def prepare(block: Block, recompute: str, compiled: bool, backend: Any = "induct
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         torch._dynamo.config.accumulated_recompile_limit = max(GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
     if recompute == "selective":
-        context = _compiled_contexts if compiled else _contexts
+        context = _compiled_contexts if compiled else contexts
         for part in block.parts():
-            _replace(part, partial(_repeated, context_fn=context))
+            _replace(part, partial(repeated, context_fn=context))
         for part in _between(block):
-            _replace(part, partial(_repeated, context_fn=_contexts))
+            _replace(part, partial(repeated, context_fn=contexts))
     if compiled:
         for part in block.parts():
             _replace(part, partial(torch.compile, backend=backend))
     if recompute == "full":
-        _replace((block, "forward"), _repeated)
+        _replace((block, "forward"), repeated)
 
 
 def _between(block: Block) -> list[Part]:
     """What is computed between parts, and would keep more than products for backward."""
     moe = block.ffn
     if not isinstance(moe, MoELayer) or (block, "run_experts") in block.parts():
-        return []
+        return []  # it repeats them as it needs
     plain = isinstance(moe.experts, Experts) and moe.experts.fc2_bias is None
     return [] if plain else [(moe.experts, "forward")]
 
@@ -102,10 +103,17 @@ def _replace(part: Part, change: Callable[[Callable[..., Any]], Callable[..., An
     setattr(module, name, change(getattr(module, name)))
 
 
-def _repeated(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def repeated(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`function` that is computed again in backward, from its inputs and what the contexts keep."""
 
-    def repeated(*inputs: Any) -> Any:
+    def again(*inputs: Any) -> Any:
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
-    return repeated
+    code = _code(again.__code__, function.__name__)
+    return FunctionType(code, globals(), function.__name__, closure=again.__closure__)
+
+
+@cache
+def _code(code: CodeType, name: str) -> CodeType:
+    """`code` anew, one of each `name`: the compiler keeps graphs, and what it learnt of shapes, by code."""
+    return code.replace(co_name=name)

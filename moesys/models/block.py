@@ -45,14 +45,13 @@ class Block(nn.Module):
         moe = self.ffn
         if not isinstance(moe, MoELayer):
             return [(self, "run_dense")]
-        if not self._apart(moe):
-            return [(self, "route"), (self, "run_experts")]
+        whole: list[Part] = [] if self._apart(moe) else [(self, "run_experts")]
         shared: list[Part] = [] if moe.shared is None else [(moe, "run_shared")]
-        return [(self, "route"), *shared, (self, "finish")]
+        return [(self, "route"), *whole, *shared, (self, "finish")]
 
     @staticmethod
     def _apart(moe: MoELayer) -> bool:
-        """Whether experts are no part, but lie between two."""
+        """Whether experts are never a part, but lie between two."""
         return moe.apart or moe.dispatcher.travels
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
@@ -60,9 +59,11 @@ class Block(nn.Module):
         if not isinstance(moe, MoELayer):
             return self.run_dense(x_BSH, cos, sin)
         x_BSH, h_BSH, decided = self.route(x_BSH, cos, sin, tokens_BS2)
+        # Graphs are made for sizes: one whose sizes change from step to step would be made anew.
+        whole = not self._apart(moe) and not decided.decision.ragged
         decided = decided.kept()
         moe.count(decided)
-        if not self._apart(moe):
+        if whole:
             return self.run_experts(x_BSH, h_BSH, decided)
         dense = None if moe.shared is None else Once(partial(moe.run_shared, h_BSH))
         routed_BSH = moe.run_experts(h_BSH, decided, dense)

@@ -177,7 +177,7 @@ class MoELayer(nn.Module):
 
     def compute(self, x_BSH: Tensor, decided: Decided) -> Tensor:
         """The layer's output, of experts and what joins them."""
-        dense = None if self.shared is None else Once(partial(self.run_shared, x_BSH))
+        dense = None if self.shared is None else Once(partial(self.shared, x_BSH))
         routed = self.run_experts(x_BSH, decided, dense)
         return self.join(x_BSH, routed, decided, None if dense is None else dense())
 

@@ -65,6 +65,11 @@ class Decision:
     zero_load: Tensor | None = field(default=None, kw_only=True)
     counted: Tensor | None = field(default=None, kw_only=True)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether `kept` is still to find out how much there is to compute: the device alone knows."""
+        return False
+
     def kept(self) -> Decision:
         """The decision as experts take it, where a compiled graph left something to do: it may wait for the device."""
         return self
@@ -97,6 +102,10 @@ class Routing(Decision):
 
     def attach(self, loss: Tensor) -> None:
         self.weight_A = attach_loss(self.weight_A, loss)
+
+    @property
+    def ragged(self) -> bool:
+        return self.keep_A is not None
 
     def kept(self) -> Routing:
         if self.keep_A is None:

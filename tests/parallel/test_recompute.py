@@ -11,6 +11,9 @@ from moesys.models.layers import rotary_angles
 from moesys.moe import MoELayer
 from moesys.parallel.recompute import prepare
 
+# torch.compile's own, where a graph starts with what another one computed
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")
+
 MODEL = {
     "hidden": 16,
     "layers": 1,
