@@ -124,14 +124,17 @@ class Composed:
         return numbered[:, positions], labels[:, positions]
 
 
-def compose(config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None) -> Composed:
+def compose(
+    config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+) -> Composed:
     """Build this rank's part of the model, on the meta device first, and initialise it.
 
-    Collective over the world. `dtype` is the type of the weights, default float32.
+    Collective over the world. `dtype` is the type of the weights, default float32; without `draw` these are NaN,
+    for a checkpoint to overwrite.
     """
     every = pipeline.stages(config, vocab_size)
     mine = every[mesh.place["pp"] :: config.parallel.pp]
-    parts = [_part(config, mesh, vocab_size, stage, dtype or torch.float32) for stage in mine]
+    parts = [_part(config, mesh, vocab_size, stage, dtype or torch.float32, draw) for stage in mine]
     t = config.train
     micro_batches = t.global_batch // (mesh.degrees.dp * t.micro_batch)
     for part in parts:
@@ -143,7 +146,7 @@ def compose(config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dt
     return Composed(config, mesh, parts, mine, engine, gradients, loss)
 
 
-def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dtype: torch.dtype) -> Decoder:
+def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dtype: torch.dtype, draw: bool) -> Decoder:
     stream = torch.bfloat16 if config.train.dtype == "bfloat16" else dtype
     with torch.device("meta"):
         model = Decoder(config.model, vocab_size, stream).to(dtype)
@@ -162,7 +165,7 @@ def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dty
     if config.model.tie_embeddings and model.head is not None and model.embed is not None:
         # to_empty replaces plain parameters, one module at a time; DTensors keep their identity.
         model.head.weight = model.embed.weight
-    initialise(model, config.seed, config.model.init_std, config.model.tie_embeddings)
+    initialise(model, config.seed, config.model.init_std, config.model.tie_embeddings, draw)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,7 +19,7 @@ from moesys.parallel.mesh import Ranks
 def numbers(tokens: Tensor, samples: Sequence[int]) -> Tensor:
     """Each token's number in the run, int64 [B, S], of the sequences `samples`; below 0 where these are."""
     length = tokens.shape[1]
-    first = sent(torch.tensor(samples), tokens.device)[:, None] * length
+    first = sent(torch.from_numpy(np.asarray(samples)), tokens.device)[:, None] * length
     return first + torch.arange(length, device=tokens.device)
 
 

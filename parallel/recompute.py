@@ -40,7 +40,8 @@ KEPT = {
 }
 """Results that selective recomputation keeps: matrix products, attention, communication."""
 
-Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
+GRAPHS = 1024
+"""Most graphs of a part, of all blocks together; torch's own limit of 8 would leave the others uncompiled."""
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
@@ -71,6 +72,9 @@ def prepare(block: Block, recompute: str, compiled: bool, backend: Any = "induct
     """
     if compiled:
         forced()  # reads the environment, which is a side effect: not in a graph
+        # All blocks share their graphs; those of a kind of their own, with gradients and without, have others.
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.accumulated_recompile_limit = max(GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
     if recompute == "selective":
         context = _compiled_contexts if compiled else _contexts
         for part in block.parts():
@@ -100,4 +104,8 @@ def _replace(part: Part, change: Callable[[Callable[..., Any]], Callable[..., An
 
 def _repeated(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`function` that is computed again in backward, from its inputs and what the contexts keep."""
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
+
+    def repeated(*inputs: Any) -> Any:
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return repeated

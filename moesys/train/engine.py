@@ -100,7 +100,11 @@ class EngineModule(Protocol):
     """What a module of `MODULES` offers."""
 
     def connect(self, config: Config) -> Ranks: ...
-    def build(self, config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> Engine: ...
+    def build(
+        self, config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+    ) -> Engine:
+        """Without `draw` parameters are NaN until `Engine.load` overwrites them."""
+
 
 
 def engine_of(config: Config) -> EngineModule:

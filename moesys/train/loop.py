@@ -17,6 +17,7 @@ from torch import Tensor
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
 from moesys.data.samples import Samples
+from moesys.errors import CheckpointError
 from moesys.parallel import comm
 from moesys.parallel.host import sent
 from moesys.parallel.mesh import Ranks
@@ -51,12 +52,16 @@ class Trainer:
         mesh: what the engine's `connect` gave.
         corpus: tokens for training and held-out tokens.
         dtype: type of the weights, default float32.
+        draw: whether weights are drawn; if not, `resume` must find a checkpoint, which says them.
     """
 
-    def __init__(self, config: Config, mesh: Ranks, corpus: Corpus, dtype: torch.dtype | None = None):
+    def __init__(
+        self, config: Config, mesh: Ranks, corpus: Corpus, dtype: torch.dtype | None = None, draw: bool = True
+    ):
         self.config, self.mesh, self.corpus = config, mesh, corpus
+        self._drawn = draw
         self.vocab_size = corpus.vocab_size
-        self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype)
+        self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype, draw)
         gates.prepare(self.engine, corpus)
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
@@ -192,8 +197,11 @@ class Trainer:
 
         Raises:
             TrainingError: something in it is not finite.
+            CheckpointError: there is none, and weights were not drawn.
         """
         path = checkpoint.newest(folder)
+        if path is None and not self._drawn:
+            raise CheckpointError(f"{folder}: the checkpoint that was there a moment ago is gone")
         if path is not None:
             self.resumed = checkpoint.load(path, self.engine, self.corpus)
             self.backlog = Backlog(self.engine)

@@ -64,18 +64,27 @@ def connect(config: Config) -> ParallelMesh:
     return ParallelMesh(degrees, device, config.launch.timeout_s)
 
 
-def build(config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> NativeEngine:
-    """The engine on this rank; `dtype` is the type of the weights, default float32."""
+def build(
+    config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+) -> NativeEngine:
+    """The engine on this rank; `dtype` is the type of the weights, default float32; `draw`: see `EngineModule`."""
     assert isinstance(mesh, ParallelMesh)
-    return NativeEngine(config, mesh, vocab_size, dtype)
+    return NativeEngine(config, mesh, vocab_size, dtype, draw)
 
 
 class NativeEngine:
     """See `Engine`. Checkpoints hold every tensor by its parameter's name, through `torch.distributed.checkpoint`."""
 
-    def __init__(self, config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        config: Config,
+        mesh: ParallelMesh,
+        vocab_size: int,
+        dtype: torch.dtype | None = None,
+        draw: bool = True,
+    ):
         self.config, self.mesh, self.dtype = config, mesh, dtype or torch.float32
-        self.model = compose(config, mesh, vocab_size, dtype)
+        self.model = compose(config, mesh, vocab_size, dtype, draw)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
         self._loss = torch.zeros((), device=mesh.device)
 

@@ -67,8 +67,8 @@ def _train(config: Config, run_dir: Path) -> None:
     corpus = open_corpus(config)
     _agree(corpus)
     beat.at("building the model", shown=True)
-    trainer = Trainer(config, mesh, corpus)
     folder = run_dir / "checkpoints"
+    trainer = Trainer(config, mesh, corpus, draw=checkpoint.newest(folder) is None)
     _tell(trainer.resume(folder), trainer, run_dir)
     if mesh.rank == 0:
         run_folder.accept(run_dir)

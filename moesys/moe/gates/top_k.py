@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -51,24 +51,31 @@ class Randomness:
         second: keep the second of two experts with probability min(1, 2·g), g its share of the weights
             (GShard, arXiv 2006.16668); the first one's weight is the same in either case.
         layer: makes the numbers differ between layers.
+        keys: of the numbers, by what they are for.
     """
 
     gaussian: bool = False
     jitter: float = 0.0
     second: bool = False
     layer: int = 0
+    keys: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Here, not as numbers are drawn: no compiler takes the hash.
+        keys = {purpose: noise.key(self.layer, purpose) for purpose in ("jitter", "noise", "second")}
+        object.__setattr__(self, "keys", keys)
 
     def shake(self, x_TH: Tensor, number_T: Tensor) -> Tensor:
-        factor_TH = noise.uniform(number_T, x_TH.shape[1], noise.key(self.layer, "jitter"))
+        factor_TH = noise.uniform(number_T, x_TH.shape[1], self.keys["jitter"])
         return x_TH * (1 + self.jitter * (2 * factor_TH - 1))
 
     def disturb(self, logits_TE: Tensor, width_TE: Tensor, number_T: Tensor) -> Tensor:
-        return logits_TE + width_TE * noise.normal(number_T, logits_TE.shape[1], noise.key(self.layer, "noise"))
+        return logits_TE + width_TE * noise.normal(number_T, logits_TE.shape[1], self.keys["noise"])
 
     def kept(self, weight_T2: Tensor, number_T: Tensor) -> Tensor:
         """Which choices stay: bool [T, 2]."""
         share_T = weight_T2[:, 1] / (weight_T2.sum(-1) + 1e-20)
-        drawn_T = noise.uniform(number_T, 1, noise.key(self.layer, "second")).squeeze(-1)
+        drawn_T = noise.uniform(number_T, 1, self.keys["second"]).squeeze(-1)
         return torch.stack([torch.ones_like(drawn_T, dtype=torch.bool), drawn_T < 2 * share_T], -1)
 
 
