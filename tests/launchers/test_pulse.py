@@ -115,4 +115,4 @@ def test_a_rank_gives_signs_of_where_it_is(tmp_path):
     assert said["at"] == "saving a checkpoint" and not said["waits"] and not said["shown"]
     assert path.stat().st_size == beat.BYTES
     beat.at("afterwards")
-    assert list(json_objects(path)) == [said]
+    assert list(json_objects(path)) == [said | {"count": 3, "ended": True}]
