@@ -157,8 +157,9 @@ def _met(steps: Sequence[RankStep], peers: Peers, places: Places, rates: Sequenc
     answers = peers.exchange(_answers(come, known, places, rates))
     found = [[_UNMET] * len(r.travels) for r in steps]
     for mine, words in zip(order, answers, strict=True):
-        for (i, j), answer in zip(mine, words.reshape(-1, ANSWER), strict=True):
-            found[i][j] = _answered(answer)
+        table = words.reshape(-1, ANSWER)
+        for (i, j), facts, times in zip(mine, table.tolist(), table.view(np.float64).tolist(), strict=True):
+            found[i][j] = _answered(facts, times)
     return found
 
 
@@ -176,8 +177,8 @@ def _bits(*values: float | None) -> Words:
     return np.array([nan if v is None else v for v in values], dtype=np.float64).view(np.int64)
 
 
-def _floats(words: Words) -> list[float | None]:
-    return [None if isnan(v) else v for v in words.view(np.float64).tolist()]
+def _none(value: float) -> float | None:
+    return None if isnan(value) else value
 
 
 def _asking(key: tuple[int, ...], m: Member) -> Words:
@@ -192,14 +193,13 @@ def _answers(
     members: dict[tuple[int, ...], list[Member]] = defaultdict(list)
     keys: list[list[tuple[int, ...]]] = []
     for rank, words in enumerate(come):
-        at = 0
+        at, whole, real = 0, words.tolist(), words.view(np.float64).tolist()
         keys.append([])
         while at < len(words):
-            key, told = tuple(words[at : at + 4].tolist()), words[at : at + HEAD]
-            begin, waited, end, met, after = _floats(told[6:])
-            behind = at + HEAD + int(told[5])
-            assert begin is not None and waited is not None and end is not None
-            members[key].append(Member(rank, begin, waited, end, met, int(told[4]), after, words[at + HEAD : behind]))
+            key, (begin, waited, end, met, after) = tuple(whole[at : at + 4]), real[at + 6 : at + HEAD]
+            behind = at + HEAD + whole[at + 5]
+            sent = words[at + HEAD : behind]
+            members[key].append(Member(rank, begin, waited, end, _none(met), whole[at + 4], _none(after), sent))
             keys[-1].append(key)
             at = behind
     answers = {}
@@ -223,8 +223,7 @@ def _answer(m: Meeting) -> Words:
     return np.concatenate([facts, _bits(m.arrived, m.computed, m.evenness, m.least)])
 
 
-def _answered(words: Words) -> Meeting:
-    last, whole, size = words[:3].tolist()
-    arrived, after, evenness, least = _floats(words[3:])
-    assert arrived is not None and evenness is not None
-    return Meeting(arrived, last, bool(whole), after, size, evenness, least)
+def _answered(facts: Sequence[int], times: Sequence[float]) -> Meeting:
+    last, whole, size = facts[:3]
+    arrived, after, evenness, least = times[3:]
+    return Meeting(arrived, last, bool(whole), _none(after), size, evenness, _none(least))

@@ -10,7 +10,7 @@ import numpy as np
 
 from moesys.measure.breakdown import OTHERS
 from moesys.measure.choice import Recorded, explained
-from moesys.measure.explanation import Breakdown, Causes, Explanation, Layer, Leg
+from moesys.measure.explanation import Causes, Explanation, Layer, Leg
 from moesys.measure.legs import LAYER_COLUMNS, LEG_COLUMNS, Key, Table, layer_of, leg_of, order
 from moesys.measure.sentence import sentence
 from moesys.measure.step import Step
@@ -33,15 +33,17 @@ def explain(steps: Sequence[Recorded], notes: Sequence[str] = ()) -> Explanation
     every = summaries(steps)
     last = every[-1]
     rows = np.array([s.by_rank for s in every], dtype=float)  # [steps, ranks, columns], NaN for None
-    used = {COLUMNS.index(name) for name in OTHERS if not np.isnan(rows[..., COLUMNS.index(name)]).all()}
+    for column in map(COLUMNS.index, OTHERS):
+        if not np.isnan(rows[..., column]).all():  # other communication that is there anywhere is 0 where it is not
+            rows[..., column] = np.nan_to_num(rows[..., column])
     causes = rows.mean((0, 1))[[COLUMNS.index(name) for name in ("transfer", "late", "uneven", "untold")]]
     waited_for = np.array([s.waited_for for s in every]).sum(0) / (len(every) * len(last.members))
     explanation = Explanation(
         steps=[s.number for s in every],
         sentence="",
-        total=_mean(rows.reshape(-1, len(COLUMNS)), used),
-        by_step=[_mean(of_step, used) for of_step in rows],
-        by_rank=[_mean(rows[:, place], used) for place in range(len(last.members))],
+        total=breakdown_of(rows.mean((0, 1)).tolist()),
+        by_step=[breakdown_of(row) for row in rows.mean(1).tolist()],
+        by_rank=[breakdown_of(row) for row in rows.mean(0).tolist()],
         causes=Causes(*causes.tolist()),
         legs=_legs(every),
         layers=_layers(every),
@@ -57,14 +59,6 @@ def explain(steps: Sequence[Recorded], notes: Sequence[str] = ()) -> Explanation
         untold_because=next((s.untold for s in every if s.untold), ""),
     )
     return replace(explanation, sentence=" ".join([sentence(explanation), *notes]))
-
-
-def _mean(rows: Table, used: set[int]) -> Breakdown:
-    """Of each figure; other communication that is `used` anywhere is 0 where it is not there."""
-    filled = rows.copy()
-    for column in used:
-        filled[:, column] = np.nan_to_num(filled[:, column])
-    return breakdown_of(filled.mean(0).tolist())
 
 
 def _legs(every: Sequence[Summary]) -> list[Leg]:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.files import write_json
+from moesys.measure import simulate
 from moesys.measure.explain import explain
 from moesys.measure.interleave import alone, interleave, ratio
 from moesys.measure.recorder import Recorder
@@ -93,6 +94,19 @@ def run(config: Config, rounds: int, steps: int) -> Result:
         machine=f"{platform.machine()}, torch {torch.__version__}",
         date=date.today().isoformat(),
     )
+
+
+SIMULATED_STEPS = 20
+"""About as many as `launch --measure` records."""
+
+
+def simulated(config: Config, world: int) -> simulate.Result:
+    """What bringing records together costs rank 0 of `world` ranks with the configuration's layers.
+
+    Experts are shared by 64 neighbours, or by all where there are fewer.
+    """
+    layers = sum(config.model.is_moe(i) for i in range(config.model.layers))
+    return simulate.run(simulate.Load(world, layers, SIMULATED_STEPS, min(64, world)))
 
 
 def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:

@@ -46,6 +46,11 @@ def run(config: Config, run_dir: Path) -> None:
 def guarded(work: Callable[[Config, Path], None], config: Config, run_dir: Path) -> None:
     """`work(config, run_dir)`, then leave the process group, unless it fails."""
     work(config, run_dir)
+    part()
+
+
+def part() -> None:
+    """Leave the process group when all ranks do, unless this one has left it."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -71,7 +76,8 @@ def _train(config: Config, run_dir: Path) -> None:
     recorder = Recorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
         summary = _steps(trainer, log, routing, recorder, folder)
-        if dist.get_rank() == 0:
+        part()  # nobody waits for what rank 0 does alone
+        if mesh.rank == 0:
             _write_summary(summary, trainer, run_dir, corpus)  # metrics are told until the end
 
 
@@ -204,7 +210,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
         "steps": trainer.step,
         "tokens": trainer.seen * trainer.config.train.seq_len,
         "vocab_size": corpus.vocab_size,
-        "world_size": dist.get_world_size(),
+        "world_size": trainer.mesh.degrees.world,
         "parameters": total,
         "active_parameters": active,
         "metrics": str(run_dir / "metrics.jsonl"),
