@@ -80,7 +80,7 @@ def test_worlds_that_memory_cannot_carry_are_refused_with_the_arithmetic(config,
 
 def test_a_model_that_is_too_large_is_refused(config, monkeypatch):
     monkeypatch.setattr(room, "available", lambda: 16 * 2**30)
-    large = config({"model": {"hidden": 4096, "layers": 8, "attention": {"heads": 32, "kv_heads": 8}}})
+    large = config({"model": {"hidden": 4096, "layers": 48, "attention": {"heads": 32, "kv_heads": 8}}})
     with pytest.raises(LaunchError, match=r"1 process here of 0\.2 GiB and \d\d\.\d GiB of model each"):
         room.demand(large, 1, "verify")
     on_gpu = large.model_copy(update={"cluster": large.cluster.model_copy(update={"device": "cuda"})})
