@@ -4,7 +4,7 @@
 2. context: positions, and attention across the context axis;
 3. tensor: weights split inside layers, on plain parameters;
 4. expert: experts split over their own mesh, tokens travel;
-5. recompute, then compile, each block: inside sharding, so that gathering weights stays outside;
+5. recompute and compile each block by its parts: inside sharding, so that gathering weights stays outside;
 6. data: FSDP2 last, since it must see parameters as the others leave them.
 
 Removing a dimension removes one call.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from moesys.config.schema import Config
+from moesys.models.block import Block
 from moesys.models.decoder import Decoder
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.parallel import context, data, expert, freeze, pipeline, tensor
@@ -32,7 +33,7 @@ from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
 from moesys.parallel.loss import TokenLoss
 from moesys.parallel.mesh import ParallelMesh
-from moesys.parallel.recompute import wrap
+from moesys.parallel.recompute import prepare
 from moesys.parallel.schedules import Pipelined, Whole
 from moesys.parallel.settle import settled
 
@@ -80,8 +81,7 @@ class Composed:
         mine = self._mine(tokens, labels, samples)
         if counting_passes(self.config, self.mesh.degrees.dp):
             self._count(mine)
-        with self.loss.context():
-            return self.engine.train(*mine)
+        return self.engine.train(*mine)
 
     def after_step(self, skipped: Tensor) -> None:
         """Let gates that follow the global batch see it, or forget a step that is `skipped`: bool [], the same on all
@@ -103,8 +103,7 @@ class Composed:
         return self._forward(self._mine(tokens, labels, samples))
 
     def _forward(self, mine: tuple[Tensor, Tensor]) -> Tensor:
-        with self.loss.context():
-            loss = self.engine.evaluate(*mine)
+        loss = self.engine.evaluate(*mine)
         # Without a backward FSDP leaves its root's parameters whole: they would be saved as such.
         for part in self.parts:
             for module in part.modules():
@@ -156,11 +155,11 @@ def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dty
     model = tensor.apply(model, mesh, config)
     model = expert.apply(model, mesh, config)
     freeze.apply(model, config)
-    for name, block in model.layers.items():
-        if config.train.recompute != "none":
-            model.layers[name] = wrap(block, config.train.recompute)
-        if config.train.compile:
-            model.layers[name].compile()
+    for layer in moe_layers(model).values():
+        layer.apart = mesh.degrees.dp_shard > 1  # FSDP gathers the experts' weights as they are called
+    for block in model.layers.values():
+        assert isinstance(block, Block)
+        prepare(block, config.train.recompute, config.train.compile)
     model = data.apply(model, mesh, config)
     model.to_empty(device=mesh.device)
     if config.model.tie_embeddings and model.head is not None and model.embed is not None:

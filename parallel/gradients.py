@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from moesys.moe.layer import moe_layers
 from moesys.parallel import comm
-from moesys.parallel.buckets import Bucket, divided, sum_partial
+from moesys.parallel.buckets import Bucket, completed, divided, sum_partial
 from moesys.parallel.buckets import local as local
 from moesys.parallel.data import routers
 from moesys.parallel.mesh import ParallelMesh
@@ -51,9 +51,13 @@ class Gradients:
         """Of this rank's parts of the gradients, in the parameters' order, as `norm` found them: [P]."""
         routing = {id(p) for part in parts for p in routers(part)}
         groups = self._groups(parts, routing)
-        early = {id(p) for p in self.parameters if id(p) not in routing and not _whole_over_tensor_ranks(p)}
-        self._early = [_buckets(_backwards(part, early), groups) for part in parts]
-        self._late = _buckets((p for p in self.parameters if id(p) not in early), groups)
+        late = [p for p in self.parameters if id(p) in routing or _whole_over_tensor_ranks(p)]
+        early = {id(p) for p in self.parameters} - set(map(id, late))
+        orders = [_backwards(part, early) for part in parts]
+        orders[0] += late  # beside what backward completes last
+        of_parts = [_buckets(params, groups) for params in orders]
+        self._early = [[b for b in buckets if b.awaited <= early] for buckets in of_parts]
+        self._late = [b for b in of_parts[0] if not b.awaited <= early]
         # Of several stages the last is the first that backward completes.
         self._queue = [bucket for buckets in reversed(self._early) for bucket in buckets]
         self._started, self._completing = 0, False
@@ -122,8 +126,7 @@ class Gradients:
         for bucket in self._late:
             bucket.start()
         for p in self.parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+            completed(p)
         for bucket in (*self._queue, *self._late):
             bucket.wait()
         self._started = 0

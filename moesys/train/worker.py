@@ -26,7 +26,7 @@ from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
-from moesys.measure.step import Step
+from moesys.measure.summary import Summary
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
 from moesys.train import beat, checkpoint, resume, run_folder
@@ -179,7 +179,7 @@ def _heldout(trainer: Trainer) -> dict[str, float]:
     return {"heldout_loss": loss} | ({} if size is None else {"heldout_bits_per_byte": bits_per_byte(loss, size)})
 
 
-def _write_measured(steps: Sequence[Step], log: MetricsLog) -> None:
+def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:
     """What recorded steps say, among the metrics of these steps."""
     for step in steps:
         e = explain([step])

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from batches import connected, forget, join, start
+from batches import forget, join, start
+from sabotage import in_small_buckets
 
 from moesys.config import Config
 
@@ -25,6 +26,7 @@ def observed(cases: Mapping[str, Config], world: int, folder: Path) -> dict[str,
 
 def _work(rank: int, world: int, cases: dict[str, Config], folder: Path) -> None:
     join(rank, world, folder)
+    in_small_buckets()
     found = {}
     for name, config in cases.items():
         found[name] = _observe(config)
@@ -35,15 +37,15 @@ def _work(rank: int, world: int, cases: dict[str, Config], folder: Path) -> None
 
 
 def _observe(config: Config) -> dict[str, Any]:
-    """The second step's collectives and marks in order; whether all weights lie on their shards after steps and
-    evaluation; bytes that this rank holds of units that FSDP gathers, whole."""
+    """Of the second step: collectives and marks in order; elements of the units that FSDP gathers; whether all weights
+    lie on their shards after steps and evaluation; and what sums of gradients cost beside these (`_sums`)."""
     from moesys.data.corpus import open_corpus
     from moesys.measure.watch import watched
     from moesys.parallel import comm
     from moesys.train.loop import Trainer
+    from moesys.train.native import connect
 
-    config, mesh = connected(config)
-    trainer = Trainer(config, mesh, open_corpus(config))
+    trainer = Trainer(config, connect(config), open_corpus(config))
     parts = trainer.engine.model.parts
     trainer.train_step()
     after_step = _sharded(parts)
@@ -59,8 +61,25 @@ def _observe(config: Config) -> dict[str, Any]:
         ],
         "sharded": (after_step, after_evaluation, _sharded(parts)),
         "units": _units(parts),
-        "gradients": sum(p.untyped_storage().nbytes() for p in ()),
+        "sums": _sums(trainer.engine.model),
     }
+
+
+def _sums(model: Any) -> tuple[int, int]:
+    """Bytes of all gradients; and at the fullest moment of their sum, with what is beside them then."""
+    from moesys.measure.memory import peak_bytes
+    from moesys.parallel.gradients import local
+
+    gradients = model.gradients
+
+    def step() -> None:
+        for p in gradients.parameters:
+            p.grad = torch.ones_like(p)
+        gradients.reduce()
+
+    peak = peak_bytes(step, torch.device("cpu"))
+    grads = [local(p.grad) for p in gradients.parameters]
+    return sum(grad.nbytes for grad in grads), peak
 
 
 def _sharded(parts: Any) -> bool:
@@ -90,13 +109,21 @@ def _units(parts: Any) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in parts:
         names = [n for n, m in part.named_modules() if isinstance(m, FSDPModule)]
+        if not names:
+            continue
         alone = {id(p) for p in routers(part)}
         for name, p in part.named_parameters():
             if id(p) not in alone:
                 owner = max((n for n in names if not n or name.startswith(n + ".")), key=len)
                 owner = canonical(owner + ".", False)[:-1]
-                sizes[owner] = sizes.get(owner, 0) + p.numel()
+                sizes[owner] = sizes.get(owner, 0) + p.numel() // _ways(p)
     return sizes
+
+
+def _ways(p: Any) -> int:
+    """Ways that expert parallelism splits a parameter."""
+    axes = zip(p.device_mesh.mesh_dim_names, p.device_mesh.shape, strict=True)
+    return next((size for axis, size in axes if axis == "ep"), 1)
 
 
 def _mark(parts: Any) -> None:
