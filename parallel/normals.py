@@ -43,9 +43,9 @@ class Normals:
 
         Rows (dim 0) before and behind it are not drawn; of the rows in between a chunk at a time is held.
         """
-        rows, *others = (s.indices(n)[:2] for s, n in zip(slices, self.shape, strict=False))
-        if self.size < BLOCK or not self.size:
+        if self.size < BLOCK or not slices:
             return self.whole()[slices]
+        rows, *others = (s.indices(n)[:2] for s, n in zip(slices, self.shape, strict=False))
         inner = tuple(slice(*bounds) for bounds in others)
         width, (begin, end) = self.size // self.shape[0], rows
         out: Tensor | None = None
@@ -53,7 +53,8 @@ class Normals:
         step = max(1, CHUNK // width)
         for first in range(begin, end, step):
             last = min(first + step, end)
-            chunk = drawn.between(first * width, last * width).view(last - first, *self.shape[1:])[(slice(None), *inner)]
+            whole = drawn.between(first * width, last * width).view(last - first, *self.shape[1:])
+            chunk = whole[(slice(None), *inner)]
             out = torch.empty(max(0, end - begin), *chunk.shape[1:]) if out is None else out
             out[first - begin : last - begin] = chunk
         return torch.empty(self.shape)[slices] if out is None else out

@@ -83,6 +83,7 @@ def run(config: Config, rounds: int, steps: int) -> Result:
     """
     check(config)
     world = config.cluster.nodes * config.cluster.ranks_per_node
+    config = here.ready(config, world, "bench megatron")
     with here.started(_work, world, config, rounds, steps) as folder:
         told = json.loads((folder / "told.json").read_text())
     seconds = told["seconds"]

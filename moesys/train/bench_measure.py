@@ -79,6 +79,7 @@ def run(config: Config, rounds: int, steps: int) -> Result:
     every = max(1, config.measure.every)
     steps = ceil(steps / every) * every
     world = config.cluster.nodes * config.cluster.ranks_per_node
+    config = here.ready(config, world, "bench measure")
     with here.started(_work, world, config, rounds, steps) as folder:
         seconds = json.loads((folder / "seconds.json").read_text())
     return Result(

@@ -37,7 +37,10 @@ def joined(config: Config) -> tuple[Degrees, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.launch.timeout_s)
-        join("nccl" if cuda else "gloo", timeout)
+        join(device.type, timeout)
+    if cuda and "nccl" not in dist.get_backend():
+        rule = f"the ranks compute on GPUs, and their process group is of {dist.get_backend()}, which is for the CPU"
+        raise MoesysError(f"{rule}\n    remedy: set cluster.device: cpu, or make the group with nccl")
     degrees, problems = resolve(config, dist.get_world_size())
     if degrees is None:
         raise MoesysError("; ".join(map(str, problems)))
@@ -45,17 +48,18 @@ def joined(config: Config) -> tuple[Degrees, torch.device]:
 
 
 def own_gpu(local_rank: int, visible: int) -> int:
-    """The GPU of a worker among those it sees: the one of its number on the node, or the only one.
+    """The GPU of a worker among those it sees: the one of its number on the node, modulo how many these are.
 
-    Where launchers give each worker its own (Slurm's gpus-per-task, Ray), it sees one, whatever its number.
+    Where launchers give each worker its own (Slurm's gpus-per-task, Ray), it sees as many as one worker has, whatever
+    its number. Two workers that come to the same GPU hear of it where the ranks meet (`rendezvous.claim`).
 
     Raises:
-        MoesysError: it sees several, and too few for its number.
+        MoesysError: it sees none.
     """
-    if visible > 1 and local_rank >= visible:
-        rule = f"worker {local_rank} of this node sees {visible} GPUs, and each worker needs its own"
-        raise MoesysError(f"{rule}\n    remedy: set cluster.ranks_per_node to the GPUs of a node, or ask for more")
-    return 0 if visible == 1 else local_rank
+    if not visible:
+        rule = f"worker {local_rank} of this node computes on a GPU, as cluster.device says, and sees none"
+        raise MoesysError(f"{rule}\n    remedy: set cluster.device: cpu, or give each worker a GPU")
+    return local_rank % visible
 
 
 def connect(config: Config) -> ParallelMesh:

@@ -82,12 +82,13 @@ class Made(TorchDispatchMode):
 def test_a_rank_draws_what_it_holds(name, shape):
     """The last 32nd of the rows, and of the columns, of a weight."""
     assert jump.works()
-    rows = tuple(slice(0, 1) for _ in shape[:-2]) + (slice(shape[-2] * 31 // 32, shape[-2]), slice(0, shape[-1]))
+    one = [slice(0, 1) for _ in shape[:-2]]
+    rows = (*one, slice(shape[-2] * 31 // 32, shape[-2]), slice(0, shape[-1]))
     held = shape[-2] * shape[-1] // 32
     with Made() as made:
         initial(shape, rows, name, 1, 0.02)
     assert made.random <= held + 16 and made.largest <= max(held, normals.CHUNK)
-    columns = tuple(slice(0, 1) for _ in shape[:-2]) + (slice(0, shape[-2]), slice(0, shape[-1] // 32))
+    columns = (*one, slice(0, shape[-2]), slice(0, shape[-1] // 32))
     with Made() as made:
         initial(shape, columns, name, 1, 0.02)
     assert made.largest <= max(held, normals.CHUNK), "rows go by in chunks"
