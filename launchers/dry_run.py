@@ -14,9 +14,11 @@ from moesys.data.corpus import vocab_size
 from moesys.launchers import placement
 from moesys.models.size import active_share, parameters
 from moesys.parallel.cost import Stage, StepShape
+from moesys.parallel.data import summed_over_shards
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
 from moesys.parallel.dimension import step_shape, traffic
 from moesys.parallel.memory import estimate
+from moesys.parallel.settle import WAYS, Settled, fullest, settle, with_sync
 from moesys.words import plural
 
 SHOWN = 4
@@ -43,6 +45,8 @@ def plan(config: Config) -> dict[str, Any]:
     assert degrees is not None, problems
     vocabulary = vocab_size(config)
     total, active = parameters(config.model, vocabulary)
+    found = settle(config, degrees, vocabulary)
+    as_run = config if found is None else with_sync(config, found.way)
     facts = {
         "world_size": degrees.world,
         "nodes": placement.place(degrees, config.cluster),
@@ -52,10 +56,28 @@ def plan(config: Config) -> dict[str, Any]:
         "crossings": [str(crossing) for crossing in placement.check(degrees, config.cluster)],
         "parameters": total,
         "active_parameters": active,
-        "pipeline_ranks": [_rank(step_shape(config, degrees, vocabulary, rank)) for rank in range(degrees.pp)],
+        "pipeline_ranks": [_rank(step_shape(as_run, degrees, vocabulary, rank)) for rank in range(degrees.pp)],
+        "sync_gradients": None if found is None else _sync_gradients(config, degrees, vocabulary, found),
     }
     limit = config.cluster.memory_gib
     return {**facts, "fits": None if limit is None else _fullest(config, facts)[1] <= limit * 2**30}
+
+
+def _sync_gradients(config: Config, degrees: Degrees, vocabulary: int, found: Settled) -> dict[str, Any]:
+    """Both ways to sum gradients over shards, and which of them is chosen.
+
+    Of each way: the most that a rank holds and sends of gradients, and the most memory of a rank (on CPU: of a node).
+    """
+    facts: dict[str, Any] = {"chosen": found.way, "why": found.why}
+    for way in WAYS:
+        one = with_sync(config, way)
+        ranks = [step_shape(one, degrees, vocabulary, rank) for rank in range(degrees.pp)]
+        facts[way] = {
+            "gradient_bytes": round(max(estimate(shapes).gradients for shapes in ranks)),
+            "moved_bytes": round(max(sum(map(summed_over_shards, shapes)) for shapes in ranks)),
+            "memory_bytes": round(found.needs[way]),
+        }
+    return facts
 
 
 def verdict(config: Config, facts: dict[str, Any]) -> str:
@@ -118,7 +140,14 @@ def show(config: Config, console: Console, facts: dict[str, Any] | None = None) 
     """Print the plan of `config`; `facts` are `plan`'s, where the caller has them."""
     facts = plan(config) if facts is None else facts
     console.print(
-        Group(*_heading(config, facts), _nodes(facts), _groups(facts), _ranks(config, facts), _traffic(facts))
+        Group(
+            *_heading(config, facts),
+            _nodes(facts),
+            _groups(facts),
+            _ranks(config, facts),
+            *_ways(facts),
+            _traffic(facts),
+        )
     )
     for crossing in facts["crossings"]:
         console.print(crossing)
@@ -205,10 +234,20 @@ def _ranks(config: Config, facts: dict[str, Any]) -> Group:
 def _fullest(config: Config, facts: dict[str, Any]) -> tuple[str, float]:
     """What `cluster.memory_gib` is the memory of, and the most bytes that one of them needs."""
     needs = [rank["memory_bytes"]["total"] for rank in facts["pipeline_ranks"]]
-    if config.cluster.device != "cpu":
-        return "rank", max(needs)
-    per_stage = facts["world_size"] // len(needs)
-    return "node", max(sum(needs[rank // per_stage] for rank in ranks) for ranks in facts["nodes"])
+    return fullest(config, needs, facts["world_size"])
+
+
+def _ways(facts: dict[str, Any]) -> list[Any]:
+    """The two ways to sum gradients over shards."""
+    found = facts["sync_gradients"]
+    if found is None:
+        return []
+    heads = ("", "gradients", "summed over shards", "memory of the fullest")
+    table = Table(*heads, title="parallel.sync_gradients", title_justify="left")
+    for way in WAYS:
+        sizes = [_size(found[way][key]) for key in ("gradient_bytes", "moved_bytes", "memory_bytes")]
+        table.add_row(way, *sizes)
+    return [table, Text(f"{found['chosen']} is chosen: {found['why']}")]
 
 
 def _traffic(facts: dict[str, Any]) -> Table:

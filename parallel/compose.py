@@ -4,7 +4,7 @@
 2. context: positions, and attention across the context axis;
 3. tensor: weights split inside layers, on plain parameters;
 4. expert: experts split over their own mesh, tokens travel;
-5. recompute, then compile, each block: inside sharding, so that gathering weights stays outside;
+5. recompute and compile each block by its parts: inside sharding, so that gathering weights stays outside;
 6. data: FSDP2 last, since it must see parameters as the others leave them.
 
 Removing a dimension removes one call.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from moesys.config.schema import Config
+from moesys.models.block import Block
 from moesys.models.decoder import Decoder
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.parallel import context, data, expert, freeze, pipeline, tensor
@@ -32,8 +33,9 @@ from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
 from moesys.parallel.loss import TokenLoss
 from moesys.parallel.mesh import ParallelMesh
-from moesys.parallel.recompute import wrap
+from moesys.parallel.recompute import prepare
 from moesys.parallel.schedules import Pipelined, Whole
+from moesys.parallel.settle import settled
 
 
 @dataclass
@@ -81,15 +83,14 @@ class Composed:
             self._count(mine)
         return self.engine.train(*mine)
 
-    def after_step(self) -> None:
-        """Let gates that follow the global batch see it. Collective over each pipeline stage."""
+    def after_step(self, skipped: Tensor) -> None:
+        """Let gates that follow the global batch see it, or forget a step that is `skipped`: bool [], the same on all
+        ranks, for which the host does not wait. Collective over each pipeline stage."""
         for gate, total in step_totals([layer.gate for layer in self.moe_layers().values()], self.mesh):
+            kept = {name: buffer.clone() for name, buffer in gate.state_dict_buffers()}
             gate.after_step(total)
-
-    def skip_step(self) -> None:
-        """Let gates forget a step that updates nothing."""
-        for layer in self.moe_layers().values():
-            layer.gate.skip_step()
+            for name, buffer in gate.state_dict_buffers():
+                buffer.copy_(torch.where(skipped, kept[name], buffer))
 
     def _count(self, mine: tuple[Tensor, Tensor]) -> None:
         """Let gates that must know the global batch before they route see it: a forward pass, as in training."""
@@ -123,25 +124,29 @@ class Composed:
         return numbered[:, positions], labels[:, positions]
 
 
-def compose(config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None) -> Composed:
+def compose(
+    config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+) -> Composed:
     """Build this rank's part of the model, on the meta device first, and initialise it.
 
-    Collective over the world. `dtype` is the type of the weights, default float32.
+    Collective over the world. `dtype` is the type of the weights, default float32; without `draw` these are NaN,
+    for a checkpoint to overwrite.
     """
     every = pipeline.stages(config, vocab_size)
     mine = every[mesh.place["pp"] :: config.parallel.pp]
-    parts = [_part(config, mesh, vocab_size, stage, dtype or torch.float32) for stage in mine]
+    parts = [_part(config, mesh, vocab_size, stage, dtype or torch.float32, draw) for stage in mine]
     t = config.train
     micro_batches = t.global_batch // (mesh.degrees.dp * t.micro_batch)
     for part in parts:
         for layer in moe_layers(part).values():
             layer.loss_scale = 1.0 / (micro_batches * mesh.degrees.dp)
     loss = TokenLoss(t.global_batch * t.seq_len, mesh.mesh("tp"))
-    engine = _engine(config, mesh, parts, mine, micro_batches, loss, vocab_size)
-    return Composed(config, mesh, parts, mine, engine, _gradients(config, mesh, parts, mine), loss)
+    gradients = _gradients(config, mesh, parts, mine)
+    engine = _engine(config, mesh, parts, mine, micro_batches, loss, vocab_size, gradients)
+    return Composed(config, mesh, parts, mine, engine, gradients, loss)
 
 
-def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dtype: torch.dtype) -> Decoder:
+def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dtype: torch.dtype, draw: bool) -> Decoder:
     stream = torch.bfloat16 if config.train.dtype == "bfloat16" else dtype
     with torch.device("meta"):
         model = Decoder(config.model, vocab_size, stream).to(dtype)
@@ -150,17 +155,17 @@ def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dty
     model = tensor.apply(model, mesh, config)
     model = expert.apply(model, mesh, config)
     freeze.apply(model, config)
-    for name, block in model.layers.items():
-        if config.train.recompute != "none":
-            model.layers[name] = wrap(block, config.train.recompute)
-        if config.train.compile:
-            model.layers[name].compile()
+    for layer in moe_layers(model).values():
+        layer.apart = mesh.degrees.dp_shard > 1  # FSDP gathers the experts' weights as they are called
+    for block in model.layers.values():
+        assert isinstance(block, Block)
+        prepare(block, config.train.recompute, config.train.compile)
     model = data.apply(model, mesh, config)
     model.to_empty(device=mesh.device)
     if config.model.tie_embeddings and model.head is not None and model.embed is not None:
         # to_empty replaces plain parameters, one module at a time; DTensors keep their identity.
         model.head.weight = model.embed.weight
-    initialise(model, config.seed, config.model.init_std, config.model.tie_embeddings)
+    initialise(model, config.seed, config.model.init_std, config.model.tie_embeddings, draw)
     return model
 
 
@@ -172,9 +177,12 @@ def _engine(
     micro_batches: int,
     loss: TokenLoss,
     vocab_size: int,
+    gradients: Gradients,
 ) -> Whole | Pipelined:
+    last = gradients.last_backward
+    each = settled(config, mesh.degrees, vocab_size).parallel.sync_gradients == "each"
     if config.parallel.pp == 1:
-        return Whole(parts[0], micro_batches, loss)
+        return Whole(parts[0], micro_batches, loss, last, each)
     t, d = config.train, mesh.degrees
     held = t.seq_len // d.cp
     width = held // d.tp if config.parallel.sp else held
@@ -183,7 +191,8 @@ def _engine(
     stream = like((t.micro_batch, width, config.model.hidden))
     logits = like((t.micro_batch, held, vocab_size // d.tp))
     shapes = [(tokens if s.first else stream, logits if s.last else stream) for s in stages]
-    return Pipelined(list(parts), stages, config.parallel.pp_schedule, micro_batches, loss, mesh, shapes)
+    schedule = config.parallel.pp_schedule
+    return Pipelined(list(parts), stages, schedule, micro_batches, loss, mesh, shapes, last, each)
 
 
 def _gradients(config: Config, mesh: ParallelMesh, parts: list[Decoder], stages: list[Stage]) -> Gradients:

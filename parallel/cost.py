@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from moesys.config.schema import Config
@@ -110,6 +111,10 @@ class StepShape:
 
     def weights(self) -> list[Weight]:
         """Weights of the stage, in full."""
+        return self._weights
+
+    @cached_property
+    def _weights(self) -> list[Weight]:
         tied = self.config.model.tie_embeddings
         every = weights(self.config.model, self.vocab_size)
         return [w for w in every if self.stage.holds(w, tied)]
@@ -120,14 +125,15 @@ class StepShape:
         layer: int | None = None,
         unsharded: bool = False,
         trained: bool = False,
+        where: Callable[[Weight], bool] = lambda _: True,
     ) -> float:
         """Elements of weights on one rank, of all or of routed experts or others, of all layers or one.
 
-        `unsharded`: before data sharding. `trained`: without those that are frozen.
+        `unsharded`: before data sharding. `trained`: without those that are frozen. `where`: of which weights.
         """
         total = 0.0
         for weight in self.weights():
-            if trained and frozen(weight.name, self.config.train.freeze):
+            if not where(weight) or (trained and frozen(weight.name, self.config.train.freeze)):
                 continue
             if routed in (None, weight.routed) and layer in (None, weight.layer):
                 ways = self.model_shards(weight, self.degrees)

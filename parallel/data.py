@@ -8,15 +8,18 @@ share the sharding.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.size import Weight
-from moesys.parallel.cost import Collective, StepShape
+from moesys.parallel.cost import Collective, StepShape, counting_passes
 from moesys.parallel.degrees import Degrees
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import Shard
     from torch.nn import Module, Parameter
 
@@ -34,6 +37,10 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
         lower = t.global_batch // per_pass * per_pass
         remedy = f"set global_batch to {lower or per_pass} or {lower + per_pass}" if lower else f"set it to {per_pass}"
         problems.append(Problem("train.global_batch", rule, remedy))
+    if config.parallel.sync_gradients == "each" and degrees.dp_shard == 1:
+        rule = "each sums the gradients of each micro-batch over the shards of dp_shard, which is 1"
+        remedy = "set it to auto or once, or dp_shard to full"
+        problems.append(Problem("parallel.sync_gradients", rule, remedy))
     moe, shards = config.model.moe, degrees.edp_shard
     if moe is not None and shards > 1:
         inner = moe.ffn_hidden
@@ -49,30 +56,85 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
 
 def shards(weight: Weight, degrees: Degrees) -> int:
     """Ways that FSDP splits a weight."""
+    return 1 if weight.routing else optimizer_shards(weight, degrees)
+
+
+def optimizer_shards(weight: Weight, degrees: Degrees) -> int:
+    """Ways that Megatron's distributed optimizer splits its state of a weight."""
     return degrees.edp_shard if weight.routed else degrees.dp_shard * degrees.cp if degrees.dp_shard > 1 else 1
 
 
 def cost(shape: StepShape) -> list[Collective]:
     """Gradients summed over replicas; parameters gathered and gradients scattered over shards."""
     d, moves = shape.degrees, []
-    spans = (
-        (False, d.dp_shard > 1, ("dp_replicate", "dp_shard", "cp"), ("dp_shard", "cp"), ("dp_replicate",)),
-        (True, d.edp_shard > 1, ("edp_replicate", "edp_shard"), ("edp_shard",), ("edp_replicate",)),
+    whole = shape.config.engine == "native" and d.dp_shard > 1  # what routes is replicated beside shards
+    dense_axes = ("dp_replicate", "dp_shard", "cp")
+    spans: tuple[tuple[Callable[[Weight], bool], bool, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
+        (lambda w: whole and w.routing, False, dense_axes, (), ()),
+        (
+            lambda w: not w.routed and not (whole and w.routing),
+            d.dp_shard > 1,
+            dense_axes,
+            dense_axes[1:],
+            dense_axes[:1],
+        ),
+        (lambda w: w.routed, d.edp_shard > 1, ("edp_replicate", "edp_shard"), ("edp_shard",), ("edp_replicate",)),
     )
-    for routed, sharded, every, inner, outer in spans:
-        size = shape.held(routed=routed, unsharded=True)
-        gradients = 4 * shape.held(routed=routed, unsharded=True, trained=True)
+    for where, sharded, every, inner, outer in spans:
+        gradients = 4 * shape.held(unsharded=True, trained=True, where=where)
         if not sharded:
             moves.append(Collective("all_reduce", every, gradients, 1))
             continue
-        # Alone, forward and backward gather for every micro-batch; torch's pipeline keeps weights between backwards.
-        passes = 2 * shape.micro_batches if shape.config.parallel.pp == 1 else shape.micro_batches + 1
-        if shape.config.engine == "megatron":
-            passes = 1  # its optimizer gives what it updated to all
-        moves.append(Collective("all_gather", inner, shape.width * size, passes))
-        moves.append(Collective("reduce_scatter", inner, gradients, 1))
+        moves += _gathers(shape, where, inner)
+        sums = shape.micro_batches if shape.config.parallel.sync_gradients == "each" else 1
+        moves.append(Collective("reduce_scatter", inner, gradients, sums))
         moves.append(Collective("all_reduce", outer, gradients / shape.size(inner), 1))
     return moves
+
+
+def summed_over_shards(shape: StepShape) -> float:
+    """Bytes of gradients that a rank puts into reduce-scatters over shards in one step."""
+    return sum(m.bytes * m.calls for m in cost(shape) if m.kind == "reduce_scatter")
+
+
+def _gathers(shape: StepShape, where: Callable[[Weight], bool], axes: tuple[str, ...]) -> list[Collective]:
+    def moved(passes: int) -> float:
+        return shape.width * shape.held(unsharded=True, where=lambda w: where(w) and _passes(shape, w) == passes)
+
+    counts = sorted({_passes(shape, weight) for weight in shape.weights() if where(weight)}, reverse=True)
+    return [Collective("all_gather", axes, moved(passes), passes) for passes in counts]
+
+
+def _passes(shape: StepShape, weight: Weight) -> int:
+    """Times per step that a weight is gathered.
+
+    Those of blocks are gathered for forward and again for backward of every micro-batch. Of the others backward needs
+    some at once or throughout (the head, the last norm), which stay whole from forward to backward, and the embedding
+    not at all. A pipeline keeps all weights whole from their first use in a step to their last. Megatron's optimizer
+    gives what it updated to all.
+    """
+    counting, n = counting_passes(shape.config, shape.degrees.dp), shape.micro_batches
+    if shape.config.engine == "megatron":
+        return 1
+    if shape.degrees.pp > 1:
+        return 1 + counting
+    if weight.layer is not None:
+        return n * (2 + counting)
+    tied = shape.config.model.tie_embeddings
+    return n * (1 + counting) if weight.name == "embed.weight" and not tied else n + counting
+
+
+def routers(model: Module) -> Iterator[Parameter]:
+    """The parameters of all gates and of what mixes in shared experts. FSDP leaves them alone.
+
+    Routing is float32 arithmetic: its weights must not be rounded on their way, as FSDP would round those of a block,
+    and they are too small for collectives of their own. Every data rank holds them whole.
+    """
+    from moesys.moe.layer import moe_layers
+
+    for layer in moe_layers(model).values():
+        yield from layer.gate.parameters()
+        yield from layer.mix.parameters()
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
@@ -88,42 +150,63 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     from moesys.moe.layer import moe_layers
     from moesys.moe.lora import LoRAExperts
 
-    precision, exact = (
-        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for dtype in (getattr(torch, config.train.dtype), None)
-    )
-    unmanaged: set[Parameter] = set()
+    dtype = getattr(torch, config.train.dtype)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Between forward and backward of a micro-batch torch's pipeline runs others, which need the same weights.
+    keep = config.parallel.pp > 1
+    unmanaged = set(routers(model))
     for layer in moe_layers(model).values():
-        for router in (layer.gate, layer.mix):
-            if config.train.dtype != "float32" and any(True for _ in router.parameters()):
-                # Routing is float32 arithmetic: its weights must not be rounded on the way.
-                _shard(router, dense, exact)
-        if isinstance(layer.experts, LoRAExperts):
-            for dense_product in layer.experts.base.values():
-                _shard(dense_product, dense, precision)
         if experts is None:
             unmanaged.update(layer.experts.parameters(recurse=False))
-        else:
-            _shard(layer.experts, experts, precision)
-    edges = [] if config.model.tie_embeddings else [model.embed, model.head]
-    for module in [*model.layers.values(), *(m for m in edges if m is not None), model]:
-        _shard(module, dense, precision, unmanaged)
+            continue
+        if isinstance(layer.experts, LoRAExperts):
+            for dense_product in layer.experts.base.values():
+                _shard(dense_product, dense, precision, keep=keep)
+        _shard(layer.experts, experts, precision, keep=keep)
+    for block in model.layers.values():
+        _shard(block, dense, precision, unmanaged, keep)
+    embed, head = (None, None) if config.model.tie_embeddings else (model.embed, model.head)
+    if embed is not None:
+        # Backward of an embedding needs the tokens, not the weights.
+        _shard(embed, dense, precision, keep=keep).set_unshard_in_backward(False)
+    if head is not None:
+        _shard(head, dense, precision, keep=True)  # backward begins with it
+    _shard(model, dense, precision, unmanaged, keep=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             # Between micro-batches gradients accumulate unsharded; the engine asks for the one reduction.
             module.set_requires_gradient_sync(False, recurse=False)
+    _prefetch(model, [m for m in (embed, *model.layers.values(), head) if m is not None])
     return model
 
 
-def _shard(module: Module, mesh, precision, ignored: set[Parameter] | None = None) -> None:
+def _prefetch(model: Module, order: Sequence[Module]) -> None:
+    """Let each module in this order, when its own weights are there, gather those of the next.
+
+    Without this FSDP starts to gather when the host gets there: too late where a dispatcher has made it wait for
+    numbers of tokens. In backward the order is the other way round, and embeddings need no weights.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    units: list[list[FSDPModule]] = [[m for m in module.modules() if isinstance(m, FSDPModule)] for module in order]
+    root: list[FSDPModule] = [m for m in (model,) if isinstance(m, FSDPModule)]
+    for before, after in pairwise([root, *units]):
+        before[0].set_modules_to_forward_prefetch(after)
+    for before, after in pairwise([root, *reversed(units)]):
+        before[0].set_modules_to_backward_prefetch(after)
+
+
+def _shard(module: Module, mesh, precision, ignored: set[Parameter] | None = None, keep: bool = False) -> FSDPModule:
+    """`keep`: what was gathered for forward is there in backward."""
     from torch.distributed.fsdp import fully_shard
 
     shards = mesh.size(mesh.ndim - 1)
-    fully_shard(
+    return fully_shard(
         module,
         mesh=mesh,
+        reshard_after_forward=not keep,
         mp_policy=precision,
         shard_placement_fn=lambda param: _placement(param, shards),
         ignored_params=ignored or None,

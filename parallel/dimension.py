@@ -84,7 +84,8 @@ def model_shards(weight: Weight, degrees: Degrees) -> int:
 def step_shape(config: Config, degrees: Degrees, vocab_size: int, rank: int) -> list[StepShape]:
     """One training step as pipeline rank `rank` sees it: one entry per stage that it holds."""
     stages = pipeline.stages(config, vocab_size)[rank :: degrees.pp]
-    return [StepShape(config, degrees, vocab_size, stage, model_shards, data.shards) for stage in stages]
+    shards = data.shards if config.engine == "native" else data.optimizer_shards
+    return [StepShape(config, degrees, vocab_size, stage, model_shards, shards) for stage in stages]
 
 
 def traffic(shape: StepShape) -> list[Collective]:

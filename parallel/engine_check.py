@@ -27,6 +27,9 @@ def _layout(config: Config, degrees: Degrees) -> list[Problem]:
     if 1 < degrees.dp_shard < degrees.dp:
         rule = f"Megatron's distributed optimizer is over all data ranks ({degrees.dp}) or none"
         problems.append(Problem("parallel.dp_shard", rule, f"set it to 1 or full, or {NATIVE}"))
+    if p.sync_gradients == "each":
+        rule = "Megatron keeps whole gradients between micro-batches"
+        problems.append(Problem("parallel.sync_gradients", rule, f"set it to auto or once, or {NATIVE}"))
     if p.tp > 1 and not p.sp and config.model.moe is not None:
         rule = "Megatron trains MoE layers over tensor ranks with sequence parallelism alone"
         problems.append(Problem("parallel.sp", rule, f"set sp: true, or {NATIVE}"))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from moesys.models.attention import attend
+from moesys.parallel.comm import CONTEXT
 from moesys.parallel.flight import gather_rows
 
 
@@ -34,6 +35,6 @@ class GatheredCore(nn.Module):
     def _whole(self, x_BSgd: Tensor) -> Tensor:
         """The whole sequence in its own order, from every rank's two chunks."""
         cp = self.group.size()
-        rows = gather_rows(x_BSgd.transpose(0, 1), self.group)
+        rows = gather_rows(x_BSgd.transpose(0, 1), self.group, CONTEXT)
         parts = rows.transpose(0, 1).chunk(2 * cp, dim=1)
         return torch.cat([*parts[::2], *reversed(parts[1::2])], dim=1)

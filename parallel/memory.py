@@ -8,11 +8,15 @@ own buffers, and takes routing as balanced.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from moesys.config.schema import Config
 from moesys.parallel.cost import StepShape
 from moesys.parallel.dispatchers.plan import kept_rows
 from moesys.parallel.pipeline import MULTI
+
+EDGES = ("embed.weight", "head.weight")
+"""Weights beside the blocks that FSDP gathers apart."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,32 @@ def estimate(shapes: list[StepShape]) -> Memory:
     sharded = shapes[0].degrees.dp_shard > 1
     trained = sum(s.held(trained=True) for s in shapes)
     unsharded = sum(s.held(unsharded=True, trained=True) for s in shapes) - trained if sharded else 0.0
-    # While micro-batches accumulate, FSDP keeps gradients whole, in float32.
-    accumulating = unsharded * 4 if shapes[0].micro_batches > 1 else 0.0
-    blocks = [s.held(layer=s.stage.layers[0], unsharded=True) for s in shapes]
-    # torch's pipeline keeps the weights of a stage whole between backward passes.
-    whole = sum(s.held(unsharded=True) for s in shapes) if shapes[0].degrees.pp > 1 else max(blocks)
-    gathered = whole * shapes[0].width if sharded else 0.0
+    accumulating = 0.0
+    if sharded:
+        # FSDP sums the gradients of one block at a time, whole and in float32, and between micro-batches either keeps
+        # those of all blocks so or has summed them.
+        keeps = shapes[0].micro_batches > 1 and shapes[0].config.parallel.sync_gradients != "each"
+        summed = max(s.held(layer=layer, unsharded=True, trained=True) for s in shapes for layer in s.stage.layers)
+        accumulating = 4 * ((unsharded if keeps else 0.0) + summed)
+    gathered = _gathered(shapes) * shapes[0].width if sharded else 0.0
     return Memory(4 * held, 4 * trained + accumulating, 8 * trained, activations(shapes), gathered)
+
+
+def _gathered(shapes: list[StepShape]) -> float:
+    """Elements of weights that are whole at the fullest moment, from what FSDP gathers.
+
+    With a pipeline all of the rank's; else those of two neighbours (blocks, embedding, head), since one computes while
+    the next is gathered, and what belongs to no block.
+    """
+    if shapes[0].degrees.pp > 1:
+        return sum(s.held(unsharded=True) for s in shapes)
+    (shape,) = shapes
+    tied = shape.config.model.tie_embeddings
+    edge = {name: shape.held(unsharded=True, where=lambda w, n=name: w.name == n) for name in EDGES}  # type: ignore[misc]
+    blocks = [shape.held(layer=layer, unsharded=True) for layer in shape.stage.layers]
+    order = blocks if tied else [edge["embed.weight"], *blocks, edge["head.weight"]]
+    throughout = edge["embed.weight"] if tied else 0.0
+    return throughout + max((a + b for a, b in pairwise(order)), default=sum(order))
 
 
 def _megatron(shapes: list[StepShape]) -> Memory:

@@ -1,16 +1,26 @@
-"""Recomputing activations in backward instead of keeping them."""
+"""Recomputing activations in backward instead of keeping them, and compiling: both by the parts of a block.
+
+Full recomputation repeats a whole block, the tokens' journey included, around compiled parts. Selective
+recomputation repeats each part (`Block.parts`) apart, inside of its graph where it is compiled: the compiler
+keeps what `KEPT` names. What lies between parts keeps no more than that by itself: dispatchers and experts
+hold what arrived and the products of fc1.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moesys.kernels import expert_ffn
+from moesys.kernels.choose import forced
+from moesys.models.block import Block, Part
+from moesys.moe import MoELayer
+from moesys.moe.experts import Experts
 from moesys.parallel import comm
 
 aten, collective = torch.ops.aten, torch.ops._c10d_functional
@@ -30,6 +40,9 @@ KEPT = {
 }
 """Results that selective recomputation keeps: matrix products, attention, communication."""
 
+GRAPHS = 1024
+"""Most graphs of a part, of all blocks together; torch's own limit of 8 would leave the others uncompiled."""
+
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
@@ -48,8 +61,51 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     return first, _again(second)
 
 
-def wrap(block: nn.Module, mode: str) -> nn.Module:
-    """`block` that keeps only its input ("full"), or its products too ("selective") for backward."""
-    if mode == "selective":
-        return checkpoint_wrapper(block, context_fn=_contexts, preserve_rng_state=False)
-    return checkpoint_wrapper(block, preserve_rng_state=False)
+_compiled_contexts = partial(create_selective_checkpoint_contexts, _policy)
+"""`_contexts` for the compiler, which takes torch's own alone; it decides what is kept once, and replays nothing."""
+
+
+def prepare(block: Block, recompute: str, compiled: bool, backend: Any = "inductor") -> None:
+    """Let `block` recompute ("none", "selective" or "full") and, if `compiled`, run as compiled graphs.
+
+    Parameters keep their names. Where tokens travel it takes a `block` whose dispatcher is in place.
+    """
+    if compiled:
+        forced()  # reads the environment, which is a side effect: not in a graph
+        # All blocks share their graphs; those of a kind of their own, with gradients and without, have others.
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.accumulated_recompile_limit = max(GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
+    if recompute == "selective":
+        context = _compiled_contexts if compiled else _contexts
+        for part in block.parts():
+            _replace(part, partial(_repeated, context_fn=context))
+        for part in _between(block):
+            _replace(part, partial(_repeated, context_fn=_contexts))
+    if compiled:
+        for part in block.parts():
+            _replace(part, partial(torch.compile, backend=backend))
+    if recompute == "full":
+        _replace((block, "forward"), _repeated)
+
+
+def _between(block: Block) -> list[Part]:
+    """What is computed between parts, and would keep more than products for backward."""
+    moe = block.ffn
+    if not isinstance(moe, MoELayer) or (block, "run_experts") in block.parts():
+        return []
+    plain = isinstance(moe.experts, Experts) and moe.experts.fc2_bias is None
+    return [] if plain else [(moe.experts, "forward")]
+
+
+def _replace(part: Part, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    module, name = part
+    setattr(module, name, change(getattr(module, name)))
+
+
+def _repeated(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` that is computed again in backward, from its inputs and what the contexts keep."""
+
+    def repeated(*inputs: Any) -> Any:
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return repeated

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from moesys.parallel.pipeline import MULTI
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits of one micro-batch, labels) → this rank's share of the loss, a scalar."""
 
+LastBackward = Callable[[int], AbstractContextManager[None]]
+"""Entered for the last backward pass of a step through the part of this number (`Gradients.last_backward`)."""
+
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
@@ -32,10 +37,16 @@ SCHEDULES: dict[str, Any] = {
 
 
 class Whole:
-    """A model that is one stage: micro-batches one after another."""
+    """A model that is one stage: micro-batches one after another.
 
-    def __init__(self, model: nn.Module, micro_batches: int, loss: LossFunction):
+    `each`: FSDP sums the gradients of each micro-batch over the shards, not those of all at the end.
+    """
+
+    def __init__(
+        self, model: nn.Module, micro_batches: int, loss: LossFunction, last_backward: LastBackward, each: bool
+    ):
         self.model, self.micro_batches, self.loss = model, micro_batches, loss
+        self.last_backward, self.each = last_backward, each
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Forward and backward of [micro_batches · b, S]: the sum of the losses.
@@ -44,12 +55,14 @@ class Whole:
         """
         losses = []
         for number, (x, y) in enumerate(self._pairs(tokens, labels)):
+            last = number == self.micro_batches - 1
             if isinstance(self.model, FSDPModule):
-                last = number == self.micro_batches - 1
                 self.model.set_is_last_backward(last)
-                self.model.set_requires_gradient_sync(last)
+                self.model.set_requires_gradient_sync(last or self.each)
+                self.model.set_requires_all_reduce(last)
             loss = self.loss(self.model(x[..., 1], x), y)
-            loss.backward()
+            with self.last_backward(0) if last else nullcontext():
+                loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
@@ -60,6 +73,48 @@ class Whole:
 
     def _pairs(self, tokens: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(tokens.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True)
+
+
+class TorchStage(PipelineStage):
+    """A stage that tells of its last backward pass.
+
+    `each` as for `Whole`. torch's stages ask FSDP for one sum at the end of a step: they are not heard.
+    """
+
+    def __init__(self, part: nn.Module, *arguments: Any, last_backward: Callable[[], Any], each: bool, **more: Any):
+        super().__init__(part, *arguments, **more)
+        self.last_backward = last_backward
+        self.summing = part if each and isinstance(part, FSDPModule) else None
+        if self.summing is not None:
+            self.summing.set_requires_gradient_sync(True)
+            vars(part)["set_requires_gradient_sync"] = lambda *_, **__: None
+
+    def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict, last_backward: bool = False) -> Any:
+        """As torch's: backward of one micro-batch, the last one if `last_backward`."""
+        if self.summing is not None:
+            self.summing.set_requires_all_reduce(last_backward)
+        with self.last_backward() if last_backward else nullcontext():
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward=last_backward)
+
+
+def gathered_once(actions: list[Any]) -> list[Any]:
+    """A rank's actions, in which each stage's weights are gathered when they are first needed and kept to the end.
+
+    torch keeps those of three stages at a time and gathers the others again and again: there is no option for it.
+    """
+    gathers: dict[int, int] = {}
+    frees: dict[int, int] = {}
+    for number, action in enumerate(actions):
+        if action.computation_type.name == "UNSHARD":
+            gathers.setdefault(action.stage_index, number)
+        elif action.computation_type.name == "RESHARD":
+            frees[action.stage_index] = number
+    kept = {*gathers.values(), *frees.values()}
+    return [
+        action
+        for number, action in enumerate(actions)
+        if number in kept or action.computation_type.name not in ("UNSHARD", "RESHARD")
+    ]
 
 
 class Pipelined:
@@ -74,34 +129,47 @@ class Pipelined:
         loss: LossFunction,
         mesh: ParallelMesh,
         shapes: list[tuple[Tensor, Tensor]],
+        last_backward: LastBackward,
+        each: bool,
     ):
-        """`shapes`: (input, output) of each stage for one micro-batch, on the meta device."""
+        """`shapes`: (input, output) of each stage for one micro-batch, on the meta device. `each` as for `Whole`."""
         self.stages, self.mesh = stages, mesh
-        group = mesh.group("pp")
-        wrapped = [
-            PipelineStage(part, s.index, s.count, mesh.device, input_args=x, output_args=y, group=group)
-            for part, s, (x, y) in zip(parts, stages, shapes, strict=True)
-        ]
-        single = schedule not in MULTI
-        # The loss is divided by the global token count already: nothing is left to scale.
-        self.schedule = SCHEDULES[schedule](
-            wrapped[0] if single else wrapped, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False
-        )
+        group, single = mesh.group("pp"), schedule not in MULTI
+
+        def make() -> Any:
+            wrapped = [
+                TorchStage(
+                    part, s.index, s.count, mesh.device, input_args=x, output_args=y, group=group,
+                    last_backward=partial(last_backward, number), each=each,
+                )
+                for number, (part, s, (x, y)) in enumerate(zip(parts, stages, shapes, strict=True))
+            ]  # fmt: skip
+            # The loss is divided by the global token count already: nothing is left to scale.
+            made = SCHEDULES[schedule](
+                wrapped[0] if single else wrapped, n_microbatches=micro_batches, loss_fn=loss, scale_grads=False
+            )
+            if not single:
+                orders = made.pipeline_order_with_comms
+                orders[made.rank] = gathered_once(orders[made.rank])
+            return made
+
+        # Of each its own: stages that change between training and evaluation ask each other anew every time.
+        self._training, self._evaluation = make(), make()
 
     def _run(self, step: Callable, tokens: Tensor, labels: Tensor) -> Tensor:
         losses: list[Tensor] = []
         first, last = self.stages[0].first, self.stages[-1].last
         ids = (tokens[..., 1].contiguous(),) if first else ()
-        # Kept to be returned, logits of all micro-batches would fill the last stage.
-        scores = {"target": labels if last else None, "losses": losses if last else None, "return_outputs": False}
-        step(*ids, **scores, tokens_BS2=tokens)
+        target = labels if last else None
+        # The logits of all micro-batches together would be the largest tensor of the run.
+        step(*ids, target=target, losses=losses if last else None, tokens_BS2=tokens, return_outputs=False)
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=tokens.device)
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """As `Whole.train`; zero on ranks without the last stage."""
-        return self._run(self.schedule.step, tokens, labels)
+        return self._run(self._training.step, tokens, labels)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """As `Whole.evaluate`; zero on ranks without the last stage."""
-        return self._run(self.schedule.eval, tokens, labels)
+        return self._run(self._evaluation.eval, tokens, labels)

@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
-    PrepareModuleInputOutput,
+    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -57,6 +57,8 @@ def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
         plan |= {f"layers.{name}.{key}": style for key, style in _block(block, stream, sp).items()}
     tied = model.embed is not None and model.head is not None and model.head.weight is model.embed.weight
     parallelize_module(model, axis, plan)
+    if model.embed is not None:
+        model.embed.register_forward_hook(_arrived)
     if tied:
         assert model.embed is not None and model.head is not None
         model.head.weight = model.embed.weight
@@ -75,13 +77,10 @@ def _block(block: Any, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
     ffn = block.ffn
     if isinstance(ffn, MoELayer):
         plan |= {
-            "ffn": PrepareModuleInputOutput(
-                input_layouts=(stream, None),
-                desired_input_layouts=(Shard(1), None),
-                use_local_input=True,
-                output_layouts=Shard(1),
-                desired_output_layouts=stream,
+            "ffn.enter": PrepareModuleInput(
+                input_layouts=stream, desired_input_layouts=Shard(1), use_local_output=True
             ),
+            "ffn.leave": PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=stream),
             **{name: _over_tokens() for name in _used_by_tokens(ffn)},
         }
         if ffn.shared is not None:
@@ -89,6 +88,11 @@ def _block(block: Any, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
     else:
         plan |= _feed_forward("ffn", ffn, stream)
     return plan
+
+
+def _arrived(_: nn.Module, __: object, out: Tensor) -> Tensor:
+    """A plain copy of what is still on its way: a compiled graph that starts with that has wrong gradients."""
+    return out.clone()
 
 
 def _over_tokens() -> ParallelStyle:

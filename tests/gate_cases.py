@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moesys.moe import MoELayer, Routing, Tokens
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
-from moesys.moe.routing import MicroBatch
+from moesys.moe.routing import Decision, MicroBatch
 
 H, F = 16, 12
 M = TypeVar("M", bound=nn.Module)
@@ -32,6 +32,14 @@ def layer(gate: Gate, activation: str = "swiglu", bias: bool = False) -> MoELaye
 def vectors(tokens: int, seed: int = 1, hidden: int = H) -> Tensor:
     """Tokens [T, H], float64."""
     return torch.randn(tokens, hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def passed(gate: Gate, x_TH: Tensor, tokens: Tokens, scope: MicroBatch | None = None) -> Decision:
+    """What the gate decides, which it counts as in a layer's pass."""
+    decision = gate(x_TH, tokens, scope or MicroBatch())
+    if decision.counted is not None:
+        gate.count(decision.counted)
+    return decision
 
 
 def routed(gate: Gate, x_TH: Tensor, tokens: Tokens | None = None, scope: MicroBatch | None = None) -> Tensor:

@@ -67,7 +67,7 @@ _WORDS = {
         """,
     Kind.RUNNING: """
         engine
-        parallel: dp dp_shard tp sp pp pp_schedule pp_virtual pp_split cp ep etp
+        parallel: dp dp_shard sync_gradients tp sp pp pp_schedule pp_virtual pp_split cp ep etp
         parallel.dispatch: kind chunks overlap_shared
         train: recompute compile deterministic eval_sequences
         cluster: nodes ranks_per_node device

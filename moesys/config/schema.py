@@ -358,6 +358,9 @@ class ParallelConfig(Section):
     dp_shard: Ranks | Literal["full"] = 1
     """Shard parameters over this many of the dp ranks (FSDP2). 1: replicate; full: over all of them;
     between: hybrid, shards replicated dp / dp_shard times."""
+    sync_gradients: Literal["auto", "once", "each"] = "auto"
+    """With dp_shard: sum gradients over the shards once per step, and hold them whole until then, or for each
+    micro-batch; auto: once, unless that needs more than cluster.memory_gib."""
     tp: Ranks = 1
     """Tensor parallelism: attention, feed-forward, embedding and head split inside layers."""
     sp: bool = True

@@ -20,8 +20,9 @@ from torch import Tensor
 from moesys.kernels.gate import GateResult, best
 from moesys.megatron import settings
 from moesys.megatron.scope import MegatronTokens
+from moesys.moe.counts import occurrences
 from moesys.moe.gates.projection import GateProjection
-from moesys.moe.gates.top_k import Groups, TopKGate, load_of
+from moesys.moe.gates.top_k import Groups, TopKGate
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 
 
@@ -120,7 +121,7 @@ class MegatronGate(TopKGate):
         routing = self._route(chosen, stays_Tk, replace(tokens, real_T=None), MicroBatch())
         routing.weight_A = routing.weight_A.float()
         if real_T is not None:
-            routing.load_E = load_of(chosen.expert_Tk, self.experts, real_T[:, None].expand_as(chosen.expert_Tk))
+            routing.load_E = occurrences(chosen.expert_Tk, self.experts, real_T[:, None].expand_as(chosen.expert_Tk))
         if torch.is_grad_enabled():
             if self.training:
                 routing.losses = self._shares(logits_TE, chosen, tokens, scope)

@@ -5,14 +5,18 @@ B sequences, S tokens held by this device, H hidden, h heads, d head size.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import CausalBias
 
-from moesys.config.schema import ModelConfig
 from moesys.kernels.rotary import rotate
 from moesys.models.layers import Linear, RMSNorm
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
 
 
 class CausalCore(nn.Module):

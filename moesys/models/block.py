@@ -1,18 +1,32 @@
-"""One decoder block, dense or MoE."""
+"""One decoder block, dense or MoE, as parts that a compiler takes whole."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from moesys.config.schema import ModelConfig
 from moesys.models.attention import GroupedQueryAttention, LatentAttention
 from moesys.models.layers import FeedForward, RMSNorm
 from moesys.models.moe import build_moe
 from moesys.moe import MoELayer
+from moesys.moe.layer import Decided, Once
+
+Part = tuple[nn.Module, str]
+"""A module and the name of one of its methods."""
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`: [B, S, H] → [B, S, H]."""
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`: [B, S, H] → [B, S, H].
+
+    `forward` runs `parts` one after another. Each is a function of its inputs and the weights: it changes nothing
+    and never waits for the device, so that it can be one compiled graph, and be computed again in backward. What
+    lies between them has side effects, or must know sizes: a pass is counted, and tokens travel.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -26,7 +40,63 @@ class Block(nn.Module):
             assert config.ffn_hidden is not None
             self.ffn = FeedForward(config.hidden, config.ffn_hidden)
 
+    def parts(self) -> list[Part]:
+        """Methods to compile, and to compute again, each as a whole."""
+        moe = self.ffn
+        if not isinstance(moe, MoELayer):
+            return [(self, "run_dense")]
+        if not self._apart(moe):
+            return [(self, "route"), (self, "run_experts")]
+        shared: list[Part] = [] if moe.shared is None else [(moe, "run_shared")]
+        return [(self, "route"), *shared, (self, "finish")]
+
+    @staticmethod
+    def _apart(moe: MoELayer) -> bool:
+        """Whether experts are no part, but lie between two."""
+        return moe.apart or moe.dispatcher.travels
+
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
-        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), cos, sin)
-        h_BSH = self.ffn_norm(x_BSH)
-        return x_BSH + (self.ffn(h_BSH, tokens_BS2) if isinstance(self.ffn, MoELayer) else self.ffn(h_BSH))
+        moe = self.ffn
+        if not isinstance(moe, MoELayer):
+            return self.run_dense(x_BSH, cos, sin)
+        x_BSH, h_BSH, decided = self.route(x_BSH, cos, sin, tokens_BS2)
+        decided = decided.kept()
+        moe.count(decided)
+        if not self._apart(moe):
+            return self.run_experts(x_BSH, h_BSH, decided)
+        dense = None if moe.shared is None else Once(partial(moe.run_shared, h_BSH))
+        routed_BSH = moe.run_experts(h_BSH, decided, dense)
+        return self.finish(x_BSH, h_BSH, routed_BSH, decided, None if dense is None else dense())
+
+    def _attend(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out: Tensor = x_BSH + self.attention(self.attention_norm(x_BSH), cos, sin)
+        return out
+
+    def run_dense(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The whole of a block without experts."""
+        x_BSH = self._attend(x_BSH, cos, sin)
+        out: Tensor = x_BSH + self.ffn(self.ffn_norm(x_BSH))
+        return out
+
+    def route(
+        self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None
+    ) -> tuple[Tensor, Tensor, Decided]:
+        """The stream after attention, what the MoE layer takes of it, and what its gate decided about that."""
+        assert isinstance(self.ffn, MoELayer)
+        x_BSH = self._attend(x_BSH, cos, sin)
+        h_BSH = self.ffn.enter(self.ffn_norm(x_BSH))
+        return x_BSH, h_BSH, self.ffn.decide(h_BSH, tokens_BS2)
+
+    def run_experts(self, x_BSH: Tensor, h_BSH: Tensor, decided: Decided) -> Tensor:
+        """All that follows `route`, where nothing comes between."""
+        assert isinstance(self.ffn, MoELayer)
+        out: Tensor = x_BSH + self.ffn.leave(self.ffn.compute(h_BSH, decided))
+        return out
+
+    def finish(
+        self, x_BSH: Tensor, h_BSH: Tensor, routed_BSH: Tensor, decided: Decided, dense_BSH: Tensor | None
+    ) -> Tensor:
+        """What follows the routed experts, where these are no part."""
+        assert isinstance(self.ffn, MoELayer)
+        out: Tensor = x_BSH + self.ffn.leave(self.ffn.join(h_BSH, routed_BSH, decided, dense_BSH))
+        return out

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from moesys.config.schema import ModelConfig
 from moesys.models.block import Block
 from moesys.models.layers import Linear, RMSNorm, rotary_angles
 from moesys.models.size import kind
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
 
 
 class Embedding(nn.Embedding):

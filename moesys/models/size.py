@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from moesys.config.schema import ModelConfig, MoEConfig
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig, MoEConfig
+
 
 Kind = Literal["matrix", "norm", "bias", "temperature"]
 """What a parameter is, whatever its shape: experts' biases are stacked, [E, …], and no matrices."""
@@ -55,6 +57,11 @@ class Weight:
     def routed(self) -> bool:
         """Whether it belongs to routed experts."""
         return self.module == "experts"
+
+    @property
+    def routing(self) -> bool:
+        """Whether it belongs to a gate, or to what mixes in shared experts."""
+        return ".ffn.gate." in self.name or ".ffn.mix." in self.name
 
 
 def weights(model: ModelConfig, vocab_size: int) -> Iterator[Weight]:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesys.moe.routing import MicroBatch, Routing
+from moesys.moe.routing import MicroBatch, Routing, only
 
 Drop = Literal["weight", "position", "choice", "priority"]
 
@@ -96,15 +96,9 @@ def assign(
         wanted_A = torch.ones_like(token_A, dtype=torch.bool) if keep_A is None else keep_A
         keep_A = _fitting(wish, wanted_A, number_T, experts, limit, rule, scope)
         routing.dropped = wanted_A.sum() - keep_A.sum()
-    if keep_A is None:
-        return routing
-    if limit is not None and rule.pad:
+    if keep_A is not None and limit is not None and rule.pad:
         return _padded(routing, keep_A, tokens, experts, min(limit if rows is None else rows, tokens))
-    # How many are left only the device knows: the host waits for that once, not for each of the three.
-    kept = keep_A.nonzero().squeeze(1)
-    routing.token_A, routing.expert_A = token_A[kept], routing.expert_A[kept]
-    routing.weight_A = routing.weight_A[kept]
-    return routing
+    return only(routing, keep_A)
 
 
 def _fitting(

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def occurrences(index_A: Tensor, bins: int) -> Tensor:
-    """How often each number below `bins` occurs in `index_A` int64 [A]: int64 [bins].
+def occurrences(index: Tensor, bins: int, stays: Tensor | None = None) -> Tensor:
+    """How often each number below `bins` occurs in `index` int64, where it `stays` (bool, None: all): int64 [bins].
 
     As `torch.bincount`, which reads the largest number on the host first, so that a GPU is waited for.
     """
-    counts = torch.zeros(bins, dtype=torch.int64, device=index_A.device)
-    return counts.scatter_add_(0, index_A, torch.ones_like(index_A))
+    one_A = torch.ones_like(index).flatten() if stays is None else stays.flatten().to(torch.int64)
+    return torch.zeros(bins, dtype=torch.int64, device=index.device).scatter_add_(0, index.flatten(), one_A)

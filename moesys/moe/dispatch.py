@@ -32,9 +32,12 @@ class Dispatcher:
     in the layer changes.
 
     Attributes:
+        travels: whether tokens are sent to other devices; the host must know how many, and no graph spans that.
         meanwhile: work that needs nothing of what travels; a dispatcher that sends tokens may call it while
             they are on their way.
     """
+
+    travels = False
 
     def __init__(self, experts: int):
         self.experts = experts

@@ -7,6 +7,7 @@ It knows nothing of parallelism. Three of its parts are replaced from outside to
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,8 +18,8 @@ from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
 from moesys.moe.lora import LoRAExperts
 from moesys.moe.passes import recomputing
-from moesys.moe.routing import Decision, MicroBatch
-from moesys.moe.shared import Mix
+from moesys.moe.routing import Decision, MicroBatch, Tokens
+from moesys.moe.shared import Mix, Mixture
 from moesys.moe.zero import ZeroExperts
 
 
@@ -80,6 +81,20 @@ class Once:
         return self.result
 
 
+@dataclass
+class Decided:
+    """What a layer decided about a pass' tokens before anything is computed."""
+
+    tokens: Tokens
+    decision: Decision
+    mixture: Mixture
+
+    def kept(self) -> Decided:
+        """The same with what a compiled graph left to the host done: it may wait for the device."""
+        self.decision = self.decision.kept()
+        return self
+
+
 class MoELayer(nn.Module):
     """A feed-forward of routed experts, plus an optional shared one.
 
@@ -96,6 +111,13 @@ class MoELayer(nn.Module):
         loss_scale: factor on the auxiliary losses in backward, such that the objective is their mean
             over the micro-batches of the global batch; reported values are unscaled.
         statistics: what was routed where, for metrics.
+        apart: whether experts are run by themselves in any case: something else happens as they start and end.
+        watchers: are told of every decision once, and its tokens.
+        enter, leave: what makes this device's tokens of the model's stream, and the other way round; one device
+            has the same.
+
+    A pass is `decide`, `count`, then `compute`, which a block may run apart: the first and the last are functions
+    that a compiler takes and a checkpoint repeats; `count` is neither's.
     """
 
     def __init__(
@@ -113,6 +135,9 @@ class MoELayer(nn.Module):
         self.scope = MicroBatch()
         self.loss_scale = 1.0
         self.statistics = LayerStatistics()
+        self.apart = False
+        self.watchers: list[Callable[[Tokens, Decision], None]] = []
+        self.enter, self.leave = nn.Identity(), nn.Identity()
 
     def forward(self, x_BSH: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
         """Output [B, S, H] in the type of x [B, S, H]; tokens that no expert takes give zeros.
@@ -121,6 +146,13 @@ class MoELayer(nn.Module):
         without it tokens are numbered by their place, and gates that need ids cannot be used. In evaluation a
         number below 0 marks padding, which is routed to no expert; training knows none.
         """
+        x_BSH = self.enter(x_BSH)
+        decided = self.decide(x_BSH, tokens_BS2).kept()
+        self.count(decided)
+        return self.leave(self.compute(x_BSH, decided))
+
+    def decide(self, x_BSH: Tensor, tokens_BS2: Tensor | None) -> Decided:
+        """What gate and mix make of tokens x [B, S, H], their losses attached. Changes nothing."""
         batch, sequence, hidden = x_BSH.shape
         x_TH = x_BSH.reshape(-1, hidden)
         tokens = self.scope.mark(tokens_BS2, batch, sequence, x_BSH.device)
@@ -128,15 +160,48 @@ class MoELayer(nn.Module):
             tokens = tokens.marked()
         decision, mixture = self.gate(x_TH, tokens, self.scope), self.mix(x_TH, self.scope)
         decision.losses |= mixture.losses
-        self.statistics.add(decision, x_BSH.device, self.training)
         if decision.losses:
             decision.attach(self.objective(decision.losses))
-        shared = None if self.shared is None else Once(partial(self.shared, x_BSH))
-        with self.dispatcher.beside(shared):
-            out = decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
-        if self.zero is not None and decision.zero_TZ is not None:
-            out = out + self.zero(x_TH, decision.zero_TZ).view_as(x_BSH)
-        return out if shared is None else mixture.join(out, shared())
+        return Decided(tokens, decision, mixture)
+
+    def count(self, decided: Decided) -> None:
+        """Count a pass, once however often it runs; `decided` as `kept` returns it. The one side effect of a pass."""
+        decision = decided.decision
+        self.statistics.add(decision, decided.tokens.number_T.device, self.training)
+        if recomputing():
+            return
+        if decision.counted is not None:
+            self.gate.count(decision.counted)
+        for watch in self.watchers:
+            watch(decided.tokens, decision)
+
+    def compute(self, x_BSH: Tensor, decided: Decided) -> Tensor:
+        """The layer's output, of experts and what joins them."""
+        dense = None if self.shared is None else Once(partial(self.run_shared, x_BSH))
+        routed = self.run_experts(x_BSH, decided, dense)
+        return self.join(x_BSH, routed, decided, None if dense is None else dense())
+
+    def run_experts(self, x_BSH: Tensor, decided: Decided, dense: Once | None = None) -> Tensor:
+        """The routed experts' sums [B, S, H]; a dispatcher that sends tokens may compute `dense` meanwhile."""
+        x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
+        if not self.dispatcher.travels:
+            return decided.decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
+        with self.dispatcher.beside(dense):
+            return decided.decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
+
+    def run_shared(self, x_BSH: Tensor) -> Tensor:
+        """The shared experts' output [B, S, H]."""
+        assert self.shared is not None
+        out: Tensor = self.shared(x_BSH)
+        return out
+
+    def join(self, x_BSH: Tensor, routed_BSH: Tensor, decided: Decided, dense_BSH: Tensor | None) -> Tensor:
+        """All branches' sum [B, S, H]: routed, zero-computation and shared experts."""
+        zero_TZ = decided.decision.zero_TZ
+        if self.zero is not None and zero_TZ is not None:
+            x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
+            routed_BSH = routed_BSH + self.zero(x_TH, zero_TZ).view_as(x_BSH)
+        return routed_BSH if dense_BSH is None else decided.mixture.join(routed_BSH, dense_BSH)
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
         """What this device's shares of the losses add to what is minimised: a scalar."""

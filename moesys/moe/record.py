@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moesys.moe.layer import MoELayer
-from moesys.moe.passes import recomputing
-from moesys.moe.routing import Routing
+from moesys.moe.routing import Decision, Routing, Tokens
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,14 @@ class Recorder:
 
     def __init__(self, layers: dict[str, MoELayer]):
         self.kept: dict[str, list[Recording]] = {name: [] for name in layers}
-        self.hooks = [layer.gate.register_forward_hook(partial(self._keep, name)) for name, layer in layers.items()]
+        self.layers = layers
+        self.watchers = {name: partial(self._keep, name) for name in layers}
+        for name, watch in self.watchers.items():
+            layers[name].watchers.append(watch)
 
-    def _keep(self, name: str, gate: nn.Module, arguments: tuple[Any, ...], decision: object) -> None:
-        if gate.training and not recomputing() and isinstance(decision, Routing):
-            self.kept[name].append(record(arguments[1].number_T, decision))
+    def _keep(self, name: str, tokens: Tokens, decision: Decision) -> None:
+        if self.layers[name].training and isinstance(decision, Routing):
+            self.kept[name].append(record(tokens.number_T, decision))
 
     def take(self) -> dict[str, Recording]:
         """What was routed since the last call, on the CPU."""
@@ -51,8 +52,8 @@ class Recorder:
 
     def close(self) -> None:
         """Record no more."""
-        for hook in self.hooks:
-            hook.remove()
+        for name, watch in self.watchers.items():
+            self.layers[name].watchers.remove(watch)
 
 
 def record(number_T: Tensor, routing: Routing) -> Recording:

@@ -54,6 +54,8 @@ class Decision:
 
     Zero-computation experts, where a gate has Z of them, are computed where the token is: `zero_TZ` float32
     are their weights, `zero_load` how many assignments they got.
+
+    `counted` is what the gate adds to its statistics of the step (`Gate.count`), None where it has none.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
@@ -61,6 +63,11 @@ class Decision:
     dropped: Tensor | int = field(default=0, kw_only=True)
     zero_TZ: Tensor | None = field(default=None, kw_only=True)
     zero_load: Tensor | None = field(default=None, kw_only=True)
+    counted: Tensor | None = field(default=None, kw_only=True)
+
+    def kept(self) -> Decision:
+        """The decision as experts take it, where a compiled graph left something to do: it may wait for the device."""
+        return self
 
     def attach(self, loss: Tensor) -> None:
         """Let backward through this decision differentiate the scalar `loss` too."""
@@ -78,17 +85,37 @@ class Routing(Decision):
     `token_A` (ascending) and `expert_A` are int64 indices (the token's row in x [T, H]; the expert's
     global number); `weight_A` (float32) multiplies the expert's output. One token may appear any number
     of times, zero included: a token without assignments contributes nothing to the layer's output.
+
+    `keep_A` bool [A] says which of the rows above are assignments at all; None: all of them. Compiled graphs
+    leave the others in their places, for how many there are the device alone knows: `kept` takes them out.
     """
 
     token_A: Tensor
     expert_A: Tensor
     weight_A: Tensor
+    keep_A: Tensor | None = field(default=None, kw_only=True)
 
     def attach(self, loss: Tensor) -> None:
         self.weight_A = attach_loss(self.weight_A, loss)
 
+    def kept(self) -> Routing:
+        if self.keep_A is None:
+            return self
+        row = self.keep_A.nonzero().squeeze(1)
+        token_A, expert_A, weight_A = (x.index_select(0, row) for x in (self.token_A, self.expert_A, self.weight_A))
+        return replace(self, token_A=token_A, expert_A=expert_A, weight_A=weight_A, keep_A=None)
+
     def run(self, x_TH: Tensor, dispatcher: Dispatcher, experts: ExpertsModule) -> Tensor:
         return dispatcher(x_TH, self, experts)
+
+
+def only(routing: Routing, keep_A: Tensor | None) -> Routing:
+    """`routing` without the assignments that are not `keep_A` (bool [A], None: all are).
+
+    A graph that is compiled marks them instead: it would end where the host must know how many there are.
+    """
+    routing.keep_A = keep_A
+    return routing if torch.compiler.is_compiling() else routing.kept()
 
 
 class MicroBatch:

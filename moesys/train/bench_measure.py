@@ -25,7 +25,7 @@ from moesys.files import write_json
 from moesys.measure.explain import explain
 from moesys.measure.interleave import alone, interleave, ratio
 from moesys.measure.recorder import Recorder
-from moesys.measure.step import Step
+from moesys.measure.summary import Summary
 from moesys.parallel import comm
 from moesys.train import here
 from moesys.train.guard import demand_numbers
@@ -129,7 +129,7 @@ def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str,
         explained(recorder.flush())
         dist.barrier()
 
-    def explained(steps: list[Step]) -> None:
+    def explained(steps: list[Summary]) -> None:
         for step in steps:
             explain([step])
 

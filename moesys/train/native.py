@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from math import isfinite
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,27 @@ def connect(config: Config) -> ParallelMesh:
     return ParallelMesh(degrees, device, config.launch.timeout_s)
 
 
-def build(config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> NativeEngine:
-    """The engine on this rank; `dtype` is the type of the weights, default float32."""
+def build(
+    config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+) -> NativeEngine:
+    """The engine on this rank; `dtype` is the type of the weights, default float32; `draw`: see `EngineModule`."""
     assert isinstance(mesh, ParallelMesh)
-    return NativeEngine(config, mesh, vocab_size, dtype)
+    return NativeEngine(config, mesh, vocab_size, dtype, draw)
 
 
 class NativeEngine:
     """See `Engine`. Checkpoints hold every tensor by its parameter's name, through `torch.distributed.checkpoint`."""
 
-    def __init__(self, config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        config: Config,
+        mesh: ParallelMesh,
+        vocab_size: int,
+        dtype: torch.dtype | None = None,
+        draw: bool = True,
+    ):
         self.config, self.mesh, self.dtype = config, mesh, dtype or torch.float32
-        self.model = compose(config, mesh, vocab_size, dtype)
+        self.model = compose(config, mesh, vocab_size, dtype, draw)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
         self._loss = torch.zeros((), device=mesh.device)
 
@@ -85,22 +94,22 @@ class NativeEngine:
         return loss
 
     def update(self, rate: float) -> Update:
-        norm, loss = self.model.gradients.norm(self._loss)
-        bad = None if isfinite(norm) and isfinite(loss) else self._bad_gradients()
-        if bad is None:
-            self.model.gradients.clip(self.config.train.optimizer.clip, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.model.after_step()
-        else:
-            self.model.skip_step()
+        gradients = self.model.gradients
+        norm, loss = gradients.norm(self._loss)
+        skipped = ~(norm.isfinite() & loss.isfinite())
+        gradients.clip(self.config.train.optimizer.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step(self.optimizer, skipped)
+        self.model.after_step(skipped)
         self.optimizer.zero_grad()
-        return Update(norm, bad)
+        return Update(norm, skipped, partial(self._bad, gradients.norms))
 
-    def _bad_gradients(self) -> list[str]:
-        parameters = self.model.named_parameters()
-        return nonfinite({name: local(p.grad) for name, p in parameters.items() if p.grad is not None}, order=2)
+    def _bad(self, norms_P: Tensor) -> list[str]:
+        """Names of the trained parameters whose gradients' norms are not finite."""
+        names = {id(p): name for name, p in self.model.named_parameters().items()}
+        fine = norms_P.isfinite().tolist()
+        return [names[id(p)] for p, is_fine in zip(self.model.gradients.parameters, fine, strict=True) if not is_fine]
 
     def nonfinite(self) -> list[str]:
         state = self._state()

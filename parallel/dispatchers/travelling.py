@@ -64,6 +64,8 @@ class TravellingDispatcher(Dispatcher):
         """What rows of this layer travel for: "dispatch" or "combine"."""
         return Way(level, self.layer, part)
 
+    travels = True
+
     # Sizes are known to the host only when counts have travelled: there is nothing to compile.
     @torch.compiler.disable
     def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:

@@ -87,7 +87,7 @@ def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def poison(engine: Any, what: str) -> None:
-    """Spoil the next step on the last rank alone: before its gradients are reduced."""
+    """Spoil the next step on the last rank alone, at the moment when its gradients are complete."""
     mine = dist.get_rank() == dist.get_world_size() - 1
     if what == "loss":
         update = engine.update
@@ -106,9 +106,9 @@ def poison(engine: Any, what: str) -> None:
 
         def poisoned() -> None:
             engine.model.gradients.reduce = reduce
+            reduce()
             if mine:
                 local(engine.model.named_parameters()[TARGET].grad).view(-1)[0] = float("inf")
-            reduce()
 
         engine.model.gradients.reduce = poisoned
     else:

@@ -10,12 +10,26 @@ from typing import Any
 
 from moesys.errors import DataError
 
+BUCKET_BYTES = 16 * 2**10
+"""Of small buckets."""
+
 
 def forget_the_experts() -> None:
     """Break one rule: leave the gradients of experts unreduced over their data ranks."""
     from moesys.parallel.gradients import Gradients
 
     Gradients._experts = lambda self, ids: []  # type: ignore[method-assign]
+
+
+def forbid_outputs_of_a_pipeline() -> None:
+    """Let a pipeline fail that puts the logits of all micro-batches together."""
+    from torch.distributed.pipelining import schedules
+
+    def merge(self: Any, chunks: list[Any]) -> Any:
+        raise AssertionError(f"{len(chunks)} micro-batches' outputs are kept and put together, and nobody needs them")
+
+    for owner in (schedules.PipelineScheduleSingle, schedules.PipelineScheduleMulti):
+        owner._merge_outputs = merge  # type: ignore[method-assign]
 
 
 def gather_and_wait_too_often() -> None:
@@ -40,8 +54,16 @@ def gather_and_wait_too_often() -> None:
     data.apply, GateProjection.forward = apply, ask  # type: ignore[assignment,method-assign]
 
 
+def in_small_buckets() -> None:
+    """Break no rule: let the gradients of small models fill many buckets, so that their order is that of large ones."""
+    from moesys.parallel import buckets
+
+    buckets.BUCKET_BYTES = BUCKET_BYTES
+
+
 def send_everything_to_the_first_expert() -> None:
     """All tokens choose expert 0, whatever the weights."""
+    in_small_buckets()
     import torch
     from torch.distributed.tensor import DTensor, Replicate
 

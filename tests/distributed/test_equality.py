@@ -13,7 +13,12 @@ from batches import Prepare, traces
 from budgets import Budgets
 from cases import MORE, PAIRS, Case
 from ran import Ran
-from sabotage import forget_the_experts, gather_and_wait_too_often, send_everything_to_the_first_expert
+from sabotage import (
+    forbid_outputs_of_a_pipeline,
+    forget_the_experts,
+    gather_and_wait_too_often,
+    send_everything_to_the_first_expert,
+)
 from support import changed
 
 from moesys import cli
@@ -68,7 +73,7 @@ def ran() -> dict[str, Ran]:
 @pytest.fixture(scope="module")
 def pairs(request, small, tmp_path_factory, ran) -> Compared:
     cases = selected(request, "test_equals_one_process", "test_does_what_its_budget_says")
-    return compared(small, cases, tmp_path_factory.mktemp("pairs"), ran=ran)
+    return compared(small, cases, tmp_path_factory.mktemp("pairs"), forbid_outputs_of_a_pipeline, ran)
 
 
 @pytest.mark.parametrize("case", PAIRS + MORE, ids=lambda case: case.name)

@@ -17,9 +17,10 @@ from moesys.errors import MoesysError
 from moesys.measure import bench_file
 from moesys.measure.explain import explain
 from moesys.measure.links import Line, Profile
+from moesys.measure.recorded import read_steps, steps_file
 from moesys.measure.report import perfetto
 from moesys.measure.report import run as report
-from moesys.measure.step import RankStep, Step, Travel, read_steps, steps_file
+from moesys.measure.step import RankStep, Step, Travel
 from moesys.measure.trace import read
 from moesys.train import routing_files
 

@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 import pytest
 import torch
-from gate_cases import assert_same_gradients, drawn, feed_forward, layer, routed, vectors
+from gate_cases import assert_same_gradients, drawn, feed_forward, layer, passed, routed, vectors
 from parts import together
 
 from moesys.moe import Tokens
@@ -91,7 +91,7 @@ def test_thresholds_follow_the_quantile_of_the_global_batch():
     gate = causal(k=k, factor=factor)
     batches = [vectors(3000, seed) for seed in (3, 4)]
     for x in batches:  # two micro-batches of one step
-        gate(x, Tokens(torch.arange(len(x))), MicroBatch())
+        passed(gate, x, Tokens(torch.arange(len(x))))
     statistics = gate.step_statistics()
     assert statistics.sum() == 6000 * E
     gate.after_step(statistics.double())
@@ -103,7 +103,7 @@ def test_thresholds_follow_the_quantile_of_the_global_batch():
     np.testing.assert_allclose(share, factor * k / E, atol=0.01)
 
     first = gate.threshold_E.clone()
-    gate(2 * batches[0], Tokens(torch.arange(3000)), MicroBatch())
+    passed(gate, 2 * batches[0], Tokens(torch.arange(3000)))
     gate.after_step(gate.step_statistics().double())
     scores = (2 * batches[0] @ gate.projection.weight.T).softmax(-1).detach().numpy()
     target = np.quantile(scores, 1 - factor * k / E, axis=0)
@@ -113,13 +113,13 @@ def test_thresholds_follow_the_quantile_of_the_global_batch():
 
 def test_evaluation_counts_nothing():
     gate = causal().eval()
-    gate(vectors(5), Tokens(torch.arange(5)), MicroBatch())
+    passed(gate, vectors(5), Tokens(torch.arange(5)))
     assert gate.step_statistics().abs().max() == 0
 
 
 def test_every_token_passes_if_every_expert_is_wanted():
     gate = causal(k=E)
-    gate(vectors(50), Tokens(torch.arange(50)), MicroBatch())
+    passed(gate, vectors(50), Tokens(torch.arange(50)))
     gate.after_step(gate.step_statistics().double())
     assert not routed(gate, vectors(50)).isnan().any()
 

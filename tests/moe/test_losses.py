@@ -6,6 +6,7 @@ from math import erf, sqrt
 
 import pytest
 import torch
+from gate_cases import passed
 from parts import together
 from torch import Tensor
 
@@ -108,11 +109,11 @@ def test_the_bias_follows_what_was_chosen_whatever_the_losses_count():
     gate = build(Balance(global_balance=0.3), **GATES["biased groups"], counts="first")
     gate.selection_bias.normal_(std=0.4)
     with torch.no_grad():
-        gate(X, Tokens(NUMBER), MicroBatch())
+        passed(gate, X, Tokens(NUMBER))
     load, first = (torch.bincount(e.flatten(), minlength=E) for e in (chosen(gate, X), counted(gate, "first")))
     assert torch.equal(gate.step_statistics(), torch.cat([load, first]))
     gate.before_step(gate.step_statistics().double())
-    (found,) = gate(X, Tokens(NUMBER), MicroBatch()).losses.values()
+    (found,) = passed(gate, X, Tokens(NUMBER)).losses.values()
     torch.testing.assert_close(found, 0.3 * balance(probabilities(gate, X), counted(gate, "first")))
     before = gate.selection_bias.clone()
     gate.after_step(gate.step_statistics().double())
@@ -201,9 +202,9 @@ def test_global_balance_knows_every_micro_batch(counted):
     if counted:
         with torch.no_grad():
             for half in halves:
-                gate(half, Tokens(NUMBER[: T // 2]), MicroBatch())
+                passed(gate, half, Tokens(NUMBER[: T // 2]))
         gate.before_step(gate.step_statistics().double())
-        losses = [gate(half, Tokens(NUMBER[: T // 2]), MicroBatch()).losses for half in halves]
+        losses = [passed(gate, half, Tokens(NUMBER[: T // 2])).losses for half in halves]
     else:
 
         class Ranks(MicroBatch):

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from gate_cases import passed
 from torch import Tensor
 
 from moesys.moe import Tokens
@@ -105,7 +106,7 @@ def run_theirs(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def run_ours(gate: TopKGate, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """The same, and the losses."""
     rows = x.flatten(0, 1)
-    routing = gate(rows, Tokens(torch.arange(len(rows)), sequences=len(x)), MicroBatch())
+    routing = passed(gate, rows, Tokens(torch.arange(len(rows)), sequences=len(x)))
     table = torch.zeros(len(rows), E).index_put((routing.token_A, routing.expert_A), routing.weight_A, True)
     loss = sum(routing.losses.values(), torch.zeros(()))
     gradient = torch.autograd.grad((table.view(*x.shape[:2], E) * target(x)).sum() + loss, gate.projection.weight)[0]
@@ -328,7 +329,7 @@ def test_their_global_loss_sees_the_steps_so_far(megatron):
     halves = [tokens(), torch.randn(B, S, H) + 0.5]
     with torch.no_grad():
         for half in halves:
-            run = gate(half.flatten(0, 1), Tokens(torch.arange(T), sequences=B), MicroBatch())
+            run = passed(gate, half.flatten(0, 1), Tokens(torch.arange(T), sequences=B))
             assert run.losses == {}
     gate.before_step(gate.step_statistics().double())
     for half, equal in zip(halves, (False, True), strict=True):

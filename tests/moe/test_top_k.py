@@ -6,6 +6,7 @@ from math import exp
 
 import pytest
 import torch
+from gate_cases import passed
 from torch import Tensor
 
 from moesys.moe import Tokens, noise
@@ -171,7 +172,7 @@ def test_a_second_that_does_not_stay_is_nowhere_counted():
     stays = noise.uniform(NUMBER, 1, noise.key(1, "second"))[:, 0] < 2 * share
     load = torch.bincount(torch.cat([first, second[stays]]), minlength=E)
     assert not stays.all() and (second[~stays] >= E - 4).any()
-    routing = gate(x, Tokens(NUMBER), MicroBatch())
+    routing = passed(gate, x, Tokens(NUMBER))
     assert torch.equal(gate.step_statistics(), load) and torch.equal(routing.load_E, load[: E - 4])
     assert routing.zero_load == load[E - 4 :].sum()
     assert (routing.zero_TZ > 0).sum() == load[E - 4 :].sum()
@@ -236,7 +237,7 @@ def test_the_bias_follows_the_load_of_the_step(score):
     gate = build(bias_rate=0.05, score=score)
     gate.reset_state()
     for _ in range(3):
-        gate(tokens(), Tokens(NUMBER), MicroBatch())
+        passed(gate, tokens(), Tokens(NUMBER))
     load = torch.bincount((tokens() @ gate.projection.weight.T).topk(2).indices.flatten(), minlength=E)
     assert torch.equal(gate.step_statistics(), 3 * load)
     gate.after_step(gate.step_statistics().double())
@@ -244,7 +245,7 @@ def test_the_bias_follows_the_load_of_the_step(score):
     torch.testing.assert_close(gate.selection_bias, torch.tensor(expected, dtype=torch.float64))
     # A new step starts from nothing, and evaluation counts nothing.
     assert gate.step_statistics() is None
-    gate.eval()(tokens(), Tokens(NUMBER), MicroBatch())
+    passed(gate.eval(), tokens(), Tokens(NUMBER))
     assert gate.step_statistics() is None
 
 

@@ -52,8 +52,8 @@ class BaseGate(ScoredGate):
         return torch.empty_like(ranked).scatter_(0, order, ranked)[scope.mine(len(logits_TE))]
 
 
-# It asks the device after every step how to go on: there is nothing to compile.
-@torch.compiler.disable
+# One operation, for it asks the device after every step how to go on: no graph spans that.
+@torch.library.custom_op("moesys::balanced_assignment", mutates_args=())
 def balanced_assignment(score_TE: Tensor) -> Tensor:
     """Experts int64 [T] that maximise the sum of `score_TE` (int64), at most ⌈T / E⌉ tokens each: exactly.
 
@@ -72,7 +72,12 @@ def balanced_assignment(score_TE: Tensor) -> Tensor:
     while bool(((spare_E := places - occurrences(owner_N, experts)) < 0).any()):
         loss_NE = score_NE.gather(1, owner_N[:, None]) - score_NE
         _move(owner_N, loss_NE, spare_E)
-    return owner_N[:tokens]
+    return owner_N[:tokens].clone()
+
+
+@balanced_assignment.register_fake
+def _(score_TE: Tensor) -> Tensor:
+    return score_TE.new_empty(score_TE.shape[0], dtype=torch.int64)
 
 
 def _prices(score_NE: Tensor, places: int) -> Tensor:

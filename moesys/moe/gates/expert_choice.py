@@ -8,8 +8,7 @@ from torch import Tensor
 from moesys.moe.capacity import capacity, rounded
 from moesys.moe.counts import occurrences
 from moesys.moe.gates.scored import ScoredGate
-from moesys.moe.passes import recomputing
-from moesys.moe.routing import MicroBatch, Routing, Tokens
+from moesys.moe.routing import MicroBatch, Routing, Tokens, only
 
 NONE = 1e-30
 """A threshold that every token passes; its logarithm is finite."""
@@ -39,9 +38,15 @@ class ExpertChoiceGate(ScoredGate):
         logits_TE = self.projection(x_TH)
         score_TE = logits_TE.softmax(-1)
         taken_TE = self.taken(score_TE.detach(), tokens, scope)
-        token_A, expert_A = taken_TE.nonzero(as_tuple=True)
-        routing = Routing(token_A, expert_A, score_TE[token_A, expert_A], load_E=taken_TE.sum(0))
-        return self.with_losses(routing, logits_TE, scope)
+        token_A = torch.arange(len(x_TH), device=x_TH.device).repeat_interleave(self.experts)
+        expert_A = torch.arange(self.experts, device=x_TH.device).repeat(len(x_TH))
+        routing = Routing(token_A, expert_A, score_TE.flatten(), load_E=taken_TE.sum(0))
+        routing.counted = self.seen(score_TE.detach())
+        return self.with_losses(only(routing, taken_TE.flatten()), logits_TE, scope)
+
+    def seen(self, score_TE: Tensor) -> Tensor | None:
+        """What the statistics of the step count of these scores."""
+        return None
 
     def taken(self, score_TE: Tensor, tokens: Tokens, scope: MicroBatch) -> Tensor:
         """Which experts take which of this device's tokens: bool [T, E].
@@ -88,10 +93,13 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
     def reset_state(self) -> None:
         self.threshold_E.fill_(-1.0)
 
+    def seen(self, score_TE: Tensor) -> Tensor | None:
+        return self._counts(score_TE) if self.training else None
+
+    def count(self, counted: Tensor) -> None:
+        self.histogram_EB = counted if self.histogram_EB is None else self.histogram_EB + counted
+
     def taken(self, score_TE: Tensor, tokens: Tokens, scope: MicroBatch) -> Tensor:
-        if self.training and not recomputing():
-            seen_EB = self._counts(score_TE)
-            self.histogram_EB = seen_EB if self.histogram_EB is None else self.histogram_EB + seen_EB
         best_Tk = score_TE.topk(self.top_k).indices
         best_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter_(1, best_Tk, True)
         taken_TE = torch.where(self.threshold_E < 0, best_TE, score_TE > self.threshold_E)
@@ -102,7 +110,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
         # NaN is in no bin, and its step counts for nothing.
         place = ((score_TE.log2() / self.OCTAVES + 1) * self.BINS).nan_to_num(0.0).clamp(0, self.BINS - 1).long()
         row = torch.arange(self.experts, device=score_TE.device) * self.BINS
-        return occurrences((place + row).flatten(), self.experts * self.BINS).view(-1, self.BINS)
+        return occurrences(place + row, self.experts * self.BINS).view(-1, self.BINS)
 
     def step_statistics(self) -> Tensor:
         found, self.histogram_EB = self.histogram_EB, None

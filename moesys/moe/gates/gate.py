@@ -49,6 +49,9 @@ class Gate(nn.Module):
         """`reset_state`, by the name that torch has for what a module does after `to_empty`."""
         self.reset_state()
 
+    def count(self, counted: Tensor) -> None:
+        """Add `Decision.counted` to the step's statistics: called once per pass, however often that runs."""
+
     def step_statistics(self) -> Tensor | None:
         """A vector to be summed over all devices that hold tokens of the global batch, or None."""
         return None

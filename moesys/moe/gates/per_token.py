@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moesys.moe.counts import occurrences
-from moesys.moe.routing import Routing, Tokens
+from moesys.moe.routing import Routing, Tokens, only
 
 Choice = Callable[[Tokens], Tensor]
 """Experts [T, k], int64 and distinct in a row, from what is known of tokens beside their vectors."""
@@ -21,11 +21,10 @@ def route(expert_Tk: Tensor, weight_Tk: Tensor, experts: int, real_T: Tensor | N
     """
     tokens, top_k = expert_Tk.shape
     token_A = torch.arange(tokens, device=expert_Tk.device).repeat_interleave(top_k)
-    expert_A, weight_A = expert_Tk.flatten(), weight_Tk.flatten()
-    if real_T is not None:
-        kept_A = real_T[token_A].nonzero().squeeze(1)
-        token_A, expert_A, weight_A = token_A[kept_A], expert_A[kept_A], weight_A[kept_A]
-    return Routing(token_A, expert_A, weight_A, load_E=occurrences(expert_A, experts))
+    keep_Tk = None if real_T is None else real_T[:, None].expand_as(expert_Tk)
+    load_E = occurrences(expert_Tk, experts, keep_Tk)
+    routing = Routing(token_A, expert_Tk.flatten(), weight_Tk.flatten(), load_E=load_E)
+    return only(routing, None if keep_Tk is None else keep_Tk.flatten())
 
 
 def route_evenly(expert_Tk: Tensor, experts: int, real_T: Tensor | None = None) -> Routing:

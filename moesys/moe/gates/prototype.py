@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moesys.kernels.gate import GateResult, best
-from moesys.moe.gates.top_k import TopKGate, load_of
+from moesys.moe.counts import occurrences
+from moesys.moe.gates.top_k import TopKGate
 from moesys.moe.routing import Tokens
 
 
@@ -28,7 +29,7 @@ class PrototypeGate(TopKGate):
         weight_Tk = scores_TE.gather(-1, expert_Tk)
         if self.normalize:
             weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True)
-        return GateResult(weight_Tk * self.scale, expert_Tk, scores_TE, load_of(expert_Tk, self.experts))
+        return GateResult(weight_Tk * self.scale, expert_Tk, scores_TE, occurrences(expert_Tk, self.experts))
 
     def _normalized(self, probabilities_TE: Tensor) -> Tensor:
         return probabilities_TE / self.top_k

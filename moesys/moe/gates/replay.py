@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moesys.moe.counts import occurrences
 from moesys.moe.gates.scored import ScoredGate
-from moesys.moe.routing import MicroBatch, Routing, Tokens
+from moesys.moe.routing import MicroBatch, Routing, Tokens, only
 
 
 class ReplayGate(ScoredGate):
@@ -42,7 +42,8 @@ class ReplayGate(ScoredGate):
         weight_TK = logits_TE.softmax(-1).gather(1, expert_TK.clamp(min=0)) * there_TK
         if self.normalize:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
-        token_A, place_A = there_TK.nonzero(as_tuple=True)
-        expert_A, weight_A = expert_TK[token_A, place_A], weight_TK[token_A, place_A] * self.scale
-        load_E = occurrences(expert_A, self.experts)
-        return self.with_losses(Routing(token_A, expert_A, weight_A, load_E=load_E), logits_TE, scope)
+        token_A = torch.arange(len(x_TH), device=x_TH.device).repeat_interleave(expert_TK.shape[1])
+        expert_TK = expert_TK.clamp(min=0)
+        load_E = occurrences(expert_TK, self.experts, there_TK)
+        routing = Routing(token_A, expert_TK.flatten(), (weight_TK * self.scale).flatten(), load_E=load_E)
+        return self.with_losses(only(routing, there_TK.flatten()), logits_TE, scope)

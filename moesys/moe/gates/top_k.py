@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from moesys.kernels.gate import GateResult, Score, best, gate, weigh
 from moesys.moe import noise
 from moesys.moe.capacity import Capacity, Wish, assign
+from moesys.moe.counts import occurrences
 from moesys.moe.gates.gate import Gate
 from moesys.moe.gates.projection import GateProjection as GateProjection
 from moesys.moe.losses import Balance, Seen
-from moesys.moe.passes import recomputing
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 from moesys.moe.zero import ZeroRule
 
@@ -51,24 +51,31 @@ class Randomness:
         second: keep the second of two experts with probability min(1, 2·g), g its share of the weights
             (GShard, arXiv 2006.16668); the first one's weight is the same in either case.
         layer: makes the numbers differ between layers.
+        keys: of the numbers, by what they are for.
     """
 
     gaussian: bool = False
     jitter: float = 0.0
     second: bool = False
     layer: int = 0
+    keys: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Here, not as numbers are drawn: no compiler takes the hash.
+        keys = {purpose: noise.key(self.layer, purpose) for purpose in ("jitter", "noise", "second")}
+        object.__setattr__(self, "keys", keys)
 
     def shake(self, x_TH: Tensor, number_T: Tensor) -> Tensor:
-        factor_TH = noise.uniform(number_T, x_TH.shape[1], noise.key(self.layer, "jitter"))
+        factor_TH = noise.uniform(number_T, x_TH.shape[1], self.keys["jitter"])
         return x_TH * (1 + self.jitter * (2 * factor_TH - 1))
 
     def disturb(self, logits_TE: Tensor, width_TE: Tensor, number_T: Tensor) -> Tensor:
-        return logits_TE + width_TE * noise.normal(number_T, logits_TE.shape[1], noise.key(self.layer, "noise"))
+        return logits_TE + width_TE * noise.normal(number_T, logits_TE.shape[1], self.keys["noise"])
 
     def kept(self, weight_T2: Tensor, number_T: Tensor) -> Tensor:
         """Which choices stay: bool [T, 2]."""
         share_T = weight_T2[:, 1] / (weight_T2.sum(-1) + 1e-20)
-        drawn_T = noise.uniform(number_T, 1, noise.key(self.layer, "second")).squeeze(-1)
+        drawn_T = noise.uniform(number_T, 1, self.keys["second"]).squeeze(-1)
         return torch.stack([torch.ones_like(drawn_T, dtype=torch.bool), drawn_T < 2 * share_T], -1)
 
 
@@ -145,12 +152,12 @@ class TopKGate(Gate):
         logits_TE, noisy_TE, width_TE = self._logits(x_TH, tokens.number_T)
         chosen = self.choose(noisy_TE, tokens)
         counted_Tc = self._counted(chosen.expert_Tk, noisy_TE)
-        counted_E = chosen.load_E if counted_Tc is chosen.expert_Tk else load_of(counted_Tc, self.candidates)
+        counted_E = chosen.load_E if counted_Tc is chosen.expert_Tk else occurrences(counted_Tc, self.candidates)
         stays_Tk = self._stays(chosen.weight_Tk, tokens)
         if stays_Tk is not None:
-            chosen = chosen._replace(load_E=load_of(chosen.expert_Tk, self.candidates, stays_Tk))
-        self._count(chosen.load_E, counted_E)
+            chosen = chosen._replace(load_E=occurrences(chosen.expert_Tk, self.candidates, stays_Tk))
         routing = self._route(chosen, stays_Tk, tokens, scope)
+        routing.counted = self._counts(chosen.load_E, counted_E)
         if self.training and torch.is_grad_enabled():
             seen = Seen(
                 logits_TE,
@@ -243,10 +250,12 @@ class TopKGate(Gate):
             routing.zero_load = chosen.load_E[self.experts :].sum()
         return routing
 
-    def _count(self, load_E: Tensor, counted_E: Tensor) -> None:
+    def _counts(self, load_E: Tensor, counted_E: Tensor) -> Tensor | None:
         wanted = [load_E] * bool(self.bias_rate) + [counted_E] * self.counts_first
-        if self.training and wanted and not recomputing():
-            self.load = torch.cat(wanted) + (0 if self.load is None else self.load)
+        return torch.cat(wanted) if self.training and wanted else None
+
+    def count(self, counted: Tensor) -> None:
+        self.load = counted + (0 if self.load is None else self.load)
 
     def _global_load(self, counted_E: Tensor, scope: MicroBatch) -> Tensor | None:
         if not self.balance.global_balance:
@@ -272,9 +281,3 @@ class TopKGate(Gate):
             load_E = total[: self.candidates]
             load_E = load_E if self.zero is None else self.zero.adjust(load_E)
             self.selection_bias += self.bias_rate * torch.sign(load_E.mean() - load_E).to(self.selection_bias.dtype)
-
-
-def load_of(expert_Tk: Tensor, experts: int, stays_Tk: Tensor | None = None) -> Tensor:
-    """How often each expert occurs in `expert_Tk`, where it stays: int64 [E]."""
-    one_A = torch.ones_like(expert_Tk).flatten() if stays_Tk is None else stays_Tk.flatten().to(torch.int64)
-    return expert_Tk.new_zeros(experts).scatter_add_(0, expert_Tk.flatten(), one_A)

@@ -1,0 +1,110 @@
+"""Gradients summed over a group of ranks in flat buckets of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moesys.parallel import comm
+
+BUCKET_BYTES = 64 * 2**20
+"""Most bytes of a bucket of several gradients: large messages, bounded copies. A larger gradient is a bucket alone."""
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a (possibly distributed) tensor that this rank holds."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def divided(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Consecutive parameters of one type, whose gradients have at most `BUCKET_BYTES` together."""
+    buckets: list[list[nn.Parameter]] = []
+    size = 0
+    for p in params:
+        nbytes = local(p.detach()).nbytes
+        if not buckets or size + nbytes > BUCKET_BYTES or buckets[-1][0].dtype != p.dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(p)
+        size += nbytes
+    return buckets
+
+
+class Bucket:
+    """Gradients of `params`, summed over `group` in one all-reduce.
+
+    Gradients become views of the bucket's memory: they are copied once, and a copy lives no longer than that. A
+    gradient that is alone in its bucket is summed where it lies.
+
+    Attributes:
+        awaited: ids of the parameters whose gradients backward has not completed.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], group: dist.ProcessGroup, way: comm.Way = comm.GRADIENTS):
+        self.params, self.group, self.way = params, group, way
+        self.awaited = set(map(id, params))
+        self._pending: comm.Pending | None = None
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Start the sum. A gradient that backward left out is zero."""
+        grads = [local(completed(p)) for p in self.params]
+        if len(grads) == 1 and grads[0].is_contiguous():
+            flat = grads[0].view(-1)
+        else:
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            pieces = flat.split([grad.numel() for grad in grads])
+            for p, grad, piece in zip(self.params, grads, pieces, strict=True):
+                _replace(p, piece.view(grad.shape))
+        self._pending = comm.start_total(flat, self.group, self.way)
+
+    def wait(self) -> None:
+        """Wait for the sum; the bucket is then ready for the next step."""
+        assert self._pending is not None
+        self._pending.wait()
+        self._pending = None
+        self.awaited = set(map(id, self.params))
+
+
+def completed(p: nn.Parameter) -> Tensor:
+    """The gradient of p, zeros if there is none, laid out as p is unless it is a partial sum of what p holds whole."""
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)
+    elif (
+        isinstance(p, DTensor) and isinstance(p.grad, DTensor) and not _partial(p) and p.grad.placements != p.placements
+    ):
+        p.grad = p.grad.redistribute(placements=p.placements)
+    return p.grad
+
+
+def _partial(p: nn.Parameter) -> bool:
+    """Whether each rank of p's mesh holds p whole, and a term of its gradient."""
+    if not isinstance(p, DTensor) or not isinstance(p.grad, DTensor) or p.device_mesh.ndim > 1:
+        return False
+    return p.placements[0].is_replicate() and p.grad.placements[0].is_partial("sum")
+
+
+def _replace(p: nn.Parameter, grad: Tensor) -> None:
+    """Make `grad` this rank's part of the gradient of p, laid out as p is."""
+    if isinstance(p, DTensor):
+        grad = DTensor.from_local(grad, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    p.grad = grad
+
+
+@torch.no_grad()
+def sum_partial(params: Iterable[nn.Parameter]) -> None:
+    """Sum gradients over the ranks that hold their parameters whole and a term of the gradient each."""
+    found: dict[str, tuple[dist.ProcessGroup, list[nn.Parameter]]] = {}
+    for p in params:
+        if _partial(p) and isinstance(p, DTensor):
+            group = p.device_mesh.get_group()
+            found.setdefault(group.group_name, (group, []))[1].append(p)
+    buckets = [Bucket(some, group, comm.NOWHERE) for group, every in found.values() for some in divided(every)]
+    for bucket in buckets:
+        bucket.start()
+    for bucket in buckets:
+        bucket.wait()

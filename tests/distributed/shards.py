@@ -1,0 +1,150 @@
+"""What one training step gathers, sums and keeps whole, in worker processes; importable by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from batches import forget, join, start
+from sabotage import in_small_buckets
+
+from moesys.config import Config
+
+RUNS, BACK = "runs", "back"
+"""Kinds of marks among events: forward, or backward, has come to a layer."""
+
+
+def observed(cases: Mapping[str, Config], world: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of each case, by rank: what its first step did (`_observe`)."""
+    start(_work, world, dict(cases), folder)
+    ranks = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(world)]
+    return {name: [found[name] for found in ranks] for name in cases}
+
+
+def _work(rank: int, world: int, cases: dict[str, Config], folder: Path) -> None:
+    join(rank, world, folder)
+    in_small_buckets()
+    found = {}
+    for name, config in cases.items():
+        found[name] = _observe(config)
+        forget()
+    torch.save(found, folder / f"found-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _observe(config: Config) -> dict[str, Any]:
+    """Of the second step: collectives and marks in order; elements of the units that FSDP gathers; whether all weights
+    lie on their shards after steps and evaluation; and what sums of gradients cost beside these (`_sums`)."""
+    from moesys.data.corpus import open_corpus
+    from moesys.measure.watch import watched
+    from moesys.parallel import comm
+    from moesys.train.loop import Trainer
+    from moesys.train.native import connect
+
+    trainer = Trainer(config, connect(config), open_corpus(config))
+    parts = trainer.engine.model.parts
+    trainer.train_step()
+    after_step = _sharded(parts)
+    trainer.evaluate()
+    after_evaluation = _sharded(parts)
+    if not config.train.compile:
+        _mark(parts)
+    with comm.record() as events, watched():
+        trainer.train_step()
+    return {
+        "events": [
+            (e.kind, e.bytes, len(e.ranks), e.way.layer if e.kind in (RUNS, BACK) else e.way.part) for e in events
+        ],
+        "sharded": (after_step, after_evaluation, _sharded(parts)),
+        "units": _units(parts),
+        "sums": _sums(trainer.engine.model),
+    }
+
+
+def _sums(model: Any) -> tuple[int, int]:
+    """Bytes of all gradients; and at the fullest moment of their sum, with what is beside them then."""
+    from moesys.measure.memory import peak_bytes
+    from moesys.parallel.gradients import local
+
+    gradients = model.gradients
+
+    def step() -> None:
+        for p in gradients.parameters:
+            p.grad = torch.ones_like(p)
+        gradients.reduce()
+
+    peak = peak_bytes(step, torch.device("cpu"))
+    grads = [local(p.grad) for p in gradients.parameters]
+    return sum(grad.nbytes for grad in grads), peak
+
+
+def _sharded(parts: Any) -> bool:
+    """Whether every parameter that FSDP manages is a shard."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    from moesys.parallel.data import routers
+
+    alone = {id(p) for part in parts for p in routers(part)}
+    return all(
+        isinstance(p, DTensor)
+        for part in parts
+        if isinstance(part, FSDPModule)
+        for p in part.parameters()
+        if id(p) not in alone
+    )
+
+
+def _units(parts: Any) -> dict[str, int]:
+    """Bytes of each module that FSDP gathers at once, whole, by its name."""
+    from torch.distributed.fsdp import FSDPModule
+
+    from moesys.parallel.data import routers
+    from moesys.parallel.initialise import canonical
+
+    sizes: dict[str, int] = {}
+    for part in parts:
+        names = [n for n, m in part.named_modules() if isinstance(m, FSDPModule)]
+        if not names:
+            continue
+        alone = {id(p) for p in routers(part)}
+        for name, p in part.named_parameters():
+            if id(p) not in alone:
+                owner = max((n for n in names if not n or name.startswith(n + ".")), key=len)
+                owner = canonical(owner + ".", False)[:-1]
+                sizes[owner] = sizes.get(owner, 0) + p.numel() // _ways(p)
+    return sizes
+
+
+def _ways(p: Any) -> int:
+    """Ways that expert parallelism splits a parameter."""
+    axes = zip(p.device_mesh.mesh_dim_names, p.device_mesh.shape, strict=True)
+    return next((size for axis, size in axes if axis == "ep"), 1)
+
+
+def _mark(parts: Any) -> None:
+    """Let events tell when forward and backward come to each block."""
+    from moesys.parallel.initialise import canonical
+
+    for part in parts:
+        for name, block in part.layers.items():
+            for child, module in block.named_modules():
+                if canonical(child + ".", False) == "attention.":
+                    module.register_forward_pre_hook(lambda *_, n=name: _note(RUNS, n))
+                if canonical(child + ".", False) == "ffn.":
+                    module.register_forward_hook(lambda _, __, out, n=name: _watch(out, n))
+
+
+def _watch(out: torch.Tensor, name: str) -> None:
+    if out.requires_grad:
+        out.register_hook(lambda _: _note(BACK, name))
+
+
+def _note(kind: str, layer: str) -> None:
+    from moesys.parallel import comm
+
+    comm.note(comm.Event(kind, 0, 0.0, 0.0, 0.0, comm.Way(layer=layer)))
