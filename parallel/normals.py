@@ -53,7 +53,9 @@ class Normals:
         step = max(1, CHUNK // width)
         for first in range(begin, end, step):
             last = min(first + step, end)
-            chunk = drawn.between(first * width, last * width).view(last - first, *self.shape[1:])[(slice(None), *inner)]
+            chunk = drawn.between(first * width, last * width).view(last - first, *self.shape[1:])[
+                (slice(None), *inner)
+            ]
             out = torch.empty(max(0, end - begin), *chunk.shape[1:]) if out is None else out
             out[first - begin : last - begin] = chunk
         return torch.empty(self.shape)[slices] if out is None else out

@@ -106,7 +106,6 @@ class EngineModule(Protocol):
         """Without `draw` parameters are NaN until `Engine.load` overwrites them."""
 
 
-
 def engine_of(config: Config) -> EngineModule:
     """The module of the engine that a configuration names."""
     return cast(EngineModule, import_module(MODULES[config.engine]))
