@@ -16,7 +16,7 @@ from torch import Tensor
 from moesys.errors import MoesysError
 
 Way = Literal["reference", "torch", "triton"]
-Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn", "rotary"]
+Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn", "rotary", "fp8_rows"]
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether Triton is installed; finding out does not import it."""

@@ -55,6 +55,7 @@ class Bucket:
         grads = [local(completed(p)) for p in self.params]
         if len(grads) == 1 and grads[0].is_contiguous():
             flat = grads[0].view(-1)
+            _replace(self.params[0], grads[0])  # a term of the sum, laid out as one, becomes the sum
         else:
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             pieces = flat.split([grad.numel() for grad in grads])

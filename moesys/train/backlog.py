@@ -86,10 +86,11 @@ class Backlog:
         """
         device = self.engine.mesh.device
         table = torch.zeros(self._shape, dtype=torch.float64, device=device)
+        absent = torch.zeros((), dtype=torch.float64, device=device)
         for name, layer in self.engine.moe_layers().items():
             totals = layer.statistics.take()
             row = table[self._layers.index(int(name.split(".")[1]))]
-            parts = [totals.get(key, torch.zeros((), device=device)) for key in (*COUNTS, *LOSSES)]
+            parts = [totals.get(key, absent) for key in (*COUNTS, *LOSSES)]
             row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
         # Not torch.tensor, which copies from the host and waits for that.
         seconds = torch.full((), all_to_all_seconds, dtype=torch.float64, device=device)
