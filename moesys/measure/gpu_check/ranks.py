@@ -1,6 +1,6 @@
 """One MoE layer over several processes: what NCCL and gloo do with them on this machine.
 
-python -m moesys.measure.gpu_check.ranks RANK RANKS BACKEND DEVICE FILE      # one process, started by the check
+python -m moesys.measure.gpu_check.ranks RANK RANKS BACKEND DEVICE FILE SECONDS      # one process, started by the check
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from moesys.measure.gpu_check.rows import Row, Task, tried
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
 
 SHAPE = Shape(tokens=64, hidden=32, ffn_hidden=16, experts=8, top_k=2)
-TIMEOUT_S = 60.0
-"""What one meeting of the processes may take."""
-
 CLOSE = 1e-4
 """Most that the distributed layer may differ from the whole one, in float32, as a part of it."""
 
@@ -84,11 +81,11 @@ def _processes(task: Task, what: str, backend: str, devices: list[str]) -> tuple
     name = "-".join(what.replace(",", "").split())
     meeting = task.folder / f"{name}.store"
     meeting.unlink(missing_ok=True)
-    ranks = len(devices)
+    ranks, limit = len(devices), task.seconds_left() / 2  # the rest is for the trials after this one
     paths = [task.folder / f"{name}-rank{rank}.log" for rank in range(ranks)]
     running = []
     for rank, path in enumerate(paths):
-        words = [str(rank), str(ranks), backend, devices[rank], str(meeting)]
+        words = [str(rank), str(ranks), backend, devices[rank], str(meeting), str(limit)]
         command = [sys.executable, "-m", "moesys.measure.gpu_check.ranks", *words]
         with path.open("w", encoding="utf-8") as out:
             env = {**os.environ, "NCCL_DEBUG": "WARN", SHARING: "1"}
@@ -96,7 +93,7 @@ def _processes(task: Task, what: str, backend: str, devices: list[str]) -> tuple
     codes: list[int | None] = []
     for process in running:
         try:
-            codes.append(process.wait(min(TIMEOUT_S, max(1.0, task.seconds_left() - 3))))
+            codes.append(process.wait(limit))
         except subprocess.TimeoutExpired:
             codes.append(None)
     for process in running:
@@ -106,7 +103,7 @@ def _processes(task: Task, what: str, backend: str, devices: list[str]) -> tuple
     return codes, [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
 
-def work(rank: int, ranks: int, backend: str, device: torch.device, meeting: Path) -> None:
+def work(rank: int, ranks: int, backend: str, device: torch.device, meeting: Path, limit: float) -> None:
     """Compare the layer whose experts lie over the ranks with the whole one, on tokens of this rank's own.
 
     Raises:
@@ -119,7 +116,7 @@ def work(rank: int, ranks: int, backend: str, device: torch.device, meeting: Pat
         store=dist.FileStore(str(meeting), ranks),
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=TIMEOUT_S / 2),
+        timeout=timedelta(seconds=limit),
         device_id=device if device.type == "cuda" else None,
     )
     try:
@@ -152,6 +149,6 @@ def work(rank: int, ranks: int, backend: str, device: torch.device, meeting: Pat
 
 
 if __name__ == "__main__":
-    number, count, kind, place, file = sys.argv[1:]
+    number, count, kind, place, file, seconds = sys.argv[1:]
     torch.set_num_threads(1)
-    work(int(number), int(count), kind, torch.device(place), Path(file))
+    work(int(number), int(count), kind, torch.device(place), Path(file), float(seconds))
