@@ -56,11 +56,13 @@ def expert_ffn(
     """`(act(row · fc1 + bias1) · weight) · fc2`, each row with its expert's weights.
 
     Without `p`, x are the rows [N, H] sorted by expert, and so is the result. With it they are tokens
-    [T, H], whose rows `p` names, and the result [T, H] sums each token's rows. x, weights and bias of one
-    floating type; `counts_E` int64 [E], sum N, any 0; `weight_N` float32 (or wider), the routing weights,
-    None for 1; `kind` as in `moesys.kernels.activation`.
+    [T, H], whose rows `p` names, and the result [T, H] sums each token's rows. Computed in the type of x, which
+    weights and bias may be wider than; `counts_E` int64 [E], sum N, any 0; `weight_N` float32 (or wider), the
+    routing weights, None for 1; `kind` as in `moesys.kernels.activation`.
     """
     if choose(x_TH, "expert_ffn") == "reference":
+        fc1_EHGF, fc2_EFH = fc1_EHGF.to(x_TH.dtype), fc2_EFH.to(x_TH.dtype)
+        bias1_EGF = None if bias1_EGF is None else bias1_EGF.to(x_TH.dtype)
         return reference(x_TH, fc1_EHGF, fc2_EFH, counts_E, kind, weight_N, bias1_EGF, p)
     index = row = offsets = None
     if p is not None:
@@ -133,12 +135,15 @@ def _fresh(x: Tensor) -> Tensor:
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """Derivative of the operation. Registered with it instead, it would cost more than small products."""
+    """Derivative of the operation. Registered with it instead, it would cost more than small products.
+
+    Wider weights are cast here, and again in backward: a narrow copy of all of them is not kept meanwhile.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[override]
-        out, h = torch.ops.moesys.expert_ffn(*inputs)
         *tensors, ctx.kind = inputs
+        out, h = torch.ops.moesys.expert_ffn(*_cast(tensors), ctx.kind)
         ctx.save_for_backward(*tensors, h)
         return out
 
@@ -147,10 +152,20 @@ class _ExpertFFN(torch.autograd.Function):
     def backward(ctx, grad_TH):  # type: ignore[override]
         _, of_fc1, of_fc2, _, of_weight, of_bias1, *_ = ctx.needs_input_grad
         *tensors, h = ctx.saved_tensors
-        grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *tensors, ctx.kind, h, of_fc1, of_fc2)
+        grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *_cast(tensors), ctx.kind, h, of_fc1, of_fc2)
         asked = (True, of_fc1, of_fc2, of_weight, of_bias1)
-        x, fc1, fc2, weight, bias1 = (g if a else None for a, g in zip(asked, grads, strict=True))
+        given = (tensors[0], tensors[1], tensors[2], tensors[4], tensors[5])
+        x, fc1, fc2, weight, bias1 = (
+            g.to(t.dtype) if a and t is not None else None for a, t, g in zip(asked, given, grads, strict=True)
+        )
         return x, fc1, fc2, None, weight, bias1, None, None, None, None
+
+
+def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The inputs of `Given` but the kind, with fc1, fc2 and bias1 in the type of x."""
+    x = tensors[0]
+    assert x is not None
+    return [t.to(x.dtype) if t is not None and i in (1, 2, 5) else t for i, t in enumerate(tensors)]
 
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.kernels.activation import KINDS
+from moesys.kernels.linear import linear
 from moesys.kernels.rms_norm import rms_norm
 from moesys.kernels.rotary import tables
 
@@ -18,8 +19,7 @@ class Linear(nn.Linear):
     """A linear map computed in the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

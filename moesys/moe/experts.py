@@ -17,10 +17,10 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def _mixed(weight: Tensor, share_GE: Tensor | None) -> Tensor:
-    """The weight [E, …] of this device, or its mixtures [G, …] by shares."""
+def _mixed(weight: Tensor, share_GE: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight [E, …] of this device, or its mixtures [G, …] by shares, in `dtype`."""
     own = local(weight)
-    return own if share_GE is None else torch.tensordot(share_GE.to(own.dtype), own, 1)
+    return own if share_GE is None else torch.tensordot(share_GE.to(own.dtype), own, 1).to(dtype)
 
 
 class Experts(nn.Module):
@@ -80,14 +80,17 @@ class Experts(nn.Module):
         With `share_GE` float32 [G, E], rows are computed not by the E experts but by G mixtures of them, to
         which `tokens_per_expert` [G] then refers.
         """
-        fc1, fc2 = (_mixed(w, share_GE).to(x_NH.dtype) for w in (self.fc1, self.fc2))
-        bias1, bias2 = (None if b is None else _mixed(b, share_GE).to(x_NH.dtype) for b in self.biases())
+        # Wider weights are not cast here: a copy would be kept for backward.
+        fc1, fc2 = (_mixed(w, share_GE, x_NH.dtype) for w in (self.fc1, self.fc2))
+        bias1, bias2 = (None if b is None else _mixed(b, share_GE, x_NH.dtype) for b in self.biases())
         out = expert_ffn(x_NH, fc1, fc2, tokens_per_expert, self.activation, weight_N, bias1, p)
         if bias2 is None:
             return out
         # The device alone knows the counts: without their sum this would wait for it.
         count = len(x_NH if p is None else p.token_A)
-        rows = self._output_bias(bias2.repeat_interleave(tokens_per_expert, 0, output_size=count), out, weight_N)
+        rows = self._output_bias(
+            bias2.to(x_NH.dtype).repeat_interleave(tokens_per_expert, 0, output_size=count), out, weight_N
+        )
         return out + (rows if p is None else unpermute(rows, p))
 
     def _output_bias(self, rows: Tensor, out: Tensor, weight_N: Tensor | None) -> Tensor:

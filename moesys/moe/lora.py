@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moesys.kernels.activation import KINDS, activate
 from moesys.kernels.grouped_matmul import grouped_matmul
+from moesys.kernels.linear import linear
 from moesys.kernels.permute import Permutation, permute, unpermute
 from moesys.moe.experts import local
 from moesys.moe.start import like_linear
@@ -23,7 +24,7 @@ class Frozen(nn.Linear):
         self.weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class LoRAExperts(nn.Module):

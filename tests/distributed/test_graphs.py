@@ -12,7 +12,10 @@ from torch import Tensor
 from moesys.models.attention import CausalCore
 from moesys.moe.layer import Decided, MoELayer
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile's own, in graphs after graphs
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # torch.compile's own, in graphs after graphs
+    pytest.mark.filterwarnings("ignore:Set timeout"),  # of groups that are none
+]
 
 DENSE: dict[str, Any] = {"ffn_hidden": 16}
 MLA = {
