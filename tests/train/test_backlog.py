@@ -81,6 +81,16 @@ def test_the_host_waits_for_no_step_that_is_not_due(trainer, change):
     assert sum(event.way == comm.STEP for event in events) == 2
 
 
+def test_nothing_is_recorded_in_a_step_that_is_not_due(trainer, monkeypatch):
+    """So that no event of a GPU is made for it."""
+    run, seen = trainer(), []
+    train = run.engine.train
+    monkeypatch.setattr(run.engine, "train", lambda *given: (seen.append(comm.recording()), train(*given))[1])
+    for due in (False, True, False):
+        run.train_step(due=due)
+    assert seen == [False, True, False]
+
+
 def test_a_wait_inside_a_step_is_counted(trainer):
     run = trainer()
     for spoil in (lambda: run.engine._loss.item(), lambda: run.engine._loss.isfinite().nonzero()):
