@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Python than it needs, and lies in a folder of its own: tests/megatron/test_newest.py puts that first.
 NEWEST := $(VENV)/megatron-core-0.19.2
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench gpu-check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/moesys launch configs/quickstart.yaml
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/moesys bench train configs/quickstart.yaml
+
+# Needs torch alone: where another Python has the right one, `python -m moesys.measure.gpu_check` does the same.
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m moesys.measure.gpu_check
 
 $(INSTALLED): requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -11,10 +11,17 @@ setup(
     long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["moesys", "moesys.*"]),
     package_data={"moesys": ["configs/**/*.yaml", "configs/*.json", "docs/*.md", "docs/*.svg", "docs/*.png"]},
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.15",
         "pydantic>=2.9",
         "pyyaml>=6",
         "rich>=13",

@@ -16,7 +16,7 @@ from torch import Tensor
 from moesys.errors import MoesysError
 
 Way = Literal["reference", "torch", "triton"]
-Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn"]
+Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn", "rotary", "fp8_rows"]
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether Triton is installed; finding out does not import it."""
@@ -54,6 +54,11 @@ def choose(x: Tensor, operation: Operation, w: Tensor | None = None) -> Way:
     if operation == "grouped_matmul" and w is not None and torch_has_grouped_mm(x, w):
         return "torch"
     return "triton"
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in with numbers of `dtype`: float32, or float64 for float64."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:

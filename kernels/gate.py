@@ -18,6 +18,9 @@ Score = Literal["softmax", "sigmoid"]
 EPSILON = 1e-20
 """Keeps the sum of chosen sigmoids, which may all underflow, from being 0: as DeepSeek-V3's code does."""
 
+FEW = 2**12
+"""Logits that a CPU sorts sooner than the dozen small operations begin that a faster choice takes."""
+
 
 class GateResult(NamedTuple):
     """What a gate computes from its logits.
@@ -89,7 +92,8 @@ def weigh(
         weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + EPSILON) if normalize else weight_Tk
     chosen = expert_Tk.flatten()
     load_E = chosen.new_zeros(logits_TE.shape[1]).scatter_add_(0, chosen, torch.ones_like(chosen))
-    return GateResult(weight_Tk * scale, expert_Tk, probabilities_TE, load_E)
+    weight_Tk = weight_Tk if scale == 1 else weight_Tk * scale
+    return GateResult(weight_Tk, expert_Tk, probabilities_TE, load_E)
 
 
 def _sorted(scores_TE: Tensor, top_k: int) -> Tensor:
@@ -97,11 +101,13 @@ def _sorted(scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 def _best(logits_TE: Tensor, top_k: int) -> Tensor:
-    """The k best experts [T, k] of float32 logits: a third of a stable sort's time.
+    """The k best experts [T, k] of float32 logits: where there are many, in a third of a stable sort's time.
 
     topk leaves the order of ties open, so it is given integers without any: the logit's bits, which after
     a flip of the negative ones' order compare as the numbers do, followed by the expert's, descending.
     """
+    if logits_TE.numel() <= FEW and not logits_TE.is_cuda:
+        return _sorted(logits_TE, top_k)
     bits_TE = (logits_TE + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0, its equal
     ordered_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
     rank_E = torch.arange(logits_TE.shape[1] - 1, -1, -1, device=logits_TE.device)

@@ -34,11 +34,11 @@ class Permutation:
 def sort_by_expert(token_A: Tensor, expert_A: Tensor, tokens: int, experts: int) -> Permutation:
     """Stable sort of assignments by expert; `token_A` int64 ascending. Nothing waits for the device."""
     sorted_expert, order = expert_A.sort(stable=True)
-    row_A = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    device = token_A.device
-    offsets_T1 = torch.searchsorted(token_A, torch.arange(tokens + 1, device=device))
-    ends_E1 = torch.searchsorted(sorted_expert, torch.arange(experts + 1, device=device))
-    return Permutation(token_A[order], row_A, offsets_T1, order, ends_E1.diff())
+    number = torch.arange(max(len(order), tokens + 1, experts + 1), device=token_A.device)
+    row_A = torch.empty_like(order).scatter_(0, order, number[: len(order)])
+    offsets_T1 = torch.searchsorted(token_A, number[: tokens + 1])
+    ends_E1 = torch.searchsorted(sorted_expert, number[: experts + 1])
+    return Permutation(token_A.index_select(0, order), row_A, offsets_T1, order, ends_E1.diff())
 
 
 def reference(x_TH: Tensor, p: Permutation) -> Tensor:

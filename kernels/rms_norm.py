@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from moesys.kernels.choose import widened
 
 
 def reference(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -19,16 +21,19 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     if isinstance(x, DTensor):
         # Its gradient may arrive as partial sums, which only autograd's own formulas carry through.
         return reference(x, weight_H, eps)
+    if x.is_cuda and x.dtype == weight_H.dtype:
+        # One kernel there, in float32 inside. Of two types torch would compute step by step, and keep each.
+        return nn.functional.rms_norm(x, weight_H.shape, weight_H, eps)
     return _RMSNorm.apply(x, weight_H, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_H, eps):  # type: ignore[override]
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = widened(x.dtype)
         x_wide = x.to(wide)
-        mean = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square() / x.shape[-1]
-        scale = (mean + eps).rsqrt()
+        norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_H, scale)
         return (x_wide * scale).mul_(weight_H.to(wide)).to(x.dtype)
 
@@ -38,7 +43,8 @@ class _RMSNorm(torch.autograd.Function):
         x_wide, upstream = x.to(scale.dtype), grad.to(scale.dtype)
         weight = weight_H.to(scale.dtype)
         product = upstream * x_wide
-        along = (product @ weight).unsqueeze(-1) * scale.square() / x.shape[-1]
-        grad_x = (upstream * weight).addcmul_(x_wide, along, value=-1).mul_(scale)
-        grad_weight = product.mul_(scale).sum(dim=tuple(range(x.ndim - 1)))
+        along = (product @ weight).unsqueeze_(-1).mul_(scale).mul_(scale)
+        grad_x = (upstream * weight).addcmul_(x_wide, along, value=-1 / x.shape[-1]).mul_(scale)
+        # A product with a vector reads once, and sums as it does.
+        grad_weight = product.flatten(0, -2).t() @ scale.flatten()
         return grad_x.to(x.dtype), grad_weight.to(weight_H.dtype), None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesys.kernels.choose import choose, widened
+
 
 def tables(angles_Sr: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [S, d] of what `rotate` turns each element by, those of the first half negative.
@@ -25,6 +27,8 @@ def reference(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
 
 def rotate(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     """Heads [B, S, h, d] turned by the angles of `tables`; element i pairs with i + d / 2."""
+    if choose(x_BShd, "rotary") == "reference":
+        return reference(x_BShd, cos_Sd, sin_Sd)
     return _Rotate.apply(x_BShd, cos_Sd, sin_Sd)
 
 
@@ -40,8 +44,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, direction: int) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos_Sd[None, :, None].to(wide), sin_Sd[None, :, None].to(wide)
+    if choose(x, "rotary") == "triton":
+        from moesys.kernels.triton import rotary as kernel
+
+        return kernel.turn(x, cos_Sd, sin_Sd, direction < 0)
+    wide = widened(x.dtype)
+    cos_S1d, sin_S1d = cos_Sd.to(wide).unsqueeze(1), sin_Sd.to(wide).unsqueeze(1)
     wide_x = x.to(wide)
     # Rolled by half its length, each element meets the one it is paired with.
-    return (wide_x * cos).addcmul_(wide_x.roll(x.shape[-1] // 2, -1), sin, value=direction).to(x.dtype)
+    return (wide_x * cos_S1d).addcmul_(wide_x.roll(x.shape[-1] // 2, -1), sin_S1d, value=direction).to(x.dtype)

@@ -18,7 +18,7 @@ from moesys.parallel.data import summed_over_shards
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
 from moesys.parallel.dimension import step_shape, traffic
 from moesys.parallel.memory import estimate
-from moesys.parallel.settle import WAYS, fullest, settle, settled, with_sync
+from moesys.parallel.settle import WAYS, Settled, fullest, settle, with_sync
 from moesys.words import plural
 
 SHOWN = 4
@@ -45,6 +45,8 @@ def plan(config: Config) -> dict[str, Any]:
     assert degrees is not None, problems
     vocabulary = vocab_size(config)
     total, active = parameters(config.model, vocabulary)
+    found = settle(config, degrees, vocabulary)
+    as_run = config if found is None else with_sync(config, found.way)
     facts = {
         "world_size": degrees.world,
         "nodes": placement.place(degrees, config.cluster),
@@ -54,25 +56,18 @@ def plan(config: Config) -> dict[str, Any]:
         "crossings": [str(crossing) for crossing in placement.check(degrees, config.cluster)],
         "parameters": total,
         "active_parameters": active,
-        "pipeline_ranks": _pipeline_ranks(settled(config, degrees, vocabulary), degrees, vocabulary),
-        "sync_gradients": _sync_gradients(config, degrees, vocabulary),
+        "pipeline_ranks": [_rank(step_shape(as_run, degrees, vocabulary, rank)) for rank in range(degrees.pp)],
+        "sync_gradients": None if found is None else _sync_gradients(config, degrees, vocabulary, found),
     }
     limit = config.cluster.memory_gib
     return {**facts, "fits": None if limit is None else _fullest(config, facts)[1] <= limit * 2**30}
 
 
-def _pipeline_ranks(config: Config, degrees: Degrees, vocabulary: int) -> list[dict[str, Any]]:
-    return [_rank(step_shape(config, degrees, vocabulary, rank)) for rank in range(degrees.pp)]
-
-
-def _sync_gradients(config: Config, degrees: Degrees, vocabulary: int) -> dict[str, Any] | None:
-    """Both ways to sum gradients over shards, where they differ, and which of them is chosen.
+def _sync_gradients(config: Config, degrees: Degrees, vocabulary: int, found: Settled) -> dict[str, Any]:
+    """Both ways to sum gradients over shards, and which of them is chosen.
 
     Of each way: the most that a rank holds and sends of gradients, and the most memory of a rank (on CPU: of a node).
     """
-    found = settle(config, degrees, vocabulary)
-    if found is None:
-        return None
     facts: dict[str, Any] = {"chosen": found.way, "why": found.why}
     for way in WAYS:
         one = with_sync(config, way)
@@ -247,8 +242,8 @@ def _ways(facts: dict[str, Any]) -> list[Any]:
     found = facts["sync_gradients"]
     if found is None:
         return []
-    title = "gradients of several micro-batches, parallel.sync_gradients"
-    table = Table("", "gradients", "summed over shards", "fullest", title=title, title_justify="left")
+    heads = ("", "gradients", "summed over shards", "memory of the fullest")
+    table = Table(*heads, title="parallel.sync_gradients", title_justify="left")
     for way in WAYS:
         sizes = [_size(found[way][key]) for key in ("gradient_bytes", "moved_bytes", "memory_bytes")]
         table.add_row(way, *sizes)

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from moesys.errors import LaunchError
-from moesys.launchers import crash, device, foreign
+from moesys.launchers import crash, foreign
 from moesys.launchers.failure import Outcome, clear_traces, first_cause, log_file, name, outcome
 from moesys.launchers.port import ReservedPort
 from moesys.launchers.processes import Ended, Processes
 from moesys.launchers.spec import RunSpec
 from moesys.loopback import LOOPBACK
+from moesys.train import device
 from moesys.train.ending import Failure, Kind
 from moesys.words import plural
 

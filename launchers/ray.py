@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from moesys import leftovers
 from moesys.errors import LaunchError
-from moesys.launchers import device, foreign
+from moesys.launchers import foreign
 from moesys.launchers.address import ray_address
 from moesys.launchers.failure import Outcome, clear_traces
 from moesys.launchers.ray_worker import Task
 from moesys.launchers.spec import RunSpec, default_threads
 from moesys.loopback import LOOPBACK
+from moesys.train import device
 from moesys.words import plural
 
 if TYPE_CHECKING:

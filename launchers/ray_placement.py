@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from moesys.config.schema import Config
 from moesys.errors import LaunchError
-from moesys.launchers import device
 from moesys.launchers.ray_cluster import Node
+from moesys.train import device
 from moesys.words import plural
 
 NODE_ID_LABEL = "ray.io/node-id"

@@ -12,9 +12,10 @@ from rich.table import Table
 from moesys.files import write_json, write_whole
 from moesys.measure.choice import newest
 from moesys.measure.explanation import Explanation
+from moesys.measure.recorded import read_steps
 from moesys.measure.report import compare, run
 from moesys.measure.report.run import ReportError, Run
-from moesys.measure.step import Step, read_steps
+from moesys.measure.step import Step
 
 
 def command(arguments: argparse.Namespace) -> int:

@@ -183,10 +183,15 @@ def bench_measure(arguments: argparse.Namespace) -> int:
     """Compare training steps with and without recording."""
     from moesys.train.checked import load_checked
 
-    config = load_checked(arguments.config, arguments.overrides)
-    from moesys.train.bench_measure import run
+    config = load_checked(arguments.config, arguments.overrides, with_data=arguments.simulate is None)
+    from moesys.train import bench_measure
 
-    result = run(config, arguments.rounds, arguments.steps)
+    if arguments.simulate is not None:
+        simulated = bench_measure.simulated(config, arguments.simulate)
+        print("\n".join(simulated.lines()))
+        _write_json(arguments.json, simulated.as_json)
+        return 0
+    result = bench_measure.run(config, arguments.rounds, arguments.steps)
     print("\n".join(result.lines()))
     _write_json(arguments.json, result.as_json)
     return 0

@@ -209,7 +209,10 @@ def _bench(commands: argparse._SubParsersAction[Parser]) -> None:
     a2a_options(_configured(bench, "a2a", text, f"{quickstart} --profile links.yaml", "measuring.md", what=file))
     text = "what recording communication costs"
     steps = "training steps per round of each side, at least"
-    _rounds(_configured(bench, "measure", text, quickstart, guide), 15, steps)
+    sub = _configured(bench, "measure", text, quickstart, guide)
+    _rounds(sub, 15, steps)
+    what = "what bringing twenty recorded steps of so many ranks together costs rank 0, instead; the others are played"
+    sub.add_argument("--simulate", type=count, metavar="RANKS", help=what)
     text = "Megatron-Core's model with this project's MoE layer and with its own"
     sub = _configured(bench, "megatron", text, "configs/quickstart-megatron.yaml", guide)
     _rounds(sub, 3, "training steps per round of each side")

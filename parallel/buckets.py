@@ -52,9 +52,10 @@ class Bucket:
     @torch.no_grad()
     def start(self) -> None:
         """Start the sum. A gradient that backward left out is zero."""
-        grads = [local(_gradient(p)) for p in self.params]
+        grads = [local(completed(p)) for p in self.params]
         if len(grads) == 1 and grads[0].is_contiguous():
             flat = grads[0].view(-1)
+            _replace(self.params[0], grads[0])  # a term of the sum, laid out as one, becomes the sum
         else:
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             pieces = flat.split([grad.numel() for grad in grads])
@@ -70,10 +71,22 @@ class Bucket:
         self.awaited = set(map(id, self.params))
 
 
-def _gradient(p: nn.Parameter) -> Tensor:
+def completed(p: nn.Parameter) -> Tensor:
+    """The gradient of p, zeros if there is none, laid out as p is unless it is a partial sum of what p holds whole."""
     if p.grad is None:
         p.grad = torch.zeros_like(p)
+    elif (
+        isinstance(p, DTensor) and isinstance(p.grad, DTensor) and not _partial(p) and p.grad.placements != p.placements
+    ):
+        p.grad = p.grad.redistribute(placements=p.placements)
     return p.grad
+
+
+def _partial(p: nn.Parameter) -> bool:
+    """Whether each rank of p's mesh holds p whole, and a term of its gradient."""
+    if not isinstance(p, DTensor) or not isinstance(p.grad, DTensor) or p.device_mesh.ndim > 1:
+        return False
+    return p.placements[0].is_replicate() and p.grad.placements[0].is_partial("sum")
 
 
 def _replace(p: nn.Parameter, grad: Tensor) -> None:
@@ -85,16 +98,12 @@ def _replace(p: nn.Parameter, grad: Tensor) -> None:
 
 @torch.no_grad()
 def sum_partial(params: Iterable[nn.Parameter]) -> None:
-    """Make whole the gradients that are laid out as partial sums over the mesh of their parameters."""
+    """Sum gradients over the ranks that hold their parameters whole and a term of the gradient each."""
     found: dict[str, tuple[dist.ProcessGroup, list[nn.Parameter]]] = {}
     for p in params:
-        if not isinstance(p, DTensor) or not isinstance(p.grad, DTensor) or p.grad.placements == p.placements:
-            continue
-        if p.device_mesh.ndim == 1 and p.placements[0].is_replicate() and p.grad.placements[0].is_partial("sum"):
+        if _partial(p) and isinstance(p, DTensor):
             group = p.device_mesh.get_group()
             found.setdefault(group.group_name, (group, []))[1].append(p)
-        else:
-            p.grad = p.grad.redistribute(placements=p.placements)
     buckets = [Bucket(some, group, comm.NOWHERE) for group, every in found.values() for some in divided(every)]
     for bucket in buckets:
         bucket.start()

@@ -26,8 +26,8 @@ class Way(NamedTuple):
     """What rows travel for.
 
     `level`: "flat", "inter" nodes or "intra" a node for rows to experts and back, "" for anything else.
-    `layer`: the name of their MoE layer. `part`: "dispatch" to the experts, "combine" back from them; "step" or "data".
-    `backward`: whether they are gradients.
+    `layer`: the name of their MoE layer. `part`: "dispatch" to the experts, "combine" back from them; "step", "data"
+    or "context". `backward`: whether they are gradients.
     """
 
     level: str = ""
@@ -48,6 +48,9 @@ STEP = Way(part="step")
 GRADIENTS = Way(part="data", backward=True)
 """Of gradients that are summed over ranks with other data."""
 
+CONTEXT = Way(part="context")
+"""Of keys and values of the whole sequence."""
+
 
 @dataclass
 class Event:
@@ -55,9 +58,11 @@ class Event:
 
     `begin` is when it was started, `waited` when its result was needed, `end` when it was there; `met` is
     when all ranks had arrived, where an `audit` made them wait for each other before anything travelled.
-    `bytes` is S of nccl-tests: what this rank contributes, its own part included (the gathered size of an
-    all-gather or a reduce-scatter; what is reduced in an all-reduce); of a message its size. `sent` is how much of
-    it goes to each of `ranks`, in their order, where that is known.
+    `bytes` is S of nccl-tests: what this rank contributes, its own part included (the whole, over all ranks, of an
+    all-gather, a reduce-scatter, a gather or a scatter; once what is reduced in an all-reduce or a reduce, and what is
+    sent in a broadcast); of a message its size. `sent` is how much of it goes to each of `ranks`, in their order, where
+    that is known. `by` is the dimension of parallelism whose code started it, where that is known and `way` does not
+    say so: several dimensions may have one group.
     """
 
     kind: str
@@ -70,6 +75,7 @@ class Event:
     ranks: tuple[int, ...] = ()
     sent: tuple[int, ...] = ()
     met: Time | None = None
+    by: str = ""
 
     @property
     def level(self) -> str:
@@ -115,6 +121,11 @@ def record(audit: bool = False) -> Iterator[list[Event]]:
         if outer is not None:
             outer.extend(_recording)
         _recording, _audit = outer, audited
+
+
+def recording() -> bool:
+    """Whether collectives are recorded now."""
+    return _recording is not None
 
 
 def note(event: Event) -> None:

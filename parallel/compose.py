@@ -81,18 +81,16 @@ class Composed:
         mine = self._mine(tokens, labels, samples)
         if counting_passes(self.config, self.mesh.degrees.dp):
             self._count(mine)
-        with self.loss.context():
-            return self.engine.train(*mine)
+        return self.engine.train(*mine)
 
-    def after_step(self) -> None:
-        """Let gates that follow the global batch see it. Collective over each pipeline stage."""
+    def after_step(self, skipped: Tensor) -> None:
+        """Let gates that follow the global batch see it, or forget a step that is `skipped`: bool [], the same on all
+        ranks, for which the host does not wait. Collective over each pipeline stage."""
         for gate, total in step_totals([layer.gate for layer in self.moe_layers().values()], self.mesh):
+            kept = {name: buffer.clone() for name, buffer in gate.state_dict_buffers()}
             gate.after_step(total)
-
-    def skip_step(self) -> None:
-        """Let gates forget a step that updates nothing."""
-        for layer in self.moe_layers().values():
-            layer.gate.skip_step()
+            for name, buffer in gate.state_dict_buffers():
+                buffer.copy_(torch.where(skipped, kept[name], buffer))
 
     def _count(self, mine: tuple[Tensor, Tensor]) -> None:
         """Let gates that must know the global batch before they route see it: a forward pass, as in training."""
@@ -105,9 +103,8 @@ class Composed:
         return self._forward(self._mine(tokens, labels, samples))
 
     def _forward(self, mine: tuple[Tensor, Tensor]) -> Tensor:
-        with self.loss.context():
-            loss = self.engine.evaluate(*mine)
-        # Without a backward FSDP leaves its root's parameters whole: they would be saved as such.
+        loss = self.engine.evaluate(*mine)
+        # Without a backward FSDP leaves whole what it keeps for one: it would be saved as such.
         for part in self.parts:
             for module in part.modules():
                 if isinstance(module, FSDPModule):
@@ -127,14 +124,17 @@ class Composed:
         return numbered[:, positions], labels[:, positions]
 
 
-def compose(config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None) -> Composed:
+def compose(
+    config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+) -> Composed:
     """Build this rank's part of the model, on the meta device first, and initialise it.
 
-    Collective over the world. `dtype` is the type of the weights, default float32.
+    Collective over the world. `dtype` is the type of the weights, default float32; without `draw` these are NaN,
+    for a checkpoint to overwrite.
     """
     every = pipeline.stages(config, vocab_size)
     mine = every[mesh.place["pp"] :: config.parallel.pp]
-    parts = [_part(config, mesh, vocab_size, stage, dtype or torch.float32) for stage in mine]
+    parts = [_part(config, mesh, vocab_size, stage, dtype or torch.float32, draw) for stage in mine]
     t = config.train
     micro_batches = t.global_batch // (mesh.degrees.dp * t.micro_batch)
     for part in parts:
@@ -146,7 +146,7 @@ def compose(config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dt
     return Composed(config, mesh, parts, mine, engine, gradients, loss)
 
 
-def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dtype: torch.dtype) -> Decoder:
+def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dtype: torch.dtype, draw: bool) -> Decoder:
     stream = torch.bfloat16 if config.train.dtype == "bfloat16" else dtype
     with torch.device("meta"):
         model = Decoder(config.model, vocab_size, stream).to(dtype)
@@ -165,7 +165,7 @@ def _part(config: Config, mesh: ParallelMesh, vocab_size: int, stage: Stage, dty
     if config.model.tie_embeddings and model.head is not None and model.embed is not None:
         # to_empty replaces plain parameters, one module at a time; DTensors keep their identity.
         model.head.weight = model.embed.weight
-    initialise(model, config.seed, config.model.init_std, config.model.tie_embeddings)
+    initialise(model, config.seed, config.model.init_std, config.model.tie_embeddings, draw)
     return model
 
 

@@ -68,5 +68,5 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     group = mesh.group("cp")
     if group is not None:
         for attention in (block.get_submodule("attention") for block in model.layers.values()):
-            attention.core = GatheredCore(group)
+            attention.core = GatheredCore(group, config.train.seq_len)
     return model

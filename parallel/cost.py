@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from moesys.config.schema import Config
@@ -110,6 +111,10 @@ class StepShape:
 
     def weights(self) -> list[Weight]:
         """Weights of the stage, in full."""
+        return self._weights
+
+    @cached_property
+    def _weights(self) -> list[Weight]:
         tied = self.config.model.tie_embeddings
         every = weights(self.config.model, self.vocab_size)
         return [w for w in every if self.stage.holds(w, tied)]

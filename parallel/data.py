@@ -98,28 +98,30 @@ def summed_over_shards(shape: StepShape) -> float:
 
 
 def _gathers(shape: StepShape, where: Callable[[Weight], bool], axes: tuple[str, ...]) -> list[Collective]:
-    """Weights of blocks, which are gathered for forward and again for backward of every micro-batch, and all others.
+    def moved(passes: int) -> float:
+        return shape.width * shape.held(unsharded=True, where=lambda w: where(w) and _passes(shape, w) == passes)
 
-    Of the others backward needs some at once (the head) or throughout (the last norm), which stay whole, and the
-    embedding not at all. A pipeline gathers all weights once and keeps them; so does Megatron, whose optimizer gives
-    what it updated to all.
+    counts = sorted({_passes(shape, weight) for weight in shape.weights() if where(weight)}, reverse=True)
+    return [Collective("all_gather", axes, moved(passes), passes) for passes in counts]
+
+
+def _passes(shape: StepShape, weight: Weight) -> int:
+    """Times per step that a weight is gathered.
+
+    Those of blocks are gathered for forward and again for backward of every micro-batch. Of the others backward needs
+    some at once or throughout (the head, the last norm), which stay whole from forward to backward, and the embedding
+    not at all. A pipeline keeps all weights whole from their first use in a step to their last. Megatron's optimizer
+    gives what it updated to all.
     """
-    forwards, n = 1 + counting_passes(shape.config, shape.degrees.dp), shape.micro_batches
-    block, other = n * (forwards + 1), n * forwards
-    if shape.config.parallel.pp > 1:
-        block = other = forwards
+    counting, n = counting_passes(shape.config, shape.degrees.dp), shape.micro_batches
     if shape.config.engine == "megatron":
-        block = other = 1
-    if block == other:
-        return [Collective("all_gather", axes, shape.width * shape.held(unsharded=True, where=where), block)]
-    sizes = (
-        shape.held(unsharded=True, where=lambda w: where(w) and w.layer is not None),
-        shape.held(unsharded=True, where=lambda w: where(w) and w.layer is None),
-    )
-    return [
-        Collective("all_gather", axes, shape.width * sizes[0], block),
-        Collective("all_gather", axes, shape.width * sizes[1], other),
-    ]
+        return 1
+    if shape.degrees.pp > 1:
+        return 1 + counting
+    if weight.layer is not None:
+        return n * (2 + counting)
+    tied = shape.config.model.tie_embeddings
+    return n * (1 + counting) if weight.name == "embed.weight" and not tied else n + counting
 
 
 def routers(model: Module) -> Iterator[Parameter]:

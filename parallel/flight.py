@@ -131,18 +131,18 @@ def fly_home(x: Tensor, group: dist.ProcessGroup, way: Way = NOWHERE) -> Flight:
     )
 
 
-def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_rows(x: Tensor, group: dist.ProcessGroup, way: Way = NOWHERE) -> Tensor:
     """`gather` whose backward sums the gradients of each rank's rows (reduce-scatter). A compiler takes it."""
-    rows: Tensor = _GatherRows.apply(x, group)
+    rows: Tensor = _GatherRows.apply(x, group, way)
     return rows
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):  # type: ignore[override]
-        ctx.group = group
-        return start_gather(x, group).wait()
+    def forward(ctx, x, group, way):  # type: ignore[override]
+        ctx.group, ctx.way = group, way
+        return start_gather(x, group, way=way).wait()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        return start_reduce_scatter(grad, ctx.group, way=NOWHERE.back()).wait(), None
+        return start_reduce_scatter(grad, ctx.group, way=ctx.way.back()).wait(), None, None

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moesys.moe.gates import Gate
 from moesys.moe.layer import MoELayer
+from moesys.parallel.host import sent
 from moesys.parallel.mesh import Ranks
 
 
 def numbers(tokens: Tensor, samples: Sequence[int]) -> Tensor:
     """Each token's number in the run, int64 [B, S], of the sequences `samples`; below 0 where these are."""
     length = tokens.shape[1]
-    first = torch.tensor(samples, device=tokens.device)[:, None] * length
+    first = sent(torch.from_numpy(np.asarray(samples)), tokens.device)[:, None] * length
     return first + torch.arange(length, device=tokens.device)
 
 

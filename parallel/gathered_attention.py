@@ -5,32 +5,36 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from moesys.models.attention import attend
+from moesys.parallel.comm import CONTEXT
 from moesys.parallel.flight import gather_rows
 
 
 class GatheredCore(nn.Module):
     """`CausalCore` for a rank that holds chunks r and 2·cp−1−r of 2·cp (`moesys.parallel.context`)."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, seq_len: int):
+        """`seq_len`: tokens S of a whole sequence."""
         super().__init__()
         self.group = group
+        rank, cp = group.rank(), group.size()
+        size = seq_len // (2 * cp)
+        self.ends = [(chunk + 1) * size for chunk in (rank, 2 * cp - 1 - rank)]
+        """Where the keys end that each chunk of queries sees."""
+        self.biases = [causal_lower_right(size, end) for end in self.ends]
 
     def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
         """q [B, S/cp, h, d], k [B, S/cp, g, d], v [B, S/cp, g, dv] → [B, S/cp, h, dv]."""
         keys, values = self._whole(k_BSgd), self._whole(v_BSgd)
-        rank, cp = self.group.rank(), self.group.size()
-        size = q_BShd.shape[1] // 2
-        out = []
-        for chunk, q in zip((rank, 2 * cp - 1 - rank), q_BShd.split(size, dim=1), strict=True):
-            end = (chunk + 1) * size
-            out.append(attend(q, keys[:, :end], values[:, :end]))
+        parts = zip(q_BShd.chunk(2, dim=1), self.ends, self.biases, strict=True)
+        out = [attend(q, keys.narrow(1, 0, end), values.narrow(1, 0, end), bias) for q, end, bias in parts]
         return torch.cat(out, dim=1)
 
     def _whole(self, x_BSgd: Tensor) -> Tensor:
         """The whole sequence in its own order, from every rank's two chunks."""
         cp = self.group.size()
-        rows = gather_rows(x_BSgd.transpose(0, 1), self.group)
+        rows = gather_rows(x_BSgd.transpose(0, 1), self.group, CONTEXT)
         parts = rows.transpose(0, 1).chunk(2 * cp, dim=1)
         return torch.cat([*parts[::2], *reversed(parts[1::2])], dim=1)

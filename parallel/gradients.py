@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import inf, prod, sqrt
+from math import inf, prod
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from moesys.moe.layer import moe_layers
 from moesys.parallel import comm
-from moesys.parallel.buckets import Bucket, divided, sum_partial
+from moesys.parallel.buckets import Bucket, completed, divided, sum_partial
 from moesys.parallel.buckets import local as local
 from moesys.parallel.data import routers
 from moesys.parallel.mesh import ParallelMesh
@@ -45,12 +45,19 @@ class Gradients:
         self.mesh, self.tied = mesh, tied
         every = {id(p): p for part in parts for p in part.parameters()}.values()
         self.parameters = [p for p in every if p.requires_grad]
-        self._copies = [self._copies_of(p) for p in self.parameters]
+        copies = [self._copies_of(p) for p in self.parameters]
+        self._copies_P = torch.tensor(copies, device=mesh.device, dtype=torch.float64)
+        self.norms = torch.zeros(0, device=mesh.device)
+        """Of this rank's parts of the gradients, in the parameters' order, as `norm` found them: [P]."""
         routing = {id(p) for part in parts for p in routers(part)}
         groups = self._groups(parts, routing)
-        early = {id(p) for p in self.parameters if id(p) not in routing and not _whole_over_tensor_ranks(p)}
-        self._early = [_buckets(_backwards(part, early), groups) for part in parts]
-        self._late = _buckets((p for p in self.parameters if id(p) not in early), groups)
+        late = [p for p in self.parameters if id(p) in routing or _whole_over_tensor_ranks(p)]
+        early = {id(p) for p in self.parameters} - set(map(id, late))
+        orders = [_backwards(part, early) for part in parts]
+        orders[0] += late  # beside what backward completes last
+        of_parts = [_buckets(params, groups) for params in orders]
+        self._early = [[b for b in buckets if b.awaited <= early] for buckets in of_parts]
+        self._late = [b for b in of_parts[0] if not b.awaited <= early]
         # Of several stages the last is the first that backward completes.
         self._queue = [bucket for buckets in reversed(self._early) for bucket in buckets]
         self._started, self._completing = 0, False
@@ -119,8 +126,7 @@ class Gradients:
         for bucket in self._late:
             bucket.start()
         for p in self.parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+            completed(p)
         for bucket in (*self._queue, *self._late):
             bucket.wait()
         self._started = 0
@@ -129,25 +135,27 @@ class Gradients:
             bucket.start()
             bucket.wait()
 
-    def norm(self, loss: Tensor) -> tuple[float, float]:
+    def norm(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """The true global L2 norm of all gradients, over all dimensions of parallelism, and the sum of `loss`.
 
-        Each rank adds the squares of what it holds, divided by how many ranks hold the same: one
-        all-reduce of two numbers, whatever the layout, and one wait of the host. `loss`: this rank's share.
+        Both float64 [] on the device. Each rank adds the squares of what it holds, divided by how many ranks hold the
+        same: one all-reduce of two numbers, whatever the layout, and no wait of the host. `loss`: this rank's share.
         """
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         squares = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         if grads:
-            copies = torch.tensor(self._copies, device=self.mesh.device, dtype=torch.float64)
-            squares = (torch.stack(torch._foreach_norm(grads)).double().square() / copies).sum()
-        whole, total = comm.total(torch.stack([squares, loss.double()]), way=comm.STEP).tolist()
-        return sqrt(whole), total
+            self.norms = torch.stack(torch._foreach_norm(grads))
+            squares = (self.norms.double().square() / self._copies_P).sum()
+        whole, total = comm.total(torch.stack([squares, loss.double()]), way=comm.STEP)
+        return whole.sqrt(), total
 
-    def clip(self, limit: float | None, norm: float) -> None:
+    def clip(self, limit: float | None, norm: Tensor) -> None:
         """Scale the gradients, whose global norm is `norm`, so that it becomes `limit` at most."""
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         if grads and limit is not None and limit < inf:
-            torch._foreach_mul_(grads, min(1.0, limit / (norm + 1e-12)))
+            factor = (limit / (norm + 1e-12)).clamp(max=1.0)
+            for dtype in {grad.dtype for grad in grads}:
+                torch._foreach_mul_([grad for grad in grads if grad.dtype == dtype], factor.to(dtype))
 
 
 def _whole_over_tensor_ranks(p: nn.Parameter) -> bool:

@@ -1,12 +1,10 @@
 """Initial parameters that do not depend on the layout.
 
-Each parameter is drawn from a generator seeded by (seed, full name), experts' by their number too,
-over the full shape; a rank then takes its slice. So any combination starts from the same model.
+Each parameter is drawn from a generator seeded by (seed, full name), experts' by their number too, as if over the full
+shape; a rank draws its slice of it (`moesys.parallel.normals`). So any combination starts from the same model.
 """
 
 from __future__ import annotations
-
-import hashlib
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from moesys.models.size import kind
 from moesys.moe.gates import cosine
 from moesys.moe.layer import moe_layers
+from moesys.parallel.normals import Normals
 
 
 def canonical(name: str, tied: bool) -> str:
@@ -24,14 +23,18 @@ def canonical(name: str, tied: bool) -> str:
     return "embed.weight" if tied and name == "head.weight" else name
 
 
-def initialise(part: nn.Module, seed: int, std: float, tied: bool) -> None:
+def initialise(part: nn.Module, seed: int, std: float, tied: bool, draw: bool = True) -> None:
     """Fill every parameter of `part` and reset its gates.
 
-    Norms get ones, biases and LoRA's second factors zeros, temperatures their start, all others N(0, std²).
+    Norms get ones, biases and LoRA's second factors zeros, temperatures their start, all others N(0, std²). Without
+    `draw` all get NaN: a checkpoint is to overwrite them, and what it leaves is then told by its name.
     """
     with torch.no_grad():
         for name, param in part.named_parameters():
-            _fill(param, canonical(name, tied), seed, std)
+            if draw:
+                _fill(param, canonical(name, tied), seed, std)
+            else:
+                (param.to_local() if isinstance(param, DTensor) else param).fill_(torch.nan)
         for layer in moe_layers(part).values():
             layer.gate.reset_state()
 
@@ -60,12 +63,11 @@ def initial(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: 
 
 def _draw(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: int, std: float) -> Tensor:
     if name.split(".")[-2] != "experts":  # of these each expert has its own, whatever their number and slices
-        return _normal(shape, f"{seed}/{name}", std)[slices]
+        return Normals(shape, f"{seed}/{name}", std).part(slices)
     numbers = range(*slices[0].indices(shape[0]))
-    return torch.stack([_normal(shape[1:], f"{seed}/{name}/{e}", std)[slices[1:]] for e in numbers])
-
-
-def _normal(shape: tuple[int, ...], key: str, std: float) -> Tensor:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    out: Tensor | None = None
+    for place, expert in enumerate(numbers):
+        part = Normals(shape[1:], f"{seed}/{name}/{expert}", std).part(slices[1:])
+        out = part.new_empty(len(numbers), *part.shape) if out is None else out
+        out[place] = part
+    return torch.empty(0) if out is None else out

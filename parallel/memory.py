@@ -117,8 +117,9 @@ def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> 
         query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         core = 2 * query + 2 * a.heads * a.v_head_dim
     else:
-        # On CPU keys and values are repeated for every query head.
-        keys = a.heads if config.cluster.device == "cpu" else a.kv_heads or a.heads
+        # Flash attention alone takes grouped heads: on CPU, and in float32, each query head gets its copy of a key.
+        repeated = config.cluster.device == "cpu" or config.train.dtype == "float32"
+        keys = a.heads if repeated else a.kv_heads or a.heads
         core = (2 * a.heads + 2 * keys) * m.head_dim
     # A norm keeps its input alone, on the sequence's shards also what it scaled.
     streams = 3 if tp > 1 and config.parallel.sp else 2
@@ -141,9 +142,12 @@ def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
         kept += m.hidden + moe.ffn_hidden + (parts + 1) * moe.lora_rank
     routed = moe.mean_choices * kept + kept_rows(shape) * m.hidden
     routed *= moe.rows_per_token(shape.config.train.seq_len)
+    if moe.shared_experts:
+        # The outputs of the branches that a mix has factors for.
+        routed += {"add": 0, "gate": 1, "residual": 2, "cmr": 2}[moe.shared_mix] * m.hidden
     return (routed + 4 * moe.experts + inner * (1 if moe.gated else 0.5) * moe.shared_width) / tp
 
 
 def _head(shape: StepShape) -> float:
-    """Logits and their log-probabilities, float32, of one micro-batch."""
-    return 2 * 4 * shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp
+    """Logits of one micro-batch, which become their gradient (`moesys.parallel.loss`)."""
+    return shape.width * shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  (registers the backend "fake")
 
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees
+from moesys.parallel.timeout import set_timeout
 
 
 class Ranks:
@@ -108,5 +108,5 @@ class ParallelMesh(Ranks):
         groups = {group.group_name: group for _, group in self.groups()}
         for name in sorted(groups):
             dist.all_reduce(torch.zeros(1, device=self.device), group=groups[name])
-            _set_pg_timeout(timeout, groups[name])
-        _set_pg_timeout(timeout, dist.group.WORLD)
+            set_timeout(timeout, groups[name])
+        set_timeout(timeout, dist.group.WORLD)

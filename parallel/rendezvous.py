@@ -13,7 +13,10 @@ import socket
 from collections.abc import Mapping
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+
+from moesys.errors import MoesysError
 
 EVERYWHERE = ""
 """In place of an address: all interfaces."""
@@ -68,18 +71,21 @@ def address_to_bind(host: str, several_nodes: bool) -> str:
     return address
 
 
-def join(backend: str, timeout: timedelta, env: Mapping[str, str] | None = None) -> None:
+def join(device: str, timeout: timedelta, env: Mapping[str, str] | None = None) -> None:
     """Join the process group that `env` describes: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun has them.
 
-    `env` defaults to this process's environment, `LOCAL_WORLD_SIZE` to `WORLD_SIZE`. `timeout` is that of the store
-    and of the process group. Under torchrun, which keeps a store itself, that one is used.
+    `device` is "cuda" or "cpu", as in `enter`. `env` defaults to this process's environment, `LOCAL_WORLD_SIZE` to
+    `WORLD_SIZE`. `timeout` is that of the store and of the process group. Under torchrun, which keeps a store itself,
+    that one is used.
 
     Raises:
         torch.distributed.DistNetworkError: rank 0 cannot listen on MASTER_PORT; as torch's own store says it.
+        MoesysError: another rank computes on this one's GPU.
     """
     env = os.environ if env is None else env
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "MASTER_ADDR" not in env:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        enter(device, store, rank, world, timeout)
         return
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
@@ -88,7 +94,41 @@ def join(backend: str, timeout: timedelta, env: Mapping[str, str] | None = None)
         store = _kept(host, port, world, several, timeout)
     else:
         store = dist.TCPStore(host, port, world, is_master=False, timeout=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    enter(device, store, rank, world, timeout)
+
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+"""What carries the tensors of a device."""
+
+
+def enter(device: str, store: dist.Store, rank: int, world: int, timeout: timedelta) -> None:
+    """Make the process group of `world` ranks that meet at `store`, for tensors on `device`: "cuda" or "cpu".
+
+    A GPU is the current one: NCCL connects all ranks at once, and groups are split off this connection, one call for
+    all groups of an axis. Otherwise each group connects on first use, and all ranks make the groups of all.
+
+    Raises:
+        MoesysError: another rank computes on this one's GPU.
+    """
+    if device != "cuda":
+        dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=world, timeout=timeout)
+        return
+    own = torch.device("cuda", torch.cuda.current_device())
+    claim(store, str(torch.cuda.get_device_properties(own).uuid), rank)
+    dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=world, timeout=timeout, device_id=own)
+
+
+def claim(store: dist.Store, gpu: str, rank: int) -> None:
+    """Say at `store` that this rank alone computes on a GPU, which is known by its name in the whole world.
+
+    Raises:
+        MoesysError: another rank has said so of the same.
+    """
+    if store.add(f"moesys/gpu/{gpu}", 1) > 1:
+        place = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        rule = f"rank {rank} on {socket.gethostname()} has the same GPU as another rank ({gpu}; visible: {place})"
+        remedy = "set cluster.ranks_per_node to the GPUs of a node, or give each worker its own (Slurm's gpus-per-task)"
+        raise MoesysError(f"{rule}, and none is shared\n    remedy: {remedy}")
 
 
 def _kept(host: str, port: int, world: int, several_nodes: bool, timeout: timedelta) -> dist.TCPStore:

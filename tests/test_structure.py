@@ -63,3 +63,28 @@ sys.exit(cli.main(["config", "configs/mixtral-8x7b-16x8gpu.yaml", "--check"]))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mixtral-8x7b-16x8gpu: legal on 128 ranks; memory of the fullest rank" in done.stdout
+
+
+LACKING = ("torch", "ray", "megatron", "transformers", "triton")
+"""What a machine need not have that only reads configurations and data, plans and submits."""
+
+WITHOUT_TORCH = ("config", "data", "launchers.launch", "launchers.slurm", "launchers.dry_run", "launchers.what_if")
+WITHOUT_TORCH += ("parallel.dimension", "parallel.cost", "parallel.memory", "models.size", "train.checked", "cli")
+
+
+def test_what_needs_no_torch_runs_without_it():
+    code = f"""
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({LACKING!r}))
+for name in {WITHOUT_TORCH!r}:
+    module = importlib.import_module("moesys." + name)
+    for below in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        importlib.import_module(f"moesys.{{name}}.{{below.name}}")
+from moesys import cli
+for words in (["config", "FILE", "--check"], ["config", "FILE"], ["launch", "FILE", "--dry-run", "--launcher=slurm"]):
+    assert cli.main([word.replace("FILE", "configs/mixtral-8x7b-16x8gpu.yaml") for word in words]) == 0, words
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "legal on 128 ranks" in done.stdout and "#SBATCH" in done.stdout

@@ -8,11 +8,12 @@ longer because it had more rows is *uneven*; the rest is *late*.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moesys.measure.explanation import Causes
-from moesys.measure.step import RankStep, Step, Travel
+from moesys.measure.meet import Member, meeting
+from moesys.measure.step import Meeting, RankStep, Step, Travel
 
 AFTER_EXPERTS = {("combine", False), ("dispatch", True)}
 """What travels when experts have computed: part, and whether backward."""
@@ -47,12 +48,49 @@ class Cost:
 
 def costs(step: Step) -> dict[int, list[Cost]]:
     """Every travel of the step taken apart, by rank, in the order in which they were waited for."""
-    computed = {r.rank: dict(_computed(r)) for r in step.ranks}
-    found: dict[int, list[Cost]] = {r.rank: [] for r in step.ranks}
+    met = meetings(step)
+    return {r.rank: rank_costs(r, met[r.rank]) for r in step.ranks}
+
+
+def rank_costs(r: RankStep, met: Sequence[Meeting]) -> list[Cost]:
+    """Every travel of a rank taken apart, given its meeting, in the order in which they were waited for."""
+    here = dict(computed(r))
+    found = [_taken_apart(r.rank, t, m, here.get(id(t))) for t, m in zip(r.travels, met, strict=True)]
+    return sorted(found, key=lambda c: c.travel.waited)
+
+
+def meetings(step: Step) -> dict[int, Sequence[Meeting]]:
+    """What is known of each rank's travels, in their order: as its ranks told it, else by matching their travels."""
+    if all(r.meetings is not None for r in step.ranks):
+        return {r.rank: r.meetings or () for r in step.ranks}
+    found = {}
+    for travels, members in matches(step):
+        told = meeting(members, next(iter(travels.values())).ranks)
+        found.update({id(t): told for t in travels.values()})
+    # A damaged record may have a collective twice.
+    return {r.rank: [found.get(id(t)) or _alone(r.rank, t) for t in r.travels] for r in step.ranks}
+
+
+def _alone(rank: int, t: Travel) -> Meeting:
+    """Of a travel that nobody else has told of."""
+    return Meeting(t.begin, rank, False, None, t.bytes, 1.0, None)
+
+
+def matches(step: Step) -> Iterator[tuple[dict[int, Travel], list[Member]]]:
+    """Every collective or message: its travels by rank, and the same as its members tell each other."""
+    after = {r.rank: dict(computed(r)) for r in step.ranks}
     for travels in matched(step).values():
-        for cost in _taken_apart(travels, computed):
-            found[cost.rank].append(cost)
-    return {rank: sorted(mine, key=lambda c: c.travel.waited) for rank, mine in found.items()}
+        yield travels, [member(rank, t, after[rank].get(id(t))) for rank, t in travels.items()]
+
+
+def member(rank: int, t: Travel, after: float | None) -> Member:
+    """What a rank tells the others of its group; `after`: seconds that its experts had computed before."""
+    return Member(rank, t.begin, t.waited, t.end, t.met, t.bytes, after, t.sent)
+
+
+def key_of(travel: Travel) -> tuple[object, ...]:
+    """The same for all ranks of a collective or message."""
+    return travel.purpose, travel.ranks, travel.kind in ("send", "recv"), travel.number
 
 
 def matched(step: Step) -> dict[tuple[object, ...], dict[int, Travel]]:
@@ -60,65 +98,42 @@ def matched(step: Step) -> dict[tuple[object, ...], dict[int, Travel]]:
     found: dict[tuple[object, ...], dict[int, Travel]] = defaultdict(dict)
     for r in step.ranks:
         for travel in r.travels:
-            message = travel.kind in ("send", "recv")
-            found[travel.purpose, travel.ranks, message, travel.number][r.rank] = travel
+            found[key_of(travel)][r.rank] = travel
     return found
 
 
-def _taken_apart(travels: Mapping[int, Travel], computed: Mapping[int, Mapping[int, float]]) -> Iterator[Cost]:
-    last = max(travels, key=lambda rank: travels[rank].begin)
-    whole, even = set(travels) == set(travels[last].ranks) and len(travels) > 1, evenness(travels)
-    for rank, t in _without_meeting(travels).items():
-        seconds = sum(max(0.0, end - begin) for begin, end in t.exposed)
-        wait, arrived = 0.0, travels[last].begin
-        if t.met is not None:
-            wait = t.met - t.begin
-        elif t.kind != "send":
-            wait = max(0.0, min(t.end, arrived) - t.waited)
-        uneven = 0.0
-        if rank != last and wait > 0 and (t.part, t.backward) in AFTER_EXPERTS:
-            here, there = (computed[r].get(id(travels[r])) for r in (rank, last))
-            uneven = min(wait, _longer(t, travels[last], here, there))
-        rest = (seconds - wait, 0.0) if whole else (0.0, seconds - wait)
-        yield Cost(rank, t, wait, *rest, uneven, last if rank != last and wait > 0 else None, even)
+def _taken_apart(rank: int, t: Travel, met: Meeting, here: float | None) -> Cost:
+    if t.met is not None and met.least is not None:
+        t = replace(t, met=t.met - met.least)  # without what the meeting itself took, which the last rank tells
+    seconds = sum(max(0.0, end - begin) for begin, end in t.exposed)
+    wait = 0.0
+    if t.met is not None:
+        wait = t.met - t.begin
+    elif t.kind != "send":
+        wait = max(0.0, min(t.end, met.arrived) - t.waited)
+    uneven = 0.0
+    if rank != met.last and wait > 0 and (t.part, t.backward) in AFTER_EXPERTS:
+        uneven = min(wait, _longer(t, met, here))
+    rest = (seconds - wait, 0.0) if met.whole else (0.0, seconds - wait)
+    return Cost(rank, t, wait, *rest, uneven, met.last if rank != met.last and wait > 0 else None, met.evenness)
 
 
-def _without_meeting(travels: Mapping[int, Travel]) -> Mapping[int, Travel]:
-    """In an audit: without what the meeting itself took, which the last rank to come tells."""
-    met = {rank: t.met - t.begin for rank, t in travels.items() if t.met is not None}
-    if len(met) < len(travels):
-        return travels
-    least = min(met.values())
-    return {rank: replace(t, met=t.begin + met[rank] - least) for rank, t in travels.items()}
-
-
-def evenness(travels: Mapping[int, Travel]) -> float:
-    """Of a collective: bytes to and from others, mean over its ranks / most; 1 if any rank's are not known."""
-    sent = {rank: dict(zip(t.ranks, t.sent, strict=False)) for rank, t in travels.items()}
-    if any(rank not in row for rank, row in sent.items()) or len(sent) < len(next(iter(travels.values())).ranks):
-        return 1.0
-    moved = []
-    for rank in sent:
-        others = [peer for peer in sent if peer != rank]
-        moved.append(max(sum(sent[rank].get(p, 0) for p in others), sum(sent[p].get(rank, 0) for p in others)))
-    return sum(moved) / len(moved) / max(moved) if max(moved) > 0 else 1.0
-
-
-def _longer(mine: Travel, theirs: Travel, here: float | None, there: float | None) -> float:
-    """Seconds by which the other rank's experts computed longer for having more rows.
+def _longer(mine: Travel, met: Meeting, here: float | None) -> float:
+    """Seconds by which the last rank's experts computed longer for having more rows.
 
     Never more than rows explain: a rank that has a tenth more rows may take a tenth longer. Rows can be
     told from bytes where each row returns to where it came from.
     """
+    there = met.computed
     if here is None or there is None:
         return 0.0
     longer = max(0.0, there - here)
-    if theirs.kind.startswith("all_to_all") and theirs.level == "flat":
-        longer = min(longer, there * max(0.0, 1 - mine.bytes / theirs.bytes)) if theirs.bytes else 0.0
+    if mine.kind.startswith("all_to_all") and mine.level == "flat":
+        longer = min(longer, there * max(0.0, 1 - mine.bytes / met.bytes)) if met.bytes else 0.0
     return longer
 
 
-def _computed(r: RankStep) -> Iterator[tuple[int, float]]:
+def computed(r: RankStep) -> Iterator[tuple[int, float]]:
     """For every travel that follows experts' computation, by identity: the seconds that these took.
 
     From the end of the last travel towards the experts that had ended before it began.
@@ -132,10 +147,9 @@ def _computed(r: RankStep) -> Iterator[tuple[int, float]]:
                     yield id(t), t.begin - max(ended)
 
 
-def experts_seconds(steps: Iterable[Step]) -> float:
-    """Seconds that experts computed, per step and rank, as told by what travelled before and after."""
-    ranks = [r for step in steps for r in step.ranks]
-    return sum(seconds for r in ranks for _, seconds in _computed(r)) / max(1, len(ranks))
+def experts_seconds(r: RankStep) -> float:
+    """Seconds that its experts computed, as told by what travelled before and after."""
+    return sum(seconds for _, seconds in computed(r))
 
 
 def passes(travels: Iterable[Travel]) -> list[list[Travel]]:

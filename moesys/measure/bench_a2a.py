@@ -1,7 +1,8 @@
 """A benchmark of collectives in the manner of nccl-tests, on all ranks of a run. Collective over the world.
 
 Every iteration begins with a barrier, which is not timed. A rank's time is from its begin to its end; on
-one clock for all ranks it divides into *wait*, until the last rank of its group began, and *transfer*.
+one clock for all ranks it divides into *wait*, until the last rank of its group began, and *transfer*. On GPUs no
+clock is shared: there streams meet in an all-reduce first, and a rank's time is the duration between two events.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moesys.config.schema import Config
-from moesys.measure import clocks, traffic
+from moesys.measure import clocks, pattern, traffic
 from moesys.measure.bench_result import Result, Samples
 from moesys.measure.sizes import COLLECTIVES, GROUPS
 from moesys.measure.traffic import Matrix
@@ -160,8 +162,9 @@ class Case:
         column = [line[self.rank] // self.grain for line in self.sent]
         self.splits = row, column
         elements, arriving = self._elements(row, column)
-        self.x = self._pattern(self.rank, elements).to(device)
+        self.x = torch.empty(elements, dtype=dtype, device=device)
         self.out = torch.zeros(arriving, dtype=dtype, device=device)
+        self._fill()
 
     def _sent(self) -> Matrix:
         """Bytes from each rank of the group to each."""
@@ -204,37 +207,52 @@ class Case:
 
     def wrong(self) -> int:
         """Elements that a call gets wrong on this rank."""
-        if self.kind == "all_reduce":
-            self.x = self._pattern(self.rank, len(self.x)).to(self.device)
+        self._fill()
         self.call()
-        result = self.x if self.kind == "all_reduce" else self.out
-        wrong = int((result.cpu() != self.expected()).sum())
+        wrong = self.differing(self.x if self.kind == "all_reduce" else self.out)
         if self.kind == "all_reduce":
             self.x.zero_()  # sums of sums would grow beyond all numbers
         return wrong
 
-    def expected(self) -> Tensor:
-        """What this rank must have after a call, computed without communication."""
-        ranks = range(self.n)
-        if self.kind == "all_gather":
-            return torch.cat([self._pattern(i, len(self.x)) for i in ranks])
-        if self.kind in SUMS:
-            total = torch.zeros(len(self.x), dtype=self.dtype)
-            for i in ranks:
-                total += self._pattern(i, len(self.x))
-            part = len(self.out)
-            return total[self.rank * part :][:part] if part else total
-        parts = []
-        for i in ranks:
-            ends = [0]
-            for value in self.sent[i]:
-                ends.append(ends[-1] + value // self.grain)
-            a, b = list(pairwise(ends))[self.rank]
-            parts.append(self._pattern(i, ends[-1])[a:b])
-        return torch.cat(parts)
+    def differing(self, result: Tensor) -> int:
+        """Elements of `result` that are not what this rank must have after a call, found where they lie."""
+        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+        for part in _chunks(len(result)):
+            wrong += (result[part].float() != self._expected(self._places(part))).sum()
+        return int(wrong)
 
-    def _pattern(self, rank: int, elements: int) -> Tensor:
-        return pattern(rank, elements, self.dtype, self.n if self.kind in SUMS else 1)
+    def _fill(self) -> None:
+        for part in _chunks(len(self.x)):
+            place = self._places(part)
+            if self.kind in SUMS:
+                values = pattern.added(self.rank, place, self.n, self.dtype)
+            else:
+                values = pattern.sent(self.rank, place)
+            self.x[part] = values.float().to(self.dtype)
+
+    def _places(self, part: slice) -> Tensor:
+        return torch.arange(part.start, part.stop, device=self.device)
+
+    def _expected(self, place: Tensor) -> Tensor:
+        """The elements at places `place` of what this rank must have, float32."""
+        if self.kind in SUMS:
+            first = self.rank * len(self.out) if self.kind == "reduce_scatter" else 0
+            return pattern.totals(place + first, self.n, self.dtype).float()
+        if self.kind == "all_gather":
+            return pattern.sent(place // len(self.x), place % len(self.x)).float()
+        behind, shift = self._arrivals
+        sender = torch.searchsorted(behind, place, right=True)
+        return pattern.sent(sender, place + shift[sender]).float()
+
+    @cached_property
+    def _arrivals(self) -> tuple[Tensor, Tensor]:
+        """Of each sender: behind which place its part of what arrives ends, and how far it is from there to its place
+        in what that rank sent."""
+        matrix = np.asarray(self.sent) // self.grain
+        column = matrix[:, self.rank]
+        behind = column.cumsum()
+        shift = matrix[:, : self.rank].sum(1) - (behind - column)
+        return torch.from_numpy(behind).to(self.device), torch.from_numpy(shift).to(self.device)
 
     def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> Result | None:
         """Time it on all ranks; the result on rank 0, else None."""
@@ -270,9 +288,10 @@ def timed(
     sides: list[tuple[list[Stamp], Callable[[], object]]] = [(own, call)]
     if bare is not None:
         sides = [(plain, bare), *sides, (plain, bare)]
+    together = Together(device, on_host)
     for number in range(options.warmup + options.iterations):
         for stamps, run_once in sides:
-            dist.barrier(on_host)
+            together.meet()
             begin = comm.now(device)
             run_once()
             stamp = begin, comm.now(device)
@@ -281,30 +300,50 @@ def timed(
     return _seconds(own, offset, device), _seconds(plain, offset, device)
 
 
+class Together:
+    """The begin of an iteration on all ranks at one time, as near as can be.
+
+    A barrier of the hosts does not align what their GPUs do. There the streams meet in an all-reduce of one number,
+    behind so much work that the hosts have started what is timed before it begins: what the launch itself takes is
+    not in the times. (DeepEP's benchmarks put a GPU to sleep for that.) The work also empties the cache.
+    """
+
+    def __init__(self, device: torch.device, on_host: dist.ProcessGroup):
+        self.device, self.on_host = device, on_host
+        if device.type == "cuda":
+            self.work = torch.empty(2**28, dtype=torch.uint8, device=device)
+            self.one = torch.zeros(1, device=device)
+
+    def meet(self) -> None:
+        """Collective over the world."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier(self.on_host)
+        if self.device.type == "cuda":
+            for _ in range(4):
+                self.work.zero_()
+            dist.all_reduce(self.one)
+
+
 Stamp = tuple[comm.Time, comm.Time]
 Span = tuple[float, float]
 
 
 def _seconds(stamps: list[Stamp], offset: float, device: torch.device) -> list[Span]:
-    """Begins and ends on rank 0's clock; on a GPU since the first begin, which a barrier has put at one time."""
+    """Begins and ends on rank 0's clock; on a GPU from 0, where all ranks' streams have met."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-        return [(comm.between(stamps[0][0], a), comm.between(stamps[0][0], b)) for a, b in stamps]
+        return [(0.0, comm.between(a, b)) for a, b in stamps]
     return [(a + offset, b + offset) for a, b in stamps if isinstance(a, float) and isinstance(b, float)]
+
+
+def _chunks(elements: int) -> Iterator[slice]:
+    """So many elements at a time that arithmetic on them needs little memory."""
+    for begin in range(0, elements, CHUNK):
+        yield slice(begin, min(elements, begin + CHUNK))
 
 
 SUMS = ("reduce_scatter", "all_reduce")
 
-ADDENDS = 64
-"""Most ranks that add something to an element: their sum, at most 3 · (64 + 1), is exact in any type, in any order."""
-
-
-def pattern(rank: int, elements: int, dtype: torch.dtype, summed: int = 1) -> Tensor:
-    """The elements that rank `rank` sends, [elements]: small whole numbers that differ from rank to rank.
-
-    Where `summed` ranks are added, each adds to some of the elements only: bfloat16 knows whole numbers to 256. Sums
-    differ from element to element, too.
-    """
-    stride, i = -(-summed // ADDENDS), torch.arange(elements)
-    places = i + rank
-    return torch.where(places % stride == 0, places // stride % (1 + i % 3) + 1, 0).to(dtype)
+CHUNK = 2**22
+"""Elements that are made or checked at a time."""

@@ -22,6 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from moesys.kernels.expert_ffn import expert_ffn
 from moesys.kernels.permute import permute, sort_by_expert, unpermute
+from moesys.measure import checkout
 from moesys.measure.interleave import Step, alone, interleave, ratio
 from moesys.measure.memory import peak_bytes
 from moesys.models.layers import FeedForward
@@ -242,8 +243,9 @@ def transformers_blocks(layer: MoELayer, shape: Shape) -> dict[str, nn.Module]:
     where memory is scarce: on a GPU of which these are more than a sixth, as their gradients are again.
     """
     try:
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+        with checkout.hidden():
+            from transformers import MixtralConfig
+            from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     except ImportError:
         return {}
     options: dict[str, Any] = {

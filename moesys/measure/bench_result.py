@@ -15,8 +15,8 @@ FACTORS = {"all_reduce": 2.0, "send_recv": 0.0}
 
 @dataclass(frozen=True)
 class Samples:
-    """Of one rank: (begin, end) of every iteration in seconds on one clock; of the plain loop too, before and after
-    each; and wrong elements."""
+    """Of one rank: (begin, end) of every iteration in seconds on one clock (on GPUs from 0, where all streams met); of
+    the plain loop too, before and after each; and wrong elements."""
 
     own: list[tuple[float, float]]
     plain: list[tuple[float, float]]
@@ -33,7 +33,8 @@ class Result:
             received.
         times: seconds of each iteration: the slowest rank's.
         transfers: of each iteration, from the last begin of a group to its last end; the slowest group's.
-        waits, medians: per rank, median over iterations of its wait and of its whole time.
+        waits, medians: per rank, median over iterations of its wait and of its whole time. On GPUs streams meet before
+            each iteration, so that no wait is told: all are 0.
         limit: bytes that limit an all-to-all on its links: of a node where `crosses` them, else of a rank.
         plain: median seconds of the plain loop, the slowest rank's; None if there was none.
         noise: by how much, of 1, that median differs between the passes before and after each iteration.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from statistics import fmean
+from collections.abc import Sequence
 
 from moesys.measure.attribute import Cost
 from moesys.measure.explanation import Breakdown
@@ -58,18 +57,3 @@ def exposures(r: RankStep, mine: Sequence[Cost], busy: list[Interval]) -> list[l
             found[i] += without([(begin, end)], busy[bisect_right(ends, begin) : bisect_left(begins, end)])
             covered = end
     return found
-
-
-def mean(parts: Iterable[Breakdown]) -> Breakdown:
-    """Of each figure."""
-    every = list(parts)
-    names = [name for name in OTHERS if any(name in b.others for b in every)]
-    return Breakdown(
-        step=fmean(b.step for b in every),
-        compute=fmean(b.compute for b in every),
-        exposed=fmean(b.exposed for b in every),
-        others={name: fmean(b.others.get(name, 0.0) for b in every) for name in names},
-        bubble=fmean(b.bubble for b in every),
-        idle=fmean(b.idle for b in every),
-        hidden=None if any(b.hidden is None for b in every) else fmean(b.hidden or 0.0 for b in every),
-    )

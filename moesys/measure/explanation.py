@@ -88,7 +88,7 @@ class Leg:
             them; what a rank keeps for itself is in neither.
         bandwidth: bytes per second: the most bytes that any rank sent to others, over the seconds from
             the last rank's arrival to the end; None if nothing moved.
-        by_rank: causes of each rank.
+        by_rank: causes of each rank; none where there are many.
         each, inside, between: of one collective of rows, means: seconds from the last arrival to the end, most bytes
             that a rank moves inside its node, and that a node moves to or from others. None and 0 if not seen.
     """
@@ -116,7 +116,8 @@ class Layer:
         rank_imbalance: tokens that the busiest rank of a step received / mean over ranks, mean over steps.
         expert_imbalance: tokens of the busiest expert of a step / mean over experts, mean over steps; None if not
             known. The mean of it over layers is what metrics of these steps call `imbalance`.
-        busiest_rank, busiest_expert: who had most in all steps together, None if not known.
+        busiest_rank: who had most tokens in those steps in which nobody had more, None if not known.
+        busiest_expert: who had most in all steps together, None if not known.
     """
 
     name: str
@@ -142,8 +143,10 @@ class Explanation:
         ranks: numbers of the ranks, in the order of `by_rank`, `waited_for`, `hosts`, `bytes` and each leg's `by_rank`.
         waited_for: seconds per step that others waited for each rank.
         hosts: of each rank.
-        bytes: [sender][receiver] per step of dispatch and combine; a rank's own part is 0.
+        bytes: [sender][receiver] per step of dispatch and combine; a rank's own part is 0. Of many ranks, between
+            blocks of `block` ranks that follow one another.
         load: [recorded step] of [layer][expert] assignments.
+        recorded: the ranks whose single travels are on file: of many a sample.
         audit: whether barriers kept wait and transfer apart.
         marked: False if a "step" is a whole trace that does not tell where its steps begin.
         untold_because: why some waiting cannot be told, as "this is the trace of one rank"; "" if all of it can.
@@ -162,6 +165,8 @@ class Explanation:
     hosts: list[str]
     bytes: list[list[int]]
     load: list[dict[str, list[float]]]
+    block: int = 1
+    recorded: list[int] = field(default_factory=list)
     audit: bool = False
     marked: bool = True
     untold_because: str = ""

@@ -1,25 +1,34 @@
-"""What recorded steps say of each MoE layer, and of who sends how much to whom."""
+"""What a recorded step says of each MoE layer, and of who sends how much to whom: sums of a rank, and means of all."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 
-from moesys.measure.attribute import AFTER_EXPERTS, Cost, matched, passes
+import numpy as np
+from numpy.typing import NDArray
+
+from moesys.measure.attribute import AFTER_EXPERTS, Cost, passes
 from moesys.measure.explanation import Causes, Layer, Leg
-from moesys.measure.links import limits
-from moesys.measure.step import Step, Travel
-
-CLEAR_S = 20e-6
-"""A rank that waited longer than this for a result saw when it arrived."""
+from moesys.measure.meet import Rate
+from moesys.measure.step import RankStep, Travel
 
 ROWS = ("all_to_all", "all_gather", "reduce_scatter")
 """Kinds that carry rows; the others carry counts, names and weights."""
 
 Key = tuple[str, str, bool]
 """Layer, part, and whether backward."""
+
+Table = NDArray[np.float64]
+
+CAUSES = slice(0, 4)
+HOLDERS, INTER, INTRA, RATES, RATE_BYTES, RATE_SECONDS, INSIDE, BETWEEN = range(4, 12)
+"""Columns of the sums of a leg, beside causes as `Causes` has them: see `Leg`."""
+LEG_COLUMNS = 12
+
+SECONDS, EVEN, LAYER_HOLDERS, LAYER_ROWS, ROW_HOLDERS = range(5)
+"""Columns of the sums of a layer: see `Layer`."""
+LAYER_COLUMNS = 5
 
 
 def order(key: Key) -> tuple[object, ...]:
@@ -29,115 +38,55 @@ def order(key: Key) -> tuple[object, ...]:
     return (numbers, layer, backward, (part, backward) in AFTER_EXPERTS)
 
 
-@dataclass
-class _Sums:
-    """Of one leg over all recorded steps."""
-
-    by_rank: dict[int, Causes] = field(default_factory=lambda: defaultdict(Causes))
-    inter: int = 0
-    intra: int = 0
-    rates: int = 0
-    rate_bytes: int = 0
-    rate_seconds: float = 0.0
-    inside: float = 0.0
-    between: float = 0.0
-
-    def add(self, cost: Cost, hosts: Mapping[int, str]) -> None:
-        t, rank = cost.travel, cost.rank
-        self.by_rank[rank] += cost.causes
+def leg_sums(costs: Sequence[Cost], hosts: Mapping[int, str], place: Mapping[Key, int]) -> Table:
+    """[legs, columns] of a rank: what it waited for and sent; legs that have no place are left out."""
+    sums = np.zeros((len(place), LEG_COLUMNS))
+    for cost in costs:
+        t = cost.travel
+        at = place.get((t.layer, t.part, t.backward)) if t.layer else None
+        if at is None:
+            continue
+        c = cost.causes
+        sums[at, CAUSES] += c.transfer, c.late, c.uneven, c.untold
+        sums[at, HOLDERS] = 1
         for peer, size in zip(t.ranks, t.sent, strict=False):
-            if hosts.get(peer) != hosts[rank]:
-                self.inter += size
-            elif peer != rank:
-                self.intra += size
-
-    def add_rate(self, travels: Mapping[int, Travel], hosts: Mapping[int, str]) -> None:
-        """Bytes of a collective of rows, and how long they took, where a rank saw when they arrived."""
-        ends = [t.end for t in travels.values() if t.end - t.waited > CLEAR_S]
-        arrived = max(t.begin if t.met is None else t.met for t in travels.values())
-        if ends and max(ends) > arrived:
-            self.rate_bytes += max(t.bytes - kept(rank, t) for rank, t in travels.items())
-            self.rate_seconds += max(ends) - arrived
-            sent = [
-                [dict(zip(t.ranks, t.sent, strict=False)).get(peer, 0) for peer in travels] for t in travels.values()
-            ]
-            inside, between = limits(sent, [hosts[rank] for rank in travels])
-            self.rates, self.inside, self.between = self.rates + 1, self.inside + inside, self.between + between
+            if hosts.get(peer) != hosts[cost.rank]:
+                sums[at, INTER] += size
+            elif peer != cost.rank:
+                sums[at, INTRA] += size
+    return sums
 
 
-def legs(steps: Sequence[Step], taken: Sequence[Mapping[int, Sequence[Cost]]]) -> list[Leg]:
-    """Every leg; `taken` are the costs of the steps. Means over the ranks that hold the layer."""
-    sums: dict[Key, _Sums] = defaultdict(_Sums)
-    for step, by_rank in zip(steps, taken, strict=True):
-        hosts = {r.rank: r.host for r in step.ranks}
-        for cost in (c for mine in by_rank.values() for c in mine if c.travel.layer):
-            t = cost.travel
-            sums[t.layer, t.part, t.backward].add(cost, hosts)
-        for travels in matched(step).values():
-            t = next(iter(travels.values()))
-            if t.layer and t.kind in ROWS and len(travels) > 1:
-                sums[t.layer, t.part, t.backward].add_rate(travels, hosts)
-    return [_leg(key, sums[key], steps) for key in sorted(sums, key=order)]
+def add_rate(sums: Table, t: Travel, rate: Rate | None, place: Mapping[Key, int]) -> None:
+    """Add how fast one collective of rows went to the sums of its leg."""
+    at = place.get((t.layer, t.part, t.backward))
+    if rate is not None and at is not None:
+        sums[at, RATES : BETWEEN + 1] += 1, *rate
 
 
-def _leg(key: Key, s: _Sums, steps: Sequence[Step]) -> Leg:
-    n, holders, seen = len(steps), len(s.by_rank), max(1, s.rates)
-    return Leg(
-        *key,
-        causes=sum(s.by_rank.values(), Causes()).scaled(1 / (n * holders)),
-        bytes_inter=s.inter // n,
-        bytes_intra=s.intra // n,
-        bandwidth=s.rate_bytes / s.rate_seconds if s.rate_seconds > 0 else None,
-        by_rank=[s.by_rank.get(r.rank, Causes()).scaled(1 / n) for r in steps[0].ranks],
-        each=s.rate_seconds / seen if s.rates else None,
-        inside=s.inside / seen,
-        between=s.between / seen,
-    )
+def carries_rows(t: Travel) -> bool:
+    """Whether rows of an MoE layer travel."""
+    return bool(t.layer) and t.kind in ROWS
 
 
-def layers(steps: Sequence[Step], taken: Sequence[Mapping[int, Sequence[Cost]]]) -> list[Layer]:
-    """Every MoE layer. Means over the ranks that hold it."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    even: dict[str, list[float]] = defaultdict(list)
-    rows: dict[str, list[dict[int, float]]] = defaultdict(list)
-    for step, by_rank in zip(steps, taken, strict=True):
-        received: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-        for r in step.ranks:
-            spent: dict[str, float] = defaultdict(float)
-            for one in passes(r.travels):
-                spent[one[0].layer] += max(t.end for t in one) - min(t.begin for t in one)
-            for name, s in spent.items():
-                mine = [c for c in by_rank[r.rank] if c.travel.layer == name]
-                seconds[name].append(s)
-                even[name].append(s - sum(c.uneven + c.transfer * (1 - c.evenness) for c in mine))
-            for t in (t for t in r.travels if t.layer):
-                received[t.layer][r.rank] += computed_rows(t)
-        for name, by in received.items():
-            rows[name].append(by)
-    return [
-        _layer(name, fmean(seconds[name]), fmean(even[name]), rows[name], steps)
-        for name in sorted(seconds, key=lambda name: order((name, "", False)))
-    ]
-
-
-def _layer(name: str, seconds: float, even: float, rows: Sequence[Mapping[int, float]], steps: Sequence[Step]) -> Layer:
-    loads = [load for step in steps if (load := step.load.get(name))]
-    total = [sum(column) for column in zip(*loads, strict=False)]
-    by_rank = {rank: sum(row.get(rank, 0.0) for row in rows) for row in rows for rank in row}
-    return Layer(
-        name,
-        seconds,
-        even,
-        rank_imbalance=fmean(imbalance(list(row.values())) for row in rows),
-        expert_imbalance=fmean(map(imbalance, loads)) if loads else None,
-        busiest_rank=max(by_rank, key=lambda rank: by_rank[rank]) if any(by_rank.values()) else None,
-        busiest_expert=total.index(max(total)) if total else None,
-    )
-
-
-def imbalance(loads: Sequence[float]) -> float:
-    """Largest / mean; 1 of nothing."""
-    return max(loads) / fmean(loads) if loads and sum(loads) > 0 else 1.0
+def layer_sums(r: RankStep, costs: Sequence[Cost], place: Mapping[str, int]) -> tuple[Table, Table]:
+    """[layers, columns] of a rank, and the rows that its experts computed, −1 of layers that it does not hold."""
+    sums, rows = np.zeros((len(place), LAYER_COLUMNS)), np.full(len(place), -1.0)
+    spent: dict[str, float] = defaultdict(float)
+    for one in passes(r.travels):
+        spent[one[0].layer] += max(t.end for t in one) - min(t.begin for t in one)
+    lost: dict[str, float] = defaultdict(float)
+    for c in costs:
+        lost[c.travel.layer] += c.uneven + c.transfer * (1 - c.evenness)
+    for layer, seconds in spent.items():
+        if layer in place:
+            sums[place[layer], [SECONDS, EVEN, LAYER_HOLDERS]] = seconds, seconds - lost[layer], 1
+    for t in r.travels:
+        if t.layer in place:
+            at = place[t.layer]
+            rows[at] = max(0.0, rows[at]) + computed_rows(t)
+    sums[:, LAYER_ROWS], sums[:, ROW_HOLDERS] = np.maximum(rows, 0), rows >= 0
+    return sums, rows
 
 
 def computed_rows(t: Travel) -> float:
@@ -145,19 +94,57 @@ def computed_rows(t: Travel) -> float:
     return t.bytes if t.kind in ROWS and (t.part, t.backward) == ("combine", False) and t.level != "inter" else 0.0
 
 
-def kept(rank: int, t: Travel) -> int:
-    """Bytes of t that its rank keeps for itself."""
-    return t.sent[t.ranks.index(rank)] if t.sent else 0
+def leg_of(key: Key, sums: Table, by_rank: Table, steps: int) -> Leg:
+    """Means from sums over all steps and ranks; `by_rank` [ranks, causes] is summed over the steps."""
+    rates, seconds = sums[RATES], sums[RATE_SECONDS]
+    return Leg(
+        *key,
+        causes=Causes(*(sums[CAUSES] / sums[HOLDERS]).tolist()),
+        bytes_inter=int(sums[INTER] // steps),
+        bytes_intra=int(sums[INTRA] // steps),
+        bandwidth=float(sums[RATE_BYTES] / seconds) if seconds > 0 else None,
+        by_rank=[Causes(*row) for row in (by_rank / steps).tolist()],
+        each=float(seconds / rates) if rates else None,
+        inside=float(sums[INSIDE] / max(1.0, rates)),
+        between=float(sums[BETWEEN] / max(1.0, rates)),
+    )
 
 
-def matrix(steps: Iterable[Step]) -> list[list[int]]:
-    """Bytes per step from each rank (row) to each other of dispatch and combine, in the order of the steps' ranks."""
-    every = list(steps)
-    place = {r.rank: i for i, r in enumerate(every[0].ranks)}
-    found = [[0] * len(place) for _ in place]
-    for r in (r for step in every for r in step.ranks):
-        for t in (t for t in r.travels if t.purpose == "expert"):
+def layer_of(
+    name: str, sums: Table, most: Sequence[tuple[float, int]], loads: Sequence[Sequence[float]], each: Sequence[Table]
+) -> Layer:
+    """Means from sums over all steps and ranks; of each step `most` has most rows and whose, `each` its sums."""
+    total = [sum(column) for column in zip(*loads, strict=False)]
+    ratios = [_ratio(rows, s[LAYER_ROWS] / max(1.0, s[ROW_HOLDERS])) for (rows, _), s in zip(most, each, strict=True)]
+    busiest: dict[int, float] = defaultdict(float)
+    for rows, rank in most:
+        busiest[rank] += rows
+    return Layer(
+        name,
+        float(sums[SECONDS] / sums[LAYER_HOLDERS]),
+        float(sums[EVEN] / sums[LAYER_HOLDERS]),
+        rank_imbalance=float(np.mean(ratios)),
+        expert_imbalance=float(np.mean([imbalance(load) for load in loads])) if loads else None,
+        busiest_rank=max(busiest, key=lambda rank: busiest[rank]) if any(busiest.values()) else None,
+        busiest_expert=total.index(max(total)) if total else None,
+    )
+
+
+def imbalance(loads: Sequence[float]) -> float:
+    """Largest / mean; 1 of nothing."""
+    return _ratio(max(loads), sum(loads) / len(loads)) if loads else 1.0
+
+
+def _ratio(most: float, mean: float) -> float:
+    return most / mean if mean > 0 else 1.0
+
+
+def sent_row(r: RankStep, place: Mapping[int, int], rows: int) -> Table:
+    """[rows] bytes of dispatch and combine that a rank sends to others; `place`: the row of each rank in the table."""
+    sent = np.zeros(rows)
+    for t in r.travels:
+        if t.purpose == "expert":
             for peer, size in zip(t.ranks, t.sent, strict=False):
                 if peer != r.rank and peer in place:
-                    found[place[r.rank]][place[peer]] += size
-    return [[size // len(every) for size in row] for row in found]
+                    sent[place[peer]] += size
+    return sent

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import yaml
 
 from moesys.errors import MoesysError
@@ -174,16 +175,18 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def limits(sent: Sequence[Sequence[float]], nodes: Sequence[object]) -> tuple[float, float]:
-    """Most bytes that any rank moves inside its node, and that any node moves to or from others."""
-    ranks = range(len(nodes))
-    inside: list[float] = []
-    for i in ranks:
-        peers = [j for j in ranks if j != i and nodes[j] == nodes[i]]
-        inside += [sum(sent[i][j] for j in peers), sum(sent[j][i] for j in peers)]
-    between: list[float] = []
-    for node in set(nodes):
-        mine = [i for i in ranks if nodes[i] == node]
-        others = [j for j in ranks if nodes[j] != node]
-        between += [sum(sent[i][j] for i in mine for j in others), sum(sent[j][i] for i in mine for j in others)]
-    return max(inside, default=0.0), max(between, default=0.0)
+def limits(sent: Any, nodes: Sequence[object]) -> tuple[float, float]:
+    """Most bytes that any rank moves inside its node, and that any node moves to or from others.
+
+    sent: [sender][receiver] bytes, an array or lists.
+    """
+    if not len(nodes):
+        return 0.0, 0.0
+    matrix = np.array(sent, dtype=float)
+    numbers = {node: i for i, node in enumerate(dict.fromkeys(nodes))}
+    member = np.eye(len(numbers))[[numbers[node] for node in nodes]]
+    between = member.T @ matrix @ member
+    np.fill_diagonal(between, 0)
+    np.fill_diagonal(matrix, 0)
+    inside = matrix * (member @ member.T)
+    return float(max(inside.sum(0).max(), inside.sum(1).max())), float(max(between.sum(0).max(), between.sum(1).max()))

@@ -1,4 +1,4 @@
-"""Records chosen steps of a training run on every rank, and brings them together on rank 0.
+"""Records chosen steps of a training run on every rank; rank 0 gets summaries.
 
 recorder = Recorder(config, mesh, run_dir, resumed=0)
 with recorder.step(trainer.step + 1) as recording:
@@ -8,10 +8,11 @@ recorder.keep(recording, load)
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,14 +21,18 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
-from moesys.files import write_whole
-from moesys.measure import clocks
+from moesys.measure.bring import Held, bring
 from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
-from moesys.measure.step import Purpose, RankStep, Step, Travel, read_steps, steps_file
+from moesys.measure.legs import order
+from moesys.measure.peers import Gloo
+from moesys.measure.purposes import purpose_of, purposes
+from moesys.measure.recorded import append, forget_after, rank_file, recorded, sample, summary_file
+from moesys.measure.step import Travel
+from moesys.measure.summary import Summary
 from moesys.measure.watch import watched
 from moesys.parallel import comm, nodes
-from moesys.parallel.comm import Event, Time
+from moesys.parallel.comm import Time
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import Ranks
 from moesys.words import plural
@@ -45,47 +50,35 @@ class Recording:
     end: float = 0.0
     anchor: torch.cuda.Event | None = None
     """An event of the GPU at `begin`: its other events are read as seconds after it."""
-    events: list[Event] = field(default_factory=list)
+    events: list[comm.Event] = field(default_factory=list)
 
     def at(self, time: Time) -> float:
         """`time` on the host's clock."""
         return time if isinstance(time, float) else self.begin + comm.between(self.anchor or time, time)
 
 
-@dataclass
-class _Held:
-    """A recorded step of this rank on its own clock."""
-
-    number: int
-    begin: float
-    end: float
-    travels: list[Travel]
-
-
 class Recorder:
     """What `config.measure` asks for. Collective over the world.
 
-    Records of steps after `resumed`, left by a run that ended after its last checkpoint, are removed.
+    Every rank keeps its own travels, of many ranks a sample (`recorded.sample`), and rank 0 the summaries. Records of
+    steps after `resumed`, left by a run that ended after its last checkpoint, are removed.
     """
 
     def __init__(self, config: Config, mesh: Ranks, run_dir: Path, resumed: int):
-        self.config, self.mesh = config, mesh
-        self.path = steps_file(run_dir)
+        self.config, self.mesh, self.run_dir = config, mesh, run_dir
         self._purposes = purposes(mesh)
         self._layers = [f"layers.{i}" for i in range(config.model.layers) if config.model.is_moe(i)]
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
         self._loads: dict[int, dict[str, list[float]]] = {}
-        self._group: dist.ProcessGroup | None = None
         self.active = bool(config.measure.every or config.measure.steps)
         if not self.active:
             return
         # Times and names are gathered on the host, where the world's own group may be of GPUs.
-        on_host = dist.get_backend() == "gloo"
-        self._group = dist.group.WORLD if on_host else dist.new_group(backend="gloo")
-        if mesh.rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [step for step in read_steps(run_dir) if step.number <= resumed]
-            write_whole(self.path, "".join(step.to_json() + "\n" for step in kept))
+        group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        assert group is not None
+        self._peers = Gloo(group)
+        self._sample = sample(self._peers.world)
+        forget_after(run_dir, resumed, mesh.rank, self._peers.world)
 
     def due(self, number: int) -> bool:
         """Whether step `number` is recorded."""
@@ -100,42 +93,49 @@ class Recorder:
             return
         recording = Recording(number)
         with watched(not self.config.train.compile), comm.record(self.config.measure.audit) as recording.events:
+            self._synchronise()  # so that nothing of the step before runs on the device when this one begins
             if self.mesh.device.type == "cuda":
-                # Nothing runs on the device now: the step before ended with a synchronisation.
                 recording.anchor = torch.cuda.Event(enable_timing=True)
                 recording.anchor.record()
             recording.begin = perf_counter()
             yield recording
+            self._synchronise()
             recording.end = perf_counter()
 
-    def keep(self, recording: Recording | None, load: list[list[float]] | None) -> list[Step]:
+    def keep(self, recording: Recording | None, load: list[list[float]] | None) -> list[Summary]:
         """Hold what was recorded; every so often bring it together: the steps on rank 0, else none."""
         if recording is None:
             return []
-        self._held.append(_Held(recording.number, recording.begin, recording.end, list(self._travels(recording))))
-        self._loads[recording.number] = dict(zip(self._layers, load or [], strict=False))
+        self._held.append(Held(recording.number, recording.begin, recording.end, list(self._travels(recording))))
+        if self.mesh.rank == 0:
+            self._loads[recording.number] = dict(zip(self._layers, load or [], strict=False))
         return self.flush() if len(self._held) == HELD else []
 
-    def flush(self) -> list[Step]:
-        """Write what all ranks hold to the run's folder. Collective; returns these steps on rank 0, else none."""
-        if not self._held or self._group is None:
+    def flush(self) -> list[Summary]:
+        """Write what ranks hold to the run's folder. Collective; returns the steps' summaries on rank 0, else none."""
+        if not self._held:
             return []
-        rank, world = dist.get_rank(), dist.get_world_size()
-        host = nodes.here(rank, world, self.config.cluster)
-        told = {"host": host, "offset": clocks.offset(self._group), "steps": self._held}
-        everyone: list[Any] | None = [None] * world if rank == 0 else None
-        dist.gather_object(told, everyone, group=self._group)
-        self._held = []
-        if everyone is None:
-            return []
-        steps = [self._joined(everyone, i) for i in range(len(everyone[0]["steps"]))]
-        with self.path.open("a") as file:
-            file.write("".join(step.to_json() + "\n" for step in steps))
-        return steps
+        held, self._held = self._held, []
+        peers, audit, layout = self._peers, self.config.measure.audit, layout_of(self.config, self.mesh.degrees)
+        host = nodes.here(peers.rank, peers.world, self.config.cluster)
+        keys = sorted(itertools.product(self._layers, ("dispatch", "combine"), (False, True)), key=order)
+        brought = bring(held, peers, host, keys, self._loads, self._sample, audit, layout)
+        self._loads = {}
+        if peers.rank in self._sample:
+            for h, r in zip(held, brought.mine, strict=True):
+                append(rank_file(self.run_dir, peers.rank), h.number, r, layout, audit)
+        if brought.summaries:
+            with summary_file(self.run_dir).open("a") as file:
+                file.write("".join(s.to_json() + "\n" for s in brought.summaries))
+        return brought.summaries
 
     def explanation(self) -> Explanation | None:
-        """The explanation of the run's recorded steps, on rank 0; None if there are none."""
-        return of_run(read_steps(self.path.parent.parent))
+        """The explanation of the run's recorded steps, on rank 0; None if there are none, or elsewhere."""
+        return of_run(recorded(self.run_dir)) if self.mesh.rank == 0 else None
+
+    def _synchronise(self) -> None:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _travels(self, recording: Recording) -> Iterator[Travel]:
         numbers: Counter[tuple[Any, ...]] = Counter()
@@ -162,15 +162,6 @@ class Recorder:
                 met=None if event.met is None else recording.at(event.met),
             )
 
-    def _joined(self, everyone: list[Any], i: int) -> Step:
-        """The i-th held step of all ranks, its times from rank 0's begin."""
-        first: _Held = everyone[0]["steps"][i]
-        start = first.begin + everyone[0]["offset"]
-        parts = enumerate(everyone)
-        ranks = tuple(_moved(p["steps"][i], rank, p["host"], p["offset"] - start) for rank, p in parts)
-        load = self._loads.pop(first.number, {})
-        return Step(first.number, ranks, load, self.config.measure.audit, layout_of(self.config, self.mesh.degrees))
-
 
 def layout_of(config: Config, degrees: Degrees) -> str:
     """The layout that decides how long a step's communication takes, in words: steps of one layout can be averaged."""
@@ -181,46 +172,3 @@ def layout_of(config: Config, degrees: Degrees) -> str:
         parts.append(f"{p.dispatch.kind} dispatch in {plural(p.dispatch.chunks, 'chunk')}")
     parts.append(f"{t.global_batch} × {t.seq_len} tokens in micro-batches of {t.micro_batch}")
     return f"{plural(degrees.world, 'rank')} ({', '.join(parts)})"
-
-
-def purpose_of(event: Event, groups: Mapping[str, Purpose]) -> Purpose:
-    """What a collective says that it is for, else what its group is for."""
-    if event.way.level:
-        return "expert"
-    if event.way in (comm.STEP, comm.GRADIENTS):
-        return "step" if event.way == comm.STEP else "data"
-    if event.kind in ("send", "recv"):
-        return "pipeline"  # over the world's own group, too
-    return groups.get(event.group, "step")
-
-
-def purposes(mesh: Ranks) -> dict[str, Purpose]:
-    """The dimension that each process group of the run serves, by its name.
-
-    Axes that span the world share its group. Where tensor or context ranks are also the ranks that hold copies of
-    experts, the group is theirs: sums of gradients say what they are.
-    """
-    found: dict[str, Purpose] = {}
-    for axes, group in mesh.groups():
-        if axes[0] in ("ep", "etp"):
-            continue  # what goes to experts says so itself, and this may be the same group as another axis'
-        if any("dp" in axis for axis in axes):
-            found.setdefault(group.group_name, "data")
-        elif axes[0] == "pp":
-            found[group.group_name] = "pipeline"
-        else:
-            found[group.group_name] = "tensor" if "tp" in mesh.active(*axes) else "context"
-    return found
-
-
-def _moved(held: _Held, rank: int, host: str, by: float) -> RankStep:
-    """The step with all times later by so many seconds, in tenths of microseconds: short to write."""
-
-    def at(time: float) -> float:
-        return round(time + by, 7)
-
-    travels = tuple(
-        replace(t, begin=at(t.begin), waited=at(t.waited), end=at(t.end), met=None if t.met is None else at(t.met))
-        for t in held.travels
-    )
-    return RankStep(rank, host, at(held.begin), at(held.end), travels)

@@ -1,7 +1,4 @@
-"""A recorded training step: what each rank sent and waited for, on one clock.
-
-Written one JSON object a line to runs/NAME/measure/steps.jsonl, and read back from there.
-"""
+"""A recorded training step: what each rank sent and waited for, on one clock."""
 
 from __future__ import annotations
 
@@ -9,12 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from moesys.files import json_objects, json_text
+from moesys.files import json_text
 
 Purpose = Literal["expert", "data", "tensor", "context", "pipeline", "step"]
 """What a collective is for: a dimension of parallelism, or what all ranks of a step share."""
@@ -78,8 +74,34 @@ class Travel:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """What the ranks of a collective have told each other about it.
+
+    Attributes:
+        arrived: when the `last` of them began.
+        whole: whether all of them were seen.
+        computed: seconds that the last one's experts had computed before, None if it does not follow them.
+        bytes: of the last one.
+        evenness: bytes that a rank moves to and from others, mean over the group / most of any rank; 1 if unknown.
+        least: in an audit, the shortest that any of them took to meet the others.
+    """
+
+    arrived: Seconds
+    last: Rank
+    whole: bool
+    computed: Seconds | None
+    bytes: Size
+    evenness: float
+    least: Seconds | None
+
+
+@dataclass(frozen=True)
 class RankStep:
-    """One rank's step: it lasted from `begin` to `end` on the same clock as its travels."""
+    """One rank's step: it lasted from `begin` to `end` on the same clock as its travels.
+
+    `meetings` has what other ranks told of each travel while the run went on; None: it is found by matching their
+    travels.
+    """
 
     rank: Rank
     host: str
@@ -88,6 +110,7 @@ class RankStep:
     travels: tuple[Travel, ...]
     compute: tuple[tuple[Seconds, Seconds], ...] | None = None
     """When it computed, where that was seen (traces of a GPU); None: whenever it did not wait."""
+    meetings: tuple[Meeting, ...] | None = None
 
     @property
     def seconds(self) -> float:
@@ -120,17 +143,19 @@ class Step:
     def to_json(self) -> str:
         """One line; travels as lists in the order of `Travel`'s fields."""
         ranks = [{**_shallow(r), "travels": [list(_shallow(t).values()) for t in r.travels]} for r in self.ranks]
+        for r in ranks:
+            del r["meetings"]
         return json_text({**_shallow(self), "ranks": ranks}, compact=True)
 
     @classmethod
     def from_json(cls, line: str) -> Step:
         """Inverse of `to_json`; ValueError if the line is no such object."""
-        return _step(json.loads(line))
+        return step_of(json.loads(line))
 
-    def alike(self, other: Step) -> bool:
-        """Whether both were recorded of the same ranks in the same way, as far as the records tell."""
-        same = [r.rank for r in self.ranks] == [r.rank for r in other.ranks] and self.audit == other.audit
-        return same and (self.layout == other.layout or not (self.layout and other.layout))
+    @property
+    def members(self) -> list[int]:
+        """Numbers of its ranks."""
+        return [r.rank for r in self.ranks]
 
 
 def _shallow(x: Any) -> dict[str, Any]:
@@ -145,32 +170,23 @@ def _schema() -> TypeAdapter[Step]:
     return TypeAdapter(Step)
 
 
-def _step(value: Mapping[str, Any]) -> Step:
+def step_of(value: Mapping[str, Any]) -> Step:
     """A step from JSON; ValueError if it is none, or contradicts itself."""
     try:
         ranks = [{**r, "travels": [dict(zip(TRAVEL, t, strict=False)) for t in r["travels"]]} for r in value["ranks"]]
         step = _schema().validate_python({**value, "ranks": ranks})
     except (ValidationError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from None
+    return checked(step)
+
+
+def checked(step: Step) -> Step:
+    """The step; ValueError if it contradicts itself."""
     if not step.ranks or len({r.rank for r in step.ranks}) < len(step.ranks):
         raise ValueError("no ranks, or one twice")
     for r in step.ranks:
         if r.end <= r.begin or any(r.rank not in t.ranks or len(t.sent) not in (0, len(t.ranks)) for t in r.travels):
             raise ValueError(f"rank {r.rank}: times or groups that cannot be")
+        if r.meetings is not None and len(r.meetings) != len(r.travels):
+            raise ValueError(f"rank {r.rank}: {len(r.meetings)} meetings of {len(r.travels)} travels")
     return step
-
-
-def steps_file(run_dir: Path) -> Path:
-    """Where a run keeps its recorded steps."""
-    return run_dir / "measure" / "steps.jsonl"
-
-
-def read_steps(run_dir: Path) -> list[Step]:
-    """The recorded steps of a run, none if it recorded none; damaged lines are left out."""
-    found = []
-    for value in json_objects(steps_file(run_dir)):
-        try:
-            found.append(_step(value))
-        except ValueError:
-            continue
-    return found

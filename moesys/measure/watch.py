@@ -7,17 +7,19 @@ imported; functional collectives, which DTensor uses, are operators. Both are wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.measure.purposes import starter
+from moesys.measure.streams import Streams, followed
 from moesys.parallel import comm
-from moesys.parallel.comm import Event, now
+from moesys.parallel.comm import Event, Time, now
 
 Sizes = Callable[..., tuple[int, tuple[int, ...]]]
 """Of a method's arguments: bytes that this rank contributes, and how many go to each rank where that is known."""
@@ -30,19 +32,60 @@ def watched(functional: bool = True) -> Iterator[None]:
     `functional`: also collectives that are operators. Compiled code must see these as they are.
     """
     with ExitStack() as stack:
-        waiting: WeakKeyDictionary[Any, Event] = WeakKeyDictionary()
+        sky = _Sky()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            sky.streams = Streams()
+            stack.enter_context(followed(sky.streams))
         for name, (kind, sizes) in METHODS.items():
             if hasattr(dist.ProcessGroup, name):
-                stack.enter_context(_replaced(dist.ProcessGroup, name, _method(name, kind, sizes, waiting)))
-        stack.enter_context(_replaced(dist.Work, "wait", _wait(waiting)))
+                stack.enter_context(_replaced(dist.ProcessGroup, name, _method(name, kind, sizes, sky)))
+        stack.enter_context(_replaced(dist.ProcessGroup, "_start_coalescing", _start_batch(sky)))
+        stack.enter_context(_replaced(dist.ProcessGroup, "_end_coalescing", _end_batch(sky)))
+        stack.enter_context(_replaced(dist.Work, "wait", _wait(sky)))
         if functional:
-            in_air: dict[int, Event] = {}
-            operators = torch.ops._c10d_functional
-            for name, kind in OPERATORS.items():
-                stack.enter_context(_replaced(operators, name, _Operator(getattr(operators, name), kind, in_air)))
-            arrival = _Arrival(operators.wait_tensor, in_air)
-            stack.enter_context(_replaced(operators, "wait_tensor", arrival))
+            for packets, names in ((torch.ops._c10d_functional, OPERATORS), (torch.ops._dtensor, DTENSOR)):
+                for name, kind in names.items():
+                    operator = _Operator(getattr(packets, name), kind, sky)
+                    stack.enter_context(_replaced(packets, name, operator))
+            waits = torch.ops._c10d_functional
+            stack.enter_context(_replaced(waits, "wait_tensor", _Arrival(waits.wait_tensor, sky)))
         yield
+
+
+class _Sky:
+    """What is in the air: started, and not waited for.
+
+    Attributes:
+        works: by the object that waits for them; several where they were started as one (`_start_coalescing`).
+        batches: those of each group whose batch has not ended.
+        tensors: by the address of what will be there.
+        streams: of a GPU, who has waited for what; None without one.
+    """
+
+    def __init__(self) -> None:
+        self.works: WeakKeyDictionary[Any, list[Event]] = WeakKeyDictionary()
+        self.batches: dict[str, list[Event]] = {}
+        self.tensors: dict[int, Event] = {}
+        self.streams: Streams | None = None
+
+    def start(self, kind: str, size: int, begin: Time, group: dist.ProcessGroup, **facts: Any) -> Event:
+        """Note a collective that was started now."""
+        ranks = facts.pop("ranks", None) or tuple(dist.get_process_group_ranks(group))
+        by = starter() or ""
+        event = Event(kind, size, begin, begin, begin, group=group.group_name, ranks=ranks, by=by, **facts)
+        comm.note(event)
+        return event
+
+    def arrived(self, events: Sequence[Event], before: Time) -> None:
+        """They were waited for since `before`, and are there."""
+        for event in events:
+            if self.streams is None or isinstance(before, float):
+                event.waited, event.end = before, now(_CPU)
+            else:
+                self.streams.arrived(event, before)
+
+
+_CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @contextmanager
@@ -81,6 +124,16 @@ def _gathered(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int
     return max(map(_bytes, arguments[:2])), ()
 
 
+def _to_root(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
+    """As many bytes from every rank as this one gives; only the root has an output."""
+    return group.size() * _bytes(arguments[1]), ()
+
+
+def _from_root(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
+    """As many bytes to every rank as this one gets; only the root has an input."""
+    return group.size() * _bytes(arguments[0]), ()
+
+
 def _split(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
     return _parts(arguments[1], arguments[3], group.size())
 
@@ -107,8 +160,8 @@ METHODS: dict[str, tuple[str, Sizes]] = {
     "allgather": ("all_gather", _gathered),
     "allgather_coalesced": ("all_gather", _gathered),
     "reduce_scatter": ("reduce_scatter", _gathered),
-    "gather": ("gather", _gathered),
-    "scatter": ("scatter", _gathered),
+    "gather": ("gather", _to_root),
+    "scatter": ("scatter", _from_root),
     "alltoall": ("all_to_all", _listed),
     "send": ("send", _own),
     "recv": ("recv", _own),
@@ -126,39 +179,68 @@ METHODS: dict[str, tuple[str, Sizes]] = {
 }
 
 
-def _method(name: str, kind: str, sizes: Sizes, waiting: WeakKeyDictionary[Any, Event]) -> Callable[..., Any]:
+def _method(name: str, kind: str, sizes: Sizes, sky: _Sky) -> Callable[..., Any]:
     original = getattr(dist.ProcessGroup, name)
 
     def call(group: dist.ProcessGroup, *arguments: Any, **more: Any) -> Any:
         if group.size() == 1:
             return original(group, *arguments, **more)
         size, sent = sizes(group, *arguments)
-        ranks = tuple(dist.get_process_group_ranks(group))
+        ranks = None
         if kind in ("send", "recv"):
-            here, there = ranks[group.rank()], ranks[arguments[1]]
+            every = dist.get_process_group_ranks(group)
+            here, there = every[group.rank()], every[arguments[1]]
             ranks = (here, there) if kind == "send" else (there, here)
         begin = now(_first(arguments).device)
         work = original(group, *arguments, **more)
-        event = Event(kind, size, begin, begin, begin, group=group.group_name, ranks=ranks, sent=sent)
-        comm.note(event)
-        if work is not None:
-            waiting[work] = event
+        event = sky.start(kind, size, begin, group, ranks=ranks, sent=sent)
+        if (batch := sky.batches.get(group.group_name)) is not None:
+            batch.append(event)  # the end of the batch gives what waits for it
+        elif work is None:
+            sky.arrived([event], begin)  # in the order of the stream
+        else:
+            sky.works[work] = [event]
         return work
 
     return call
 
 
-def _wait(waiting: WeakKeyDictionary[Any, Event]) -> Callable[..., Any]:
+def _start_batch(sky: _Sky) -> Callable[..., Any]:
+    """NCCL starts messages that go together, as the pipeline's, at once: `batch_isend_irecv`."""
+    original = dist.ProcessGroup._start_coalescing
+
+    def start(group: dist.ProcessGroup, *arguments: Any) -> Any:
+        sky.batches[group.group_name] = []
+        return original(group, *arguments)
+
+    return start
+
+
+def _end_batch(sky: _Sky) -> Callable[..., Any]:
+    original = dist.ProcessGroup._end_coalescing
+
+    def end(group: dist.ProcessGroup, *arguments: Any) -> Any:
+        events = sky.batches.pop(group.group_name, [])
+        work = original(group, *arguments)
+        if work is not None:
+            sky.works[work] = events
+        elif events:
+            sky.arrived(events, events[0].begin)
+        return work
+
+    return end
+
+
+def _wait(sky: _Sky) -> Callable[..., Any]:
     original = dist.Work.wait
 
     def wait(work: Any, *arguments: Any, **more: Any) -> Any:
-        event = waiting.pop(work, None)
-        if event is None:
+        events = sky.works.pop(work, None)
+        if not events:
             return original(work, *arguments, **more)
-        device = torch.device("cpu" if isinstance(event.begin, float) else "cuda")
-        event.waited = now(device)
+        before = now(_CPU if isinstance(events[0].begin, float) else _CUDA)
         done = original(work, *arguments, **more)
-        event.end = now(device)
+        sky.arrived(events, before)
         return done
 
     return wait
@@ -170,7 +252,13 @@ OPERATORS = {
     "reduce_scatter_tensor": "reduce_scatter",
     "all_to_all_single": "all_to_all",
     "broadcast": "broadcast",
+    "all_reduce_coalesced": "all_reduce",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
 }
+
+DTENSOR = {"shard_dim_alltoall": "all_to_all"}
+"""Operators of DTensor that end with what they give."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Tensors with memory of their own; those that only stand for shapes have no address."""
@@ -179,41 +267,45 @@ PLAIN = (Tensor, torch.nn.Parameter)
 class _Operator:
     """An operator that starts a functional collective; the group's name is its last argument."""
 
-    def __init__(self, packet: Any, kind: str, in_air: dict[int, Event]):
-        self._packet, self._kind, self._in_air = packet, kind, in_air
+    def __init__(self, packet: Any, kind: str, sky: _Sky):
+        self._packet, self._kind, self._sky = packet, kind, sky
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._packet, name)
 
-    def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
-        if type(x) not in PLAIN or comm.is_kept(self._packet.default):
+    def __call__(self, x: Any, *arguments: Any) -> Any:
+        inputs = x if isinstance(x, (list, tuple)) else [x]
+        if any(type(one) not in PLAIN for one in inputs) or comm.is_kept(self._packet.default):
             return self._packet(x, *arguments)
-        begin = now(x.device)
+        begin = now(inputs[0].device)
         out = self._packet(x, *arguments)
-        ranks = tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(arguments[-1])))
-        size, sent = x.nbytes * (len(ranks) if self._kind == "all_gather" else 1), cast("tuple[int, ...]", ())
+        group = dist.distributed_c10d._resolve_process_group(arguments[-1])
+        size = _bytes(x) * (group.size() if self._kind == "all_gather" else 1)
+        sent: tuple[int, ...] = ()
         if self._kind == "all_to_all":
-            size, sent = _parts(x, arguments[1], len(ranks))
-        event = Event(self._kind, size, begin, begin, begin, group=arguments[-1], ranks=ranks, sent=sent)
-        comm.note(event)
-        self._in_air[out.data_ptr()] = event
+            size, sent = _parts(x, arguments[1] if isinstance(arguments[1], list) else None, group.size())
+        event = self._sky.start(self._kind, size, begin, group, sent=sent)
+        if self._packet.__name__ in DTENSOR:
+            self._sky.arrived([event], begin)
+        else:  # several that are coalesced travel as one, and are there when the first is
+            self._sky.tensors[(out[0] if isinstance(out, (list, tuple)) else out).data_ptr()] = event
         return out
 
 
 class _Arrival:
     """The operator that waits for what a functional collective gives."""
 
-    def __init__(self, packet: Any, in_air: dict[int, Event]):
-        self._packet, self._in_air = packet, in_air
+    def __init__(self, packet: Any, sky: _Sky):
+        self._packet, self._sky = packet, sky
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._packet, name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        event = self._in_air.pop(x.data_ptr(), None) if type(x) in PLAIN else None
+        event = self._sky.tensors.pop(x.data_ptr(), None) if type(x) in PLAIN else None
         if event is None:
             return self._packet(x)
-        event.waited = now(x.device)
+        before = now(x.device)
         out = self._packet(x)
-        event.end = now(x.device)
+        self._sky.arrived([event], before)
         return out

@@ -21,10 +21,11 @@ from pydantic import Field
 
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
-from moesys.measure.attribute import experts_seconds
-from moesys.measure.explain import explain
+from moesys.measure.choice import Recorded
+from moesys.measure.explain import explain, summaries
 from moesys.measure.links import Profile
-from moesys.measure.step import Seconds, Step
+from moesys.measure.step import Seconds
+from moesys.measure.summary import COLUMNS, Summary
 from moesys.parallel import dimension, nodes
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
@@ -130,23 +131,22 @@ def degrees_of(config: Config) -> Degrees:
     return degrees
 
 
-def counts_seconds(steps: Sequence[Step]) -> float:
-    """Exposed seconds of exchanging how many rows will come, per step and rank: as long however many do."""
-    ranks = [r for step in steps for r in step.ranks]
-    counts = [t for r in ranks for t in r.travels if t.purpose == "expert" and t.kind.endswith("_counts")]
-    return sum(max(0.0, end - begin) for t in counts for begin, end in t.exposed) / max(1, len(ranks))
+def _seconds(steps: Sequence[Summary], column: str) -> float:
+    """Of one of `COLUMNS`, mean over steps and ranks."""
+    return fmean(row[COLUMNS.index(column)] or 0.0 for step in steps for row in step.by_rank)
 
 
 class Predictor:
     """Predictions from `steps` recorded under `config`, on links as in `profile`."""
 
-    def __init__(self, config: Config, vocab_size: int, steps: Sequence[Step], profile: Profile):
+    def __init__(self, config: Config, vocab_size: int, steps: Sequence[Recorded], profile: Profile):
         self.config, self.vocab_size, self.profile = config, vocab_size, profile
-        self.recorded = explain(steps)
-        self.every_load = _loads(steps)
+        every = summaries(steps)
+        self.recorded = explain(every)
+        self.every_load = _loads(every)
         self.loads = _mean_loads(self.every_load)
-        self.computing = experts_seconds(steps)
-        rows = self.recorded.total.exposed - counts_seconds(steps)
+        self.computing = _seconds(every, "experts")
+        rows = self.recorded.total.exposed - _seconds(every, "counts")  # as long however many rows there are
         observed = {"expert": rows, "data": self.recorded.total.others.get("data", 0.0)}
         self.base = self.seconds(config, profile)
         self.factor = {k: observed[k] / self.base[k] if self.base[k] > 0 and observed[k] > 0 else 1.0 for k in observed}
@@ -229,7 +229,7 @@ class Predictor:
         return _fitting(self.every_load, config) / _fitting(self.every_load, self.config)
 
 
-def _loads(steps: Sequence[Step]) -> list[list[float]]:
+def _loads(steps: Sequence[Summary]) -> list[list[float]]:
     """The loads of every recorded layer that got tokens, of as many experts as the last one."""
     found = [load for step in steps for load in step.load.values() if sum(load) > 0]
     return [load for load in found if len(load) == len(found[-1])]

@@ -83,6 +83,7 @@ def run(config: Config, rounds: int, steps: int) -> Result:
     """
     check(config)
     world = config.cluster.nodes * config.cluster.ranks_per_node
+    config = here.ready(config, world, "bench megatron")
     with here.started(_work, world, config, rounds, steps) as folder:
         told = json.loads((folder / "told.json").read_text())
     seconds = told["seconds"]
@@ -187,11 +188,14 @@ def _step(engine: Engine, batches: list[Batch]) -> Callable[[], None]:
     rate = engine.config.train.optimizer.lr
 
     def steps() -> None:
+        updates = []
         for batch in batches:
             engine.train(*batch)
-            update = engine.update(rate)
-            if update.bad is not None:
-                raise TrainingError(f"bench megatron: a step is not finite: the norm of its gradients is {update.norm}")
+            updates.append(engine.update(rate))
+        for update in updates:
+            if update.skipped:
+                norm = float(update.norm)
+                raise TrainingError(f"bench megatron: a step is not finite: the norm of its gradients is {norm}")
         dist.barrier()
 
     return steps

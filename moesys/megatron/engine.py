@@ -53,10 +53,12 @@ def _prepare(device: str) -> ExitStack:
     return kept
 
 
-def build(config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> MegatronEngine:
-    """The engine on this rank; `dtype` must be None or float32."""
+def build(
+    config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+) -> MegatronEngine:
+    """The engine on this rank; `dtype` must be None or float32; `draw`: see `EngineModule`."""
     with quiet():
         from moesys.megatron.training import MegatronEngine
     assert isinstance(mesh, MegatronRanks)
     assert dtype in (None, torch.float32)
-    return MegatronEngine(config, mesh, vocab_size)
+    return MegatronEngine(config, mesh, vocab_size, draw=draw)

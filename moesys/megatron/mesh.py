@@ -7,11 +7,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from moesys.config.schema import Config
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import Ranks
+from moesys.parallel.timeout import set_timeout
 
 ORDER = "tp-cp-ep-dp-pp"
 """Megatron's, fastest first: that of `DENSE_AXES` and `EXPERT_AXES`, reversed."""
@@ -36,7 +36,7 @@ class MegatronRanks(Ranks):
             create_gloo_process_groups=False,
         )
         for group in state._global_process_group_list or ():
-            _set_pg_timeout(timedelta(seconds=config.launch.timeout_s), group or dist.group.WORLD)
+            set_timeout(timedelta(seconds=config.launch.timeout_s), group or dist.group.WORLD)
         found = (
             (("pp",), state.get_pipeline_model_parallel_group()),
             (("pp",), state.get_embedding_group(check_initialized=False)),

@@ -43,13 +43,22 @@ class MegatronEngine:
 
     Args:
         plug_in: whether the MoE layer is this project's, or Megatron's own (for comparison).
+        draw: whether weights are drawn; else they are NaN until `load` overwrites them.
         more: fields of `TransformerConfig` beside what the configuration says.
     """
 
     dtype = torch.float32
     """Of the optimizer's weights, which checkpoints hold."""
 
-    def __init__(self, config: Config, ranks: MegatronRanks, vocab_size: int, plug_in: bool = True, **more: Any):
+    def __init__(
+        self,
+        config: Config,
+        ranks: MegatronRanks,
+        vocab_size: int,
+        plug_in: bool = True,
+        draw: bool = True,
+        **more: Any,
+    ):
         self.config, self.mesh, self.ranks = config, ranks, ranks
         self.vocab_size, self.groups, self.marks = vocab_size, Groups.of(), Marks(vocab_size)
         self.names = Names(config.model, vocab_size, place_of(self.groups))
@@ -57,15 +66,18 @@ class MegatronEngine:
         with quiet():
             self.transformer = transformer_config(config, ranks, stages, **more)
             self.parts = chunks(config, ranks, vocab_size, self.transformer, plug_in)
-            self._initialise()
+            self._initialise(draw)
             self.model = self._reduced()
             self.optimizer = self._optimizer()
 
-    def _initialise(self) -> None:
+    def _initialise(self, draw: bool) -> None:
         std = self.config.model.init_std
         with torch.no_grad():
             for _, piece, part in self.held():
-                part.copy_(initial(piece.shape, piece.index, piece.name, self.config.seed, std))
+                if draw:
+                    part.copy_(initial(piece.shape, piece.index, piece.name, self.config.seed, std))
+                else:
+                    part.fill_(torch.nan)
 
     def held(self) -> Iterator[tuple[nn.Parameter, Piece, Tensor]]:
         """Every parameter of this rank, piece by piece."""
@@ -130,14 +142,17 @@ class MegatronEngine:
             group["lr"] = rate
             group["weight_decay"] = o.weight_decay * group.get("wd_mult", 1.0)
         norm = step(self.optimizer)
+        bad: list[str] = []
         if isfinite(norm):
             for gate, total in step_totals(gates, self.ranks):
                 gate.after_step(total)
-            return Update(norm)
-        for gate in gates:
-            gate.skip_step()
-        gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.held()}  # type: ignore[attr-defined]
-        return Update(norm, nonfinite(gradients, order=2))
+        else:
+            for gate in gates:
+                gate.skip_step()
+            gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.held()}  # type: ignore[attr-defined]
+            bad = nonfinite(gradients, order=2)
+        told = partial(torch.full, (), device=self.mesh.device)
+        return Update(told(norm, dtype=torch.float64), told(not isfinite(norm), dtype=torch.bool), lambda: bad)
 
     def nonfinite(self) -> list[str]:
         held = {piece.name: part for _, piece, part in self.held()} | self._buffers()

@@ -5,12 +5,18 @@ B sequences, S tokens held by this device, H hidden, h heads, d head size.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import CausalBias
 
-from moesys.config.schema import ModelConfig
 from moesys.kernels.rotary import rotate
 from moesys.models.layers import Linear, RMSNorm
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
 
 
 class CausalCore(nn.Module):
@@ -24,24 +30,42 @@ class CausalCore(nn.Module):
         return attend(q_BShd, k_BSgd, v_BSgd)
 
 
-def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
+def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | None = None) -> Tensor:
     """Causal attention of the last queries of a sequence to its keys: q [B, Sq, …], k and v [B, Sk, …].
 
-    Query i sees keys 0 … Sk − Sq + i.
+    Query i sees keys 0 … Sk − Sq + i. No mask reaches a GPU: there one would leave only torch's slow path, which
+    keeps a score for each pair of tokens.
+
+    Args:
+        bias: `causal_lower_right(Sq, Sk)` where Sq < Sk. Made beforehand, since torch.compile cannot trace its making.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BShd, k_BSgd, v_BSgd))
-    repeat = q.shape[1] // k.shape[1]
-    if repeat > 1 and not q.is_cuda:
-        # The fused CPU kernel takes no grouped heads: enable_gqa would fall back to the slow path.
-        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-    mask = None
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and not takes_groups(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    mask: Tensor | None = None
     if q.shape[2] != k.shape[2]:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        mask = mask.tril(k.shape[2] - q.shape[2])
+        # The CPU's fused kernel takes a mask, and no bias.
+        mask = bias if q.is_cuda else _lower_right(q, k)
     out = nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != q.shape[1]
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
     return out.transpose(1, 2)
+
+
+def takes_groups(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a fused kernel shares each key head among several query heads [B, h, S, d], as flash attention does.
+
+    The others want a copy of the key for each query: `enable_gqa` would fall back to the slow path. They are the
+    CPU's, and on a GPU the memory-efficient one, which float32 and heads of two sizes take.
+    """
+    return q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
+
+
+def _lower_right(q: Tensor, k: Tensor) -> Tensor:
+    """True where a query [B, h, Sq, d] sees a key [B, g, Sk, d]: bool [Sq, Sk]."""
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
 
 
 class GroupedQueryAttention(nn.Module):

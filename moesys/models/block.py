@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from moesys.config.schema import ModelConfig
 from moesys.models.attention import GroupedQueryAttention, LatentAttention
 from moesys.models.layers import FeedForward, RMSNorm
 from moesys.models.moe import build_moe
@@ -15,6 +15,9 @@ from moesys.moe.layer import Decided, Once
 
 Part = tuple[nn.Module, str]
 """A module and the name of one of its methods."""
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
 
 
 class Block(nn.Module):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from moesys.config.schema import ModelConfig
 from moesys.models.block import Block
 from moesys.models.layers import Linear, RMSNorm, rotary_angles
 from moesys.models.size import kind
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
 
 
 class Embedding(nn.Embedding):
@@ -30,6 +34,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.positions: Tensor | None = None
+        self._tables: tuple[tuple[int, torch.device, Tensor | None], tuple[Tensor, Tensor]] | None = None
         self.embed: Embedding | None = Embedding(vocab_size, config.hidden)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.layers)})
         self.norm: RMSNorm | None = RMSNorm(config.hidden, config.norm_eps)
@@ -67,12 +72,24 @@ class Decoder(nn.Module):
         """
         if self.embed is not None:
             x = self.embed(x).to(self.dtype)
-        positions = self.positions
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
-        cos, sin = rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta)
+        cos, sin = self._rotary(x.shape[1], x.device)
         for block in self.layers.values():
             x = block(x, cos, sin, tokens_BS2)
         if self.head is not None and self.norm is not None:
             x = self.head(self.norm(x))
         return x
+
+    def _rotary(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tables of the positions [S, d], made once for all passes of as many tokens."""
+        if torch.compiler.is_compiling():
+            return self._angles(tokens, device)
+        held = tokens, device, self.positions
+        if self._tables is None or self._tables[0][:2] != held[:2] or self._tables[0][2] is not held[2]:
+            # Made within inference they could not be used in training.
+            with torch.inference_mode(False), torch.no_grad():
+                self._tables = held, self._angles(tokens, device)
+        return self._tables[1]
+
+    def _angles(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(tokens, device=device) if self.positions is None else self.positions
+        return rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from moesys.config.schema import MoEConfig
 from moesys.moe import noise
 from moesys.moe.gates import Gate
 from moesys.moe.gates.base import BaseGate
@@ -20,6 +20,9 @@ from moesys.moe.gates.sinkhorn import SinkhornGate
 from moesys.moe.gates.smear import SmearGate
 from moesys.moe.gates.soft import SoftGate
 from moesys.moe.routing import Tokens
+
+if TYPE_CHECKING:
+    from moesys.config.schema import MoEConfig
 
 
 def _expert_choice(m: MoEConfig, hidden: int, layer: int) -> Gate:

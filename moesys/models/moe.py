@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
-from moesys.config.schema import MoEConfig
 from moesys.models import gates
 from moesys.models.layers import FeedForward
 from moesys.moe import MoELayer
@@ -18,6 +19,9 @@ from moesys.moe.lora import LoRAExperts
 from moesys.moe.losses import Balance
 from moesys.moe.shared import build_mix
 from moesys.moe.zero import ZeroExperts, ZeroRule
+
+if TYPE_CHECKING:
+    from moesys.config.schema import MoEConfig
 
 
 def build_moe(m: MoEConfig, hidden: int, layer: int) -> MoELayer:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from moesys.config.schema import ModelConfig, MoEConfig
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig, MoEConfig
+
 
 Kind = Literal["matrix", "norm", "bias", "temperature"]
 """What a parameter is, whatever its shape: experts' biases are stacked, [E, …], and no matrices."""

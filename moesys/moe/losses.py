@@ -65,7 +65,7 @@ def global_balancing(
 def _balance(f: Tensor, total: Tensor, tokens: int, adjust: Adjust | None) -> Tensor:
     """Σ f · total · E / tokens, all that is constant multiplied first: nothing of it is differentiated."""
     f = f if adjust is None else adjust(f)
-    return (f * (total.shape[-1] / tokens) * total).sum()
+    return torch.dot((f * (total.shape[-1] / tokens)).flatten(), total.flatten())
 
 
 def router_z(logits_TE: Tensor, scope: MicroBatch) -> Tensor:

@@ -41,7 +41,7 @@ class Beat:
 
     def __init__(self, run_dir: Path, rank: int, interval: float = 1.0):
         self._path, self._rank, self.interval = beat_file(run_dir, rank), rank, interval
-        self._count, self._at, self._step, self._shown = 0, "starting", 0, False
+        self._count, self._at, self._step, self._shown, self._ended = 0, "starting", 0, False, False
         self._main = threading.get_ident()
         self._lock, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
@@ -65,6 +65,8 @@ class Beat:
         self._end.set()
         self._thread.join()
         if self._file >= 0:
+            self._ended = kind is None
+            self.write()  # the last one: no more are to be missed where this rank has done its part
             os.close(self._file)
 
     def _run(self) -> None:
@@ -80,6 +82,7 @@ class Beat:
                 "rank": self._rank, "count": self._count, "pid": os.getpid(), "host": socket.gethostname(),
                 "node_ip": os.environ.get("MOESYS_NODE_IP", ""),
                 "at": self._at, "shown": self._shown, "step": self._step, "where": where, "waits": waits,
+                **({"ended": True} if self._ended else {}),
             }  # fmt: skip
             os.pwrite(self._file, json_text(record).encode()[: BYTES - 1].ljust(BYTES - 1) + b"\n", 0)
 

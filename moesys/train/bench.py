@@ -27,6 +27,7 @@ from moesys.data.corpus import open_corpus
 from moesys.errors import MoesysError
 from moesys.files import json_objects
 from moesys.loopback import stay_here
+from moesys.measure import checkout
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import ParallelMesh
 from moesys.train.guard import demand_numbers
@@ -93,20 +94,21 @@ def compare(config: Config, rounds: int, steps: int) -> dict[str, list[float]]:
 
 def _transformers(config: Config, trainer: Trainer) -> Callable[[], None]:
     """One training step of transformers' Mixtral of the same shape, losses and optimizer."""
-    import transformers
+    with checkout.hidden():
+        from transformers import MixtralConfig, MixtralForCausalLM
 
     m, t = config.model, config.train
     if m.moe is None or m.attention.kind != "gqa" or m.moe.shared_experts or m.moe.every > 1 or m.moe.first_dense:
         raise MoesysError("bench train compares with Mixtral: every layer MoE, gqa, no shared experts")
     vocabulary = trainer.vocab_size
-    theirs = transformers.MixtralConfig(
+    theirs = MixtralConfig(
         vocab_size=vocabulary, hidden_size=m.hidden, intermediate_size=m.moe.ffn_hidden, num_hidden_layers=m.layers,
         num_attention_heads=m.attention.heads, num_key_value_heads=m.attention.kv_heads or m.attention.heads,
         head_dim=m.head_dim, num_local_experts=m.moe.experts, num_experts_per_tok=m.moe.top_k,
         router_aux_loss_coef=m.moe.balance_loss, output_router_logits=True, tie_word_embeddings=m.tie_embeddings,
         max_position_embeddings=t.seq_len, use_cache=False, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model: nn.Module = transformers.MixtralForCausalLM(theirs)
+    model: nn.Module = MixtralForCausalLM(theirs)
     optimizer = build(t.optimizer, dict(model.named_parameters()))
     batches = _batches(config, trainer)
     passes = t.global_batch // t.micro_batch

@@ -22,10 +22,11 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.files import write_json
+from moesys.measure import simulate
 from moesys.measure.explain import explain
 from moesys.measure.interleave import alone, interleave, ratio
 from moesys.measure.recorder import Recorder
-from moesys.measure.step import Step
+from moesys.measure.summary import Summary
 from moesys.parallel import comm
 from moesys.train import here
 from moesys.train.guard import demand_numbers
@@ -78,6 +79,7 @@ def run(config: Config, rounds: int, steps: int) -> Result:
     every = max(1, config.measure.every)
     steps = ceil(steps / every) * every
     world = config.cluster.nodes * config.cluster.ranks_per_node
+    config = here.ready(config, world, "bench measure")
     with here.started(_work, world, config, rounds, steps) as folder:
         seconds = json.loads((folder / "seconds.json").read_text())
     return Result(
@@ -93,6 +95,19 @@ def run(config: Config, rounds: int, steps: int) -> Result:
         machine=f"{platform.machine()}, torch {torch.__version__}",
         date=date.today().isoformat(),
     )
+
+
+SIMULATED_STEPS = 20
+"""About as many as `launch --measure` records."""
+
+
+def simulated(config: Config, world: int) -> simulate.Result:
+    """What bringing records together costs rank 0 of `world` ranks with the configuration's layers.
+
+    Experts are shared by 64 neighbours, or by all where there are fewer.
+    """
+    layers = sum(config.model.is_moe(i) for i in range(config.model.layers))
+    return simulate.run(simulate.Load(world, layers, SIMULATED_STEPS, min(64, world)))
 
 
 def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:
@@ -129,7 +144,7 @@ def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str,
         explained(recorder.flush())
         dist.barrier()
 
-    def explained(steps: list[Step]) -> None:
+    def explained(steps: list[Summary]) -> None:
         for step in steps:
             explain([step])
 

@@ -6,7 +6,7 @@ lies, and `build(config, mesh, vocab_size, dtype)`, which makes this rank's part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
@@ -23,16 +23,18 @@ MODULES = {"native": "moesys.train.native", "megatron": "moesys.megatron.engine"
 
 
 class Update(NamedTuple):
-    """What came of a step's gradients.
+    """What came of a step's gradients, on the device: the host need not wait for it.
 
     Attributes:
-        norm: their global L2 norm before clipping.
-        bad: None where weights were updated. Where the norm or the loss is not finite nothing was, and these
-            are the parameters of this rank whose gradients are not finite.
+        norm: their global L2 norm before clipping, float64 [], the same on all ranks.
+        skipped: bool [], the same on all ranks: whether the norm or the loss is not finite, so that nothing was
+            updated.
+        bad: waits for the device; the parameters of this rank whose gradients are not finite.
     """
 
-    norm: float
-    bad: list[str] | None = None
+    norm: Tensor
+    skipped: Tensor
+    bad: Callable[[], list[str]]
 
 
 class Engine(Protocol):
@@ -61,7 +63,7 @@ class Engine(Protocol):
         """Clip, step with learning rate `rate`, forget the gradients.
 
         Where their norm or the loss of the step is not finite, nothing moves: neither weights, nor what the
-        optimizer keeps, nor what gates follow. All ranks agree on that.
+        optimizer keeps, nor what gates follow. All ranks agree on that, and the device decides it.
         """
 
     def nonfinite(self) -> list[str]:
@@ -98,7 +100,10 @@ class EngineModule(Protocol):
     """What a module of `MODULES` offers."""
 
     def connect(self, config: Config) -> Ranks: ...
-    def build(self, config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> Engine: ...
+    def build(
+        self, config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+    ) -> Engine:
+        """Without `draw` parameters are NaN until `Engine.load` overwrites them."""
 
 
 def engine_of(config: Config) -> EngineModule:

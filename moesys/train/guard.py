@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from moesys.config.schema import SkipsConfig
 from moesys.errors import TrainingError
-from moesys.train.engine import Engine, Update
+from moesys.train.backlog import Measured
+from moesys.train.engine import Engine
 from moesys.train.finite import place
 
 
@@ -45,42 +46,48 @@ class Guard:
         consecutive: skipped steps since the last one that updated.
         total: skipped steps of the run.
         last: the latest of them in this process.
+        over: why the run must end, since the first step that was one too many; "" while it may go on.
     """
 
     def __init__(self, allowed: SkipsConfig):
         self.allowed = allowed
         self.consecutive = self.total = 0
         self.last: Skip | None = None
+        self.over = ""
 
-    def take(self, step: int, loss: float, update: Update, engine: Engine) -> Skip | None:
+    def take(self, measured: Measured, engine: Engine) -> Skip | None:
         """Count a step; what is known of it if it was skipped. Collective then, and only then."""
-        if update.bad is None:
+        if not measured.skipped:
             self.consecutive = 0
             return None
-        gradients, state = gathered(update.bad, engine.nonfinite())
+        gradients, state = gathered(measured.bad(), engine.nonfinite())
         self.consecutive, self.total = self.consecutive + 1, self.total + 1
-        self.last = Skip(step, loss, update.norm, gradients, state)
+        self.last = Skip(measured.step, measured.values["loss"], measured.norm, gradients, state)
+        self.over = self.over or self._verdict(self.last)
         return self.last
 
-    def check(self, newest: Path | None = None) -> None:
-        """Raise if the last step was one too many; `newest` is the newest checkpoint, for the message.
-
-        Raises:
-            TrainingError: more steps were skipped than `train.skips` allows, or weights are not finite, which no
-                later step repairs.
-        """
-        skip, a = self.last, self.allowed
-        if not self.consecutive or skip is None:
-            return
+    def _verdict(self, skip: Skip) -> str:
+        """Why a skipped step is one too many; "" if it is not."""
+        a = self.allowed
         if skip.state:
-            raise TrainingError(f"step {skip.step}: not finite: {named(skip.state)}; {skip}{remedy(newest)}")
+            return f"step {skip.step}: not finite: {named(skip.state)}; {skip}"
         if self.consecutive > a.consecutive:
             rule = f"{self.consecutive} in a row, and train.skips.consecutive is {a.consecutive}"
         elif self.total > a.total:
             rule = f"{self.total} in this run, and train.skips.total is {a.total}"
         else:
-            return
-        raise TrainingError(f"step {skip.step}: skipped for it is not finite, {rule}: {skip}{remedy(newest)}")
+            return ""
+        return f"step {skip.step}: skipped for it is not finite, {rule}: {skip}"
+
+    def check(self, newest: Path | None = None) -> None:
+        """Raise if a step was one too many; `newest` is the newest checkpoint, for the message.
+
+        Raises:
+            TrainingError: more steps were skipped than `train.skips` allows, or weights are not finite, which no
+                later step repairs.
+        """
+        if self.over:
+            raise TrainingError(f"{self.over}{remedy(newest)}")
 
     def as_json(self) -> dict[str, int]:
         """The counts for a checkpoint."""
@@ -89,6 +96,7 @@ class Guard:
     def restore(self, kept: dict[str, Any]) -> None:
         """Count on from what a checkpoint kept; from nothing where it kept nothing."""
         self.consecutive, self.total = (int(kept.get(key, 0)) for key in ("consecutive", "total"))
+        self.over = ""
 
 
 def demand_finite(engine: Engine, what: str, remedy: str) -> None:

@@ -18,7 +18,21 @@ from moesys.config.schema import Config
 from moesys.errors import LaunchError
 from moesys.loopback import stay_here
 from moesys.parallel.mesh import Ranks
+from moesys.parallel.rendezvous import enter
+from moesys.train import device, room
 from moesys.train.ending import Failure
+
+
+def ready(config: Config, world: int, what: str) -> Config:
+    """The configuration for `what` ("verify") in at most `world` processes here, its device decided for all of them.
+
+    Says a word where they leave GPUs unused. Raises `LaunchError` where this machine cannot carry them.
+    """
+    config, word = device.placed(config, world)
+    if word:
+        print(f"{what}: {word}", flush=True)
+    room.demand(config, world, what)
+    return config
 
 
 @contextmanager
@@ -68,18 +82,16 @@ def _cause(error: mp.ProcessRaisedException | mp.ProcessExitedException, folder:
 
 @contextmanager
 def joined(rank: int, world: int, config: Config, folder: str) -> Iterator[Ranks]:
-    """In such a process: its meshes, connected through a file in `folder`."""
+    """In such a process: its meshes, connected through a file in `folder`; `config` as `ready` gave it."""
     from moesys.train.engine import engine_of
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group(
-        "nccl" if config.cluster.device == "cuda" else "gloo",
-        f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=config.launch.timeout_s),
-    )
+    kind = "cuda" if config.cluster.device == "cuda" else "cpu"
+    os.environ.update(device.hide_gpus(kind))
+    timeout = timedelta(seconds=config.launch.timeout_s)
+    store = dist.FileStore(f"{folder}/rendezvous", world)
+    enter(kind, store, rank, world, timeout)
     yield engine_of(config).connect(config)
     dist.barrier()
     dist.destroy_process_group()

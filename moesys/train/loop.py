@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +17,31 @@ from torch import Tensor
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
 from moesys.data.samples import Samples
+from moesys.errors import CheckpointError
 from moesys.parallel import comm
+from moesys.parallel.host import sent
 from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, gates, optimizer
+from moesys.train.backlog import Backlog, Measured
 from moesys.train.balance import BalanceWatch, Fault
 from moesys.train.engine import Engine, engine_of
-from moesys.train.guard import Guard, demand_finite
-from moesys.train.metrics import collect
+from moesys.train.guard import Guard, Skip, demand_finite
 
 IGNORED = -100
 """Label of a token that no loss counts."""
+
+
+class Known(NamedTuple):
+    """A step that was read.
+
+    Attributes:
+        skip: if it updated nothing.
+        faults: what it made certain about collapsed routers.
+    """
+
+    measured: Measured
+    skip: Skip | None
+    faults: list[Fault]
 
 
 class Trainer:
@@ -36,12 +52,16 @@ class Trainer:
         mesh: what the engine's `connect` gave.
         corpus: tokens for training and held-out tokens.
         dtype: type of the weights, default float32.
+        draw: whether weights are drawn; if not, `resume` must find a checkpoint, which says them.
     """
 
-    def __init__(self, config: Config, mesh: Ranks, corpus: Corpus, dtype: torch.dtype | None = None):
+    def __init__(
+        self, config: Config, mesh: Ranks, corpus: Corpus, dtype: torch.dtype | None = None, draw: bool = True
+    ):
         self.config, self.mesh, self.corpus = config, mesh, corpus
+        self._drawn = draw
         self.vocab_size = corpus.vocab_size
-        self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype)
+        self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype, draw)
         gates.prepare(self.engine, corpus)
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
@@ -49,49 +69,83 @@ class Trainer:
         self.step, self.seen = 0, 0
         self.resumed: checkpoint.Loaded | None = None
         self.guard, self.balance = Guard(config.train.skips), BalanceWatch(config)
-        self.faults: list[Fault] = []
-        """What the last step made certain about collapsed routers."""
+        self.backlog = Backlog(self.engine)
+        self.known: list[Known] = []
+        """What the last call of `train_step` read of the steps up to then, in their order."""
         self.events: list[comm.Event] = []
         """The project's own collectives in the last step's passes through the model, on this rank."""
         self.load: list[list[float]] | None = None
-        """Assignments of the last step, over all ranks, per MoE layer and expert."""
+        """Assignments of the last step that was read, over all ranks, per MoE layer and expert."""
+        self.seconds = 0.0
+        """Spent in `train_step`, by the host's clock, which waits for the device where it reads."""
+        self._read_at = 0.0
         self.before_update: Callable[[], None] | None = None
         """Called in every step when gradients are complete, before clipping."""
 
-    def train_step(self) -> dict[str, Any]:
-        """One optimizer step over the next global batch: its metrics. Collective.
+    def train_step(self, due: bool = True) -> dict[str, Any]:
+        """One optimizer step over the next global batch: its metrics if they are `due`, else none. Collective.
+
+        What is not due is not waited for: it is read with the next step that is, or when so many steps wait that the
+        backlog is full. Times are then means over the steps since the last reading.
 
         A step whose loss or gradients are not finite updates nothing and counts as a step: `guard` says whether the
         run may go on.
         """
-        t = self.config.train
         begin = perf_counter()
+        rate = optimizer.learning_rate(self.config.train, self.step + 1)
+        self._step(rate, due)
+        self.known = self._read() if due or self.backlog.full else []
+        self.seconds += perf_counter() - begin
+        return self._record(rate) if self.known else {}
+
+    def _step(self, rate: float, due: bool) -> None:
+        t = self.config.train
         self.step += 1
         numbers = range(self.seen, self.seen + t.global_batch)
         self.seen += t.global_batch
         mine = self._mine(numbers)
         windows = torch.from_numpy(np.stack([self.samples[n] for n in mine]))
-        with comm.record() as self.events:
+        self.events = []
+        with ExitStack() as stack:
+            if due:
+                self.events = stack.enter_context(comm.record())
             loss = self.engine.train(*self._split(windows), mine)
         if self.before_update is not None:
             self.before_update()
-        rate = optimizer.learning_rate(t, self.step)
         update = self.engine.update(rate)
-        self._synchronise()
-        travel = sum(e.exposed for e in self.events if e.level)
-        values = collect(self.engine, loss, travel)
-        self.load = values.pop("load", None)
-        skip = self.guard.take(self.step, values["loss"], update, self.engine)
-        self.faults = self.balance.take(self.step, None if skip else self.load)
-        seconds = perf_counter() - begin
+        self.backlog.add(self.step, loss, update, self._travel() if due else 0.0)
+
+    def _travel(self) -> float:
+        """Seconds in which this rank waited for rows of experts in the last step."""
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        return sum(e.exposed for e in self.events if e.level)
+
+    def _read(self) -> list[Known]:
+        """What the steps since the last reading measured, and what it says of the run. Collective."""
+        found = []
+        for measured in self.backlog.read():
+            skip = self.guard.take(measured, self.engine)
+            faults = self.balance.take(measured.step, None if skip else measured.load)
+            found.append(Known(measured, skip, faults))
+            self.load = measured.load
+        return found
+
+    def _record(self, rate: float) -> dict[str, Any]:
+        """The record of the last step that was read; times are means over all that were."""
+        t, last = self.config.train, self.known[-1].measured
+        seconds = (self.seconds - self._read_at) / len(self.known)
+        self._read_at = self.seconds
+        values = dict(last.values)
+        travel = values.pop("all_to_all_seconds")
         return {
-            "step": self.step,
-            **{k: v for k, v in values.items() if k != "all_to_all_seconds"},
+            "step": last.step,
+            **values,
             **self.balance.counts(),
             "lr": rate,
-            "grad_norm": update.norm,
+            "grad_norm": last.norm,
             "skipped": self.guard.total,
-            "all_to_all_share": values["all_to_all_seconds"] / seconds,
+            "all_to_all_share": travel / seconds,
             "tokens_per_second": t.global_batch * t.seq_len / seconds,
             "step_seconds": seconds,
         }
@@ -130,6 +184,7 @@ class Trainer:
         Raises:
             TrainingError: something to be written is not finite; nothing is written, and nothing removed.
         """
+        self.known += self._read()
         what, do = f"step {self.step}: no checkpoint is written", "go back to an older checkpoint"
         demand_finite(self.engine, what, f"{do} in {folder}, with a lower train.optimizer.lr")
         state = {"skips": self.guard.as_json(), "balance": self.balance.as_json()}
@@ -142,10 +197,14 @@ class Trainer:
 
         Raises:
             TrainingError: something in it is not finite.
+            CheckpointError: there is none, and weights were not drawn.
         """
         path = checkpoint.newest(folder)
+        if path is None and not self._drawn:
+            raise CheckpointError(f"{folder}: the checkpoint that was there a moment ago is gone")
         if path is not None:
             self.resumed = checkpoint.load(path, self.engine, self.corpus)
+            self.backlog = Backlog(self.engine)
             self.step, self.seen = self.resumed.step, self.resumed.samples
             self.guard.restore(self.resumed.state.get("skips") or {})
             self.balance.restore(self.step, self.resumed.state.get("balance") or {})
@@ -160,9 +219,5 @@ class Trainer:
         return numbers[rank * size : (rank + 1) * size]
 
     def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        windows = windows.to(self.mesh.device)
+        windows = sent(windows, self.mesh.device)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-    def _synchronise(self) -> None:
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What a step measured, gathered from all ranks by one all-reduce, and where it is written."""
+"""Where what steps measured is written: metrics.jsonl, load.jsonl, boards and Prometheus."""
 
 from __future__ import annotations
 
@@ -7,82 +7,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import moesys
 from moesys.config.schema import Config
 from moesys.files import json_objects, json_text, write_whole
-from moesys.parallel import comm
-from moesys.parallel.gates_check import IGNORES
 from moesys.train.board import Board, layout
-from moesys.train.engine import Engine
 from moesys.train.exporter import Exporter
 from moesys.train.wandb_run import WandbRun
-
-LOSSES = {
-    "balance": "balance_loss",
-    "sequence_balance": "sequence_balance_loss",
-    "global_balance": "global_balance_loss",
-    "z": "z_loss",
-    "importance": "importance_loss",
-    "load_loss": "load_loss",
-    "cmr": "cmr_coefficient",
-}
-"""The losses that layers report, and where model.moe has their coefficients."""
-
-COUNTS = ("calls", "dropped", "zero")
-"""What layers count beside losses and load: passes, and assignments dropped or to zero-computation experts."""
-
-
-def collect(engine: Engine, loss: Tensor, all_to_all_seconds: float) -> dict[str, Any]:
-    """Loss and routing of the step, over all ranks. Collective.
-
-    Returns loss (mean of the global batch), all_to_all_seconds (mean over ranks), and with MoE layers:
-    imbalance (largest expert's load / mean, mean over layers), rank_imbalance (the same of the ep
-    ranks' loads), dropped (share of assignments), zero_share (assignments to zero-computation experts,
-    where there are any), each of `LOSSES` that is on (unscaled, mean over layers and micro-batches), and
-    load: assignments per MoE layer and expert, lists of numbers.
-    """
-    config, degrees, device = engine.config, engine.mesh.degrees, engine.mesh.device
-    moe = config.model.moe
-    layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
-    width = (moe.experts if moe else 0) + len(COUNTS) + len(LOSSES)
-    table = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
-    for name, layer in engine.moe_layers().items():
-        totals = layer.statistics.take()
-        row = table[layers.index(int(name.split(".")[1]))]
-        parts = [totals.get(key, torch.zeros((), device=device)) for key in (*COUNTS, *LOSSES)]
-        row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
-    head = torch.tensor([0.0, all_to_all_seconds], dtype=torch.float64, device=device)
-    head[0] = loss.double() / degrees.tp
-    packed = comm.total(torch.cat([head, table.flatten()]), way=comm.STEP)
-    values = {"loss": packed[0].item(), "all_to_all_seconds": packed[1].item() / degrees.world}
-    if moe is not None and layers:
-        values |= _routing(packed[2:].view_as(table), moe, degrees)
-    return values
-
-
-def _routing(table: Tensor, moe, degrees) -> dict[str, Any]:
-    counted = dict(zip((*COUNTS, *LOSSES), table.T, strict=False))
-    load = table[:, len(counted) :]
-    per_rank = load.view(len(load), degrees.ep, -1).sum(-1)
-    micro_batches = counted["calls"] / (degrees.cp * degrees.tp)
-    values: dict[str, Any] = {
-        "load": load.round(decimals=3).tolist(),
-        "imbalance": (load.amax(1) / load.mean(1)).mean().item(),
-        "rank_imbalance": (per_rank.amax(1) / per_rank.mean(1)).mean().item(),
-        "dropped": (counted["dropped"].sum() / load.sum()).item(),
-    }
-    if moe.zero_computation:
-        zero = counted["zero"].sum()
-        values["zero_share"] = (zero / (zero + load.sum())).item()
-    for name, key in LOSSES.items():
-        if (factor := getattr(moe, key)) and key not in IGNORES[moe.gate.kind]:
-            values[name] = (counted[name] / micro_batches).mean().item() / factor
-    return values
-
 
 LOADS = 200
 """Most records of every expert's load that a run keeps: thousands of experts at every step would be too many."""

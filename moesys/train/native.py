@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from math import isfinite
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ def joined(config: Config) -> tuple[Degrees, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.launch.timeout_s)
-        join("nccl" if cuda else "gloo", timeout)
+        join(device.type, timeout)
+    if cuda and "nccl" not in dist.get_backend():
+        rule = f"the ranks compute on GPUs, and their process group is of {dist.get_backend()}, which is for the CPU"
+        raise MoesysError(f"{rule}\n    remedy: set cluster.device: cpu, or make the group with nccl")
     degrees, problems = resolve(config, dist.get_world_size())
     if degrees is None:
         raise MoesysError("; ".join(map(str, problems)))
@@ -45,17 +48,18 @@ def joined(config: Config) -> tuple[Degrees, torch.device]:
 
 
 def own_gpu(local_rank: int, visible: int) -> int:
-    """The GPU of a worker among those it sees: the one of its number on the node, or the only one.
+    """The GPU of a worker among those it sees: the one of its number on the node, modulo how many these are.
 
-    Where launchers give each worker its own (Slurm's gpus-per-task, Ray), it sees one, whatever its number.
+    Where launchers give each worker its own (Slurm's gpus-per-task, Ray), it sees as many as one worker has, whatever
+    its number. Two workers that come to the same GPU hear of it where the ranks meet (`rendezvous.claim`).
 
     Raises:
-        MoesysError: it sees several, and too few for its number.
+        MoesysError: it sees none.
     """
-    if visible > 1 and local_rank >= visible:
-        rule = f"worker {local_rank} of this node sees {visible} GPUs, and each worker needs its own"
-        raise MoesysError(f"{rule}\n    remedy: set cluster.ranks_per_node to the GPUs of a node, or ask for more")
-    return 0 if visible == 1 else local_rank
+    if not visible:
+        rule = f"worker {local_rank} of this node computes on a GPU, as cluster.device says, and sees none"
+        raise MoesysError(f"{rule}\n    remedy: set cluster.device: cpu, or give each worker a GPU")
+    return local_rank % visible
 
 
 def connect(config: Config) -> ParallelMesh:
@@ -64,18 +68,27 @@ def connect(config: Config) -> ParallelMesh:
     return ParallelMesh(degrees, device, config.launch.timeout_s)
 
 
-def build(config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None) -> NativeEngine:
-    """The engine on this rank; `dtype` is the type of the weights, default float32."""
+def build(
+    config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
+) -> NativeEngine:
+    """The engine on this rank; `dtype` is the type of the weights, default float32; `draw`: see `EngineModule`."""
     assert isinstance(mesh, ParallelMesh)
-    return NativeEngine(config, mesh, vocab_size, dtype)
+    return NativeEngine(config, mesh, vocab_size, dtype, draw)
 
 
 class NativeEngine:
     """See `Engine`. Checkpoints hold every tensor by its parameter's name, through `torch.distributed.checkpoint`."""
 
-    def __init__(self, config: Config, mesh: ParallelMesh, vocab_size: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        config: Config,
+        mesh: ParallelMesh,
+        vocab_size: int,
+        dtype: torch.dtype | None = None,
+        draw: bool = True,
+    ):
         self.config, self.mesh, self.dtype = config, mesh, dtype or torch.float32
-        self.model = compose(config, mesh, vocab_size, dtype)
+        self.model = compose(config, mesh, vocab_size, dtype, draw)
         self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
         self._loss = torch.zeros((), device=mesh.device)
 
@@ -85,22 +98,22 @@ class NativeEngine:
         return loss
 
     def update(self, rate: float) -> Update:
-        norm, loss = self.model.gradients.norm(self._loss)
-        bad = None if isfinite(norm) and isfinite(loss) else self._bad_gradients()
-        if bad is None:
-            self.model.gradients.clip(self.config.train.optimizer.clip, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.model.after_step()
-        else:
-            self.model.skip_step()
+        gradients = self.model.gradients
+        norm, loss = gradients.norm(self._loss)
+        skipped = ~(norm.isfinite() & loss.isfinite())
+        gradients.clip(self.config.train.optimizer.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step(self.optimizer, skipped)
+        self.model.after_step(skipped)
         self.optimizer.zero_grad()
-        return Update(norm, bad)
+        return Update(norm, skipped, partial(self._bad, gradients.norms))
 
-    def _bad_gradients(self) -> list[str]:
-        parameters = self.model.named_parameters()
-        return nonfinite({name: local(p.grad) for name, p in parameters.items() if p.grad is not None}, order=2)
+    def _bad(self, norms_P: Tensor) -> list[str]:
+        """Names of the trained parameters whose gradients' norms are not finite."""
+        names = {id(p): name for name, p in self.model.named_parameters().items()}
+        fine = norms_P.isfinite().tolist()
+        return [names[id(p)] for p, is_fine in zip(self.model.gradients.parameters, fine, strict=True) if not is_fine]
 
     def nonfinite(self) -> list[str]:
         state = self._state()

@@ -7,7 +7,7 @@ from math import cos, pi
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import OptimizerConfig, TrainConfig
@@ -35,6 +35,19 @@ def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> to
     if config.kind == "apex":
         return ApexAdam(groups.values(), **settings)
     return torch.optim.AdamW(list(groups.values()), fused=True, **settings)
+
+
+def step(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """Update, unless `skipped`, a bool [] on the parameters' device, for which the host does not wait.
+
+    Fused optimizers ask the device, by the attribute through which torch.amp.GradScaler tells them: where it is 1
+    neither parameters move nor what is kept of them, the count of steps included. Others need the host's answer.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skipped.item():
+        optimizer.step()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -14,7 +14,7 @@ from moesys.train.resume import NAME, newest
 FOLDERS = ("beats", "checkpoints", "errors", "logs", "measure", "ray", "routing", "tensorboard", "wandb")
 FILES = (
     "config.yaml", "job.sbatch", "launch.lock", "launches.jsonl", "load.jsonl", "metrics.jsonl", "ranks.json",
-    "report.html", "summary.json", "wandb.json", "measure/steps.jsonl",
+    "report.html", "summary.json", "wandb.json", "measure/steps.jsonl", "measure/summary.jsonl",
 )  # fmt: skip
 BEFORE = ".config.before.yaml"
 """The configuration that the run had, while nobody has accepted the new one."""

@@ -18,7 +18,7 @@ from moesys.config.schema import Config, ParallelConfig
 from moesys.errors import Problem
 from moesys.parallel import dimension
 from moesys.parallel.mesh import Ranks
-from moesys.train import here
+from moesys.train import here, room
 from moesys.train.guard import demand_numbers
 
 if TYPE_CHECKING:
@@ -217,5 +217,8 @@ def verify(
     config: Config, world: int, steps: int, tolerance: float, dtype: str = "float32", against: str | None = None
 ) -> Report:
     """Prove that `config` on `world` processes equals one process over `steps` steps, of the engine `against`."""
-    expected = trace(reference(config, against), 1, steps, dtype)
+    config = here.ready(config, world, "verify")
+    one = reference(config, against)
+    room.demand(one, 1, "verify")
+    expected = trace(one, 1, steps, dtype)
     return compare(trace(config, world, steps, dtype), expected, world, tolerance)

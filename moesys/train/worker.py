@@ -26,7 +26,7 @@ from moesys.measure.explain import explain
 from moesys.measure.recorder import Recorder
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
-from moesys.measure.step import Step
+from moesys.measure.summary import Summary
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
 from moesys.train import beat, checkpoint, resume, run_folder
@@ -35,6 +35,7 @@ from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
+from moesys.train.pace import Pace
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -45,6 +46,11 @@ def run(config: Config, run_dir: Path) -> None:
 def guarded(work: Callable[[Config, Path], None], config: Config, run_dir: Path) -> None:
     """`work(config, run_dir)`, then leave the process group, unless it fails."""
     work(config, run_dir)
+    part()
+
+
+def part() -> None:
+    """Leave the process group when all ranks do, unless this one has left it."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -61,8 +67,8 @@ def _train(config: Config, run_dir: Path) -> None:
     corpus = open_corpus(config)
     _agree(corpus)
     beat.at("building the model", shown=True)
-    trainer = Trainer(config, mesh, corpus)
     folder = run_dir / "checkpoints"
+    trainer = Trainer(config, mesh, corpus, draw=checkpoint.newest(folder) is None)
     _tell(trainer.resume(folder), trainer, run_dir)
     if mesh.rank == 0:
         run_folder.accept(run_dir)
@@ -70,7 +76,8 @@ def _train(config: Config, run_dir: Path) -> None:
     recorder = Recorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
         summary = _steps(trainer, log, routing, recorder, folder)
-        if dist.get_rank() == 0:
+        part()  # nobody waits for what rank 0 does alone
+        if mesh.rank == 0:
             _write_summary(summary, trainer, run_dir, corpus)  # metrics are told until the end
 
 
@@ -112,30 +119,27 @@ def _agree(corpus: Corpus) -> None:
 def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Recorder, folder: Path) -> dict[str, Any]:
     t, o = trainer.config.train, trainer.config.output
     begin, first = perf_counter(), trainer.step
-    steady: list[dict[str, Any]] = []
+    pace = Pace(trainer)
     saved = None
     while trainer.step < t.steps:
-        beat.step(trainer.step + 1)
-        with recorder.step(trainer.step + 1) as recording:
-            record = trainer.train_step()
+        step = trainer.step + 1
+        logged = step % o.log_every == 0 or step == t.steps
+        evaluates = t.eval_every > 0 and step % t.eval_every == 0 and step < t.steps
+        saves = o.checkpoint_every > 0 and step % o.checkpoint_every == 0 and step < t.steps
+        beat.step(step)
+        with recorder.step(step) as recording:
+            record = trainer.train_step(due=logged or evaluates or saves or recording is not None)
+        pace.take(record)
         _write_measured(recorder.keep(recording, trainer.load), log)
-        routing.write(trainer.step)
-        step, spent = trainer.step, perf_counter() - begin
-        if step > first + 1:
-            steady.append(record)
-        if step % o.log_every == 0 or step == t.steps:
-            eta = spent / (step - first) * (t.steps - step)
+        routing.write(step)
+        if logged:
+            eta = (perf_counter() - begin) / (step - first) * (t.steps - step)
             log.write({**record, "steps": t.steps, "eta_s": eta, "time": time()})
-        log.write_load(step, trainer.load)
-        if trainer.faults:
-            log.warn(step, sentence(trainer.faults))
-        if trainer.guard.consecutive:
-            log.warn(step, f"skipped, for it is not finite: {trainer.guard.last}")
-            trainer.guard.check(checkpoint.newest(folder))
-        if t.eval_every and step % t.eval_every == 0 and step < t.steps:
+        _write_known(trainer, log, folder)
+        if evaluates:
             beat.at("evaluating on held-out data")
             log.write({"step": step, **_heldout(trainer)})
-        if o.checkpoint_every and step % o.checkpoint_every == 0 and step < t.steps:
+        if saves:
             _write_measured(recorder.flush(), log)
             beat.at("saving a checkpoint")
             saved = trainer.save(folder)
@@ -147,19 +151,32 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
         beat.at("saving the checkpoint", shown=True)
         saved = trainer.save(folder)
     faults = trainer.balance.faults()
-    seconds = sum(r["step_seconds"] for r in steady)
-    tokens = t.global_batch * t.seq_len * len(steady)
-    shares = [r["all_to_all_share"] * r["step_seconds"] for r in steady]
     return {
         **heldout,
         "skipped_steps": trainer.guard.total,
         "routing_faults": [fault.as_json() for fault in faults],
         "routing": sentence(faults) or None,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "all_to_all_share": sum(shares) / seconds if seconds else None,
+        "tokens_per_second": pace.tokens_per_second,
+        "all_to_all_share": pace.all_to_all_share,
         "checkpoint": str(saved) if saved else None,
         "communication": explanation.headline() if (explanation := recorder.explanation()) else None,
     }
+
+
+def _write_known(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
+    """What the steps that were read say beside their records.
+
+    Raises:
+        TrainingError: one of them was skipped too many.
+    """
+    for known in trainer.known:
+        step = known.measured.step
+        log.write_load(step, known.measured.load)
+        if known.faults:
+            log.warn(step, sentence(known.faults))
+        if known.skip is not None:
+            log.warn(step, f"skipped, for it is not finite: {known.skip}")
+    trainer.guard.check(checkpoint.newest(folder) if trainer.guard.over else None)
 
 
 def _heldout(trainer: Trainer) -> dict[str, float]:
@@ -168,7 +185,7 @@ def _heldout(trainer: Trainer) -> dict[str, float]:
     return {"heldout_loss": loss} | ({} if size is None else {"heldout_bits_per_byte": bits_per_byte(loss, size)})
 
 
-def _write_measured(steps: Sequence[Step], log: MetricsLog) -> None:
+def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:
     """What recorded steps say, among the metrics of these steps."""
     for step in steps:
         e = explain([step])
@@ -193,7 +210,7 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
         "steps": trainer.step,
         "tokens": trainer.seen * trainer.config.train.seq_len,
         "vocab_size": corpus.vocab_size,
-        "world_size": dist.get_world_size(),
+        "world_size": trainer.mesh.degrees.world,
         "parameters": total,
         "active_parameters": active,
         "metrics": str(run_dir / "metrics.jsonl"),

@@ -9,7 +9,7 @@ from moesys.errors import ConfigError
 
 MODEL = "model: {hidden: 64, layers: 2, ffn_hidden: 128}\n"
 SECTIONS = "name, seed, engine, model, parallel, train, data, cluster, launch, output, measure"
-PARALLEL = "dp, dp_shard, tp, sp, pp, pp_schedule, pp_virtual, pp_split, cp, ep, etp, dispatch"
+PARALLEL = "dp, dp_shard, sync_gradients, tp, sp, pp, pp_schedule, pp_virtual, pp_split, cp, ep, etp, dispatch"
 OPTIMIZER = "kind, lr, betas, eps, weight_decay, clip"
 
 # (what, lines after MODEL, so the first is line 2, the message)

@@ -69,6 +69,9 @@ MORE = [
     Case("shard-tp-cp-ep", 8, {**FULL, "tp": 2, "cp": 2, "ep": 4}, LATENT),
     Case("pp-tp-cp-etp", 8, {"pp": 2, "tp": 2, "cp": 2, "etp": 2, "ep": 2}, DROPPING),
     Case("hybrid-tp-ep", 8, {"dp_shard": 2, "tp": 2, "ep": 2}, DROPPING, {"recompute": "full"}),
+    Case("each-shard-ep", 2, {**FULL, "sync_gradients": "each", "ep": 2}, DROPPING),
+    Case("each-hybrid-tp", 8, {"dp_shard": 2, "sync_gradients": "each", "tp": 2}, LATENT, batch=8),
+    Case("each-pp-shard-ep", 4, {**FULL, "sync_gradients": "each", "pp": 2, "ep": 2}),
     Case("dp-ep-selective", 2, {"ep": 2}, LATENT, {"recompute": "selective"}),
     Case("shard-ep-full", 2, {**FULL, "ep": 2}, PLAIN, {"recompute": "full", "micro_batch": 2}),
 ]

@@ -10,6 +10,9 @@ from typing import Any
 
 from moesys.errors import DataError
 
+BUCKET_BYTES = 16 * 2**10
+"""Of small buckets."""
+
 
 def forget_the_experts() -> None:
     """Break one rule: leave the gradients of experts unreduced over their data ranks."""
@@ -51,8 +54,16 @@ def gather_and_wait_too_often() -> None:
     data.apply, GateProjection.forward = apply, ask  # type: ignore[assignment,method-assign]
 
 
+def in_small_buckets() -> None:
+    """Break no rule: let the gradients of small models fill many buckets, so that their order is that of large ones."""
+    from moesys.parallel import buckets
+
+    buckets.BUCKET_BYTES = BUCKET_BYTES
+
+
 def send_everything_to_the_first_expert() -> None:
     """All tokens choose expert 0, whatever the weights."""
+    in_small_buckets()
     import torch
     from torch.distributed.tensor import DTensor, Replicate
 

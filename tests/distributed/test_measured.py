@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -13,11 +16,16 @@ from moesys.data.corpus import open_corpus
 from moesys.measure.attribute import matched
 from moesys.measure.explain import explain
 from moesys.measure.explanation import Explanation
-from moesys.measure.step import Step, read_steps
+from moesys.measure.recorded import read_steps, summaries
+from moesys.measure.step import Step
+from moesys.measure.summary import summarised
 from moesys.models.size import weights
 
 STEPS = 6
 LATE_STEPS = 9
+
+FOLDER: list[Path] = []
+"""Where the scenarios were recorded."""
 
 LATE = "rank 1 late before layers.2"
 OVERLOADED = {
@@ -47,6 +55,7 @@ def recorded(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     }
     folder = tmp_path_factory.mktemp("measured")
     record(scenarios, 2, folder)
+    FOLDER.append(folder)
     return {name: read_steps(folder / name)[1:] for name in scenarios}
 
 
@@ -109,6 +118,43 @@ def test_the_parts_add_up_to_the_step(recorded: dict) -> None:
         for b in (*explain(steps).by_step, *explain(steps).by_rank):
             assert sum(b.parts.values()) == pytest.approx(b.step, rel=0.02)
             assert min(b.parts.values()) > -1e-12
+
+
+def test_what_ranks_tell_each_other_is_what_all_their_travels_say(recorded: dict) -> None:
+    """Rank 0 had sums alone, of which each rank made its own; here they are made again of every rank's travels."""
+    for scenario, steps in recorded.items():
+        told = summaries(FOLDER[-1] / scenario)[1:]
+        assert [s.number for s in told] == [s.number for s in steps]
+        alone = [replace(s, ranks=tuple(replace(r, meetings=None) for r in s.ranks)) for s in steps]
+        for mine, theirs in zip(told, map(summarised, alone), strict=True):
+            assert mine.number == theirs.number
+            for a, b in zip(leaves(vars(mine)), leaves(vars(theirs)), strict=True):
+                assert a == (pytest.approx(b, abs=1e-9) if isinstance(b, float) else b), scenario
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Numbers and words of nested lists and mappings, in order."""
+    if isinstance(value, dict):
+        value = list(value.items())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def test_no_rank_reads_the_travels_of_another(recorded: dict) -> None:
+    folder = FOLDER[-1] / "late" / "measure"
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-00000.npy", "rank-00001.npy", "summary.jsonl"]
+    for rank in (0, 1):
+        alone = FOLDER[-1] / f"alone-{rank}" / "measure"
+        alone.mkdir(parents=True)
+        (alone / f"rank-{rank:05d}.npy").write_bytes((folder / f"rank-{rank:05d}.npy").read_bytes())
+        assert {tuple(s.members) for s in read_steps(alone.parent)} == {(rank,)}
+    # What a rank alone has on file still tells for whom it waited.
+    e = explain(read_steps(FOLDER[-1] / "alone-0")[1:])
+    assert e.causes.late == pytest.approx(explain(recorded["late"]).causes.late * 2, rel=0.2)
+    assert e.causes.untold == 0
 
 
 def test_every_collective_was_seen_by_all_its_ranks(recorded: dict) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from rich.console import Console
 from support import changed
@@ -16,7 +17,8 @@ from support import changed
 from moesys.cli import main
 from moesys.config.schema import Config
 from moesys.launchers.bench_a2a import routed, show
-from moesys.measure.bench_a2a import divisions, pattern
+from moesys.measure import bench_a2a, pattern
+from moesys.measure.bench_a2a import Case, Group, Options, divisions, timed
 from moesys.measure.bench_result import Result, Samples, flat, lines
 from moesys.train import routing_files
 
@@ -79,19 +81,139 @@ def test_every_collective_is_right_and_its_bandwidths_are_nccl_tests(config: Pat
     assert f">{uneven[0]['out_of_place']['alg_bw']:.3f}</td>" in page
 
 
-@pytest.mark.parametrize("ranks", [2, 171, 172, 1000])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+TYPES = ("float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "float32")
+
+
+@pytest.mark.parametrize("ranks", [2, 171, 172, 1024])
+@pytest.mark.parametrize("dtype", TYPES[1:])
 def test_sums_of_any_number_of_ranks_are_exact_in_any_order(ranks: int, dtype: str) -> None:
-    kind = getattr(torch, dtype)
-    parts = [pattern(rank, 300, kind, ranks) for rank in range(ranks)]
-    exact = sum(part.double() for part in parts)
+    kind, place = getattr(torch, dtype), torch.arange(3000)
+    parts = torch.stack([pattern.added(rank, place, ranks, kind) for rank in range(ranks)])
+    exact = parts.sum(0)
+    assert torch.equal(pattern.totals(place, ranks, kind), exact)
     for order in (range(ranks), random.Random(0).sample(range(ranks), ranks)):
-        total = torch.zeros(300, dtype=kind)
+        total = torch.zeros(3000, dtype=kind)
         for rank in order:
-            total += parts[rank]
-        assert torch.equal(total.double(), exact)
+            total = (total.float() + parts[rank].float()).to(kind)  # as on a link: rounded after each addition
+        assert torch.equal(total.long(), exact)
     assert exact.unique().numel() > 1
-    assert not torch.equal(parts[0], parts[1])
+    assert bool((parts.sum(1) > 0).all())  # a rank that is left out is missed
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_is_sent_is_exact_in_every_type_and_tells_its_sender(dtype: str) -> None:
+    place, kind = torch.arange(600), getattr(torch, dtype)
+    every = torch.stack([pattern.sent(rank, place) for rank in range(1024)])
+    assert torch.equal(every.float().to(kind).long(), every)
+    for first in (0, 1, 2, 300, 594):
+        assert len(every[:, first : first + pattern.DIGITS].unique(dim=0)) == 1024
+
+
+class Simulated:
+    """As much of a process group as a case needs to know."""
+
+    def __init__(self, size: int, rank: int):
+        self.size, self.rank = lambda: size, lambda: rank
+
+
+def arrived(case: Case, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a right collective of `case` gives its rank, made from what all ranks send, as slow as that is."""
+    grain = dtype.itemsize
+    rows = []
+    for sender in range(n):
+        place = torch.arange(len(case.x) if case.kind == "all_gather" else sum(case.sent[sender]) // grain)
+        row = pattern.sent(sender, place).float().to(dtype)
+        before = 0 if case.kind == "all_gather" else sum(case.sent[sender][: case.rank]) // grain
+        size = len(row) if case.kind == "all_gather" else case.sent[sender][case.rank] // grain
+        rows.append(row[before : before + size])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kind", ["all_to_all", "all_to_all_uneven", "all_gather", "send_recv"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("rank", [0, 700, 1023])
+def test_of_a_thousand_ranks_a_single_wrong_row_is_found_and_no_right_one(
+    kind: str, dtype: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, torch_type, row = 1024, getattr(torch, dtype), 16
+    monkeypatch.setattr(bench_a2a, "CHUNK", 5000)  # a check in several pieces
+    group = Group("world", Simulated(n, rank), [list(range(n))])  # type: ignore[arg-type]
+    size = n * row * torch_type.itemsize
+    case = Case(kind, group, size, torch_type, torch.device("cpu"), Options(skew=0.1))
+    right = arrived(case, n, torch_type)
+    assert len(right) == len(case.out)
+    assert case.differing(right) == 0
+    if len(right) < 4 * row:
+        return
+    other = right.float()
+    place = len(right) // row // 2 * row
+    other[place : place + 8] = right.float()[place + row : place + row + 8]  # another sender's, or later elements
+    assert 0 < case.differing(other.to(torch_type)) <= 8
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "reduce_scatter"])
+def test_the_sums_of_a_thousand_ranks_are_checked(kind: str) -> None:
+    n, dtype = 1024, torch.bfloat16
+    case = Case(kind, Group("world", Simulated(n, 5), [[]]), 2 * 4096, dtype, torch.device("cpu"), Options())  # type: ignore[arg-type]
+    place = torch.arange(4096) if kind == "all_reduce" else 5 * 4 + torch.arange(4)
+    right = sum(pattern.added(r, place, n, dtype) for r in range(n)).to(dtype)  # type: ignore[union-attr]
+    assert case.differing(right) == 0
+    right[2] += 1
+    assert case.differing(right) == 1
+
+
+def test_a_check_makes_no_more_than_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what every other rank sends to every other: as many elements for 1,024 ranks as for 4."""
+    made = {}
+    for n in (4, 1024):
+        case = Case(
+            "all_to_all", Group("world", Simulated(n, 1), [[]]), 2**16, torch.float32, torch.device("cpu"), Options()
+        )  # type: ignore[arg-type]
+        counted: list[int] = []
+        sent = pattern.sent
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                pattern, "sent", lambda rank, place, c=counted, s=sent: c.append(len(place)) or s(rank, place)
+            )
+            case.differing(case.out)
+        made[n] = sum(counted)
+    assert made == {4: 2**14, 1024: 2**14}
+
+
+def test_on_a_gpu_streams_meet_before_each_iteration_and_only_durations_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that only keeps its order: what is timed begins after the all-reduce, in which all streams meet."""
+    done: list[str] = []
+
+    class Marker:
+        clock = 0.0
+
+        def __init__(self) -> None:
+            self.at = Marker.clock
+
+        def elapsed_time(self, later: Marker) -> float:
+            return (later.at - self.at) * 1e3
+
+    def say(word: str, seconds: float = 0.0) -> object:
+        done.append(word)
+        Marker.clock += seconds
+        return word
+
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Event", Marker)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: say("synchronise"))
+    monkeypatch.setattr(bench_a2a.dist, "barrier", lambda group: say("barrier"))
+    monkeypatch.setattr(bench_a2a.dist, "all_reduce", lambda x: say("meet", 0.7))
+    monkeypatch.setattr(bench_a2a.comm, "now", lambda device: (say("event"), Marker())[1])
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    work = type("Work", (), {"zero_": lambda self: say("work", 0.1)})()
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: work)
+    spans, plain = timed(
+        lambda: say("call", 2.0), None, Options(iterations=2, warmup=1), None, 5.0, cuda,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert spans == [(0.0, pytest.approx(2.0))] * 2
+    assert plain == []
+    once = ["synchronise", "barrier", *["work"] * 4, "meet", "event", "call", "event"]
+    assert done == once * 3 + ["synchronise"] * 2
 
 
 def test_groups_that_are_the_same_are_measured_once() -> None:
@@ -157,11 +279,6 @@ def test_what_makes_no_sense_is_said(config: Path, words: list[str], rule: str, 
 
 
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    import torch.distributed as dist
-
-    from moesys.measure.bench_a2a import Case, Group, Options
-
     with monkeypatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

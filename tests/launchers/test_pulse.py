@@ -51,6 +51,12 @@ def live(run: Run, *ranks: int, until: int, **said: Any) -> list[str]:
     return news
 
 
+def test_a_rank_that_has_done_its_part_is_not_missed(run):
+    """While rank 0 writes the report."""
+    run.sign(1, 2, 3, ended=True)
+    assert live(run, 0, until=100, at="writing the report") == []
+
+
 def test_a_rank_without_signs_is_told_of_once_and_then_blamed(run):
     run.sign(0, 1, 2, 3, at="saving a checkpoint")
     assert run.at(0) == []
@@ -109,4 +115,4 @@ def test_a_rank_gives_signs_of_where_it_is(tmp_path):
     assert said["at"] == "saving a checkpoint" and not said["waits"] and not said["shown"]
     assert path.stat().st_size == beat.BYTES
     beat.at("afterwards")
-    assert list(json_objects(path)) == [said]
+    assert list(json_objects(path)) == [said | {"count": 3, "ended": True}]

@@ -100,14 +100,14 @@ def test_per_cents_of_a_folder_are_not_expanded_by_srun(spec, tmp_path):
     assert word == f"--output={tmp_path}/100%%t it's/logs/rank-%t.log"
 
 
-@pytest.mark.parametrize(("rank", "visible", "own"), [(0, 1, 0), (3, 1, 0), (3, 4, 3), (0, 0, 0)])
-def test_a_worker_that_sees_one_gpu_takes_it(rank, visible, own):
+@pytest.mark.parametrize(("rank", "visible", "own"), [(0, 1, 0), (3, 1, 0), (3, 4, 3), (3, 2, 1)])
+def test_a_worker_takes_the_gpu_of_its_number_among_those_it_sees(rank, visible, own):
     assert own_gpu(rank, visible) == own
 
 
-def test_too_few_gpus_are_told():
-    with pytest.raises(MoesysError, match="worker 3 of this node sees 2 GPUs"):
-        own_gpu(3, 2)
+def test_a_worker_without_a_gpu_says_so():
+    with pytest.raises(MoesysError, match="worker 3 of this node computes on a GPU"):
+        own_gpu(3, 0)
 
 
 def run_script(spec: RunSpec, tmp_path: Path, worker: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,8 @@ import pytest
 
 import moesys
 from moesys.errors import LaunchError
-from moesys.launchers import device, spec
+from moesys.launchers import spec
+from moesys.train import device
 
 ROOT = str(Path(moesys.__file__).parents[1])
 

@@ -83,7 +83,7 @@ def gloo_barrier() -> Callable[[], None]:
 
     from moesys.parallel.rendezvous import join
 
-    join("gloo", timedelta(seconds=60))
+    join("cpu", timedelta(seconds=60))
     if (seconds := os.environ.get("MOESYS_TOY_TIMEOUT")) is None:
         return dist.barrier
     beat.every(beat.interval(float(seconds)))

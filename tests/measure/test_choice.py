@@ -7,7 +7,8 @@ from pathlib import Path
 
 from moesys.measure.choice import explained, newest
 from moesys.measure.explain import of_run
-from moesys.measure.step import RankStep, Step, Travel, read_steps, steps_file
+from moesys.measure.recorded import read_steps, steps_file
+from moesys.measure.step import RankStep, Step, Travel
 
 
 def step(number: int, ranks: int, layout: str = "", audit: bool = False) -> Step:

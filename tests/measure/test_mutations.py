@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from moesys.errors import MoesysError
 from moesys.measure import bench_file
 from moesys.measure.explain import explain
 from moesys.measure.links import Line, Profile
+from moesys.measure.recorded import append, rank_file, read_steps, steps_file
 from moesys.measure.report import perfetto
 from moesys.measure.report import run as report
-from moesys.measure.step import RankStep, Step, Travel, read_steps, steps_file
+from moesys.measure.step import Meeting, RankStep, Step, Travel
+from moesys.measure.summary import summarised
 from moesys.measure.trace import read
 from moesys.train import routing_files
 
@@ -142,6 +145,11 @@ def step(number: int) -> Step:
     return Step(number, ranks, {"layers.0": [5.0, 3.0]})
 
 
+def met(r: RankStep) -> RankStep:
+    """The same with meetings, as ranks keep it."""
+    return replace(r, meetings=tuple(Meeting(t.begin, 1, True, None, t.bytes, 1.0, None) for t in r.travels))
+
+
 def write_run(folder: Path, links: Path) -> dict[str, Any]:
     """A run's files: what is in each that holds JSON, by name; lists are of one value a line."""
     prediction = {"name": "x", "changes": [], "step": 1.0, "exposed": 0.1, "measured": 1.1, "error": -0.1}
@@ -155,6 +163,7 @@ def write_run(folder: Path, links: Path) -> dict[str, Any]:
         "metrics.jsonl": [{"step": n, "loss": 5.0 - n, "imbalance": 1.5} for n in (1, 2)],
         "load.jsonl": [{"step": n, "load": [[30, 10], [20, 20]]} for n in (1, 2)],
         "measure/steps.jsonl": [json.loads(step(n).to_json()) for n in (1, 2)],
+        "measure/summary.jsonl": [json.loads(summarised(step(n)).to_json()) for n in (3, 4)],
         "measure/what_if.json": [prediction, {**prediction, "measured": None, "error": None}],
     }  # fmt: skip
 
@@ -193,6 +202,10 @@ def test_run_folders(tmp_path: Path, undrawn: None) -> None:
         name = draw.choice(list(good))
         content = as_text(name, changed(good[name], draw)).encode() if number % 2 else spoiled(texts[name], draw)
         (folder / name).write_bytes(content)
+        kept = rank_file(folder, 0)
+        kept.unlink(missing_ok=True)
+        append(kept, 5, met(step(5).ranks[0]), "", False)
+        kept.write_bytes(spoiled(kept.read_bytes(), draw))
         results += survives(lambda: report.write(folder))
         results += survives(lambda: list(perfetto.events(read_steps(folder) or [step(1)])))
     assert 250 < results < 400

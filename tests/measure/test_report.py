@@ -20,12 +20,13 @@ from moesys.cli import main
 from moesys.launchers.command import command_line
 from moesys.measure.explanation import Breakdown
 from moesys.measure.links import Line, Profile
+from moesys.measure.recorded import steps_file
 from moesys.measure.report import compare, figures
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
 from moesys.measure.report.figures import COLOURS, SERIES
 from moesys.measure.report.run import Run
-from moesys.measure.step import RankStep, Step, Travel, steps_file
+from moesys.measure.step import RankStep, Step, Travel
 
 LAYERS = ("layers.0", "layers.1")
 

@@ -15,7 +15,7 @@ from moesys.cli import main
 from moesys.config.schema import Config
 from moesys.launchers.dry_run import plan
 from moesys.measure.explain import explain
-from moesys.measure.step import read_steps
+from moesys.measure.recorded import recorded
 from moesys.train.checkpoint import newest
 from moesys.train.verify import Trace, compare, reference
 
@@ -197,7 +197,7 @@ def test_a_run_through_ray_is_measured_and_explained(small: dict, tmp_path: Path
     run = tmp_path / "runs" / "through-ray"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4
-    e = explain(read_steps(run))
+    e = explain(recorded(run))
     assert e.sentence.startswith("Exposed all-to-all is")
     assert summary["communication"] == e.headline()
     assert [layer.name for layer in e.layers] == [f"layers.{i}" for i in range(4)]

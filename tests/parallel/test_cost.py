@@ -12,6 +12,7 @@ from moesys.data.corpus import vocab_size
 from moesys.models.decoder import Decoder
 from moesys.parallel.degrees import resolve
 from moesys.parallel.dimension import step_shape, traffic
+from moesys.parallel.loss import TokenLoss
 from moesys.parallel.memory import activations
 
 COMBINATIONS = {
@@ -97,8 +98,9 @@ def test_activations_are_what_autograd_keeps(model):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         logits = built(torch.randint(0, vocabulary, (batch, sequence)))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(batch * sequence, dtype=torch.int64))
-    measured = sum(x.untyped_storage().nbytes() for x in kept.values())
+        loss = TokenLoss(batch * sequence)(logits, torch.zeros(batch, sequence, dtype=torch.int64))
+    # The loss keeps the logits, as their gradient.
+    measured = sum(x.untyped_storage().nbytes() for x in kept.values()) + logits.nbytes
     degrees, _ = resolve(config)
     assert activations(step_shape(config, degrees, vocabulary, 0)) == pytest.approx(measured, rel=0.1)
     assert loss.requires_grad

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from moesys.config import Config
 from moesys.data.corpus import Corpus, open_corpus
-from moesys.errors import CheckpointError
+from moesys.errors import CheckpointError, TrainingError
 from moesys.train import checkpoint, resume, storage
 from moesys.train.engine import engine_of
 from moesys.train.loop import Trainer
@@ -53,9 +53,9 @@ def trainer(raw: dict) -> Iterator[Callable[..., Trainer]]:
     """Makes trainers on one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
-    def make(*changes: dict, corpus: Corpus | None = None) -> Trainer:
+    def make(*changes: dict, corpus: Corpus | None = None, draw: bool = True) -> Trainer:
         config = Config.model_validate(changed(raw, *changes))
-        return Trainer(config, engine_of(config).connect(config), corpus or open_corpus(config))
+        return Trainer(config, engine_of(config).connect(config), corpus or open_corpus(config), draw=draw)
 
     yield make
     dist.destroy_process_group()
@@ -364,3 +364,33 @@ def test_a_checkpoint_may_be_written_before_the_first_step(trainer, tmp_path):
     whole, run = trainer(), trainer()
     assert run.resume(whole.save(tmp_path / "run" / "checkpoints").parent)
     assert [run.train_step()["loss"] for _ in range(2)] == [whole.train_step()["loss"] for _ in range(2)]
+
+
+def test_nothing_is_drawn_that_a_checkpoint_overwrites(trainer, written, monkeypatch):
+    whole = trainer()
+    whole.resume(written)
+    monkeypatch.setattr("moesys.parallel.initialise.Normals", None)
+    again = trainer(draw=False)
+    assert all(p.isnan().all() for p in again.engine.model.named_parameters().values())
+    again.resume(written)
+    ours, theirs = again.engine.weights(), whole.engine.weights()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert again.train_step()["loss"] == whole.train_step()["loss"]
+
+
+def test_what_was_not_drawn_is_not_trained_without_a_checkpoint(trainer, written, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="the checkpoint that was there a moment ago is gone"):
+        trainer(draw=False).resume(tmp_path)
+    # A tensor that no checkpoint gave back is told by name.
+    run = trainer(draw=False)
+    load = run.engine.load
+
+    def without_one(folder: Path) -> set[str]:
+        kept = run.engine.model.named_parameters()["norm.weight"]
+        fresh = load(folder)
+        kept.data.fill_(torch.nan)
+        return fresh
+
+    monkeypatch.setattr(run.engine, "load", without_one)
+    with pytest.raises(TrainingError, match=r"step-00000002: not finite: norm\.weight"):
+        run.resume(written)

@@ -14,7 +14,7 @@ from support import changed
 from moesys.config.schema import SkipsConfig
 from moesys.errors import TrainingError
 from moesys.train import checkpoint, resume
-from moesys.train.engine import Update
+from moesys.train.backlog import Measured
 from moesys.train.guard import Guard
 
 
@@ -126,7 +126,8 @@ def ended(allowed: SkipsConfig, bad: list[bool], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("moesys.train.guard.gathered", lambda *names: [list(part) for part in names])
     guard = Guard(allowed)
     for step, is_bad in enumerate(bad, 1):
-        guard.take(step, 1.0, Update(float("nan"), ["norm.weight"]) if is_bad else Update(1.0), Engine())
+        norm = float("nan") if is_bad else 1.0
+        guard.take(Measured(step, {"loss": 1.0}, None, norm, is_bad, lambda: ["norm.weight"]), Engine())
         try:
             guard.check(Path("runs/a/checkpoints/step-00000001"))
         except TrainingError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+import torch.distributed as dist
 from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 from support import changed
@@ -99,7 +100,7 @@ def everything(exporter: Exporter, port: int) -> dict[str, Family]:
 def test_it_is_served_until_the_run_ends(
     small: dict, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while the report is drawn, which is the last thing that a run does."""
+    """Also while the report is drawn, which is the last thing that a run does, and for which no other rank waits."""
     model = {"hidden": 16, "layers": 2, "attention": {"heads": 2, "kv_heads": 2}}
     train = {"steps": 1, "global_batch": 2, "eval_sequences": 2}
     changes = {"name": "tiny", "model": model, "train": train, "measure": {"metrics_port": port}}
@@ -107,6 +108,7 @@ def test_it_is_served_until_the_run_ends(
 
     def write(*_: Any) -> Path:
         found.append(read(port))
+        assert not dist.is_initialized()
         return tmp_path / "report.html"
 
     monkeypatch.setattr(worker.report, "write", write)

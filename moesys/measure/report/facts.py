@@ -21,7 +21,7 @@ RESULTS = (
     ("  unigram model", "unigram_loss", "{:.4f} nats per token"),
     ("  bigram model", "bigram_loss", "{:.4f} nats per token"),
     ("speed", "tokens_per_second", "{:,.0f} tokens/s"),
-    ("exposed all-to-all", "all_to_all_share", "{:.1%} of all steps' time"),
+    ("exposed all-to-all", "all_to_all_share", "{:.1%} of logged steps' time"),
     ("parameters", "parameters", "{:,}"),
     ("  active per token", "active_parameters", "{:,}"),
     ("steps", "steps", "{:,}"),

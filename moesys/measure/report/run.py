@@ -12,11 +12,11 @@ from moesys.files import json_objects, write_whole
 from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
 from moesys.measure.links import Profile
+from moesys.measure.recorded import recorded
 from moesys.measure.report import facts, figures
 from moesys.measure.report.figures import Curve
 from moesys.measure.report.page import figure, folded, page, section, sentence, table
 from moesys.measure.run_files import is_number, loads, predictions, profile_of, share_of_links, summary_of
-from moesys.measure.step import read_steps
 
 CURVES = (
     ("loss, nats per token", {"loss": "loss", "heldout_loss": "held-out loss"}),
@@ -62,7 +62,7 @@ class Run:
         if summary is None:
             summary = summary_of(folder)
         links = profile_of(profile, summary)
-        return cls(folder, records, loads(folder / "load.jsonl"), summary, of_run(read_steps(folder)), links)
+        return cls(folder, records, loads(folder / "load.jsonl"), summary, of_run(recorded(folder)), links)
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric."""
@@ -100,17 +100,30 @@ def _communication(run: Run, e: Explanation) -> list[str]:
     names = rank_names(e)
     few = range(0, len(e.steps), max(1, len(e.steps) // 12))
     audit = " Audited: ranks met before each dispatch and combine, so nothing was hidden." if e.audit else ""
-    note = "Mean over ranks and recorded steps; the parts add up to the step." + audit
+    note = "Mean over ranks and recorded steps; the parts add up to the step." + audit + sampled(e)
     shown = [f"step {e.steps[i]}" for i in few], [e.by_step[i] for i in few]
     steps = figures.stacked("recorded steps, mean over ranks", *shown)
     ranks = figures.stacked("ranks, mean over recorded steps", names[:64], e.by_rank[:64])
     parts = [section("Where a step goes", _step_table(e), figure(steps), figure(ranks), note=note)]
     parts.append(section("All-to-all of each layer", _layer_table(e), _leg_table(e, run), note=LEGS))
     if sum(map(sum, e.bytes)):
-        sizes, title = [[value / 2**20 for value in row] for row in e.bytes], "bytes per step from rank to rank"
-        svg = figures.heat(title, sizes, range(len(e.bytes)), "to rank", "from rank", "MiB")
+        sizes = [[value / 2**20 for value in row] for row in e.bytes]
+        what = "rank" if e.block == 1 else f"{e.block} ranks"
+        svg = figures.heat(f"bytes per step from {what} to {what}", sizes, range(len(sizes)), f"to {what}",
+                           f"from {what}", "MiB")  # fmt: skip
         parts.append(section("Who sends how much to whom", figure(svg)))
     return parts + _links(run) + _what_if(run)
+
+
+def sampled(e: Explanation) -> str:
+    """What is kept of some ranks only, and of which; "" if everything is kept of all."""
+    if not e.recorded or len(e.recorded) == len(e.ranks):
+        return ""
+    names = ", ".join(map(str, e.recorded))
+    return (
+        f" All figures are of all {len(e.ranks)} ranks. Their single travels, which the trace for Perfetto shows, are "
+        f"kept of {len(e.recorded)} (ranks {names}): one of each run of neighbours."
+    )
 
 
 def rank_names(e: Explanation) -> list[str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moesys.config.schema import ClusterConfig
+from moesys.config.schema import ClusterConfig, Config
 from moesys.errors import LaunchError
 from moesys.words import plural
 
@@ -39,6 +39,23 @@ def choose(cluster: ClusterConfig, gpus: Sequence[int], ranks_per_node: int, whe
     if cluster.device == "auto":
         return "cuda" if enough else "cpu"
     return cluster.device
+
+
+def placed(config: Config, world: int, gpus: int | None = None) -> tuple[Config, str]:
+    """The configuration for proofs in at most `world` processes of this machine, and a word to the user.
+
+    All of them compute on one kind of device, which `cluster.device` then names: each on its own GPU, with NCCL, or on
+    the CPU, with gloo. The word is "" where nobody expected otherwise. Raises `LaunchError` as `choose` does.
+    """
+    gpus = visible_gpus() if gpus is None else gpus
+    alone = config.cluster.model_copy(update={"nodes": 1, "ranks_per_node": world})
+    kind = choose(alone, [gpus], world, "this machine")
+    cluster = config.cluster.model_copy(update={"device": kind})
+    word = ""
+    if gpus and kind == "cpu" and config.cluster.device == "auto":
+        processes = plural(world, "process", "processes")
+        word = f"{processes} on the CPU: this machine has {plural(gpus, 'GPU')}, and none is shared"
+    return config.model_copy(update={"cluster": cluster}), word
 
 
 def inventory(gpus: Sequence[int]) -> str:

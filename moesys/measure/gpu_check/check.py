@@ -1,0 +1,142 @@
+"""Runs the parts of the check, each in a process of its own with its own time, and reports what they found.
+
+A part that crashes, hangs or leaves the GPU in error costs one row; the others still run. Their processes are forked
+from one that has imported everything and never touched a GPU.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from importlib import import_module
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from time import monotonic, sleep
+
+from moesys.files import write_json, write_whole
+from moesys.measure.gpu_check import rows
+from moesys.measure.gpu_check.rows import Part, Row, Task
+from moesys.measure.gpu_check.table import Found, Report
+
+GRACE_S = 3.0
+"""Between the end of a part's time and that of its process by force."""
+
+CRASHED = 1
+"""Exit code of a part that ended in an error of its own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A part: `run` of the module runs it, in so many seconds at most."""
+
+    name: str
+    about: str
+    limit_s: float
+    module: str = ""
+
+    def run(self) -> Part:
+        """What yields the part's rows."""
+        run: Part = import_module(self.module or f"moesys.measure.gpu_check.{self.name}").run
+        return run
+
+
+PLANS = (
+    Plan("facts", "the device and the software", 20),
+    Plan("attention", "torch's kernel for each attention shape of the shipped models", 35),
+    Plan("ranks", "an MoE layer over processes, on NCCL and gloo", 60),
+    Plan("kernels", "Triton's kernels beside their definitions", 80),
+    Plan("layers", "one MoE layer beside its arithmetic: moesys bench layer", 80),
+    Plan("blocks", "one block, compiled and not", 100),
+    Plan("kernel_tests", "the compiled tests of kernels", 75),
+)
+"""In the order in which they run; together under 8 minutes."""
+
+
+def run(plans: Sequence[Plan], dry: bool, folder: Path, patience: float, command: str) -> Report:
+    """Run the parts, tell of each row as it comes, and write `gpu-check.json` and `gpu-check.md` into `folder`.
+
+    Args:
+        folder: made where it is missing. Keeps what each part wrote, as PART.log.
+        patience: factor on every part's seconds.
+        command: as it was called, for the report.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"moesys.measure.gpu_check.{plan.name}" for plan in plans if not plan.module])
+    found: list[Found] = []
+    for plan in plans:
+        limit = plan.limit_s * patience
+        print(f"{plan.name}: {plan.about}, {limit:.0f} s at most", flush=True)
+        process = context.Process(target=work, args=(plan, folder, limit, dry))
+        found.append(_part(plan, process, folder, limit))
+        report = Report(date.today().isoformat(), command, dry, found)
+        # After every part, so that a check that is stopped leaves what it found.
+        write_json(folder / "gpu-check.json", report.as_json())
+        write_whole(folder / "gpu-check.md", report.markdown())
+    return report
+
+
+def work(plan: Plan, folder: Path, limit: float, dry: bool) -> None:
+    """What the process of a part does: it writes each row as it is found, and all else into a log."""
+    os.setsid()  # so that it can be ended with all that it started
+    with (folder / f"{plan.name}.log").open("w", encoding="utf-8") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    for row in plan.run()(Task(dry, folder, monotonic() + limit)):
+        rows.append(folder / f"{plan.name}.rows", row)
+
+
+def _part(plan: Plan, process: ForkServerProcess, folder: Path, limit: float) -> Found:
+    """Run one part to its end, or until its time is over."""
+    told, log = folder / f"{plan.name}.rows", folder / f"{plan.name}.log"
+    for path in (told, log):
+        path.unlink(missing_ok=True)
+    process.start()
+    begin, shown = monotonic(), 0
+    try:
+        while process.is_alive() and monotonic() < begin + limit + GRACE_S:
+            sleep(0.1)
+            shown = _show(rows.read(told), shown)
+    finally:
+        late = process.is_alive()
+        _end(process)
+    every = rows.read(told) + _ending(plan, process.exitcode, late, limit, log)
+    _show(every, shown)
+    return Found(plan.name, plan.about, every, monotonic() - begin, limit)
+
+
+def _show(every: Sequence[Row], shown: int) -> int:
+    """Print the rows from number `shown` on; returns how many there are."""
+    for row in every[shown:]:
+        print(f"  {row.state:<8} {row.what}: {row.said}", flush=True)
+    return len(every)
+
+
+def _end(process: ForkServerProcess) -> None:
+    """End the process and all that it started."""
+    if process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def _ending(plan: Plan, code: int | None, late: bool, limit: float, log: Path) -> list[Row]:
+    """A failed row for a part that did not come to its end."""
+    what = f"all of {plan.name}"
+    if late:
+        said = f"not finished within {limit:.0f} s but for what is above; --patience 2 gives it twice as long"
+        return [Row(what, "failed", said)]
+    if code == 0:
+        return []
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    died = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+    return [Row(what, "failed", f"its process ended with {died}: {lines[-1] if lines else 'no word'}")]

@@ -1,0 +1,70 @@
+"""The shipped models' sections, whole, for machines that cannot read YAML.
+
+python -m moesys.measure.gpu_check.models      # writes models.json anew, from configs/models
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from moesys.files import json_text, write_whole
+
+FILE = Path(__file__).with_name("models.json")
+
+BLOCKS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")
+"""The models whose blocks and MoE layers are run."""
+
+
+def sections() -> dict[str, dict[str, Any]]:
+    """By name, the section `model` of each configuration in configs/models with its defaults, as in the file."""
+    return dict(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def config(section: dict[str, Any]) -> Any:
+    """What `Block` reads of a section: the attributes of `ModelConfig`, of a model whose block 0 is MoE."""
+    moe = _named(section["moe"])
+    moe.zero_computation = moe.zero_experts + moe.copy_experts + moe.constant_experts
+    moe.shared_width = moe.shared_experts * (moe.shared_ffn_hidden or moe.ffn_hidden)
+    model = _named({**section, "moe": None})
+    model.moe, model.is_moe = moe, lambda layer: True
+    a = model.attention
+    model.head_dim = a.head_dim or model.hidden // a.heads
+    model.rotary_dim = a.qk_rope_head_dim if a.kind == "mla" else model.head_dim
+    return model
+
+
+def _named(section: dict[str, Any]) -> SimpleNamespace:
+    """A section's keys as attributes."""
+    named = {key: _named(value) if isinstance(value, dict) else value for key, value in section.items()}
+    return SimpleNamespace(**named)
+
+
+def shrunken(section: dict[str, Any]) -> dict[str, Any]:
+    """The section with sizes that a CPU computes at once; what kind of model it is stays."""
+    a, m = section["attention"], section["moe"]
+    heads = 4
+    attention = a | {"heads": heads, "kv_heads": a["kv_heads"] and max(1, heads * a["kv_heads"] // a["heads"])}
+    if a["kind"] == "mla":
+        attention |= {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+        attention |= {"q_lora_rank": a["q_lora_rank"] and 8}
+    else:
+        attention |= {"head_dim": 8}
+    moe = m | {"experts": min(m["experts"], 16), "top_k": min(m["top_k"], 4), "ffn_hidden": 16}
+    return section | {"hidden": 32, "attention": attention, "moe": moe}
+
+
+def shipped() -> dict[str, dict[str, Any]]:
+    """`sections`, from the configurations themselves."""
+    from moesys import shipped
+    from moesys.config.load import load
+
+    paths = sorted((shipped.CONFIGS / "models").glob("*.yaml"))
+    return {path.stem: load(path).config.model.model_dump() for path in paths}
+
+
+if __name__ == "__main__":
+    lines = [f" {json_text(name)}: {json_text(section)}" for name, section in shipped().items()]
+    write_whole(FILE, "{\n" + ",\n".join(lines) + "\n}\n")

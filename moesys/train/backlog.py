@@ -1,0 +1,141 @@
+"""What training steps measured: on the device until a record is due, and then read for all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesys.parallel import comm
+from moesys.parallel.gates_check import IGNORES
+from moesys.train.engine import Engine, Update
+
+LOSSES = {
+    "balance": "balance_loss",
+    "sequence_balance": "sequence_balance_loss",
+    "global_balance": "global_balance_loss",
+    "z": "z_loss",
+    "importance": "importance_loss",
+    "load_loss": "load_loss",
+    "cmr": "cmr_coefficient",
+}
+"""The losses that layers report, and where model.moe has their coefficients."""
+
+COUNTS = ("calls", "dropped", "zero")
+"""What layers count beside losses and load: passes, and assignments dropped or to zero-computation experts."""
+
+MOST = 100
+"""Steps, at most, that wait to be read: a run is not to train for long without knowing that its steps are skipped."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step's numbers on the host.
+
+    Attributes:
+        values: for its record: loss (mean of the global batch), all_to_all_seconds (mean over ranks), and with MoE
+            layers imbalance (largest expert's load / mean, mean over layers), rank_imbalance (the same of the ep
+            ranks' loads), dropped (share of assignments), zero_share (assignments to zero-computation experts, where
+            there are any), each of `LOSSES` that is on (unscaled, mean over layers and micro-batches).
+        load: assignments per MoE layer and expert; None without such layers.
+        norm: of the gradients, before clipping.
+        skipped: whether nothing was updated.
+        bad: the parameters of this rank whose gradients were not finite, if it was skipped.
+    """
+
+    step: int
+    values: dict[str, Any]
+    load: list[list[float]] | None
+    norm: float
+    skipped: bool
+    bad: Callable[[], list[str]]
+
+
+class _Waiting(NamedTuple):
+    """A step that was not read: sums over the world are to be made of `own` [n], `shared` [2] all ranks have."""
+
+    step: int
+    own: Tensor
+    shared: Tensor
+    bad: Callable[[], list[str]]
+
+
+class Backlog:
+    """The steps of a run that the host has not looked at. One rank's part; `read` is collective over the world."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        moe = engine.config.model.moe
+        self._layers = [i for i in range(engine.config.model.layers) if engine.config.model.is_moe(i)]
+        self._shape = (len(self._layers), (moe.experts if moe else 0) + len(COUNTS) + len(LOSSES))
+        self._waiting: list[_Waiting] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether it is to be read now, due or not: the same on all ranks."""
+        return len(self._waiting) >= MOST
+
+    def add(self, step: int, loss: Tensor, update: Update, all_to_all_seconds: float = 0.0) -> None:
+        """Keep what a step measured. Nothing travels, and the host waits for nothing.
+
+        loss: this rank's share, as `Engine.train` returns it. all_to_all_seconds: of this rank.
+        """
+        device = self.engine.mesh.device
+        table = torch.zeros(self._shape, dtype=torch.float64, device=device)
+        absent = torch.zeros((), dtype=torch.float64, device=device)
+        for name, layer in self.engine.moe_layers().items():
+            totals = layer.statistics.take()
+            row = table[self._layers.index(int(name.split(".")[1]))]
+            parts = [totals.get(key, absent) for key in (*COUNTS, *LOSSES)]
+            row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
+        # Not torch.tensor, which copies from the host and waits for that.
+        seconds = torch.full((), all_to_all_seconds, dtype=torch.float64, device=device)
+        own = torch.cat([torch.stack([loss.detach().double() / self.engine.mesh.degrees.tp, seconds]), table.flatten()])
+        self._waiting.append(_Waiting(step, own, torch.stack([update.norm, update.skipped.double()]), update.bad))
+
+    def read(self) -> list[Measured]:
+        """All steps that wait, in order, which no longer do. Collective: one all-reduce, and one wait of the host."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return []
+        total = comm.total(torch.stack([w.own for w in waiting]), way=comm.STEP)
+        rows = torch.cat([torch.stack([w.shared for w in waiting]), total], 1).cpu().numpy()
+        return [self._measured(w, row) for w, row in zip(waiting, rows, strict=True)]
+
+    def _measured(self, waiting: _Waiting, row: np.ndarray) -> Measured:
+        norm, skipped, loss, seconds = row[:4].tolist()
+        values = {"loss": loss, "all_to_all_seconds": seconds / self.engine.mesh.degrees.world}
+        load, moe = None, self.engine.config.model.moe
+        if moe is not None and self._layers:
+            table = row[4:].reshape(self._shape)
+            load = table[:, len(COUNTS) + len(LOSSES) :].round(3).tolist()
+            with np.errstate(all="ignore"):  # what is not a number in a skipped step is told as such
+                values |= _routing(table, moe, self.engine.mesh.degrees)
+        return Measured(waiting.step, values, load, norm, bool(skipped), waiting.bad)
+
+
+def _routing(table: np.ndarray, moe: Any, degrees: Any) -> dict[str, Any]:
+    counted = dict(zip((*COUNTS, *LOSSES), table.T, strict=False))
+    load = table[:, len(counted) :]
+    per_rank = load.reshape(len(load), degrees.ep, -1).sum(-1)
+    micro_batches = counted["calls"] / (degrees.cp * degrees.tp)
+    values: dict[str, Any] = {
+        "imbalance": _mean(load.max(1) / load.mean(1)),
+        "rank_imbalance": _mean(per_rank.max(1) / per_rank.mean(1)),
+        "dropped": float(counted["dropped"].sum() / load.sum()),
+    }
+    if moe.zero_computation:
+        zero = counted["zero"].sum()
+        values["zero_share"] = float(zero / (zero + load.sum()))
+    for name, key in LOSSES.items():
+        if (factor := getattr(moe, key)) and key not in IGNORES[moe.gate.kind]:
+            values[name] = _mean(counted[name] / micro_batches) / factor
+    return values
+
+
+def _mean(values: np.ndarray | Sequence[float]) -> float:
+    return float(np.mean(values))
