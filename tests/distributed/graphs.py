@@ -106,7 +106,7 @@ def compiled(raw: dict[str, Any], world: int) -> tuple[Graphs, list[str], compos
             count = config.train.global_batch // degrees.dp
             ids = torch.randint(VOCABULARY, (count, LENGTH), generator=draw)
             model.train(ids, ids, range(count))
-            model.after_step()
+            model.after_step(torch.zeros((), dtype=torch.bool))
             after.append(str(graphs))
     finally:
         compose.prepare = made
