@@ -35,3 +35,20 @@ def test_a_block_that_is_recomputed_counts_once(mode: str, compiled: bool) -> No
     totals = layer.statistics.take()
     assert totals["load"].sum() == 2 * 16 * 2 and totals["calls"] == 2
     assert layer.gate.load.sum() == 2 * 16 * 2
+
+
+def _results(mode: str, compiled: bool) -> list[torch.Tensor]:
+    """Output and gradients of a block, in float64."""
+    torch.manual_seed(0)
+    block = Block(ModelConfig.model_validate(MODEL), 0).double()
+    prepare(block, mode, compiled, backend="aot_eager")
+    x = torch.randn(2, 8, 16, dtype=torch.float64, requires_grad=True)
+    out = block(x, *(t.double() for t in rotary_angles(torch.arange(8), 8, 1e4)))
+    return [out.detach(), *torch.autograd.grad(out.sin().sum(), [x, *block.parameters()])]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_a_block_computes_the_same_however_it_is_run(mode: str, compiled: bool) -> None:
+    for found, expected in zip(_results(mode, compiled), _results("none", False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
