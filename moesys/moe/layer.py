@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -183,11 +184,11 @@ class MoELayer(nn.Module):
 
     def run_experts(self, x_BSH: Tensor, decided: Decided, dense: Once | None = None) -> Tensor:
         """The routed experts' sums [B, S, H]; a dispatcher that sends tokens may compute `dense` meanwhile."""
-        x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
+        x_TH, experts = x_BSH.reshape(-1, x_BSH.shape[-1]), cast(Experts, self.experts)
         if not self.dispatcher.travels:
-            return decided.decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
+            return decided.decision.run(x_TH, self.dispatcher, experts).view_as(x_BSH)
         with self.dispatcher.beside(dense):
-            return decided.decision.run(x_TH, self.dispatcher, self.experts).view_as(x_BSH)
+            return decided.decision.run(x_TH, self.dispatcher, experts).view_as(x_BSH)
 
     def run_shared(self, x_BSH: Tensor) -> Tensor:
         """The shared experts' output [B, S, H]."""
