@@ -153,5 +153,4 @@ def _padded(routing: Routing, keep_A: Tensor, tokens: int, experts: int, rows: i
     token_S = (slots % tokens).scatter(0, slot_A, routing.token_A)[:-1]
     weight_S = routing.weight_A.new_zeros(len(slots)).scatter(0, slot_A, routing.weight_A)[:-1]
     token_S, order_S = token_S.sort(stable=True)
-    padded = Routing(token_S, order_S // rows, weight_S[order_S], dropped=routing.dropped)
-    return padded
+    return Routing(token_S, order_S // rows, weight_S[order_S], dropped=routing.dropped, rows=rows)

@@ -58,6 +58,9 @@ class Dispatcher:
         # Gathered, weighed and summed by the experts themselves, rows need not be kept for backward.
         return experts(x_TH, p.counts_E, routing.weight_A.index_select(0, p.order_A), p)
 
-    def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
-        """Outputs of the experts for rows [A, H] sorted by expert, `counts_E` int64 [E] of them each."""
+    def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction, each: int | None = None) -> Tensor:
+        """Outputs of the experts for rows [A, H] sorted by expert, `counts_E` int64 [E] of them each.
+
+        `each`: all of these, on every device, where the host knows it.
+        """
         return experts(rows_AH, counts_E)

@@ -93,12 +93,15 @@ class Routing(Decision):
 
     `keep_A` bool [A] says which of the rows above are assignments at all; None: all of them. Compiled graphs
     leave the others in their places, for how many there are the device alone knows: `kept` takes them out.
+
+    `rows`: every expert has exactly so many of the assignments, on every device; None: that is not known.
     """
 
     token_A: Tensor
     expert_A: Tensor
     weight_A: Tensor
     keep_A: Tensor | None = field(default=None, kw_only=True)
+    rows: int | None = field(default=None, kw_only=True)
 
     def attach(self, loss: Tensor) -> None:
         self.weight_A = attach_loss(self.weight_A, loss)

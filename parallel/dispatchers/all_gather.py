@@ -37,6 +37,7 @@ class AllGatherDispatcher(TravellingDispatcher):
         weight_A: Tensor | None,
         chunks: int,
         experts: ExpertsFunction,
+        each: int | None = None,
     ) -> list[Journey]:
         tokens, ranks, rank = len(x_TH), self.group.size(), self.group.rank()
         key_A = chunk_of(token_A, tokens, chunks) * self.places + place_A

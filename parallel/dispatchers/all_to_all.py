@@ -34,21 +34,24 @@ class AllToAllDispatcher(TravellingDispatcher):
         weight_A: Tensor | None,
         chunks: int,
         experts: ExpertsFunction,
+        each: int | None = None,
     ) -> list[Journey]:
         tokens, ranks = len(x_TH), self.group.size()
         key_A = place_A if chunks == 1 else chunk_of(token_A, tokens, chunks) * self.places + place_A
         p = sort_by_expert(token_A, key_A, tokens, chunks * self.places)
         sent_RCE = p.counts_E.view(chunks, ranks, self.local).transpose(0, 1)
-        counts = comm.start_counts(sent_RCE, self.group, self.way("dispatch"))
+        sizes = self._even(each) if chunks == 1 else []
+        counts = None if sizes else comm.start_counts(sent_RCE, self.group, self.way("dispatch"))
         # What can be done meanwhile; the rows of chunks are not known yet.
         weight_A = None if weight_A is None else weight_A.index_select(0, p.order_A)
         whole = permute(x_TH, p) if chunks == 1 else None
-        received_RCE = counts.wait()
-        # The one synchronisation of the layer: split sizes are needed on the host.
-        told = torch.cat((sent_RCE.sum(2, keepdim=True), received_RCE), 2).transpose(0, 1).tolist()
-        send = [[source[0] for source in chunk] for chunk in told]
-        blocks = [[source[1:] for source in chunk] for chunk in told]
-        rows = [sum(sizes) for sizes in send]
+        received_RCE = sent_RCE if counts is None else counts.wait()
+        if not sizes:
+            # The one synchronisation of the layer: split sizes are needed on the host.
+            sizes = torch.cat((sent_RCE.sum(2, keepdim=True), received_RCE), 2).transpose(0, 1).tolist()
+        send = [[source[0] for source in chunk] for chunk in sizes]
+        blocks = [[source[1:] for source in chunk] for chunk in sizes]
+        rows = [sum(chunk) for chunk in send]
         starts = bounds(tokens, chunks)
         x = x_TH.split([b - a for a, b in pairwise(starts)])
         pieces = cut(p, starts, [0, *accumulate(rows)])
@@ -57,6 +60,10 @@ class AllToAllDispatcher(TravellingDispatcher):
             self._journey(x[c], whole, pieces[c], weights[c], send[c], blocks[c], received_RCE[:, c], experts)
             for c in range(chunks)
         ]
+
+    def _even(self, each: int | None) -> list[list[list[int]]]:
+        """For each source of the one chunk: rows that go there, and that come for each expert; [] if nobody knows."""
+        return [] if each is None else [[[self.local * each, *[each] * self.local]] * self.group.size()]
 
     def _journey(
         self,

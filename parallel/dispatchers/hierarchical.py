@@ -6,7 +6,7 @@ N nodes of L ranks each, T tokens, A assignments, H hidden, C chunks, D destinat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -59,6 +59,7 @@ class HierarchicalDispatcher(TravellingDispatcher):
         weight_A: Tensor | None,
         chunks: int,
         experts: ExpertsFunction,
+        each: int | None = None,
     ) -> list[Journey]:
         self._remember(token_A.device)
         tokens = len(x_TH)
@@ -98,8 +99,9 @@ class HierarchicalDispatcher(TravellingDispatcher):
         # The one synchronisation of the layer: split sizes are needed on the host.
         widths = [part.shape[1] for part in known]
         sizes, assigned = [], []
-        for c, row in enumerate(torch.cat(known, 1).cpu()):
-            (count,), *told = (part.tolist() for part in row.split(widths))
+        ends = [0, *accumulate(widths)]
+        for c, row in enumerate(torch.cat(known, 1).tolist()):
+            (count,), *told = (row[a:b] for a, b in pairwise(ends))
             assigned.append(count)
             levels = enumerate(received)
             sizes.append([Sizes.of(told[4 * i : 4 * i + 4], rows[c], named[c]) for i, (rows, named) in levels])

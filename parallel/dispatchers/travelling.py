@@ -70,15 +70,15 @@ class TravellingDispatcher(Dispatcher):
     @torch.compiler.disable
     def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
         token_A, place_A, weight_A = self._slices(routing.token_A, routing.expert_A, routing.weight_A)
-        return self._travel(self.journeys(x_TH, token_A, place_A, weight_A, self.chunks, experts))
+        return self._travel(self.journeys(x_TH, token_A, place_A, weight_A, self.chunks, experts, routing.rows))
 
     @torch.compiler.disable
-    def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction) -> Tensor:
+    def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction, each: int | None = None) -> Tensor:
         row_A = torch.arange(len(rows_AH), device=rows_AH.device)
         expert = torch.arange(self.experts, device=rows_AH.device)
         expert_A = expert.repeat_interleave(counts_E, output_size=len(rows_AH))
         token_A, place_A, _ = self._slices(row_A, expert_A, None)
-        return self._travel(self.journeys(rows_AH, token_A, place_A, None, 1, experts))
+        return self._travel(self.journeys(rows_AH, token_A, place_A, None, 1, experts, each))
 
     @abstractmethod
     def journeys(
@@ -89,10 +89,12 @@ class TravellingDispatcher(Dispatcher):
         weight_A: Tensor | None,
         chunks: int,
         experts: ExpertsFunction,
+        each: int | None = None,
     ) -> list[Journey]:
         """One for each chunk of the tokens (`bounds`); `token_A` ascending, `weight_A` None for 1.
 
-        Every count is exchanged before any row, so that the host waits for the device once.
+        Every count is exchanged before any row, so that the host waits for the device once. `each`: every rank has
+        so many assignments for every place, where that is known.
         """
 
     def codec(self, like: Tensor) -> Codec | None:

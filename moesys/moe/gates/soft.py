@@ -36,8 +36,9 @@ class Slots(Decision):
         x_BSH = x_TH.view(sequences, length, -1)
         slots_BPH = self.dispatch_BSP.mT.to(x_TH.dtype) @ x_BSH
         rows = slots_BPH.unflatten(1, (e, -1)).transpose(0, 1)  # [E, B, P / E, H]
-        counts_E = torch.full((e,), sequences * slots // e, device=x_TH.device)
-        out = dispatcher.run(rows.reshape(-1, x_TH.shape[1]), counts_E, experts)
+        each = sequences * slots // e
+        counts_E = torch.full((e,), each, device=x_TH.device)
+        out = dispatcher.run(rows.reshape(-1, x_TH.shape[1]), counts_E, experts, each)
         out_BPH = out.view(rows.shape).transpose(0, 1).flatten(1, 2)
         return (self.combine_BSP.to(x_TH.dtype) @ out_BPH).view_as(x_TH)
 
