@@ -22,10 +22,6 @@ from moesys.kernels.workers import Finish, each
 BLOCK = 2**18
 """Elements of the inner activation that are worked on at once: fits a core's second-level cache."""
 
-SMALL = 2**16
-"""The most elements of the inner activation of all experts that torch's grouped products take faster. Beyond it they
-lose more by the fresh memory of their results than they spare: those here are written into memory that is there."""
-
 
 @dataclass(frozen=True)
 class _Block:
@@ -77,7 +73,7 @@ def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
 
 def forward(given: Given) -> tuple[Tensor, Tensor]:
     """As the operation `moesys::expert_ffn`: (output, h [N, G, F])."""
-    if small.fits(given, min(BLOCK, SMALL)):
+    if small.fits(given, BLOCK):
         return small.forward(given)
     x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = given
     wide = working_type(x_TH.dtype)
@@ -183,7 +179,7 @@ def backward(grad_TH: Tensor, given: Given, h_NGF: Tensor, of_fc1: bool, of_fc2:
     """As `moesys::expert_ffn_backward`, None for empty; the gradient contiguous."""
     if given.weight_N is not None:
         given = given._replace(weight_N=_not_zero(given.weight_N))
-    if small.fits(given, min(BLOCK, SMALL)):
+    if small.fits(given, BLOCK):
         return small.backward(grad_TH, given, h_NGF, of_fc1, of_fc2)
     x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = given
     wide, counts = working_type(x_TH.dtype), counts_E.tolist()
