@@ -100,7 +100,7 @@ def _communication(run: Run, e: Explanation) -> list[str]:
     names = rank_names(e)
     few = range(0, len(e.steps), max(1, len(e.steps) // 12))
     audit = " Audited: ranks met before each dispatch and combine, so nothing was hidden." if e.audit else ""
-    note = "Mean over ranks and recorded steps; the parts add up to the step." + audit + sampled(e)
+    note = "Mean over ranks and recorded steps; the parts add up to the step." + audit + sampled(e) + untried(run)
     shown = [f"step {e.steps[i]}" for i in few], [e.by_step[i] for i in few]
     steps = figures.stacked("recorded steps, mean over ranks", *shown)
     ranks = figures.stacked("ranks, mean over recorded steps", names[:64], e.by_rank[:64])
@@ -123,6 +123,17 @@ def sampled(e: Explanation) -> str:
     return (
         f" All figures are of all {len(e.ranks)} ranks. Their single travels, which the trace for Perfetto shows, are "
         f"kept of {len(e.recorded)} (ranks {names}): one of each run of neighbours."
+    )
+
+
+def untried(run: Run) -> str:
+    """A caution about times that were taken on GPUs; "" for a run on CPU."""
+    if all(rank.get("device") == "cpu" for rank in facts.placed(run.folder)):
+        return ""
+    return (
+        " On GPUs a collective counts as exposed for as long as the computing stream waited for it. This way of "
+        "counting was tested on pretended streams, and has not been compared with a GPU's own trace yet: compare with "
+        "torch's profiler before you rely on it."
     )
 
 
