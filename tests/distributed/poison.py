@@ -92,7 +92,8 @@ def poison(engine: Any, what: str) -> None:
     if what == "loss":
         update = engine.update
         if mine:
-            hook = engine.moe_layers()["layers.1.ffn"].experts.register_forward_hook(lambda _, __, out: out * float("nan"))
+            experts = engine.moe_layers()["layers.1.ffn"].experts
+            hook = experts.register_forward_hook(lambda _, __, out: out * float("nan"))
 
         def healed(rate: float) -> Any:
             engine.update = update
