@@ -23,6 +23,7 @@ def reference(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
     return torch.cat([part @ w for part, w in zip(parts, w_GKM, strict=True)])
 
 
+# Before torch 2.10 only the private name is there.
 torch_grouped_mm: Callable[..., Tensor] = getattr(torch.nn.functional, "grouped_mm", torch._grouped_mm)
 """torch's own grouped product: public since torch 2.10, and the same operation in either case."""
 

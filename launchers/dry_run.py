@@ -17,8 +17,8 @@ from moesys.parallel.cost import Stage, StepShape
 from moesys.parallel.data import summed_over_shards
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
 from moesys.parallel.dimension import step_shape, traffic
+from moesys.parallel.gradient_sync import WAYS, Settled, fullest, settle, with_sync
 from moesys.parallel.memory import estimate
-from moesys.parallel.settle import WAYS, Settled, fullest, settle, with_sync
 from moesys.words import plural
 
 SHOWN = 4

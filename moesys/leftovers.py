@@ -228,7 +228,7 @@ def _end_processes(path: Path) -> None:
 
 
 def _belongs(process: Path, path: Path) -> bool:
-    """Whether a process, by its folder in /proc, was started for `path`, or has a file open inside.
+    """Tell whether a process, given by its folder in /proc, was started for `path` or has a file open inside.
 
     Ray's agents write their titles over their environment.
     """

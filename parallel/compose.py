@@ -29,13 +29,13 @@ from moesys.moe.layer import MoELayer, moe_layers
 from moesys.parallel import context, data, expert, freeze, pipeline, tensor
 from moesys.parallel.cost import Stage, counting_passes
 from moesys.parallel.gates_step import counted, numbers, step_totals
+from moesys.parallel.gradient_sync import settled
 from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
 from moesys.parallel.loss import TokenLoss
 from moesys.parallel.mesh import ParallelMesh
 from moesys.parallel.recompute import prepare
 from moesys.parallel.schedules import Pipelined, Whole
-from moesys.parallel.settle import settled
 
 
 @dataclass

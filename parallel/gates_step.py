@@ -12,14 +12,14 @@ from torch import Tensor
 
 from moesys.moe.gates import Gate
 from moesys.moe.layer import MoELayer
-from moesys.parallel.host import sent
 from moesys.parallel.mesh import Ranks
+from moesys.parallel.to_device import to_device
 
 
 def numbers(tokens: Tensor, samples: Sequence[int]) -> Tensor:
     """Each token's number in the run, int64 [B, S], of the sequences `samples`; below 0 where these are."""
     length = tokens.shape[1]
-    first = sent(torch.from_numpy(np.asarray(samples)), tokens.device)[:, None] * length
+    first = to_device(torch.from_numpy(np.asarray(samples)), tokens.device)[:, None] * length
     return first + torch.arange(length, device=tokens.device)
 
 

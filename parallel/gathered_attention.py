@@ -18,7 +18,7 @@ class GatheredCore(nn.Module):
     def __init__(self, group: dist.ProcessGroup, seq_len: int):
         """`seq_len`: tokens S of a whole sequence."""
         super().__init__()
-        self.group = group
+        self.group, self.seq_len = group, seq_len
         rank, cp = group.rank(), group.size()
         size = seq_len // (2 * cp)
         self.ends = [(chunk + 1) * size for chunk in (rank, 2 * cp - 1 - rank)]
@@ -26,7 +26,15 @@ class GatheredCore(nn.Module):
         self.biases = [causal_lower_right(size, end) for end in self.ends]
 
     def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
-        """q [B, S/cp, h, d], k [B, S/cp, g, d], v [B, S/cp, g, dv] → [B, S/cp, h, dv]."""
+        """q [B, S/cp, h, d], k [B, S/cp, g, d], v [B, S/cp, g, dv] → [B, S/cp, h, dv].
+
+        Raises:
+            ValueError: the sequence is not as long as it was said to be.
+        """
+        if q_BShd.shape[1] * self.group.size() != self.seq_len:
+            cp = self.group.size()
+            rule = f"a context rank has {q_BShd.shape[1]} tokens of a sequence of {self.seq_len} over cp({cp})"
+            raise ValueError(f"{rule}: it must have {self.seq_len // cp}")
         keys, values = self._whole(k_BSgd), self._whole(v_BSgd)
         parts = zip(q_BShd.chunk(2, dim=1), self.ends, self.biases, strict=True)
         out = [attend(q, keys.narrow(1, 0, end), values.narrow(1, 0, end), bias) for q, end, bias in parts]

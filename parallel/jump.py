@@ -83,7 +83,7 @@ def _terms(words: int) -> np.ndarray:
 def _characteristic() -> list[int]:
     """The exponents of φ but the largest, by theorem 5 of the paper on MT19937."""
     a = [A >> i & 1 for i in range(32)]
-    long, short = (_power(1 << n | 1 << n - (N - M), 1) for n in (N, N - 1))
+    long, short = (1 << n | 1 << n - (N - M) for n in (N, N - 1))
     found = _product(long, _power(short, R))
     for i in range(R):
         found ^= a[i] * _product(long, _power(short, R - 1 - i))

@@ -13,7 +13,7 @@ from torch import Tensor
 from moesys.kernels.triton.launch import on_its_device
 
 BLOCKS = 8
-"""Of a row, that a program works on at once."""
+"""Blocks of a row that a program works on at once."""
 
 
 @triton.jit
@@ -26,15 +26,22 @@ def _rounded(x):
 
 
 @triton.jit
-def _encode_kernel(
-    x_NH, value_NH, scale_NB, hidden, blocks, stride_x, stride_value, stride_scale,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+def _places(hidden, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """This program's row, its blocks of it, and the elements of these: where they lie, and whether they exist."""
     n = tl.program_id(0).to(tl.int64)
     b_B1 = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[:, None]
     i_1W = tl.arange(0, WIDTH)[None, :]
     at = b_B1 * BLOCK + i_1W
     inside = (i_1W < BLOCK) & (at < hidden)
+    return n, b_B1, at, inside
+
+
+@triton.jit
+def _encode_kernel(
+    x_NH, value_NH, scale_NB, hidden, blocks, stride_x, stride_value, stride_scale,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    n, b_B1, at, inside = _places(hidden, BLOCK, WIDTH, BLOCKS)
     x = tl.load(x_NH + n * stride_x + at, mask=inside, other=0.0).to(tl.float32)
     peak = tl.max(tl.abs(x), axis=1, keep_dims=True)
     scale = tl.exp2(tl.ceil(tl.log2(tl.where(peak > 0, peak, 448.0) / 448.0)))
@@ -47,11 +54,7 @@ def _decode_kernel(
     value_NH, scale_NB, out_NH, hidden, blocks, stride_value, stride_scale,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    b_B1 = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[:, None]
-    i_1W = tl.arange(0, WIDTH)[None, :]
-    at = b_B1 * BLOCK + i_1W
-    inside = (i_1W < BLOCK) & (at < hidden)
+    n, b_B1, at, inside = _places(hidden, BLOCK, WIDTH, BLOCKS)
     value = tl.load(value_NH + n * stride_value + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(scale_NB + n * stride_scale + b_B1, mask=b_B1 < blocks, other=0.0)
     tl.store(out_NH + n * hidden + at, (value * scale).to(out_NH.dtype.element_ty), mask=inside)

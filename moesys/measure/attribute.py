@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from moesys.measure.arrivals import Member, meeting
 from moesys.measure.explanation import Causes
-from moesys.measure.meet import Member, meeting
 from moesys.measure.step import Meeting, RankStep, Step, Travel
 
 AFTER_EXPERTS = {("combine", False), ("dispatch", True)}
@@ -60,7 +60,7 @@ def rank_costs(r: RankStep, met: Sequence[Meeting]) -> list[Cost]:
 
 
 def meetings(step: Step) -> dict[int, Sequence[Meeting]]:
-    """What is known of each rank's travels, in their order: as its ranks told it, else by matching their travels."""
+    """The meetings of each rank's travels, in their order: as its ranks told them, else by matching their travels."""
     if all(r.meetings is not None for r in step.ranks):
         return {r.rank: r.meetings or () for r in step.ranks}
     found = {}
@@ -72,7 +72,7 @@ def meetings(step: Step) -> dict[int, Sequence[Meeting]]:
 
 
 def _alone(rank: int, t: Travel) -> Meeting:
-    """Of a travel that nobody else has told of."""
+    """The meeting of a travel that nobody else has told of."""
     return Meeting(t.begin, rank, False, None, t.bytes, 1.0, None)
 
 
@@ -84,7 +84,7 @@ def matches(step: Step) -> Iterator[tuple[dict[int, Travel], list[Member]]]:
 
 
 def member(rank: int, t: Travel, after: float | None) -> Member:
-    """What a rank tells the others of its group; `after`: seconds that its experts had computed before."""
+    """The travel as its rank tells the group; `after`: seconds that its experts had computed before."""
     return Member(rank, t.begin, t.waited, t.end, t.met, t.bytes, after, t.sent)
 
 

@@ -246,8 +246,8 @@ class Case:
 
     @cached_property
     def _arrivals(self) -> tuple[Tensor, Tensor]:
-        """Of each sender: behind which place its part of what arrives ends, and how far it is from there to its place
-        in what that rank sent."""
+        """The place behind which each sender's part of what arrives ends, and the distance from there to its place in
+        what that rank sent: int64 [ranks] each."""
         matrix = np.asarray(self.sent) // self.grain
         column = matrix[:, self.rank]
         behind = column.cumsum()

@@ -15,8 +15,8 @@ FACTORS = {"all_reduce": 2.0, "send_recv": 0.0}
 
 @dataclass(frozen=True)
 class Samples:
-    """Of one rank: (begin, end) of every iteration in seconds on one clock (on GPUs from 0, where all streams met); of
-    the plain loop too, before and after each; and wrong elements."""
+    """The times of one rank: (begin, end) of every iteration in seconds on one clock (on GPUs from 0, where all streams
+    met), and of the plain loop before and after each; and how many elements were wrong."""
 
     own: list[tuple[float, float]]
     plain: list[tuple[float, float]]

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moesys.measure.arrivals import Rate
 from moesys.measure.attribute import AFTER_EXPERTS, Cost, passes
 from moesys.measure.explanation import Causes, Layer, Leg
-from moesys.measure.meet import Rate
 from moesys.measure.step import RankStep, Travel
 
 ROWS = ("all_to_all", "all_gather", "reduce_scatter")

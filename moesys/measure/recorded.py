@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
-from math import isnan, nan
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moesys.files import json_objects, json_text, write_whole
 from moesys.measure.choice import Recorded
-from moesys.measure.step import RankStep, Step, checked, step_of
+from moesys.measure.step import RankStep, Step, checked, from_nan, step_of, to_nan
 from moesys.measure.summary import DETAILED, Summary
 
 NAMES = ("kind", "purpose", "layer", "part", "level")
@@ -83,8 +82,8 @@ def append(path: Path, number: int, r: RankStep, layout: str, audit: bool) -> No
     for t, m in zip(r.travels, r.meetings, strict=True):
         words = (names.setdefault(getattr(t, name), len(names)) for name in NAMES)
         group = groups.setdefault(t.ranks, len(groups))
-        times = t.begin, t.waited, t.end, _number(t.met)
-        told = m.arrived, m.last, m.whole, _number(m.computed), m.bytes, m.evenness, _number(m.least)
+        times = t.begin, t.waited, t.end, to_nan(t.met)
+        told = m.arrived, m.last, m.whole, to_nan(m.computed), m.bytes, m.evenness, to_nan(m.least)
         rows.append((*words, group, t.number, t.backward, *times, t.bytes, len(t.sent), *told))
     head = {
         "step": number, "rank": r.rank, "host": r.host, "begin": r.begin, "end": r.end, "layout": layout,
@@ -95,14 +94,6 @@ def append(path: Path, number: int, r: RankStep, layout: str, audit: bool) -> No
         np.save(file, np.frombuffer(json_text(head, compact=True).encode(), dtype=np.uint8))
         np.save(file, np.array(rows, dtype=TRAVELS))
         np.save(file, np.array([size for t in r.travels for size in t.sent], dtype=np.int64))
-
-
-def _number(value: float | None) -> float:
-    return nan if value is None else value
-
-
-def _none(value: float) -> float | None:
-    return None if isnan(value) else value
 
 
 def forget_after(run_dir: Path, step: int, rank: int, world: int) -> None:
@@ -161,10 +152,10 @@ def _rank_step(head: dict[str, Any], travels: NDArray[Any], sent: NDArray[Any]) 
         words = {name: names[one[name]] for name in NAMES}
         plain = {key: one[key] for key in ("number", "backward", "begin", "waited", "end", "bytes")}
         group = head["groups"][one["group"]]
-        made.append({**words, **plain, "ranks": group, "met": _none(one["met"]), "sent": parts})
+        made.append({**words, **plain, "ranks": group, "met": from_nan(one["met"]), "sent": parts})
         met.append({
             **{key: one[key] for key in ("arrived", "last", "whole", "evenness")}, "bytes": one["last_bytes"],
-            "computed": _none(one["computed"]), "least": _none(one["least"]),
+            "computed": from_nan(one["computed"]), "least": from_nan(one["least"]),
         })  # fmt: skip
     facts = {key: head[key] for key in ("rank", "host", "begin", "end")}
     return _schema().validate_python({**facts, "travels": made, "meetings": met})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
-from moesys.measure.bring import Held, bring
 from moesys.measure.explain import of_run
 from moesys.measure.explanation import Explanation
+from moesys.measure.gather import Gathered, Held, gather_steps
 from moesys.measure.legs import order
 from moesys.measure.peers import Gloo
 from moesys.measure.purposes import purpose_of, purposes
@@ -38,7 +38,7 @@ from moesys.parallel.mesh import Ranks
 from moesys.words import plural
 
 HELD = 16
-"""Recorded steps that ranks hold before they are brought together."""
+"""Recorded steps that ranks hold before they are gathered together."""
 
 
 @dataclass
@@ -119,15 +119,10 @@ class Recorder:
         peers, audit, layout = self._peers, self.config.measure.audit, layout_of(self.config, self.mesh.degrees)
         host = nodes.here(peers.rank, peers.world, self.config.cluster)
         keys = sorted(itertools.product(self._layers, ("dispatch", "combine"), (False, True)), key=order)
-        brought = bring(held, peers, host, keys, self._loads, self._sample, audit, layout)
+        gathered = gather_steps(held, peers, host, keys, self._loads, self._sample, audit, layout)
         self._loads = {}
-        if peers.rank in self._sample:
-            for h, r in zip(held, brought.mine, strict=True):
-                append(rank_file(self.run_dir, peers.rank), h.number, r, layout, audit)
-        if brought.summaries:
-            with summary_file(self.run_dir).open("a") as file:
-                file.write("".join(s.to_json() + "\n" for s in brought.summaries))
-        return brought.summaries
+        write(self.run_dir, held, gathered, peers.rank, self._sample, layout, audit)
+        return gathered.summaries
 
     def explanation(self) -> Explanation | None:
         """The explanation of the run's recorded steps, on rank 0; None if there are none, or elsewhere."""
@@ -161,6 +156,24 @@ class Recorder:
                 level=way.level,
                 met=None if event.met is None else recording.at(event.met),
             )
+
+
+def write(
+    run_dir: Path,
+    held: Sequence[Held],
+    gathered: Gathered,
+    rank: int,
+    sampled: Sequence[int],
+    layout: str,
+    audit: bool = False,
+) -> None:
+    """Add gathered steps to a run's folder: this rank's travels if it is `sampled`, and summaries if it has them."""
+    if rank in sampled:
+        for h, r in zip(held, gathered.mine, strict=True):
+            append(rank_file(run_dir, rank), h.number, r, layout, audit)
+    if gathered.summaries:
+        with summary_file(run_dir).open("a") as file:
+            file.write("".join(s.to_json() + "\n" for s in gathered.summaries))
 
 
 def layout_of(config: Config, degrees: Degrees) -> str:

@@ -17,17 +17,15 @@ from time import process_time
 import numpy as np
 
 from moesys.leftovers import temporary
-from moesys.measure.bring import ANSWER, HEAD, Held, bring
 from moesys.measure.explain import explain, of_run
+from moesys.measure.gather import ANSWER, HEAD, Held, gather_steps
 from moesys.measure.legs import order
 from moesys.measure.peers import Table, Words
-from moesys.measure.recorded import append, rank_file, recorded, sample, summary_file
+from moesys.measure.recorded import recorded, sample, summary_file
+from moesys.measure.recorder import HELD, write
 from moesys.measure.report.run import write as write_report
 from moesys.measure.step import Travel
 from moesys.words import plural
-
-HELD = 16
-"""As the recorder."""
 
 
 @dataclass(frozen=True)
@@ -229,10 +227,8 @@ def measured(load: Load, run_dir: Path, pictures: bool = True) -> Result:
 
 def _flush(held: Sequence[Held], played: Played, load: Load, run_dir: Path) -> None:
     """As the recorder does, and the metrics of each step."""
-    brought = bring(held, played, "node-0", load.keys, {}, sample(load.world), layout=f"{load.world} ranks")
-    for h, r in zip(held, brought.mine, strict=True):
-        append(rank_file(run_dir, 0), h.number, r, f"{load.world} ranks", False)
-    with summary_file(run_dir).open("a") as file:
-        file.write("".join(s.to_json() + "\n" for s in brought.summaries))
-    for summary in brought.summaries:
+    sampled, layout = sample(load.world), f"{load.world} ranks"
+    gathered = gather_steps(held, played, "node-0", load.keys, {}, sampled, layout=layout)
+    write(run_dir, held, gathered, played.rank, sampled, layout)
+    for summary in gathered.summaries:
         explain([summary])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
+from math import isnan, nan
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -156,6 +157,16 @@ class Step:
     def members(self) -> list[int]:
         """Numbers of its ranks."""
         return [r.rank for r in self.ranks]
+
+
+def to_nan(value: float | None) -> float:
+    """`value` for a table of numbers, which knows no None."""
+    return nan if value is None else value
+
+
+def from_nan(value: float) -> float | None:
+    """Inverse of `to_nan`."""
+    return None if isnan(value) else value
 
 
 def _shallow(x: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from moesys.files import json_text
+from moesys.measure.arrivals import rate
 from moesys.measure.attribute import Cost, experts_seconds, matches, meetings, rank_costs
 from moesys.measure.breakdown import OTHERS, breakdown
 from moesys.measure.explanation import Breakdown
@@ -31,7 +32,6 @@ from moesys.measure.legs import (
     order,
     sent_row,
 )
-from moesys.measure.meet import rate
 from moesys.measure.step import DEEP_EP, Rank, RankStep, Seconds, Step
 
 DETAILED = 64

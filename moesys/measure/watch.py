@@ -32,28 +32,28 @@ def watched(functional: bool = True) -> Iterator[None]:
     `functional`: also collectives that are operators. Compiled code must see these as they are.
     """
     with ExitStack() as stack:
-        sky = _Sky()
+        in_flight = _InFlight()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            sky.streams = Streams()
-            stack.enter_context(followed(sky.streams))
+            in_flight.streams = Streams()
+            stack.enter_context(followed(in_flight.streams))
         for name, (kind, sizes) in METHODS.items():
             if hasattr(dist.ProcessGroup, name):
-                stack.enter_context(_replaced(dist.ProcessGroup, name, _method(name, kind, sizes, sky)))
-        stack.enter_context(_replaced(dist.ProcessGroup, "_start_coalescing", _start_batch(sky)))
-        stack.enter_context(_replaced(dist.ProcessGroup, "_end_coalescing", _end_batch(sky)))
-        stack.enter_context(_replaced(dist.Work, "wait", _wait(sky)))
+                stack.enter_context(_replaced(dist.ProcessGroup, name, _method(name, kind, sizes, in_flight)))
+        stack.enter_context(_replaced(dist.ProcessGroup, "_start_coalescing", _start_batch(in_flight)))
+        stack.enter_context(_replaced(dist.ProcessGroup, "_end_coalescing", _end_batch(in_flight)))
+        stack.enter_context(_replaced(dist.Work, "wait", _wait(in_flight)))
         if functional:
             for packets, names in ((torch.ops._c10d_functional, OPERATORS), (torch.ops._dtensor, DTENSOR)):
                 for name, kind in names.items():
-                    operator = _Operator(getattr(packets, name), kind, sky)
+                    operator = _Operator(getattr(packets, name), kind, in_flight)
                     stack.enter_context(_replaced(packets, name, operator))
             waits = torch.ops._c10d_functional
-            stack.enter_context(_replaced(waits, "wait_tensor", _Arrival(waits.wait_tensor, sky)))
+            stack.enter_context(_replaced(waits, "wait_tensor", _Arrival(waits.wait_tensor, in_flight)))
         yield
 
 
-class _Sky:
-    """What is in the air: started, and not waited for.
+class _InFlight:
+    """Collectives that were started, and not waited for.
 
     Attributes:
         works: by the object that waits for them; several where they were started as one (`_start_coalescing`).
@@ -179,7 +179,7 @@ METHODS: dict[str, tuple[str, Sizes]] = {
 }
 
 
-def _method(name: str, kind: str, sizes: Sizes, sky: _Sky) -> Callable[..., Any]:
+def _method(name: str, kind: str, sizes: Sizes, in_flight: _InFlight) -> Callable[..., Any]:
     original = getattr(dist.ProcessGroup, name)
 
     def call(group: dist.ProcessGroup, *arguments: Any, **more: Any) -> Any:
@@ -193,54 +193,54 @@ def _method(name: str, kind: str, sizes: Sizes, sky: _Sky) -> Callable[..., Any]
             ranks = (here, there) if kind == "send" else (there, here)
         begin = now(_first(arguments).device)
         work = original(group, *arguments, **more)
-        event = sky.start(kind, size, begin, group, ranks=ranks, sent=sent)
-        if (batch := sky.batches.get(group.group_name)) is not None:
+        event = in_flight.start(kind, size, begin, group, ranks=ranks, sent=sent)
+        if (batch := in_flight.batches.get(group.group_name)) is not None:
             batch.append(event)  # the end of the batch gives what waits for it
         elif work is None:
-            sky.arrived([event], begin)  # in the order of the stream
+            in_flight.arrived([event], begin)  # in the order of the stream
         else:
-            sky.works[work] = [event]
+            in_flight.works[work] = [event]
         return work
 
     return call
 
 
-def _start_batch(sky: _Sky) -> Callable[..., Any]:
+def _start_batch(in_flight: _InFlight) -> Callable[..., Any]:
     """NCCL starts messages that go together, as the pipeline's, at once: `batch_isend_irecv`."""
     original = dist.ProcessGroup._start_coalescing
 
     def start(group: dist.ProcessGroup, *arguments: Any) -> Any:
-        sky.batches[group.group_name] = []
+        in_flight.batches[group.group_name] = []
         return original(group, *arguments)
 
     return start
 
 
-def _end_batch(sky: _Sky) -> Callable[..., Any]:
+def _end_batch(in_flight: _InFlight) -> Callable[..., Any]:
     original = dist.ProcessGroup._end_coalescing
 
     def end(group: dist.ProcessGroup, *arguments: Any) -> Any:
-        events = sky.batches.pop(group.group_name, [])
+        events = in_flight.batches.pop(group.group_name, [])
         work = original(group, *arguments)
         if work is not None:
-            sky.works[work] = events
+            in_flight.works[work] = events
         elif events:
-            sky.arrived(events, events[0].begin)
+            in_flight.arrived(events, events[0].begin)
         return work
 
     return end
 
 
-def _wait(sky: _Sky) -> Callable[..., Any]:
+def _wait(in_flight: _InFlight) -> Callable[..., Any]:
     original = dist.Work.wait
 
     def wait(work: Any, *arguments: Any, **more: Any) -> Any:
-        events = sky.works.pop(work, None)
+        events = in_flight.works.pop(work, None)
         if not events:
             return original(work, *arguments, **more)
         before = now(_CPU if isinstance(events[0].begin, float) else _CUDA)
         done = original(work, *arguments, **more)
-        sky.arrived(events, before)
+        in_flight.arrived(events, before)
         return done
 
     return wait
@@ -267,8 +267,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 class _Operator:
     """An operator that starts a functional collective; the group's name is its last argument."""
 
-    def __init__(self, packet: Any, kind: str, sky: _Sky):
-        self._packet, self._kind, self._sky = packet, kind, sky
+    def __init__(self, packet: Any, kind: str, in_flight: _InFlight):
+        self._packet, self._kind, self._in_flight = packet, kind, in_flight
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._packet, name)
@@ -284,28 +284,28 @@ class _Operator:
         sent: tuple[int, ...] = ()
         if self._kind == "all_to_all":
             size, sent = _parts(x, arguments[1] if isinstance(arguments[1], list) else None, group.size())
-        event = self._sky.start(self._kind, size, begin, group, sent=sent)
+        event = self._in_flight.start(self._kind, size, begin, group, sent=sent)
         if self._packet.__name__ in DTENSOR:
-            self._sky.arrived([event], begin)
+            self._in_flight.arrived([event], begin)
         else:  # several that are coalesced travel as one, and are there when the first is
-            self._sky.tensors[(out[0] if isinstance(out, (list, tuple)) else out).data_ptr()] = event
+            self._in_flight.tensors[(out[0] if isinstance(out, (list, tuple)) else out).data_ptr()] = event
         return out
 
 
 class _Arrival:
     """The operator that waits for what a functional collective gives."""
 
-    def __init__(self, packet: Any, sky: _Sky):
-        self._packet, self._sky = packet, sky
+    def __init__(self, packet: Any, in_flight: _InFlight):
+        self._packet, self._in_flight = packet, in_flight
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._packet, name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        event = self._sky.tensors.pop(x.data_ptr(), None) if type(x) in PLAIN else None
+        event = self._in_flight.tensors.pop(x.data_ptr(), None) if type(x) in PLAIN else None
         if event is None:
             return self._packet(x)
         before = now(x.device)
         out = self._packet(x)
-        self._sky.arrived([event], before)
+        self._in_flight.arrived([event], before)
         return out

@@ -29,7 +29,7 @@ from moesys.measure.summary import COLUMNS, Summary
 from moesys.parallel import dimension, nodes
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
-from moesys.parallel.settle import settled
+from moesys.parallel.gradient_sync import settled
 from moesys.words import plural
 
 EXPERT = ("ep", "etp")

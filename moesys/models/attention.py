@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import CausalBias
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from moesys.kernels.rotary import rotate
 from moesys.models.layers import Linear, RMSNorm
@@ -37,7 +37,7 @@ def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | No
     keeps a score for each pair of tokens.
 
     Args:
-        bias: `causal_lower_right(Sq, Sk)` where Sq < Sk. Made beforehand, since torch.compile cannot trace its making.
+        bias: `causal_lower_right(Sq, Sk)` where Sq < Sk, or None to make it here, which torch.compile cannot trace.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BShd, k_BSgd, v_BSgd))
     grouped = q.shape[1] != k.shape[1]
@@ -45,9 +45,10 @@ def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | No
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         grouped = False
     mask: Tensor | None = None
-    if q.shape[2] != k.shape[2]:
-        # The CPU's fused kernel takes a mask, and no bias.
-        mask = bias if q.is_cuda else _lower_right(q, k)
+    if q.shape[2] != k.shape[2] and q.is_cuda:
+        mask = causal_lower_right(q.shape[2], k.shape[2]) if bias is None else bias
+    elif q.shape[2] != k.shape[2]:
+        mask = _lower_right(q, k)  # the CPU's fused kernel takes a mask, and no bias
     out = nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )

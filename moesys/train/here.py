@@ -19,7 +19,7 @@ from moesys.errors import LaunchError
 from moesys.loopback import stay_here
 from moesys.parallel.mesh import Ranks
 from moesys.parallel.rendezvous import enter
-from moesys.train import device, room
+from moesys.train import device, machine
 from moesys.train.ending import Failure
 
 
@@ -31,7 +31,7 @@ def ready(config: Config, world: int, what: str) -> Config:
     config, word = device.placed(config, world)
     if word:
         print(f"{what}: {word}", flush=True)
-    room.demand(config, world, what)
+    machine.demand(config, world, what)
     return config
 
 

@@ -19,8 +19,8 @@ from moesys.data.corpus import Corpus
 from moesys.data.samples import Samples
 from moesys.errors import CheckpointError
 from moesys.parallel import comm
-from moesys.parallel.host import sent
 from moesys.parallel.mesh import Ranks
+from moesys.parallel.to_device import to_device
 from moesys.train import checkpoint, gates, optimizer
 from moesys.train.backlog import Backlog, Measured
 from moesys.train.balance import BalanceWatch, Fault
@@ -96,7 +96,7 @@ class Trainer:
         self._step(rate, due)
         self.known = self._read() if due or self.backlog.full else []
         self.seconds += perf_counter() - begin
-        return self._record(rate) if self.known else {}
+        return self._record(rate, due) if self.known else {}
 
     def _step(self, rate: float, due: bool) -> None:
         t = self.config.train
@@ -131,8 +131,11 @@ class Trainer:
             self.load = measured.load
         return found
 
-    def _record(self, rate: float) -> dict[str, Any]:
-        """The record of the last step that was read; times are means over all that were."""
+    def _record(self, rate: float, due: bool) -> dict[str, Any]:
+        """The record of the last step that was read; times are means over all that were.
+
+        Travelling rows are timed in steps that are `due` alone: all_to_all_share is None of others.
+        """
         t, last = self.config.train, self.known[-1].measured
         seconds = (self.seconds - self._read_at) / len(self.known)
         self._read_at = self.seconds
@@ -145,7 +148,7 @@ class Trainer:
             "lr": rate,
             "grad_norm": last.norm,
             "skipped": self.guard.total,
-            "all_to_all_share": travel / seconds,
+            "all_to_all_share": travel / seconds if due else None,
             "tokens_per_second": t.global_batch * t.seq_len / seconds,
             "step_seconds": seconds,
         }
@@ -219,5 +222,5 @@ class Trainer:
         return numbers[rank * size : (rank + 1) * size]
 
     def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        windows = sent(windows, self.mesh.device)
+        windows = to_device(windows, self.mesh.device)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

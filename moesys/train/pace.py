@@ -22,7 +22,7 @@ class Pace:
         """Count a step, whose record may be empty."""
         if self.trainer.step == self.first:
             self._begin = self.trainer.seconds
-        elif record:
+        elif record and record["all_to_all_share"] is not None:
             self._timed += record["step_seconds"]
             self._exposed += record["all_to_all_share"] * record["step_seconds"]
 

@@ -18,7 +18,7 @@ from moesys.config.schema import Config, ParallelConfig
 from moesys.errors import Problem
 from moesys.parallel import dimension
 from moesys.parallel.mesh import Ranks
-from moesys.train import here, room
+from moesys.train import here, machine
 from moesys.train.guard import demand_numbers
 
 if TYPE_CHECKING:
@@ -219,6 +219,6 @@ def verify(
     """Prove that `config` on `world` processes equals one process over `steps` steps, of the engine `against`."""
     config = here.ready(config, world, "verify")
     one = reference(config, against)
-    room.demand(one, 1, "verify")
+    machine.demand(one, 1, "verify")
     expected = trace(one, 1, steps, dtype)
     return compare(trace(config, world, steps, dtype), expected, world, tolerance)

@@ -105,6 +105,22 @@ def test_every_shipped_shape_takes_a_fused_kernel(path, monkeypatch):
     assert ran == (["efficient"] if latent else ["flash"]) * 3 + ["efficient"] * 3
 
 
+def test_the_last_queries_see_all_keys_before_them_without_a_bias_too(monkeypatch):
+    """torch's `is_causal` would count from the first key."""
+    made = {(SEQUENCE // 4, SEQUENCE): causal_lower_right(SEQUENCE // 4, SEQUENCE)}  # fake tensors cannot be biases
+    monkeypatch.setattr(attention, "causal_lower_right", lambda *sizes: made[sizes])
+    with watched(monkeypatch) as ran:
+        _, k, v = heads(MIXTRAL, torch.bfloat16, SEQUENCE)
+        attend(heads(MIXTRAL, torch.bfloat16, SEQUENCE // 4)[0], k, v)
+    assert ran == ["flash"]
+
+
+def test_a_sequence_of_another_length_is_refused():
+    q, k = torch.randn(1, SEQUENCE, 4, 8), torch.randn(1, SEQUENCE, 2, 8)
+    with pytest.raises(ValueError, match=r"has 64 tokens of a sequence of 64 over cp\(2\): it must have 32"):
+        OfOneRank()(q, k, k)
+
+
 def test_a_mask_would_be_seen(monkeypatch):
     """What this repository once passed under context parallelism: a mask beside grouped heads."""
     with watched(monkeypatch) as ran:

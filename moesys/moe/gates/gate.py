@@ -67,4 +67,4 @@ class Gate(nn.Module):
         """Called once after each optimizer step with the sum of `step_statistics`."""
 
     def skip_step(self) -> None:
-        """Called in place of `after_step` where the optimizer skipped the step: forget its statistics."""
+        """Forget the statistics of a step that the optimizer skipped: instead of `after_step`, if the host knows."""

@@ -11,7 +11,7 @@ from support import changed
 
 from moesys.config import Config
 from moesys.errors import LaunchError, MoesysError
-from moesys.train import device, here, native, room
+from moesys.train import device, here, machine, native
 
 
 @pytest.fixture
@@ -65,41 +65,41 @@ def test_gpu_tensors_over_gloo_are_refused(config, monkeypatch):
 
 def test_worlds_that_memory_cannot_carry_are_refused_with_the_arithmetic(config, monkeypatch):
     one = config({"cluster": {"ranks_per_node": 8}, "parallel": {"ep": 2}})
-    monkeypatch.setattr(room, "available", lambda: 8 * room.PROCESS)
-    each = room.on_host(one, 8)
+    monkeypatch.setattr(machine, "available", lambda: 8 * machine.PROCESS)
+    each = machine.on_host(one, 8)
     assert 0 < each < 2**24
     with pytest.raises(LaunchError) as error:
-        room.demand(one, 8, "verify")
+        machine.demand(one, 8, "verify")
     assert "verify would start 8 processes here of 0.2 GiB and 0.0 GiB of model each, 2.0 GiB in all" in str(
         error.value
     )
     assert "this machine has 2.0 GiB to give\n    remedy: use fewer ranks" in str(error.value)
-    monkeypatch.setattr(room, "available", lambda: round(8 * (room.PROCESS + each)) + 1)
-    room.demand(one, 8, "verify")
+    monkeypatch.setattr(machine, "available", lambda: round(8 * (machine.PROCESS + each)) + 1)
+    machine.demand(one, 8, "verify")
 
 
 def test_a_model_that_is_too_large_is_refused(config, monkeypatch):
-    monkeypatch.setattr(room, "available", lambda: 16 * 2**30)
+    monkeypatch.setattr(machine, "available", lambda: 16 * 2**30)
     large = config({"model": {"hidden": 4096, "layers": 48, "attention": {"heads": 32, "kv_heads": 8}}})
     with pytest.raises(LaunchError, match=r"1 process here of 0\.2 GiB and \d\d\.\d GiB of model each"):
-        room.demand(large, 1, "verify")
+        machine.demand(large, 1, "verify")
     on_gpu = large.model_copy(update={"cluster": large.cluster.model_copy(update={"device": "cuda"})})
-    room.demand(on_gpu, 1, "verify")
+    machine.demand(on_gpu, 1, "verify")
 
 
 def test_a_thousand_processes_are_refused(config, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     with pytest.raises(LaunchError, match=r"verify would start 1,024 processes here: at most 32 share each of 2 cores"):
-        room.demand(config(), 1024, "verify")
+        machine.demand(config(), 1024, "verify")
 
 
 def test_what_the_machine_and_the_container_give(tmp_path: Path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9000 kB\nMemAvailable:    3000 kB\n")
-    assert room.available(meminfo, tmp_path / "none") == 3000 * 1024
+    assert machine.available(meminfo, tmp_path / "none") == 3000 * 1024
     (tmp_path / "memory.max").write_text("2000000\n")
     (tmp_path / "memory.current").write_text("500000\n")
-    assert room.available(meminfo, tmp_path) == 1_500_000
+    assert machine.available(meminfo, tmp_path) == 1_500_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert room.available(meminfo, tmp_path) == 3000 * 1024
-    assert room.available(tmp_path / "none", tmp_path / "none") is None
+    assert machine.available(meminfo, tmp_path) == 3000 * 1024
+    assert machine.available(tmp_path / "none", tmp_path / "none") is None

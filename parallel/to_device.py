@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`; its stream copies when it gets there, and the host goes on at once.
 
     A copy from memory that may be paged out makes the host wait for all that the stream has still to do.

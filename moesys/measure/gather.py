@@ -1,4 +1,4 @@
-"""Brings together what ranks recorded: each sums up its own travels, and rank 0 gets sums alone.
+"""Gathers what ranks recorded: each sums up its own travels, and rank 0 gets sums alone.
 
 To take a wait apart a rank must know when the last rank of the group began. For each collective one of its ranks, in
 turn, is told by all of them and answers what they need to know (`Meeting`). So nobody gets more than it recorded
@@ -11,15 +11,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from math import isnan, nan
 
 import numpy as np
 
+from moesys.measure.arrivals import Member, meeting, rate
 from moesys.measure.attribute import computed, member, rank_costs
 from moesys.measure.legs import Key, Table, add_rate, carries_rows
-from moesys.measure.meet import Member, meeting, rate
 from moesys.measure.peers import Peers, Words
-from moesys.measure.step import PURPOSES, Meeting, RankStep, Travel
+from moesys.measure.step import PURPOSES, Meeting, RankStep, Travel, from_nan, to_nan
 from moesys.measure.summary import COLUMNS, DETAILED, Part, Places, Summary, assembled, part_of
 
 
@@ -34,14 +33,14 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Brought:
-    """What came of it: this rank's steps with their meetings, on one clock, and on rank 0 the steps' summaries."""
+class Gathered:
+    """This rank's steps with their meetings, on one clock, and on rank 0 the summaries of all ranks' steps."""
 
     mine: list[RankStep]
     summaries: list[Summary]
 
 
-def bring(
+def gather_steps(
     held: Sequence[Held],
     peers: Peers,
     host: str,
@@ -50,7 +49,7 @@ def bring(
     recorded: Sequence[int],
     audit: bool = False,
     layout: str = "",
-) -> Brought:
+) -> Gathered:
     """Bring steps together that all ranks hold. Collective.
 
     keys: the legs that the model's layers may have, in order. loads: of each step, on rank 0. recorded: the ranks
@@ -72,7 +71,7 @@ def bring(
     row = [np.append(part.row, (r.begin, r.end)) for r, part in zip(steps, parts, strict=True)]
     by_rank = peers.rows(np.array(row))
     if by_rank is None:
-        return Brought(mine, [])
+        return Gathered(mine, [])
     found = [
         assembled(
             places,
@@ -90,7 +89,7 @@ def bring(
         )
         for i, h in enumerate(held)
     ]
-    return Brought(mine, found)
+    return Gathered(mine, found)
 
 
 UNTOLD = "some ranks did not record collectives that others of their group did"
@@ -174,11 +173,7 @@ def _key(t: Travel) -> tuple[int, int, int]:
 
 
 def _bits(*values: float | None) -> Words:
-    return np.array([nan if v is None else v for v in values], dtype=np.float64).view(np.int64)
-
-
-def _none(value: float) -> float | None:
-    return None if isnan(value) else value
+    return np.array([to_nan(v) for v in values], dtype=np.float64).view(np.int64)
 
 
 def _asking(key: tuple[int, ...], m: Member) -> Words:
@@ -199,7 +194,7 @@ def _answers(
             key, (begin, waited, end, met, after) = tuple(whole[at : at + 4]), real[at + 6 : at + HEAD]
             behind = at + HEAD + whole[at + 5]
             sent = words[at + HEAD : behind]
-            members[key].append(Member(rank, begin, waited, end, _none(met), whole[at + 4], _none(after), sent))
+            members[key].append(Member(rank, begin, waited, end, from_nan(met), whole[at + 4], from_nan(after), sent))
             keys[-1].append(key)
             at = behind
     answers = {}
@@ -226,4 +221,4 @@ def _answer(m: Meeting) -> Words:
 def _answered(facts: Sequence[int], times: Sequence[float]) -> Meeting:
     last, whole, size = facts[:3]
     arrived, after, evenness, least = times[3:]
-    return Meeting(arrived, last, bool(whole), _none(after), size, evenness, _none(least))
+    return Meeting(arrived, last, bool(whole), from_nan(after), size, evenness, from_nan(least))

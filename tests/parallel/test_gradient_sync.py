@@ -13,8 +13,8 @@ from moesys.config import Config
 from moesys.launchers.dry_run import plan, show, verdict
 from moesys.parallel.degrees import Degrees, resolve
 from moesys.parallel.dimension import check, step_shape
+from moesys.parallel.gradient_sync import settle, settled, with_sync
 from moesys.parallel.memory import estimate
-from moesys.parallel.settle import settle, settled, with_sync
 
 VOCABULARY = 32000
 LARGE = {
