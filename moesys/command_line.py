@@ -211,7 +211,7 @@ def _bench(commands: argparse._SubParsersAction[Parser]) -> None:
     steps = "training steps per round of each side, at least"
     sub = _configured(bench, "measure", text, quickstart, guide)
     _rounds(sub, 15, steps)
-    what = "what bringing twenty recorded steps of so many ranks together costs rank 0, instead; the others are played"
+    what = "cost for rank 0 of gathering 20 recorded steps of so many ranks, the others played (default: a real run)"
     sub.add_argument("--simulate", type=count, metavar="RANKS", help=what)
     text = "Megatron-Core's model with this project's MoE layer and with its own"
     sub = _configured(bench, "megatron", text, "configs/quickstart-megatron.yaml", guide)

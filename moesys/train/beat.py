@@ -65,9 +65,10 @@ class Beat:
         self._end.set()
         self._thread.join()
         if self._file >= 0:
-            self._ended = kind is None
-            self.write()  # the last one: no more are to be missed where this rank has done its part
-            os.close(self._file)
+            if kind is None:
+                self._ended = True
+                self.write()  # the last one: no more are to be missed where this rank has done its part
+            os.close(self._file)  # after an error the last sign still tells where this rank was
 
     def _run(self) -> None:
         while not self._end.wait(self.interval):
