@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from moesys import leftovers
-from moesys.kernels.expert_ffn_blocked import working_type
+from moesys.kernels.cpu.expert_ffn_blocked import working_type
 from moesys.loopback import stay_here
 from moesys.measure import deepspeed_layer
 from moesys.measure.bench_layer import Shape, both, build, dense

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from moesys.kernels import recycle
+from moesys.kernels.cpu import memory_pool
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
@@ -23,7 +23,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with (
-        recycle.recorded() as kernels,
+        memory_pool.recorded() as kernels,
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         step()

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from moesys.kernels import recycle
+from moesys.kernels.cpu import memory_pool
+from moesys.kernels.cpu.memory_pool import SMALLEST, Pool
 from moesys.kernels.expert_ffn import expert_ffn
-from moesys.kernels.recycle import SMALLEST, Pool
 from moesys.measure.memory import peak_bytes
 
 FLOATS = SMALLEST // 4
@@ -89,7 +89,7 @@ def test_threads_share_it():
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_fork_finds_the_pool_in_order(monkeypatch):
     """Whatever another thread does with it at that moment."""
-    pool, inside, forked = recycle._POOL, threading.Event(), threading.Event()
+    pool, inside, forked = memory_pool._POOL, threading.Event(), threading.Event()
 
     def slow(size: int) -> torch.UntypedStorage:
         inside.set()
@@ -97,7 +97,7 @@ def test_a_fork_finds_the_pool_in_order(monkeypatch):
         return torch.UntypedStorage(size)
 
     monkeypatch.setattr(pool, "_take", slow)
-    thread = threading.Thread(target=recycle.empty, args=((FLOATS,), torch.float32))
+    thread = threading.Thread(target=memory_pool.empty, args=((FLOATS,), torch.float32))
     thread.start()
     inside.wait()
     child = os.fork()
@@ -140,13 +140,13 @@ def test_a_graph_can_be_walked_twice_beside_another_step():
 
 def test_peak_memory_counts_what_every_thread_holds():
     def hold(turn: int) -> None:
-        x = recycle.empty((2 * FLOATS,), torch.float32)
+        x = memory_pool.empty((2 * FLOATS,), torch.float32)
         all_hold.wait()
         del x
 
     def step() -> None:
-        x, plain = recycle.empty((4 * FLOATS,), torch.float32), torch.empty(3 * FLOATS)
-        y = recycle.empty((FLOATS,), torch.float32)
+        x, plain = memory_pool.empty((4 * FLOATS,), torch.float32), torch.empty(3 * FLOATS)
+        y = memory_pool.empty((FLOATS,), torch.float32)
         del y, plain
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(hold, range(2)))
@@ -156,5 +156,5 @@ def test_peak_memory_counts_what_every_thread_holds():
     step()
     with ThreadPoolExecutor(1) as elsewhere:
         assert elsewhere.submit(peak_bytes, step, torch.device("cpu")).result() == 8 * SMALLEST
-    kept = recycle.empty((FLOATS,), torch.float32)
+    kept = memory_pool.empty((FLOATS,), torch.float32)
     assert peak_bytes(lambda: kept.zero_(), torch.device("cpu")) == 0, "what was there before does not count"

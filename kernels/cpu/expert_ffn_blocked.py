@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesys.kernels import activation, recycle
-from moesys.kernels import expert_ffn_small as small
-from moesys.kernels.expert_ffn_given import Given
-from moesys.kernels.workers import Finish, each
+from moesys.kernels import activation
+from moesys.kernels.cpu import expert_ffn_small as small
+from moesys.kernels.cpu import memory_pool
+from moesys.kernels.cpu.workers import Finish, each
+from moesys.kernels.expert_ffn_arguments import Arguments
 
 BLOCK = 2**18
 """Elements of the inner activation that are worked on at once: fits a core's second-level cache."""
@@ -63,22 +64,22 @@ def _widened(w: Tensor, dtype: torch.dtype) -> Tensor:
     if w.dtype == dtype:
         return w
     transposed = w.mT.is_contiguous() and not w.is_contiguous()
-    return _widened(w.mT, dtype).mT if transposed else recycle.empty(w.shape, dtype).copy_(w)
+    return _widened(w.mT, dtype).mT if transposed else memory_pool.empty(w.shape, dtype).copy_(w)
 
 
 def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
     """`out` itself where it has the type to compute in, else memory of its shape."""
-    return out if out.dtype == dtype else recycle.empty(out.shape, dtype)
+    return out if out.dtype == dtype else memory_pool.empty(out.shape, dtype)
 
 
-def forward(given: Given) -> tuple[Tensor, Tensor]:
+def forward(args: Arguments) -> tuple[Tensor, Tensor]:
     """As the operation `moesys::expert_ffn`: (output, h [N, G, F])."""
-    if small.fits(given, BLOCK):
-        return small.forward(given)
-    x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = given
+    if small.fits(args, BLOCK):
+        return small.forward(args)
+    x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = args
     wide = working_type(x_TH.dtype)
-    out = recycle.empty(x_TH.shape, x_TH.dtype) if index_N is None else recycle.zeros(x_TH.shape, wide)
-    h = recycle.empty((given.rows, *fc1.shape[2:]), x_TH.dtype)
+    out = memory_pool.empty(x_TH.shape, x_TH.dtype) if index_N is None else memory_pool.zeros(x_TH.shape, wide)
+    h = memory_pool.empty((args.rows, *fc1.shape[2:]), x_TH.dtype)
     blocks = list(_blocks(counts_E.tolist(), fc2.shape[1]))
     hs, indices, weights = (_by_block(t, blocks) for t in (h, index_N, weight_N))
     w1, w2 = fc1.flatten(2).unbind(), fc2.unbind()
@@ -90,7 +91,7 @@ def forward(given: Given) -> tuple[Tensor, Tensor]:
         _products(x, w1[block.experts], hidden.flatten(1), block.counts)
         if bias1 is not None:
             _add_bias(hidden, bias1[block.experts], block.counts)
-        inner = activation.forward(hidden, kind, weights[b], recycle.empty((len(x), fc2.shape[1]), wide))
+        inner = activation.forward(hidden, kind, weights[b], memory_pool.empty((len(x), fc2.shape[1]), wide))
         y = _products(inner, w2[block.experts], _results(out, block, indices[b], x), block.counts)
         if wide != x_TH.dtype:
             hs[b].copy_(hidden)
@@ -119,10 +120,10 @@ def _rows(x: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype, sp
     if index is None:
         return _as(x[block.rows], dtype)
     shape = len(index), x.shape[1]
-    spare = recycle.empty(shape, dtype) if spare is None else spare
+    spare = memory_pool.empty(shape, dtype) if spare is None else spare
     if x.dtype == dtype:
         return torch.index_select(x, 0, index, out=spare)
-    return spare.copy_(torch.index_select(x, 0, index, out=recycle.empty(shape, x.dtype)))
+    return spare.copy_(torch.index_select(x, 0, index, out=memory_pool.empty(shape, x.dtype)))
 
 
 def _results(out: Tensor, block: _Block, index: Tensor | None, spare: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ def _weight_grads(x: Tensor, grad: Tensor, out: Sequence[Tensor], counts: list[i
         elif out_e.dtype == x.dtype:
             torch.mm(x_e.t(), grad_e, out=out_e)
         else:
-            wide = recycle.empty(out_e.shape, x.dtype)
+            wide = memory_pool.empty(out_e.shape, x.dtype)
             out_e.copy_(torch.mm(x_e.t(), grad_e, out=wide))
 
 
@@ -175,17 +176,17 @@ def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
         h_e += bias
 
 
-def backward(grad_TH: Tensor, given: Given, h_NGF: Tensor, of_fc1: bool, of_fc2: bool) -> tuple[Tensor | None, ...]:
+def backward(grad_TH: Tensor, args: Arguments, h_NGF: Tensor, of_fc1: bool, of_fc2: bool) -> tuple[Tensor | None, ...]:
     """As `moesys::expert_ffn_backward`, None for empty; the gradient contiguous."""
-    if given.weight_N is not None:
-        given = given._replace(weight_N=_not_zero(given.weight_N))
-    if small.fits(given, BLOCK):
-        return small.backward(grad_TH, given, h_NGF, of_fc1, of_fc2)
-    x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = given
+    if args.weight_N is not None:
+        args = args._replace(weight_N=_not_zero(args.weight_N))
+    if small.fits(args, BLOCK):
+        return small.backward(grad_TH, args, h_NGF, of_fc1, of_fc2)
+    x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = args
     wide, counts = working_type(x_TH.dtype), counts_E.tolist()
-    grad_x = recycle.empty(x_TH.shape, x_TH.dtype) if index_N is None else recycle.zeros(x_TH.shape, wide)
+    grad_x = memory_pool.empty(x_TH.shape, x_TH.dtype) if index_N is None else memory_pool.zeros(x_TH.shape, wide)
     # Experts between two blocks have no rows: no block reaches their gradients.
-    fresh = recycle.empty if all(counts) else recycle.zeros
+    fresh = memory_pool.empty if all(counts) else memory_pool.zeros
     grad1 = fresh(fc1.shape, fc1.dtype) if of_fc1 else None
     grad2 = fresh(fc2.shape, fc2.dtype) if of_fc2 else None
     grad_weight_N = None if weight_N is None else weight_N.new_empty(weight_N.shape)
@@ -201,17 +202,17 @@ def backward(grad_TH: Tensor, given: Given, h_NGF: Tensor, of_fc1: bool, of_fc2:
         experts, h = block.experts, _widened(hs[b], wide)
         dy = _rows(grad_TH, block, index, wide)
         if weight is not None:
-            out = dy if index is not None else recycle.empty(dy.shape, wide)
+            out = dy if index is not None else memory_pool.empty(dy.shape, wide)
             dy = torch.mul(dy, weight.to(wide).unsqueeze(-1), out=out)
-        dh = recycle.empty(h.shape, wide)
-        again = activation.Again(h, kind, dh)
+        dh = memory_pool.empty(h.shape, wide)
+        recomputed = activation.Recomputed(h, kind, dh)
         if grads2 is not None:
-            _weight_grads(again.inner, dy, grads2[experts], block.counts)
-        _products(dy, w2[experts], again.inner, block.counts)
-        along = again.backward()
+            _weight_grads(recomputed.inner, dy, grads2[experts], block.counts)
+        _products(dy, w2[experts], recomputed.inner, block.counts)
+        along = recomputed.backward()
         if weight is not None:
             torch.div(along, weight, out=grad_weights[b])
-        del h, again
+        del h, recomputed
         if grads1 is not None:
             x = _rows(x_TH, block, index, wide, dy)
             _weight_grads(x, dh.flatten(1), grads1[experts], block.counts)

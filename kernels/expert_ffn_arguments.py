@@ -1,4 +1,4 @@
-"""What the experts' feed-forward is given, as each of its ways on CPU and GPU takes it."""
+"""Arguments of the experts' feed-forward, for each of its implementations on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Given(NamedTuple):
+class Arguments(NamedTuple):
     """The inputs of the operation `moesys::expert_ffn`, in its order.
 
     `x_TH` are tokens whose rows `index_N` names, or the rows themselves [N, H] where that is None; `row_N` and
