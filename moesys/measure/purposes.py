@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from moesys.measure.step import Purpose
 from moesys.parallel import comm
-from moesys.parallel.comm import Event
+from moesys.parallel.comm import CollectiveRecord
 from moesys.parallel.mesh import Ranks
 
 STARTERS: tuple[tuple[str, Purpose], ...] = (
@@ -44,16 +44,16 @@ def starter() -> Purpose | None:
     return None
 
 
-def purpose_of(event: Event, groups: Mapping[str, tuple[Purpose, ...]]) -> Purpose:
+def purpose_of(event: CollectiveRecord, groups: Mapping[str, tuple[Purpose, ...]]) -> Purpose:
     """What a collective, or who started it, says that it is for; else what its group is for."""
-    way, served = event.way, groups.get(event.group, ())
-    if way.level:
+    tag, served = event.tag, groups.get(event.group, ())
+    if tag.level:
         return "expert"
-    if way == comm.STEP:
+    if tag == comm.STEP:
         return "step"
-    if way == comm.GRADIENTS:
+    if tag == comm.GRADIENTS:
         return "pipeline" if served == ("pipeline",) else "data"  # of a weight that two stages share
-    if way.part == comm.CONTEXT.part:
+    if tag.part == comm.CONTEXT.part:
         return "context"
     if event.kind in ("send", "recv"):
         return "pipeline"  # over the world's own group, too

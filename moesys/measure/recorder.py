@@ -50,7 +50,7 @@ class Recording:
     end: float = 0.0
     anchor: torch.cuda.Event | None = None
     """An event of the GPU at `begin`: its other events are read as seconds after it."""
-    events: list[comm.Event] = field(default_factory=list)
+    events: list[comm.CollectiveRecord] = field(default_factory=list)
 
     def at(self, time: Time) -> float:
         """`time` on the host's clock."""
@@ -139,7 +139,7 @@ class Recorder:
             message = event.kind if event.kind in ("send", "recv") else ""
             key = (purpose, event.ranks, message)
             numbers[key] += 1
-            way = event.way
+            tag = event.tag
             yield Travel(
                 kind=event.kind,
                 purpose=purpose,
@@ -150,10 +150,10 @@ class Recorder:
                 end=recording.at(event.end),
                 bytes=event.bytes,
                 sent=event.sent,
-                layer=way.layer,
-                part=way.part,
-                backward=way.backward,
-                level=way.level,
+                layer=tag.layer,
+                part=tag.part,
+                backward=tag.backward,
+                level=tag.level,
                 met=None if event.met is None else recording.at(event.met),
             )
 

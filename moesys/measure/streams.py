@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from moesys.parallel import comm
-from moesys.parallel.comm import Event, now
+from moesys.parallel.comm import CollectiveRecord, now
 
 _CUDA = torch.device("cuda")
 
@@ -35,11 +35,11 @@ class Streams:
 
     def __init__(self) -> None:
         self._compute = _key(torch.cuda.current_stream())
-        self._behind: dict[tuple[int, int], dict[int, Event]] = defaultdict(dict)
-        self._marked: WeakKeyDictionary[Any, dict[int, Event]] = WeakKeyDictionary()
-        self._open: dict[int, Event] = {}
+        self._behind: dict[tuple[int, int], dict[int, CollectiveRecord]] = defaultdict(dict)
+        self._marked: WeakKeyDictionary[Any, dict[int, CollectiveRecord]] = WeakKeyDictionary()
+        self._open: dict[int, CollectiveRecord] = {}
 
-    def arrived(self, event: Event, before: comm.Time) -> None:
+    def arrived(self, event: CollectiveRecord, before: comm.Time) -> None:
         """The current stream has waited for the collective since `before`."""
         event.waited, event.end = before, now(_CUDA)
         stream = _key(torch.cuda.current_stream())
@@ -73,7 +73,7 @@ class Streams:
             del self._open[number]
         return done
 
-    def _still_open(self, behind: dict[int, Event]) -> dict[int, Event]:
+    def _still_open(self, behind: dict[int, CollectiveRecord]) -> dict[int, CollectiveRecord]:
         return {number: event for number, event in behind.items() if number in self._open}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from moesys.measure.purposes import starter
 from moesys.measure.streams import Streams, followed
 from moesys.parallel import comm
-from moesys.parallel.comm import Event, Time, now
+from moesys.parallel.comm import CollectiveRecord, Time, now
 
 Sizes = Callable[..., tuple[int, tuple[int, ...]]]
 """Of a method's arguments: bytes that this rank contributes, and how many go to each rank where that is known."""
@@ -63,20 +63,20 @@ class _InFlight:
     """
 
     def __init__(self) -> None:
-        self.works: WeakKeyDictionary[Any, list[Event]] = WeakKeyDictionary()
-        self.batches: dict[str, list[Event]] = {}
-        self.tensors: dict[int, Event] = {}
+        self.works: WeakKeyDictionary[Any, list[CollectiveRecord]] = WeakKeyDictionary()
+        self.batches: dict[str, list[CollectiveRecord]] = {}
+        self.tensors: dict[int, CollectiveRecord] = {}
         self.streams: Streams | None = None
 
-    def start(self, kind: str, size: int, begin: Time, group: dist.ProcessGroup, **facts: Any) -> Event:
+    def start(self, kind: str, size: int, begin: Time, group: dist.ProcessGroup, **facts: Any) -> CollectiveRecord:
         """Note a collective that was started now."""
         ranks = facts.pop("ranks", None) or tuple(dist.get_process_group_ranks(group))
         by = starter() or ""
-        event = Event(kind, size, begin, begin, begin, group=group.group_name, ranks=ranks, by=by, **facts)
-        comm.note(event)
+        event = CollectiveRecord(kind, size, begin, begin, begin, group=group.group_name, ranks=ranks, by=by, **facts)
+        comm.add(event)
         return event
 
-    def arrived(self, events: Sequence[Event], before: Time) -> None:
+    def arrived(self, events: Sequence[CollectiveRecord], before: Time) -> None:
         """They were waited for since `before`, and are there."""
         for event in events:
             if self.streams is None or isinstance(before, float):

@@ -52,7 +52,7 @@ class Block(nn.Module):
     @staticmethod
     def _apart(moe: MoELayer) -> bool:
         """Whether experts are never a part, but lie between two."""
-        return moe.apart or moe.dispatcher.travels
+        return moe.apart or moe.dispatcher.communicates
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
         moe = self.ffn

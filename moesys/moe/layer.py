@@ -185,9 +185,9 @@ class MoELayer(nn.Module):
     def run_experts(self, x_BSH: Tensor, decided: Decided, dense: Once | None = None) -> Tensor:
         """The routed experts' sums [B, S, H]; a dispatcher that sends tokens may compute `dense` meanwhile."""
         x_TH, experts = x_BSH.reshape(-1, x_BSH.shape[-1]), cast(Experts, self.experts)
-        if not self.dispatcher.travels:
+        if not self.dispatcher.communicates:
             return decided.decision.run(x_TH, self.dispatcher, experts).view_as(x_BSH)
-        with self.dispatcher.beside(dense):
+        with self.dispatcher.overlapping(dense):
             return decided.decision.run(x_TH, self.dispatcher, experts).view_as(x_BSH)
 
     def run_shared(self, x_BSH: Tensor) -> Tensor:

@@ -153,5 +153,5 @@ def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str,
 
 
 @contextmanager
-def _nothing(audit: bool = False) -> Iterator[list[comm.Event]]:
+def _nothing(audit: bool = False) -> Iterator[list[comm.CollectiveRecord]]:
     yield []

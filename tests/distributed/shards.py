@@ -101,7 +101,7 @@ def _observe(config: Config) -> dict[str, Any]:
         trainer.train_step()
     return {
         "events": [
-            (e.kind, e.bytes, len(e.ranks), e.way.layer if e.kind in (RUNS, BACK) else e.way.part) for e in events
+            (e.kind, e.bytes, len(e.ranks), e.tag.layer if e.kind in (RUNS, BACK) else e.tag.part) for e in events
         ],
         "sharded": (after_step, after_evaluation, _sharded(parts)),
         "units": _units(parts),
@@ -186,4 +186,4 @@ def _watch(out: torch.Tensor, name: str) -> None:
 def _note(kind: str, layer: str) -> None:
     from moesys.parallel import comm
 
-    comm.note(comm.Event(kind, 0, 0.0, 0.0, 0.0, comm.Way(layer=layer)))
+    comm.add(comm.CollectiveRecord(kind, 0, 0.0, 0.0, 0.0, comm.Tag(layer=layer)))

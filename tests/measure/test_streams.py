@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moesys.measure.intervals import length, union
 from moesys.measure.watch import watched
 from moesys.parallel import comm
-from moesys.parallel.comm import Event
+from moesys.parallel.comm import CollectiveRecord
 
 
 class Stream:
@@ -120,7 +120,7 @@ def tensor() -> torch.Tensor:
     return ROWS
 
 
-def seconds(event: Event) -> tuple[float, float, float]:
+def seconds(event: CollectiveRecord) -> tuple[float, float, float]:
     """When it began, was needed, and was there."""
     return event.begin.at, event.waited.at, event.end.at  # type: ignore[union-attr]
 

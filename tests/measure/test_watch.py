@@ -23,7 +23,7 @@ from moesys.measure import watch
 from moesys.measure.purposes import purpose_of, purposes
 from moesys.measure.watch import METHODS, OPERATORS, watched
 from moesys.parallel import comm
-from moesys.parallel.comm import CONTEXT, GRADIENTS, NOWHERE, STEP, Event, Way
+from moesys.parallel.comm import CONTEXT, GRADIENTS, STEP, UNTAGGED, CollectiveRecord, Tag
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import ParallelMesh
 
@@ -53,13 +53,13 @@ def whole() -> torch.Tensor:
 Call = Callable[[dist.ProcessGroup], Any]
 
 OWN: dict[str, tuple[Call, str, int]] = {
-    "start_exchange": (lambda g: comm.start_exchange(whole(), [1, 2, 13, 16], [8] * N, g), "all_to_all", N * SIZE),
-    "start_counts": (lambda g: comm.start_counts(part(N), g), "all_to_all_counts", N * 4),
-    "start_gather": (lambda g: comm.start_gather(part(), g), "all_gather", N * SIZE),
+    "start_all_to_all": (lambda g: comm.start_all_to_all(whole(), [1, 2, 13, 16], [8] * N, g), "all_to_all", N * SIZE),
+    "start_all_to_all_counts": (lambda g: comm.start_all_to_all_counts(part(N), g), "all_to_all_counts", N * 4),
+    "start_all_gather": (lambda g: comm.start_all_gather(part(), g), "all_gather", N * SIZE),
     "start_reduce_scatter": (lambda g: comm.start_reduce_scatter(whole(), g), "reduce_scatter", N * SIZE),
-    "gather": (lambda g: comm.gather(part(), g), "all_gather", N * SIZE),
-    "start_total": (lambda g: comm.start_total(part(), g), "all_reduce", SIZE),
-    "total": (lambda g: comm.total(part(), g), "all_reduce", SIZE),
+    "all_gather": (lambda g: comm.all_gather(part(), g), "all_gather", N * SIZE),
+    "start_all_reduce": (lambda g: comm.start_all_reduce(part(), g), "all_reduce", SIZE),
+    "all_reduce": (lambda g: comm.all_reduce(part(), g), "all_reduce", SIZE),
 }
 """Every collective of `comm`: a call, its kind, and S of nccl-tests."""
 
@@ -94,7 +94,7 @@ def test_bytes_are_s_of_nccl_tests(world: dist.ProcessGroup, name: str) -> None:
     call, kind, size = (OWN | OTHERS)[name]
     with watched(), comm.record() as events:
         found = call(world)
-        if isinstance(found, comm.Pending):
+        if isinstance(found, comm.Work):
             found.wait()
     (event,) = events
     assert (event.kind, event.bytes) == (kind, size)
@@ -183,12 +183,12 @@ def test_an_axis_that_spans_the_world_keeps_its_purpose(world: dist.ProcessGroup
     wide = [n for _, g in mesh.groups() if g.size() == N for n in [g.group_name] if n in groups]
     assert {purpose for n in wide for purpose in groups[n]} == set(served)
 
-    def told(way: Way = NOWHERE, kind: str = "all_reduce", by: str = "", group: str = wide[0]) -> str:
-        return purpose_of(Event(kind, 1, 0.0, 0.0, 0.0, way, group, by=by), groups)
+    def told(tag: Tag = UNTAGGED, kind: str = "all_reduce", by: str = "", group: str = wide[0]) -> str:
+        return purpose_of(CollectiveRecord(kind, 1, 0.0, 0.0, 0.0, tag, group, by=by), groups)
 
     for group in wide:
         assert told(STEP, group=group) == "step"
-        assert told(Way("flat", "layers.0", "dispatch"), "all_to_all", group=group) == "expert"
+        assert told(Tag("flat", "layers.0", "dispatch"), "all_to_all", group=group) == "expert"
         assert told(CONTEXT.back(), "reduce_scatter", group=group) == "context"
         assert told(GRADIENTS, group=group) == ("pipeline" if served == ("pipeline",) else "data")
         assert told(by="data", group=group) == "data"

@@ -1,4 +1,4 @@
-"""What all dispatchers of expert parallelism share: slices of experts, chunks, and work done meanwhile.
+"""The base class of the dispatchers of expert parallelism: slices of experts, chunks, and overlapped work.
 
 T tokens, A assignments, H hidden, R ranks of the group, E experts of which each rank holds E/ep, F inner size.
 """
@@ -16,30 +16,30 @@ from torch import Tensor
 from moesys.kernels.permute import Permutation, sort_by_expert
 from moesys.moe.dispatch import Dispatcher, ExpertsFunction
 from moesys.moe.routing import Routing
-from moesys.parallel.comm import Pending, Way
+from moesys.parallel.async_collectives import AsyncCollective, Codec
+from moesys.parallel.comm import Tag, Work
 from moesys.parallel.dispatchers.payload import Fp8Rows
-from moesys.parallel.flight import Codec, Flight
 
-Journey = Generator[None, None, Tensor]
-"""The way of a chunk's tokens: it yields when something travels and others may use the time, and
-returns the tokens' weighted sums [T, H]."""
+ChunkSteps = Generator[None, None, Tensor]
+"""Dispatch, experts and combine of one chunk of tokens. It yields while its collectives run, so that others can use the
+time, and returns the tokens' weighted sums [T, H]."""
 
 
-class TravellingDispatcher(Dispatcher):
+class ExpertParallelDispatcher(Dispatcher):
     """Sends tokens to the ranks that hold their experts.
 
     Args:
         experts: E of the layer.
         group: R = ep · etp ranks; rank i·etp + j holds slice j of the experts i·E/ep … (i+1)·E/ep − 1.
         ep, etp: how many ways the experts, and each expert's inner size, are split.
-        chunks: pieces of the token stream; one travels while another is computed.
-        overlap_shared: whether `meanwhile` is done while the first rows travel.
-        payload: "model": rows travel in their own type; "fp8": those to experts as in `Fp8Rows`.
+        chunks: pieces of the token stream; one is sent while another is computed.
+        overlap_shared: whether `overlapped_work` runs while the first rows are sent.
+        payload: "model": rows are sent in their own type; "fp8": those to experts as in `Fp8Rows`.
 
-    An expert split `etp` ways along its inner size is the sum of `etp` smaller experts, so a row goes
-    to each of them and the partial results are added where it came from: the numbers of a smaller
-    expert need no collective of their own, and ranks may hold any number of rows, none included. A
-    *place* is one slice of one expert: rank · E/ep + the expert's number on that rank.
+    An expert that is split `etp` ways along its inner size is the sum of `etp` smaller experts. So a row goes to each
+    of them, and its source rank adds the partial results. Slices need no collective of their own, and ranks may hold
+    any number of rows, none included. A *place* is one slice of one expert: rank · E/ep + the expert's number on that
+    rank.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class TravellingDispatcher(Dispatcher):
         self.local = experts // ep
         self.places = ep * etp * self.local
         self.layer = ""
-        """The name of the layer, for records of what travels."""
+        """Name of the layer, for the tags of its collectives."""
 
-    def way(self, part: str, level: str = "flat") -> Way:
-        """What rows of this layer travel for: "dispatch" or "combine"."""
-        return Way(level, self.layer, part)
+    def tag(self, part: str, level: str = "flat") -> Tag:
+        """The tag of this layer's collectives; `part`: "dispatch" or "combine"."""
+        return Tag(level, self.layer, part)
 
-    travels = True
+    communicates = True
 
-    # Sizes are known to the host only when counts have travelled: there is nothing to compile.
+    # The host knows the sizes only after the exchange of counts: there is nothing to compile.
     @torch.compiler.disable
     def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
         token_A, place_A, weight_A = self._slices(routing.token_A, routing.expert_A, routing.weight_A)
-        return self._travel(self.journeys(x_TH, token_A, place_A, weight_A, self.chunks, experts, routing.rows))
+        return self._interleave(self.chunk_steps(x_TH, token_A, place_A, weight_A, self.chunks, experts, routing.rows))
 
     @torch.compiler.disable
     def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction, each: int | None = None) -> Tensor:
@@ -78,10 +78,10 @@ class TravellingDispatcher(Dispatcher):
         expert = torch.arange(self.experts, device=rows_AH.device)
         expert_A = expert.repeat_interleave(counts_E, output_size=len(rows_AH))
         token_A, place_A, _ = self._slices(row_A, expert_A, None)
-        return self._travel(self.journeys(rows_AH, token_A, place_A, None, 1, experts, each))
+        return self._interleave(self.chunk_steps(rows_AH, token_A, place_A, None, 1, experts, each))
 
     @abstractmethod
-    def journeys(
+    def chunk_steps(
         self,
         x_TH: Tensor,
         token_A: Tensor,
@@ -90,21 +90,21 @@ class TravellingDispatcher(Dispatcher):
         chunks: int,
         experts: ExpertsFunction,
         each: int | None = None,
-    ) -> list[Journey]:
-        """One for each chunk of the tokens (`bounds`); `token_A` ascending, `weight_A` None for 1.
+    ) -> list[ChunkSteps]:
+        """The steps of each chunk of the tokens (`bounds`); `token_A` ascending, `weight_A` None for 1.
 
-        Every count is exchanged before any row, so that the host waits for the device once. `each`: every rank has
-        so many assignments for every place, where that is known.
+        Every count is exchanged before any row, so that the host waits for the device once. `each`: how many
+        assignments every rank has for every place; None where that is not known.
         """
 
     def codec(self, like: Tensor) -> Codec | None:
-        """How rows like [T, H] are written on their way to experts."""
+        """The encoding of rows like `like` [T, H] that are sent to experts; None: as they are."""
         return Fp8Rows(like.shape[1], like.dtype) if self.payload == "fp8" else None
 
     def _slices(
         self, token_A: Tensor, expert_A: Tensor, weight_A: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Every assignment once per slice of its expert: tokens, places and weights."""
+        """Tokens, places and weights of every assignment, once per slice of its expert."""
         if self.etp == 1:
             return token_A, expert_A, weight_A  # the place of an expert is its number
         slices = torch.arange(self.etp, device=expert_A.device) * self.local
@@ -113,49 +113,50 @@ class TravellingDispatcher(Dispatcher):
         weight_A = None if weight_A is None else weight_A[:, None].expand(-1, self.etp).flatten()
         return token_A.repeat_interleave(self.etp), place_A, weight_A
 
-    def _travel(self, journeys: Sequence[Journey]) -> Tensor:
-        """Take all journeys in turn, step by step, and do `meanwhile` after the first."""
+    def _interleave(self, chunks: Sequence[ChunkSteps]) -> Tensor:
+        """Run all chunks in turn, step by step, and `overlapped_work` after the first step."""
         parts: dict[int, Tensor] = {}
         try:
-            _step(journeys, parts)
-            if self.overlap_shared and self.meanwhile is not None:
-                self.meanwhile()
-            while len(parts) < len(journeys):
-                _step(journeys, parts)
+            _step(chunks, parts)
+            if self.overlap_shared and self.overlapped_work is not None:
+                self.overlapped_work()
+            while len(parts) < len(chunks):
+                _step(chunks, parts)
         finally:
             # Recomputation in backward ends by an exception once it has what it needs.
-            for journey in journeys:
-                journey.close()
-        return parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in range(len(journeys))])
+            for steps in chunks:
+                steps.close()
+        return parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in range(len(chunks))])
 
 
-def _step(journeys: Sequence[Journey], parts: dict[int, Tensor]) -> None:
-    for number, journey in enumerate(journeys):
+def _step(chunks: Sequence[ChunkSteps], parts: dict[int, Tensor]) -> None:
+    """Advance every chunk by one step, and keep the results of those that end in `parts`."""
+    for number, steps in enumerate(chunks):
         if number not in parts:
             try:
-                next(journey)
-            except StopIteration as arrived:
-                parts[number] = arrived.value
+                next(steps)
+            except StopIteration as end:
+                parts[number] = end.value
 
 
-def aloft(*flights: Flight | Pending | None) -> Generator[None, None, None]:
-    """Yield while these are on their way."""
+def in_progress(*collectives: AsyncCollective | Work | None) -> Generator[None, None, None]:
+    """Yield while these collectives run, and discard their results where the chunk is closed."""
     try:
         yield
     except GeneratorExit:
-        for flight in flights:
-            if flight is not None:
-                flight.abandon()
+        for collective in collectives:
+            if collective is not None:
+                collective.discard()
         raise
 
 
 def bounds(tokens: int, chunks: int) -> list[int]:
-    """Where each chunk of the tokens begins, and the end of the last."""
+    """First token of each chunk, and the end of the last: [chunks + 1]."""
     return [tokens * i // chunks for i in range(chunks + 1)]
 
 
 def chunk_of(token_A: Tensor, tokens: int, chunks: int) -> Tensor:
-    """The chunk of each token, by `bounds`."""
+    """The chunk of each token [A], by `bounds`."""
     return ((token_A + 1) * chunks - 1) // max(1, tokens)
 
 
@@ -168,7 +169,7 @@ def compute(
 
 
 def cut(p: Permutation, tokens: list[int], rows: list[int]) -> list[Permutation]:
-    """A permutation sorted by chunk, then expert, as one per chunk: `tokens` and `rows` are where they end, from 0."""
+    """One permutation per chunk, of one sorted by chunk, then expert; `tokens`, `rows`: ends of the chunks, from 0."""
     if len(rows) == 2:
         return [p]
     counts = p.counts_E.view(len(rows) - 1, -1)

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from moesys.moe.layer import Once
 from moesys.moe.routing import Routing
 from moesys.parallel import comm
+from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
 from moesys.parallel.dispatchers.build import KINDS, levels
-from moesys.parallel.dispatchers.travelling import TravellingDispatcher
 
 H, F, E = 16, 24, 8
 
@@ -84,7 +84,7 @@ def whole(world: int, count: int, kind: str) -> dict[str, Tensor]:
     return result | {"fc1": fc1.grad, "fc2": fc2.grad}
 
 
-def make(kind: str, group: dist.ProcessGroup, ep: int, etp: int, nodes: str = "", **more) -> TravellingDispatcher:
+def make(kind: str, group: dist.ProcessGroup, ep: int, etp: int, nodes: str = "", **more) -> ExpertParallelDispatcher:
     if kind == "hierarchical" and nodes:
         more["levels"] = levels(group, list(nodes), torch.device("cpu"), timedelta(seconds=60))
     return KINDS[kind](E, group, ep, etp, **more)
@@ -116,7 +116,9 @@ class PlainExperts:
         return out if p is None else torch.zeros_like(x).index_add(0, p.token_A, out)
 
 
-def one(rank: int, dispatcher: TravellingDispatcher, count: int, kind: str, dtype=torch.float64) -> dict[str, Tensor]:
+def one(
+    rank: int, dispatcher: ExpertParallelDispatcher, count: int, kind: str, dtype=torch.float64
+) -> dict[str, Tensor]:
     """This rank's results and gradients through `dispatcher`."""
     etp = dispatcher.etp
     fc1, fc2 = slices(dispatcher.group.rank(), dispatcher.ep, etp, dtype)
@@ -129,7 +131,7 @@ def one(rank: int, dispatcher: TravellingDispatcher, count: int, kind: str, dtyp
     return {"out": out.detach(), "x": x.grad, "weight": weight.grad, "fc1": fc1.grad, "fc2": fc2.grad}
 
 
-WAYS = {
+LAYOUTS = {
     "all_to_all": ("all_to_all", "", 4, 1),
     "all_to_all of slices": ("all_to_all", "", 2, 2),
     "all_gather": ("all_gather", "", 4, 1),
@@ -142,28 +144,28 @@ WAYS = {
     "1 node": ("hierarchical", "0000", 4, 1),
     "uneven nodes": ("hierarchical", "0001", 4, 1),
 }
-KINDS_OF_WAYS = ("all_to_all", "all_gather", "2 nodes of 2")
+KINDS_OF_LAYOUTS = ("all_to_all", "all_gather", "2 nodes of 2")
 TYPES = (torch.float32, torch.bfloat16)
 ROUTINGS = [("top_k", 13), ("ragged", 13), ("one", 3), ("top_k", 1), ("ragged", 0)]
 
 
-def dispatcher_of(name: str, **more) -> TravellingDispatcher:
-    kind, nodes, ep, etp = WAYS[name]
+def dispatcher_of(name: str, **more) -> ExpertParallelDispatcher:
+    kind, nodes, ep, etp = LAYOUTS[name]
     return make(kind, dist.group.WORLD, ep, etp, nodes, **more)
 
 
-def travelled(name: str, dtype: torch.dtype = torch.float32, payload: str = "model") -> list[Travelled]:
+def collectives_of(name: str, dtype: torch.dtype = torch.float32, payload: str = "model") -> list[Sent]:
     """The collectives of one forward and backward pass."""
     with comm.record() as events:
         one(dist.get_rank(), dispatcher_of(name, payload=payload), 13, "top_k", dtype)
-    return [Travelled(event.kind, event.way, event.ranks, event.sent) for event in events]
+    return [Sent(event.kind, event.tag, event.ranks, event.sent) for event in events]
 
 
-class Travelled(NamedTuple):
+class Sent(NamedTuple):
     """A collective of one rank: bytes `sent` to each of `ranks`."""
 
     kind: str
-    way: comm.Way
+    tag: comm.Tag
     ranks: tuple[int, ...]
     sent: tuple[int, ...]
 
@@ -192,7 +194,7 @@ def overlapped(name: str) -> dict:
         x, grad = tokens(dist.get_rank(), 13)
         x.requires_grad_()
         once = Once(lambda x=x, times=times: Timed.apply(x, times))
-        dispatcher.meanwhile = once
+        dispatcher.overlapped_work = once
         token, expert, weight = routing(dist.get_rank(), 13, "top_k")
         with comm.record() as events:
             out = dispatcher(x, Routing(token, expert, weight), PlainExperts(*_mine(dispatcher))) + once()
@@ -202,12 +204,12 @@ def overlapped(name: str) -> dict:
     return found
 
 
-def _mine(dispatcher: TravellingDispatcher) -> list[Tensor]:
+def _mine(dispatcher: ExpertParallelDispatcher) -> list[Tensor]:
     return slices(dispatcher.group.rank(), dispatcher.ep, dispatcher.etp, torch.float64)
 
 
 def recomputed(name: str) -> tuple[int, list[str], Tensor, Tensor]:
-    """Chunks with full recomputation, which ends early: collectives left in the air, those recorded; gradients."""
+    """Chunks with full recomputation, which ends early: unwaited collectives, recorded ones, gradients."""
     dispatcher = dispatcher_of(name, chunks=3)
     x, grad = tokens(dist.get_rank(), 13)
     x.requires_grad_()
@@ -227,13 +229,13 @@ def rounded(name: str) -> dict[str, dict[str, Tensor]]:
 
 def everything(rank: int) -> dict:
     found: dict = {
-        "events": {name: travelled(name) for name in WAYS},
-        "types": {(n, d, p): travelled(n, d, p) for n, d, p in product(KINDS_OF_WAYS, TYPES, ("model", "fp8"))},
-        "shared": {name: overlapped(name) for name in KINDS_OF_WAYS},
-        "air": {name: recomputed(name) for name in KINDS_OF_WAYS},
-        "fp8": {name: rounded(name) for name in KINDS_OF_WAYS},
+        "events": {name: collectives_of(name) for name in LAYOUTS},
+        "types": {(n, d, p): collectives_of(n, d, p) for n, d, p in product(KINDS_OF_LAYOUTS, TYPES, ("model", "fp8"))},
+        "shared": {name: overlapped(name) for name in KINDS_OF_LAYOUTS},
+        "unwaited": {name: recomputed(name) for name in KINDS_OF_LAYOUTS},
+        "fp8": {name: rounded(name) for name in KINDS_OF_LAYOUTS},
     }
-    for (name, (kind, nodes, ep, etp)), chunks in product(WAYS.items(), (1, 3)):
+    for (name, (kind, nodes, ep, etp)), chunks in product(LAYOUTS.items(), (1, 3)):
         dispatcher = make(kind, dist.group.WORLD, ep, etp, nodes, chunks=chunks)
         for routing, count in ROUTINGS:
             found[name, chunks, routing, count] = one(rank, dispatcher, count, routing)
