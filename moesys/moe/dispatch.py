@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from moesys.kernels.permute import Permutation, sort_by_expert
-from moesys.moe.routing import Routing
 
 
 class ExpertsFunction(Protocol):
@@ -23,6 +23,23 @@ class ExpertsFunction(Protocol):
         p: Permutation | None = None,
         /,
     ) -> Tensor: ...
+
+
+@dataclass
+class Assignments:
+    """Assignments of tokens to experts.
+
+    `token_A` (ascending) and `expert_A` are int64 indices (the token's row in x [T, H]; the expert's
+    global number); `weight_A` (float32) multiplies the expert's output. One token may appear any number
+    of times, zero included: a token without assignments contributes nothing to the layer's output.
+
+    `rows`: the number of assignments of each expert on every device, where all are equal; None: that is not known.
+    """
+
+    token_A: Tensor
+    expert_A: Tensor
+    weight_A: Tensor
+    rows: int | None = field(default=None, kw_only=True)
 
 
 class Dispatcher:
@@ -52,7 +69,7 @@ class Dispatcher:
         finally:
             self.overlapped_work = None
 
-    def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
+    def __call__(self, x_TH: Tensor, routing: Assignments, experts: ExpertsFunction) -> Tensor:
         """Σ over a token's assignments of weight · expert(x): [T, H] in the type of x."""
         p = sort_by_expert(routing.token_A, routing.expert_A, len(x_TH), self.experts)
         # The experts gather, weigh and sum rows themselves, so that none is kept for backward.

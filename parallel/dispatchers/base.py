@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.kernels.permute import Permutation, sort_by_expert
-from moesys.moe.dispatch import Dispatcher, ExpertsFunction
-from moesys.moe.routing import Routing
+from moesys.moe.dispatch import Assignments, Dispatcher, ExpertsFunction
 from moesys.parallel.async_collectives import AsyncCollective, Codec
 from moesys.parallel.comm import Tag, Work
 from moesys.parallel.dispatchers.payload import Fp8Rows
@@ -68,7 +67,7 @@ class ExpertParallelDispatcher(Dispatcher):
 
     # The host knows the sizes only after the exchange of counts: there is nothing to compile.
     @torch.compiler.disable
-    def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
+    def __call__(self, x_TH: Tensor, routing: Assignments, experts: ExpertsFunction) -> Tensor:
         token_A, place_A, weight_A = self._slices(routing.token_A, routing.expert_A, routing.weight_A)
         return self._interleave(self.chunk_steps(x_TH, token_A, place_A, weight_A, self.chunks, experts, routing.rows))
 

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moesys.moe.layer import Once
+from moesys.moe.layer import Lazy
 from moesys.moe.routing import Routing
 from moesys.parallel import comm
 from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
@@ -193,7 +193,7 @@ def overlapped(name: str) -> dict:
         times: list[float] = []
         x, grad = tokens(dist.get_rank(), 13)
         x.requires_grad_()
-        once = Once(lambda x=x, times=times: Timed.apply(x, times))
+        once = Lazy(lambda x=x, times=times: Timed.apply(x, times))
         dispatcher.overlapped_work = once
         token, expert, weight = routing(dist.get_rank(), 13, "top_k")
         with comm.record() as events:
