@@ -71,7 +71,7 @@ def test_a_circle_through_lazy_and_type_only_imports_is_found(tmp_path):
     assert set(circle(modules(tmp_path, "p"))) == {"p.a", "p.b", "p.c"}
 
 
-@pytest.mark.parametrize("name", ["parallel", "kernels", "launchers"])
+@pytest.mark.parametrize("name", ["parallel", "kernels", "launchers", "benchmarks"])
 def test_folders_are_imported_by_the_package_name_alone(name):
     result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
     assert f"import moesys.{name}, not {name}" in result.stderr
@@ -104,16 +104,19 @@ def test_the_package_is_whole_in_a_wheel(tmp_path):
         *(f"moesys/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "docs").glob("*.md")),
     ):
         assert module in names, module
+    assert "benchmarks/" not in names
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
     code = f"""
 import sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; sys.path.insert(0, {str(tmp_path / "site")!r})
 from moesys import cli
-sys.exit(cli.main(["config", "configs/mixtral-8x7b-16x8gpu.yaml", "--check"]))
+assert cli.main(["config", "configs/mixtral-8x7b-16x8gpu.yaml", "--check"]) == 0
+sys.exit(cli.main(["bench", "train", "configs/quickstart.yaml"]))
 """
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     assert "mixtral-8x7b-16x8gpu: legal on 128 ranks; memory of the fullest rank" in done.stdout
+    assert done.returncode == 2 and "bench train compares with another system" in done.stderr
+    assert "remedy: in a checkout of the repository" in done.stderr and "Traceback" not in done.stderr
 
 
 LACKING = ("torch", "ray", "megatron", "transformers", "triton")

@@ -84,7 +84,7 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        for name in ("moesys", "parallel", "kernels", "launchers", "tests"):
+        for name in ("moesys", "parallel", "kernels", "launchers", "benchmarks", "tests"):
             if name in path.parts and "site-packages" not in path.parts and path.name != Path(__file__).name:
                 return "/".join(path.parts[len(path.parts) - 1 - path.parts[::-1].index(name) :])
         frame = frame.f_back  # type: ignore[assignment]
