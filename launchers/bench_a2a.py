@@ -27,11 +27,11 @@ from moesys.files import read_json, write_json
 from moesys.launchers.launch import run, workers
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import StopRequests
-from moesys.measure import traffic
-from moesys.measure.bench_a2a import Options
-from moesys.measure.bench_result import Result, flat, lines
-from moesys.measure.links import Line, Profile
-from moesys.measure.sizes import COLLECTIVES, GROUPS, human
+from moesys.measure.a2a_benchmark import traffic
+from moesys.measure.a2a_benchmark.result import Result, flat, lines
+from moesys.measure.a2a_benchmark.run import Options
+from moesys.measure.a2a_benchmark.sizes import COLLECTIVES, GROUPS, human
+from moesys.measure.predict.links import Line, Profile
 from moesys.train import routing_files
 from moesys.train.checked import load_checked
 from moesys.words import plural

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.files import json_text, read_json, write_json
-from moesys.measure import bench_a2a
-from moesys.measure.bench_a2a import Options
-from moesys.measure.bench_result import Result
+from moesys.measure.a2a_benchmark import run as bench_a2a
+from moesys.measure.a2a_benchmark.result import Result
+from moesys.measure.a2a_benchmark.run import Options
 from moesys.parallel import nodes
 from moesys.train import native, worker
 

@@ -112,7 +112,7 @@ def waits_counted() -> Iterator[Counter[str]]:
 
 def observe(trainer: Any) -> Ran | None:
     """What the next step of all ranks does, on rank 0; None elsewhere. Collective."""
-    from moesys.measure.watch import watched
+    from moesys.measure.record.torch_collectives import watched
     from moesys.parallel import comm
 
     compiled = trainer.config.train.compile
