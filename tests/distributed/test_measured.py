@@ -13,10 +13,10 @@ from support import changed
 
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
-from moesys.measure.explain.attribution import matched
 from moesys.measure.explain.averages import explain
 from moesys.measure.explain.explanation import Explanation
-from moesys.measure.explain.step_summary import summarised
+from moesys.measure.explain.matching import matched
+from moesys.measure.explain.summarise import summarised
 from moesys.measure.record.step_files import read_steps, summaries
 from moesys.measure.step import Step
 from moesys.models.size import weights

@@ -16,11 +16,15 @@ from support import changed
 
 from moesys.cli import main
 from moesys.config.schema import Config
-from moesys.launchers.bench_a2a import routed, show
-from moesys.measure.a2a_benchmark import payload
-from moesys.measure.a2a_benchmark import run as bench_a2a
-from moesys.measure.a2a_benchmark.result import Result, Samples, flat, lines
-from moesys.measure.a2a_benchmark.run import Case, Group, Options, divisions, timed
+from moesys.launchers.bench_a2a import routed
+from moesys.measure.a2a_benchmark import collective, payload, timing
+from moesys.measure.a2a_benchmark.collective import Case
+from moesys.measure.a2a_benchmark.fitted_links import flat, lines
+from moesys.measure.a2a_benchmark.groups import Group, divisions
+from moesys.measure.a2a_benchmark.options import Options
+from moesys.measure.a2a_benchmark.result import Result, Samples
+from moesys.measure.a2a_benchmark.table import show
+from moesys.measure.a2a_benchmark.timing import timed
 from moesys.train import routing_files
 
 TRIES = 4
@@ -137,7 +141,7 @@ def test_of_a_thousand_ranks_a_single_wrong_row_is_found_and_no_right_one(
     kind: str, dtype: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, torch_type, row = 1024, getattr(torch, dtype), 16
-    monkeypatch.setattr(bench_a2a, "CHUNK", 5000)  # a check in several pieces
+    monkeypatch.setattr(collective, "CHUNK", 5000)  # a check in several pieces
     group = Group("world", Simulated(n, rank), [list(range(n))])  # type: ignore[arg-type]
     size = n * row * torch_type.itemsize
     case = Case(kind, group, size, torch_type, torch.device("cpu"), Options(skew=0.1))
@@ -202,9 +206,9 @@ def test_on_a_gpu_streams_meet_before_each_iteration_and_only_durations_count(mo
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", Marker)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: say("synchronise"))
-    monkeypatch.setattr(bench_a2a.dist, "barrier", lambda group: say("barrier"))
-    monkeypatch.setattr(bench_a2a.dist, "all_reduce", lambda x: say("meet", 0.7))
-    monkeypatch.setattr(bench_a2a.comm, "now", lambda device: (say("event"), Marker())[1])
+    monkeypatch.setattr(timing.dist, "barrier", lambda group: say("barrier"))
+    monkeypatch.setattr(timing.dist, "all_reduce", lambda x: say("meet", 0.7))
+    monkeypatch.setattr(timing.comm, "now", lambda device: (say("event"), Marker())[1])
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     work = type("Work", (), {"zero_": lambda self: say("work", 0.1)})()
     monkeypatch.setattr(torch, "empty", lambda *_, **__: work)

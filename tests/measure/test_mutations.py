@@ -18,7 +18,7 @@ from moesys.errors import MoesysError
 from moesys.measure.a2a_benchmark import result_file
 from moesys.measure.explain.averages import explain
 from moesys.measure.explain.foreign_trace.reader import read
-from moesys.measure.explain.step_summary import summarised
+from moesys.measure.explain.summarise import summarised
 from moesys.measure.predict.links import Line, Profile
 from moesys.measure.record.step_files import append, rank_file, read_steps, steps_file
 from moesys.measure.report import perfetto

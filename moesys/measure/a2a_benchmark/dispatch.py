@@ -10,9 +10,10 @@ from torch import Tensor
 
 from moesys.config.schema import Config
 from moesys.kernels.permute import Permutation, permute, unpermute
+from moesys.measure.a2a_benchmark.options import Options
 from moesys.measure.a2a_benchmark.result import Result, Samples
-from moesys.measure.a2a_benchmark.run import Options, timed
-from moesys.measure.predict.links import limits
+from moesys.measure.a2a_benchmark.timing import timed
+from moesys.measure.explain.link_load import limits
 from moesys.moe.routing import Routing
 from moesys.parallel import comm
 from moesys.parallel.dispatchers.build import builder

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median, pstdev
 from typing import Any
 
-from moesys.measure.predict.links import Line, fit, limits
+from moesys.measure.explain.link_load import limits
 
 FACTORS = {"all_reduce": 2.0, "send_recv": 0.0}
 """busbw = algbw · f · (n−1)/n: f where it is not 1; 0 stands for no factor at all."""
@@ -203,26 +203,3 @@ def _limit(group: str, groups: Sequence[Sequence[int]], sent: Sequence[Sequence[
     """Bytes of the busiest rank to others, or, between nodes, of a node: all groups use its link at once."""
     inside, _ = limits(sent, [0] * len(sent))
     return inside * len(groups) if group == "inter" else inside
-
-
-def lines(results: Sequence[Result]) -> dict[str, Line]:
-    """The link model of every collective and group measured with more than one size, from transfers.
-
-    Without those whose bandwidth cannot be told: `flat`.
-    """
-    return {name: line for name, line in _fitted(results).items() if line.per_byte > 0}
-
-
-def flat(results: Sequence[Result]) -> dict[str, Line]:
-    """Those whose larger messages took no longer than small ones: no line, for it would have β = ∞."""
-    return {name: line for name, line in _fitted(results).items() if line.per_byte <= 0}
-
-
-def _fitted(results: Sequence[Result]) -> dict[str, Line]:
-    found: dict[str, list[tuple[float, float]]] = {}
-    for r in results:
-        if r.kind != "all_to_all_uneven" and not r.kind.startswith("dispatch"):
-            size = r.limit if r.kind in ("all_to_all", "send_recv") else r.bytes
-            for name in (r.group, *r.also):
-                found.setdefault(f"{r.kind} {name}", []).append((size, r.transfer))
-    return {name: fit(points) for name, points in found.items() if len({b for b, _ in points}) > 1}

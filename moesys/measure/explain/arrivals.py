@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesys.measure.predict.links import limits
+from moesys.measure.explain.link_load import limits
 from moesys.measure.step import Meeting
 
 CLEAR_S = 20e-6

@@ -13,7 +13,8 @@ from moesys.measure.explain.explanation import Causes, Explanation, Layer, Leg
 from moesys.measure.explain.layer_sums import LAYER_COLUMNS, LEG_COLUMNS, Key, Table, layer_of, leg_of, order
 from moesys.measure.explain.sentence import sentence
 from moesys.measure.explain.step_selection import Recorded, explained
-from moesys.measure.explain.step_summary import COLUMNS, Summary, breakdown_of, summarised
+from moesys.measure.explain.step_summary import COLUMNS, Summary, breakdown_of
+from moesys.measure.explain.summarise import summarised
 from moesys.measure.step import Step
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesys.measure.explain.arrivals import Rate
-from moesys.measure.explain.attribution import AFTER_EXPERTS, Cost, passes
+from moesys.measure.explain.attribution import Cost
+from moesys.measure.explain.expert_compute import AFTER_EXPERTS, passes
 from moesys.measure.explain.explanation import Causes, Layer, Leg
 from moesys.measure.step import RankStep, Travel
 

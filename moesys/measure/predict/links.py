@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import yaml
 
 from moesys.errors import MoesysError
 from moesys.files import write_whole
+from moesys.measure.explain.link_load import limits
 
 
 class ProfileError(MoesysError):
@@ -173,20 +173,3 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
         if not (isfinite(value) and value >= 0):
             raise ValueError(f"{key} is {value:g}: it must be a number of at least 0")
     return found
-
-
-def limits(sent: Any, nodes: Sequence[object]) -> tuple[float, float]:
-    """Most bytes that any rank moves inside its node, and that any node moves to or from others.
-
-    sent: [sender][receiver] bytes, an array or lists.
-    """
-    if not len(nodes):
-        return 0.0, 0.0
-    matrix = np.array(sent, dtype=float)
-    numbers = {node: i for i, node in enumerate(dict.fromkeys(nodes))}
-    member = np.eye(len(numbers))[[numbers[node] for node in nodes]]
-    between = member.T @ matrix @ member
-    np.fill_diagonal(between, 0)
-    np.fill_diagonal(matrix, 0)
-    inside = matrix * (member @ member.T)
-    return float(max(inside.sum(0).max(), inside.sum(1).max())), float(max(between.sum(0).max(), between.sum(1).max()))

@@ -15,9 +15,13 @@ from hashlib import blake2b
 import numpy as np
 
 from moesys.measure.explain.arrivals import Member, meeting, rate
-from moesys.measure.explain.attribution import computed, member, rank_costs
+from moesys.measure.explain.attribution import rank_costs
+from moesys.measure.explain.expert_compute import computed
 from moesys.measure.explain.layer_sums import Key, Table, add_rate, carries_rows
-from moesys.measure.explain.step_summary import COLUMNS, DETAILED, Part, Places, Summary, assembled, part_of
+from moesys.measure.explain.matching import member
+from moesys.measure.explain.rank_sums import Part, Places, part_of
+from moesys.measure.explain.step_summary import COLUMNS, DETAILED, Summary
+from moesys.measure.explain.summarise import assembled
 from moesys.measure.record.world import Peers, Words
 from moesys.measure.step import PURPOSES, Meeting, RankStep, Travel, from_nan, to_nan
 

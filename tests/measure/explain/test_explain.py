@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesys.measure.explain.attribution import costs, passes
+from moesys.measure.explain.attribution import costs
 from moesys.measure.explain.averages import explain
 from moesys.measure.explain.breakdown import breakdown
+from moesys.measure.explain.expert_compute import passes
 from moesys.measure.explain.intervals import common, length, union, without
 from moesys.measure.step import PURPOSES, RankStep, Step, Travel
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moesys.measure.a2a_benchmark import traffic
-from moesys.measure.predict.links import Line, Profile, ProfileError, fit, limits
+from moesys.measure.explain.link_load import limits
+from moesys.measure.predict.links import Line, Profile, ProfileError, fit
 
 
 def test_a_noisy_line_is_recovered_from_small_and_large_messages() -> None:
