@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moesys.files import write_json, write_whole
 from moesys.measure.explain.explanation import Explanation
-from moesys.measure.explain.step_selection import newest
+from moesys.measure.explain.step_selection import newest_layout
 from moesys.measure.record.step_files import read_steps
 from moesys.measure.report import compare, run
 from moesys.measure.report.run import ReportError, Run
@@ -101,7 +101,7 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
 
 def _recorded(folder: Path) -> list[Step]:
     """The steps of the layout that recorded last, those that warm up included."""
-    choice = newest(read_steps(folder))
+    choice = newest_layout(read_steps(folder))
     if not choice.steps:
         raise ReportError(f"{folder} recorded no steps: launch it with --measure")
     return choice.steps
