@@ -55,7 +55,7 @@ def moe_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--moesys-gate", choices=GATES, default="top_k", help="how tokens are routed")
     group.add_argument("--moesys-dispatch", choices=KINDS, help="default: as --moe-token-dispatcher-type says")
     group.add_argument("--moesys-dispatch-chunks", type=_positive, default=1, help="chunks that are sent in turn")
-    group.add_argument("--moesys-dispatch-payload", choices=PAYLOADS, default="model", help="encoding of rows that are sent to experts")
+    group.add_argument("--moesys-dispatch-payload", choices=PAYLOADS, default="model", help="encoding of sent rows")
     return parser
 
 
