@@ -19,7 +19,7 @@ from moesys.benchmarks.megatron_engines import NATIVE, OWN, PLUG_IN, TOLD, work
 from moesys.config.schema import Config, MoEConfig
 from moesys.errors import ConfigError, Problem
 from moesys.files import read_json
-from moesys.measure.interleave import ratio
+from moesys.measure.interleaved_timing import ratio
 from moesys.train import here
 from moesys.train.checked import load_checked
 from moesys.words import plural

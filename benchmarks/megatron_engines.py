@@ -15,7 +15,7 @@ from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.samples import Samples
 from moesys.errors import TrainingError
 from moesys.files import write_json
-from moesys.measure.interleave import alone, interleave
+from moesys.measure.interleaved_timing import alone, interleave
 from moesys.train import here, native
 from moesys.train.engine import Engine
 

@@ -213,7 +213,7 @@ def bench_a2a(arguments: argparse.Namespace) -> int:
 
 def bench_layer(arguments: argparse.Namespace) -> int:
     """Time one MoE layer beside its arithmetic and beside other systems' layers."""
-    from moesys.measure import bench_command
+    from moesys.measure.layer_benchmark import command as bench_command
     from moesys.megatron.own_layer import peers
 
     results = bench_command.run(arguments, peers)

@@ -33,8 +33,8 @@ Compared = dict[str, tuple[verify.Trace, verify.Trace]]
 
 
 def configuration(small: dict, case: Case) -> Config:
-    cluster = {"ranks_per_node": case.world}
-    raw = changed(small, case.size, {"model": case.model, "train": case.train, "parallel": case.parallel, "cluster": cluster})
+    more = {"model": case.model, "train": case.train, "parallel": case.parallel}
+    raw = changed(small, case.size, more, {"cluster": {"ranks_per_node": case.world}})
     config = Config.model_validate(raw)
     assert dimension.check(config) == []
     return config
