@@ -50,8 +50,8 @@ def test_what_is_timed_is_one_call_as_in_a_bare_loop(monkeypatch: pytest.MonkeyP
         done.append("clock")
         return float(done.count("clock") - 1)
 
-    monkeypatch.setattr(bench_a2a.dist, "barrier", lambda group: done.append("barrier"))
-    monkeypatch.setattr(bench_a2a.comm, "now", now)
+    monkeypatch.setattr(timing.dist, "barrier", lambda group: done.append("barrier"))
+    monkeypatch.setattr(timing.comm, "now", now)
     own, plain = timed(
         lambda: done.append("call"), lambda: done.append("bare"), Options(iterations=2, warmup=1), None, 0.0,
         torch.device("cpu"),
