@@ -53,7 +53,7 @@ def test_what_is_timed_is_one_call_as_in_a_bare_loop(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(timing.dist, "barrier", lambda group: done.append("barrier"))
     monkeypatch.setattr(timing.comm, "now", now)
     own, plain = timed(
-        lambda: done.append("call"), lambda: done.append("bare"), Options(iterations=2, warmup=1), None, 0.0,
+        lambda: done.append("call"), lambda: done.append("bare"), BenchmarkOptions(iterations=2, warmup=1), None, 0.0,
         torch.device("cpu"),
     )  # type: ignore[arg-type] # fmt: skip
     assert done == [word for side in ("bare", "call", "bare") * 3 for word in ("barrier", "clock", side, "clock")]
