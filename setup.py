@@ -1,4 +1,7 @@
-"""Packaging of moesys: parallel, kernels, launchers, configs and docs are inside the package through links."""
+"""Packaging of moesys: parallel, kernels, launchers, configs and docs are inside the package through links.
+
+So are benchmarks, comparisons with other systems; but of a checkout alone, not of a wheel.
+"""
 
 from pathlib import Path
 
@@ -18,7 +21,7 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=find_packages(include=["moesys", "moesys.*"]),
+    packages=find_packages(include=["moesys", "moesys.*"], exclude=["moesys.benchmarks", "moesys.benchmarks.*"]),
     package_data={"moesys": ["configs/**/*.yaml", "configs/*.json", "docs/*.md", "docs/*.svg", "docs/*.png"]},
     install_requires=[
         "torch>=2.11,<2.15",

@@ -13,7 +13,7 @@ from moesys.moe.start import like_linear
 
 
 def local(weight: Tensor) -> Tensor:
-    """What this device holds of a weight: experts compute on their own slice, wherever the rest lies."""
+    """This device's slice of a weight, on which its experts compute."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
@@ -28,8 +28,8 @@ class Experts(nn.Module):
 
     Weights: fc1 [E, H, G, F], where G = 2 (the gate, then the linear part) for gated activations and
     1 for others, and fc2 [E, F, H]; with `bias`, fc1_bias [E, G, F] and fc2_bias [E, H]. Under expert
-    parallelism a device holds a slice of E, and of F; the arithmetic is the same. They start as those of
-    `nn.Linear` do, and biases as zeros.
+    parallelism a device holds a slice of E, and of F; the arithmetic is the same. Initial weights are drawn as those
+    of `nn.Linear`, biases are zeros.
 
     Args:
         experts, hidden, ffn_hidden: E, H, F.
@@ -80,7 +80,7 @@ class Experts(nn.Module):
         With `share_GE` float32 [G, E], rows are computed not by the E experts but by G mixtures of them, to
         which `tokens_per_expert` [G] then refers.
         """
-        # Wider weights are not cast here: a copy would be kept for backward.
+        # `expert_ffn` casts wider weights itself: autograd would keep a copy made here.
         fc1, fc2 = (_mixed(w, share_GE, x_NH.dtype) for w in (self.fc1, self.fc2))
         bias1, bias2 = (None if b is None else _mixed(b, share_GE, x_NH.dtype) for b in self.biases())
         out = expert_ffn(x_NH, fc1, fc2, tokens_per_expert, self.activation, weight_N, bias1, p)
