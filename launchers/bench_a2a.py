@@ -33,7 +33,7 @@ from moesys.measure.bench_result import Result, flat, lines
 from moesys.measure.links import Line, Profile
 from moesys.measure.sizes import COLLECTIVES, GROUPS, human
 from moesys.train import routing_files
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 from moesys.words import plural
 
 WIDTH = 112

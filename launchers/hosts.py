@@ -63,12 +63,12 @@ class Hosts:
     def __init__(self, count: int, gbit: float | None = None):
         self.count, self.gbit = count, gbit
         self._name = f"ms{os.getpid()}x{next(_numbers)}"
-        self._owned: leftovers.Owned | None = None
+        self._owned: leftovers.OwnedResources | None = None
 
     def __enter__(self) -> Hosts:
         if why := unavailable():
             raise LaunchError(why)
-        self._owned = leftovers.Owned("hosts")
+        self._owned = leftovers.OwnedResources("hosts")
         self._owned.network(self._name)
         try:
             _run(f"ip link add {self._name} mtu {MTU} type bridge")

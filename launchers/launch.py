@@ -11,11 +11,11 @@ from typing import Protocol
 from rich.console import Console
 
 from moesys.errors import LaunchError
-from moesys.launchers import history, placement, prepare, slurm, summary
+from moesys.launchers import history, placement, preflight, slurm, summary
 from moesys.launchers.command import command_line, going_on
-from moesys.launchers.failure import Outcome, read_ranks
+from moesys.launchers.liveness import LivenessMonitor
+from moesys.launchers.outcome import Outcome, read_ranks
 from moesys.launchers.progress import Progress
-from moesys.launchers.pulse import Pulse
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import STOPPED, StopRequests
 from moesys.parallel.degrees import resolve
@@ -59,11 +59,11 @@ def launch(spec: RunSpec, launcher: str, console: Console | None = None) -> int:
     returns 130. Raises `MoesysError` if the workers cannot be started, or the data cannot be read.
     """
     history.note(spec.run_dir)
-    prepare.port(spec.config, launcher)
+    preflight.port(spec.config, launcher)
     if launcher == "slurm":
         return slurm.submit(spec)
     started = workers(spec, launcher)
-    prepare.data(spec.config, launcher)
+    preflight.data(spec.config, launcher)
     return watch(started, spec, console or Console())
 
 
@@ -110,7 +110,7 @@ def watch(started: Workers, spec: RunSpec, console: Console) -> int:
 
 def run(started: Workers, spec: RunSpec, progress: Watcher, stop: StopRequests) -> Outcome:
     """The loop of `watch`; whatever happens in it, no worker is left running."""
-    placed, pulse = False, Pulse(spec.run_dir, spec.world, spec.config.launch.timeout_s)
+    placed, liveness = False, LivenessMonitor(spec.run_dir, spec.world, spec.config.launch.timeout_s)
     try:
         started.start(progress.phase)
         stop.install()
@@ -118,9 +118,9 @@ def run(started: Workers, spec: RunSpec, progress: Watcher, stop: StopRequests) 
             outcome = started.poll()
             if outcome is not None:
                 progress.failed = outcome.exit_code != 0
-                return pulse.explain(outcome)
+                return liveness.explain(outcome)
             progress.refresh()
-            progress.tell(pulse.look())
+            progress.tell(liveness.poll())
             if not placed and (ranks := read_ranks(spec.run_dir)):
                 placed = True
                 progress.tell(misplaced(spec, ranks))

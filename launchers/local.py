@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from moesys.errors import LaunchError
-from moesys.launchers import crash, foreign
-from moesys.launchers.failure import Outcome, clear_traces, first_cause, log_file, name, outcome
+from moesys.launchers import crash, inherited_env
+from moesys.launchers.outcome import Outcome, clear_traces, first_cause, log_file, name, outcome
 from moesys.launchers.port import ReservedPort
-from moesys.launchers.processes import Ended, Processes
+from moesys.launchers.processes import ExitStatus, Processes
 from moesys.launchers.spec import RunSpec
 from moesys.loopback import LOOPBACK
 from moesys.train import device
-from moesys.train.ending import Failure, Kind
+from moesys.train.failure import Failure, FailureKind
 from moesys.words import plural
 
 HOST = "127.0.0.1"
@@ -70,7 +70,7 @@ class LocalWorkers:
             "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
             "MASTER_ADDR": HOST, "MASTER_PORT": port, "MOESYS_NODE_IP": HOST,
         }  # fmt: skip
-        inherited = {**LOOPBACK, **foreign.without(os.environ), **self.spec.env, **device.hide_gpus(chosen)}
+        inherited = {**LOOPBACK, **inherited_env.cleaned(os.environ), **self.spec.env, **device.hide_gpus(chosen)}
         return {**inherited, **{key: str(value) for key, value in own.items()}}
 
     def poll(self) -> Outcome | None:
@@ -94,13 +94,13 @@ class LocalWorkers:
         self.stop()
         failures = self._failures(ended)
         cause = first_cause(failures)
-        if cause.kind is Kind.PORT and self._attempts < ATTEMPTS:
+        if cause.kind is FailureKind.PORT and self._attempts < ATTEMPTS:
             self.start(lambda phase: None)
             return None
         who = name(cause.rank, self.spec.run_dir, self._processes.pids[cause.rank], os.uname().nodename)
         return outcome(cause, who, self.spec.run_dir)
 
-    def _settled(self) -> dict[int, Ended]:
+    def _settled(self) -> dict[int, ExitStatus]:
         """The workers that ended, once those that told a failure have ended too."""
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline:
@@ -110,15 +110,15 @@ class LocalWorkers:
                 break
         return ended
 
-    def _failures(self, ended: Mapping[int, Ended]) -> list[Failure]:
+    def _failures(self, ended: Mapping[int, ExitStatus]) -> list[Failure]:
         """The failures that workers told, and those of workers that `ended` without a word."""
-        told = self._processes.failures()
-        silent = {rank: end for rank, end in ended.items() if rank not in told}
-        failures = list(told.values())
+        reported = self._processes.failures()
+        silent = {rank: end for rank, end in ended.items() if rank not in reported}
+        failures = list(reported.values())
         for rank, end in silent.items():
             if end.code:
                 failures.append(crash.failure(rank, end, self.spec.run_dir, self._killed_before))
-        if first_cause(failures).kind in (Kind.TIMEOUT, Kind.LOST):
+        if first_cause(failures).kind in (FailureKind.TIMEOUT, FailureKind.LOST):
             early = "ended with exit code 0 before the run was at its end"
-            failures += [Failure(rank, Kind.EXIT, early) for rank, end in silent.items() if not end.code]
+            failures += [Failure(rank, FailureKind.EXIT, early) for rank, end in silent.items() if not end.code]
         return failures

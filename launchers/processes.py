@@ -1,7 +1,7 @@
 """Worker processes of one machine: started together, ended together, none left behind.
 
 Every worker leads a process group of its own, so that what it started ends with it, and is tethered to
-this process (tether.py). An ended worker is not reaped before its group is gone: until then the kernel
+this process (die_with_parent.py). An ended worker is not reaped before its group is gone: until then the kernel
 cannot give the group's number to a stranger.
 """
 
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from moesys.train.ending import PIPE, Failure
+from moesys.train.failure import PIPE, Failure
 
-TETHER = str(Path(__file__).with_name("tether.py"))
+DIE_WITH_PARENT = str(Path(__file__).with_name("die_with_parent.py"))
 
 
 @dataclass(frozen=True)
-class Ended:
+class ExitStatus:
     """How a process ended: its exit code, or the signal that killed it."""
 
     code: int
@@ -54,15 +54,15 @@ class Processes:
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Sequence[Path]):
         self._popen: list[subprocess.Popen[bytes]] = []
         self._pipes: list[int] = []
-        self._told: list[bytes] = []
-        self._ended: dict[int, Ended] = {}
-        tethered = [sys.executable, "-I", "-S", TETHER, str(os.getpid()), *command]
+        self._reported: list[bytes] = []
+        self._ended: dict[int, ExitStatus] = {}
+        with_parent = [sys.executable, "-I", "-S", DIE_WITH_PARENT, str(os.getpid()), *command]
         try:
             for environment, log in zip(environments, logs, strict=True):
-                process, pipe = spawn(tethered, environment, log)
+                process, pipe = spawn(with_parent, environment, log)
                 self._popen.append(process)
                 self._pipes.append(pipe)
-                self._told.append(b"")
+                self._reported.append(b"")
         except BaseException:
             self.end(grace_s=0)
             raise
@@ -72,7 +72,7 @@ class Processes:
         """Process numbers in rank order."""
         return [process.pid for process in self._popen]
 
-    def ended(self) -> dict[int, Ended]:
+    def ended(self) -> dict[int, ExitStatus]:
         """Rank → how it ended, for every process that has ended by now, in the order of noticing it."""
         for rank in range(len(self._popen)):
             if rank not in self._ended:
@@ -80,12 +80,12 @@ class Processes:
         return dict(self._ended)
 
     def failures(self) -> dict[int, Failure]:
-        """Rank → the failure that its process has told, see `moesys.train.ending`."""
+        """Rank → the failure that its process has told, see `moesys.train.failure`."""
         for rank, pipe in enumerate(self._pipes):
             with suppress(BlockingIOError):
                 while part := os.read(pipe, 2**16):
-                    self._told[rank] += part
-        return {rank: Failure.parse(told.decode()) for rank, told in enumerate(self._told) if told.endswith(b"\n")}
+                    self._reported[rank] += part
+        return {rank: Failure.parse(line.decode()) for rank, line in enumerate(self._reported) if line.endswith(b"\n")}
 
     def end(self, grace_s: float = 5.0) -> None:
         """SIGTERM to all that still run, SIGKILL to what is left of every group after `grace_s` seconds."""
@@ -142,9 +142,9 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
     return process, reading
 
 
-def from_status(state: os.waitid_result) -> Ended:
+def from_status(state: os.waitid_result) -> ExitStatus:
     """From what `waitid` reports to an exit code (128 + n for signal n, as shells do)."""
     if state.si_code == os.CLD_EXITED:
-        return Ended(state.si_status)
+        return ExitStatus(state.si_status)
     number = signal.Signals(state.si_status)
-    return Ended(128 + number, number)
+    return ExitStatus(128 + number, number)

@@ -21,10 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moesys.files import json_objects
-from moesys.launchers.failure import log_file
-from moesys.launchers.follow import Tail
-from moesys.train.beat import beat_file
-from moesys.train.rank import OURS
+from moesys.launchers.outcome import log_file
+from moesys.launchers.tail import Tail
+from moesys.train.heartbeat import heartbeat_file
+from moesys.train.rank import LOG_ONLY
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
@@ -58,7 +58,7 @@ class Progress:
         self.console = console or Console()
         self.interval_s = interval_s
         self._metrics = Tail(run_dir / "metrics.jsonl")
-        self._beat = beat_file(run_dir, 0)
+        self._heartbeat = heartbeat_file(run_dir, 0)
         self._output = Tail(log_file(run_dir, 0))
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._phase, self._since = "", time.monotonic()
@@ -80,8 +80,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.failed:
-            self._hear(self._output.last())
-        self._follow()
+            self._show_output(self._output.last())
+        self._show_metrics()
         if self.console.is_terminal:
             self._live.stop()
             if self._last:
@@ -104,26 +104,26 @@ class Progress:
 
     def refresh(self) -> None:
         """Show what has been written since the last call."""
-        self._hear(self._output.lines())
-        self._follow()
-        said = next(json_objects(self._beat), {})
-        if said.get("shown"):
-            self.phase(said["at"])
+        self._show_output(self._output.lines())
+        self._show_metrics()
+        heartbeat = next(json_objects(self._heartbeat), {})
+        if heartbeat.get("shown"):
+            self.phase(heartbeat["at"])
         if self.console.is_terminal:
             self._draw()
 
-    def _hear(self, lines: Iterable[str]) -> None:
+    def _show_output(self, lines: Iterable[str]) -> None:
         """Rank 0's output, without the lines of its log that the launcher tells by itself."""
-        self.tell(line for line in lines if not line.startswith(OURS))
+        self.tell(line for line in lines if not line.startswith(LOG_ONLY))
 
-    def _follow(self) -> None:
+    def _show_metrics(self) -> None:
         for line in self._metrics.lines():
             try:
-                self._take(json.loads(line))
+                self._show_record(json.loads(line))
             except ValueError:
                 self._print(line)
 
-    def _take(self, metrics: Metrics) -> None:
+    def _show_record(self, metrics: Metrics) -> None:
         if "warning" in metrics:
             self._print(f"step {metrics['step']}: {metrics['warning']}")
         elif "heldout_loss" in metrics:

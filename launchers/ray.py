@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from moesys import leftovers
 from moesys.errors import LaunchError
-from moesys.launchers import foreign
+from moesys.launchers import inherited_env
 from moesys.launchers.address import ray_address
-from moesys.launchers.failure import Outcome, clear_traces
+from moesys.launchers.outcome import Outcome, clear_traces
 from moesys.launchers.ray_worker import Task
 from moesys.launchers.spec import RunSpec, default_threads
 from moesys.loopback import LOOPBACK
@@ -70,7 +70,7 @@ class RayWorkers:
         Raises `LaunchError` where there is no Ray or it is too small.
         """
         clear_traces(self.spec.run_dir)
-        foreign.forget()  # Ray's processes inherit this one's environment
+        inherited_env.clear()  # Ray's processes inherit this one's environment
         job_env = job_environment(self.spec)
         phase("starting Ray")
         try:
@@ -83,7 +83,7 @@ class RayWorkers:
         self._check_nodes(address)
         log = self.spec.run_dir / "logs" / "ray.log"
         self._closing.enter_context(ray_cluster.deaths_to(log))
-        owned = leftovers.Owned("ray")
+        owned = leftovers.OwnedResources("ray")
         self._closing.callback(owned.remove)
         if address is None:
             self._ray = ray_cluster.EmbeddedRay(self.spec.world, owned)

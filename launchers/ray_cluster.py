@@ -29,7 +29,7 @@ from ray.exceptions import AuthenticationError
 
 from moesys.errors import LaunchError
 from moesys.launchers.address import host_and_port
-from moesys.leftovers import Owned
+from moesys.leftovers import OwnedResources
 
 CONNECT_S = 5.0
 
@@ -125,7 +125,7 @@ class EmbeddedRay:
     where = "this machine"
     single_machine = True
 
-    def __init__(self, world: int, owned: Owned):
+    def __init__(self, world: int, owned: OwnedResources):
         self.world, self._owned = world, owned
         self._closing = ExitStack()
 

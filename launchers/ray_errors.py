@@ -8,8 +8,8 @@ from pathlib import Path
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from moesys.launchers.failure import Outcome, first_cause, log_tail, name, outcome
-from moesys.train.ending import Failure, Kind
+from moesys.launchers.outcome import Outcome, first_cause, log_tail, name, outcome
+from moesys.train.failure import Failure, FailureKind
 
 NODE_LOST = re.compile(r"node (\S+ )?(has )?(died|failed|was terminated|is dead)", re.IGNORECASE)
 
@@ -39,7 +39,7 @@ def worker_outcome(failures: dict[int, Exception], run_dir: Path) -> Outcome:
     raised = {rank: Failure.parse(error.args[1]) for rank, error in failures.items() if is_own(error)}
     gone = [rank for rank in failures if rank not in raised]
     if gone:
-        return Outcome(1, describe_death(gone[0], failures[gone[0]], run_dir), Kind.CRASH)
+        return Outcome(1, describe_death(gone[0], failures[gone[0]], run_dir), FailureKind.CRASH)
     cause = first_cause(raised.values())
     return outcome(cause, name(cause.rank, run_dir), run_dir)
 

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from moesys.launchers.ray_placement import Placement
 from moesys.launchers.ray_rendezvous import Rendezvous, loop
 from moesys.launchers.ray_worker import Task
-from moesys.launchers.spec import told_late
+from moesys.launchers.spec import late_variables
 
 NEEDLESS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 """Parts of Ray Train that each start one more process. The cleaner fills its log on a Ray without dashboard
@@ -73,7 +73,7 @@ def make(
     `max_failures` restarts of all workers; Ray's own failures to start them are counted apart, up to the
     same number. Nothing is reported through Ray, so `storage` stays empty but for its bookkeeping.
     """
-    late = told_late(env)
+    late = late_variables(env)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     return Trainer(
         partial(loop, late, task),  # not train_loop_config, which Ray Train may export

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from moesys.config.schema import Config
-from moesys.launchers.failure import log_file
-from moesys.train import beat
-from moesys.train.ending import Failure, Kind, error_file
+from moesys.launchers.outcome import log_file
+from moesys.train import heartbeat
+from moesys.train.failure import Failure, FailureKind, error_file
 from moesys.train.rank import header
 
 HEAD_START_S = 2.0
@@ -48,19 +48,21 @@ def train_loop(task: Task) -> None:
         os.chdir(task["cwd"])
     if not run_dir.is_dir():
         rule = f"{run_dir} of the launching node is not on node {socket.gethostname()}"
-        failure = Failure(rank, Kind.USER, f"{rule}\n    remedy: set output.runs to a folder that all nodes share")
+        failure = Failure(
+            rank, FailureKind.USER, f"{rule}\n    remedy: set output.runs to a folder that all nodes share"
+        )
         raise RuntimeError(failure.text, failure.json)
     redirect_output(log_file(run_dir, rank))
     os.environ["MOESYS_NODE_IP"] = node_address()
     error_file(run_dir, rank).unlink(missing_ok=True)  # of the attempt before a restart
     try:
         print(header(log_file(run_dir, rank)), flush=True)
-        with beat.Beat(run_dir, rank, beat.interval(task["config"].launch.timeout_s)):
+        with heartbeat.Heartbeat(run_dir, rank, heartbeat.interval(task["config"].launch.timeout_s)):
             resolve(task["worker"])(task["config"], run_dir)
     except BaseException as error:
         failure = Failure.of(error, rank, run_dir)
         failure.write(run_dir)
-        if failure.kind is Kind.LOST:
+        if failure.kind is FailureKind.LOST:
             time.sleep(HEAD_START_S)
         raise RuntimeError(failure.text, failure.json) from None
     finally:

@@ -75,7 +75,7 @@ def worker_environment(config: Config, caller: Mapping[str, str] | None = None) 
     return env | resolved(config.launch.env, caller)
 
 
-def told_late(env: Mapping[str, str]) -> dict[str, str]:
+def late_variables(env: Mapping[str, str]) -> dict[str, str]:
     """The part of `env` that is handed to workers that run already, and not to the system that starts them.
 
     Such a system may write down what it is given, as Ray does: secrets, and what only libraries of the worker read.

@@ -25,7 +25,7 @@ from moesys.launchers.launch import launch
 from moesys.launchers.lock import locked
 from moesys.launchers.spec import RunSpec
 from moesys.train import resume, run_folder
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 COLUMNS = (
     ("held-out loss", "heldout_loss", "{:.3f}"),

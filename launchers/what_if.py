@@ -22,7 +22,7 @@ from moesys.measure import recorded as records
 from moesys.measure.choice import Recorded, explained
 from moesys.measure.links import Profile
 from moesys.measure.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 
 def command(arguments: argparse.Namespace) -> int:

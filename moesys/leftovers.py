@@ -122,7 +122,7 @@ def _root() -> Path:
     return base / f"moesys-{os.getuid()}"
 
 
-class Owned:
+class OwnedResources:
     """A folder of this process, `path`, and what else it will leave if it is killed.
 
     `kind` begins the folder's name. What the dead left is removed first.
@@ -167,7 +167,7 @@ class Owned:
 @contextmanager
 def temporary(prefix: str, folder: Path | None = None) -> Iterator[Path]:
     """A new folder inside `folder` (default: this user's own), removed at the end, or after this process's death."""
-    owned = Owned(prefix.rstrip("-"))
+    owned = OwnedResources(prefix.rstrip("-"))
     try:
         if folder is None:
             yield owned.path

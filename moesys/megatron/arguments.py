@@ -16,7 +16,7 @@ from moesys.errors import Problem
 from moesys.megatron import settings
 from moesys.megatron.fields import unknown
 from moesys.megatron.refusal import Refusal
-from moesys.megatron.refused import refused
+from moesys.megatron.unsupported import unsupported
 from moesys.parallel import gates_check
 
 GATES = ("top_k", "expert_choice", "sinkhorn", "base")
@@ -77,7 +77,7 @@ def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
     Raises:
         Refusal: names every option that the plug-in cannot represent, and what to do.
     """
-    problems = refused(config) + _later(config) + _routing(config, gate) + _experts(config)
+    problems = unsupported(config) + _later(config) + _routing(config, gate) + _experts(config)
     if problems:
         raise Refusal(problems)
     balance, capacity = settings.balance(config), settings.capacity(config)

@@ -26,7 +26,7 @@ from moesys.data.samples import Samples
 from moesys.errors import ConfigError, Problem, TrainingError
 from moesys.files import write_json
 from moesys.measure.interleave import alone, interleave, ratio
-from moesys.train import here, native
+from moesys.train import native, spawn
 from moesys.train.engine import Engine
 from moesys.words import plural
 
@@ -34,7 +34,7 @@ PLUG_IN, OWN, NATIVE = "plug-in", "megatron", "native"
 
 
 @dataclass(frozen=True)
-class Result:
+class MegatronComparison:
     """Medians over `rounds`, each of `steps` training steps of every side.
 
     Attributes:
@@ -75,7 +75,7 @@ class Result:
         return asdict(self)
 
 
-def run(config: Config, rounds: int, steps: int) -> Result:
+def run(config: Config, rounds: int, steps: int) -> MegatronComparison:
     """Measure on this machine, in as many processes as the configuration has ranks.
 
     Raises:
@@ -83,19 +83,19 @@ def run(config: Config, rounds: int, steps: int) -> Result:
     """
     check(config)
     world = config.cluster.nodes * config.cluster.ranks_per_node
-    config = here.ready(config, world, "bench megatron")
-    with here.started(_work, world, config, rounds, steps) as folder:
-        told = json.loads((folder / "told.json").read_text())
-    seconds = told["seconds"]
-    return Result(
+    config = spawn.resolve_device(config, world, "bench megatron")
+    with spawn.processes(_work, world, config, rounds, steps) as folder:
+        found = json.loads((folder / "comparison.json").read_text())
+    seconds = found["seconds"]
+    return MegatronComparison(
         seconds={side: median(values) / steps for side, values in seconds.items()},
         plug_in=ratio(seconds, PLUG_IN, OWN),
         native=ratio(seconds, NATIVE, PLUG_IN),
-        losses=told["losses"],
+        losses=found["losses"],
         rounds=rounds,
         steps=steps,
         world=world,
-        machine=f"{platform.machine()}, torch {torch.__version__}, {told['device']}",
+        machine=f"{platform.machine()}, torch {torch.__version__}, {found['device']}",
         date=date.today().isoformat(),
     )
 
@@ -126,7 +126,7 @@ def check(config: Config) -> None:
 
 
 def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:
-    with here.joined(rank, world, config, folder) as mesh:
+    with spawn.process_group(rank, world, config, folder) as mesh:
         corpus = open_corpus(config)
         sides = {PLUG_IN: _engine(config, mesh, corpus, True), OWN: _engine(config, mesh, corpus, False)}
         own = config.model_copy(update={"engine": "native"})
@@ -136,8 +136,8 @@ def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder
         seconds = interleave({n: _step(e, batches) for n, e in sides.items()}, rounds, alone(mesh.device), warmup=1)
         if rank == 0:
             device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu"
-            told = {"seconds": seconds, "losses": losses, "device": device}
-            write_json(Path(folder) / "told.json", told)
+            found = {"seconds": seconds, "losses": losses, "device": device}
+            write_json(Path(folder) / "comparison.json", found)
 
 
 def _engine(config: Config, ranks: Any, corpus: Corpus, plug_in: bool) -> Engine:

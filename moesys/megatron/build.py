@@ -16,9 +16,9 @@ from moesys.config.schema import DispatchConfig, MoEConfig
 from moesys.errors import Problem
 from moesys.megatron import settings
 from moesys.megatron.experts import MegatronExperts
-from moesys.megatron.gate import DoubleProjection, MegatronGate, MegatronGroups
 from moesys.megatron.objective import MegatronMoE
 from moesys.megatron.refusal import Refusal
+from moesys.megatron.router import DoubleProjection, MegatronGate, MegatronGroups
 from moesys.megatron.scope import Groups, MegatronScope
 from moesys.megatron.shared import SharedExperts
 from moesys.models.moe import build_gate

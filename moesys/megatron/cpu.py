@@ -2,7 +2,7 @@
 
 Its MoE layer creates a stream, asks for the current device and moves split sizes to the host from a GPU
 only; its embedding draws from a GPU's generators; its schedules and optimizers make small tensors on "cuda",
-and tell the types of tensors by names of a GPU's. Inside `stand_ins()` such calls find what does as well on
+and tell the types of tensors by names of a GPU's. Inside `cpu_substitutes()` such calls find what does as well on
 CPU; with a GPU nothing is changed.
 """
 
@@ -66,7 +66,7 @@ def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
 
 
 @contextmanager
-def stand_ins(device: str | None = None) -> Iterator[None]:
+def cpu_substitutes(device: str | None = None) -> Iterator[None]:
     """Let Megatron-Core be built and run on CPU, if `device` is "cpu"; default: if there is no GPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -90,8 +90,8 @@ def stand_ins(device: str | None = None) -> Iterator[None]:
         "synchronize": lambda *_: None,
     }
     with ExitStack() as replaced:
-        for name, stand_in in cuda.items():
-            replaced.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        for name, substitute in cuda.items():
+            replaced.enter_context(mock.patch.object(torch.cuda, name, substitute))
         for module in (schedules, optimizer, distrib_optimizer, clip_grads, utils, helpers):
             replaced.enter_context(mock.patch.object(module, "torch", _Torch()))
         replaced.enter_context(mock.patch.object(Tensor, "type", _type))

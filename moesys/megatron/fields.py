@@ -1,7 +1,7 @@
 """Every field of Megatron-Core's `TransformerConfig`, and what the plug-in makes of it: none is ignored in silence.
 
 The tables cover the releases 0.16.1, 0.17.1, 0.18.2 and 0.19.2, `MLATransformerConfig` included; `unknown` finds
-what a later release adds to the MoE layer. `moesys.megatron.refused` has the fields that the plug-in refuses.
+what a later release adds to the MoE layer. `moesys.megatron.unsupported` has the fields that the plug-in refuses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any
 
-from moesys.megatron.refused import REFUSED
+from moesys.megatron.unsupported import UNSUPPORTED
 
 _READ = """
     hidden_size num_layers mtp_num_layers mtp_use_repeated_layer num_moe_experts moe_ffn_hidden_size
@@ -131,11 +131,11 @@ ELSEWHERE = _by_name(_ELSEWHERE)
 
 def undecided(config: Any) -> Iterator[str]:
     """Names of fields of `config`, a dataclass or an instance of one, that no table has."""
-    decided = (READ, REFUSED, MET, ELSEWHERE)
+    decided = (READ, UNSUPPORTED, MET, ELSEWHERE)
     return (f.name for f in fields(config) if not any(f.name in table for table in decided))
 
 
-OURS = ("moe", "expert", "router", "glu")
+MOE_NAMES = ("moe", "expert", "router", "glu")
 """What the names of the MoE layer's fields have in them."""
 
 
@@ -143,7 +143,7 @@ def unknown(config: Any) -> Iterator[str]:
     """Names of fields of the MoE layer that no table has, and that are not left at their default."""
     new = set(undecided(config))
     for f in fields(config):
-        if f.name in new and any(part in f.name for part in OURS):
+        if f.name in new and any(part in f.name for part in MOE_NAMES):
             default = f.default if f.default_factory is MISSING else f.default_factory()
             if getattr(config, f.name) != default:
                 yield f.name

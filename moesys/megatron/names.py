@@ -35,7 +35,7 @@ class Piece:
         rows: of Megatron's tensor, along dim 0; None: all.
         cuts: which part of the whole they are.
         spread: whether ranks of the tensor group ("tp") or of the expert group ("ep") hold the others, or none ("").
-        turned: whether they lie there as in one of Megatron's own experts, [G · F, H] and [H, F].
+        transposed: whether they lie there as in one of Megatron's own experts, [G · F, H] and [H, F].
     """
 
     name: str
@@ -43,7 +43,7 @@ class Piece:
     rows: slice | None = None
     cuts: tuple[Cut, ...] = ()
     spread: str = ""
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -57,7 +57,7 @@ class Piece:
     def view(self, tensor: Tensor) -> Tensor:
         """The part, in its own shape, of a tensor that is like Megatron's parameter."""
         tensor = tensor if self.rows is None else tensor[self.rows]
-        if not self.turned:
+        if not self.transposed:
             return tensor
         parts = [at.stop - at.start for at in self.index]
         return tensor.t()[None] if len(parts) == 3 else tensor.unflatten(0, parts[2:]).permute(2, 0, 1)[None]
@@ -111,8 +111,10 @@ class Names:
                 own = f"layers.{_number(chunk, match)}.ffn.gate.selection_bias"
                 yield buffer, [Piece(own, tuple(buffer.shape))]
 
-    def _piece(self, name: str, *cuts: Cut, rows: slice | None = None, spread: str = "", turned: bool = False) -> Piece:
-        return Piece(name, self.shapes[name], rows, cuts, spread, turned)
+    def _piece(
+        self, name: str, *cuts: Cut, rows: slice | None = None, spread: str = "", transposed: bool = False
+    ) -> Piece:
+        return Piece(name, self.shapes[name], rows, cuts, spread, transposed)
 
     def _edge(self, name: str) -> Piece:
         rows = (0, self.place.tp_rank, self.place.tp)
@@ -145,7 +147,7 @@ class Names:
         moe, p, own = self.model.moe, self.place, f"experts.fc{product}"
         assert moe is not None
         cuts = [(0, p.ep_rank * (moe.experts // p.ep) + number, moe.experts), *p.cuts(own)[1:]]
-        return self._piece(f"{block}ffn.{own}", *cuts, spread="ep", turned=True)
+        return self._piece(f"{block}ffn.{own}", *cuts, spread="ep", transposed=True)
 
     def _attention(self, block: str) -> Iterator[Piece]:
         """Rows of each group: the queries of its heads, its key, its value."""

@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from moesys.megatron import settings
-from moesys.megatron.gate import MegatronGate
+from moesys.megatron.router import MegatronGate
 from moesys.megatron.scope import MegatronScope
 from moesys.moe.layer import MoELayer
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moesys.megatron.cpu import stand_ins
+from moesys.megatron.cpu import cpu_substitutes
 from moesys.moe import MoELayer
 from moesys.moe.experts import Experts
 
@@ -69,7 +69,7 @@ def peers(layer: MoELayer, experts: int, top_k: int, ranks: int) -> Iterator[dic
     except ModuleNotFoundError:
         yield {}
         return
-    with stand_ins():
+    with cpu_substitutes():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
         try:
             yield {f"megatron {name}": OwnLayer(layer, experts, top_k, name) for name in ("alltoall", "allgather")}

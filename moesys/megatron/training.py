@@ -151,8 +151,8 @@ class MegatronEngine:
                 gate.skip_step()
             gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.held()}  # type: ignore[attr-defined]
             bad = nonfinite(gradients, order=2)
-        told = partial(torch.full, (), device=self.mesh.device)
-        return Update(told(norm, dtype=torch.float64), told(not isfinite(norm), dtype=torch.bool), lambda: bad)
+        scalar = partial(torch.full, (), device=self.mesh.device)
+        return Update(scalar(norm, dtype=torch.float64), scalar(not isfinite(norm), dtype=torch.bool), lambda: bad)
 
     def nonfinite(self) -> list[str]:
         held = {piece.name: part for _, piece, part in self.held()} | self._buffers()

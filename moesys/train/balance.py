@@ -84,7 +84,7 @@ class BalanceWatch:
         # First steps since which experts get nothing, or all: the next one, where they do not.
         self.silent_LE, self.full_LE = np.ones(shape, np.int64), np.ones(shape, np.int64)
         self.missed_LE = np.zeros(shape)
-        self._told: set[tuple[str, str, int]] = set()
+        self._reported: set[tuple[str, str, int]] = set()
 
     def take(self, step: int, load: Sequence[Sequence[float]] | None) -> list[Fault]:
         """Count a step's `load`, assignments per layer and expert; what it makes certain and was not told before.
@@ -104,11 +104,11 @@ class BalanceWatch:
         if step <= self.warmup and step < self.steps:
             return []
         fresh = [fault for fault in self.faults() if not self._known(fault)]
-        self._told |= {(fault.layer, fault.kind, expert) for fault in fresh for expert in fault.experts}
+        self._reported |= {(fault.layer, fault.kind, expert) for fault in fresh for expert in fault.experts}
         return fresh
 
     def _known(self, fault: Fault) -> bool:
-        return all((fault.layer, fault.kind, expert) in self._told for expert in fault.experts)
+        return all((fault.layer, fault.kind, expert) in self._reported for expert in fault.experts)
 
     def faults(self) -> list[Fault]:
         """The faults of now, layer by layer."""

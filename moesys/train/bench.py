@@ -38,7 +38,7 @@ from moesys.words import plural
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainComparison:
     """Median tokens per second of both sides over interleaved rounds, and seconds to the first step."""
 
     ours: float
@@ -56,14 +56,14 @@ class Result:
 
 def run(
     config: Config, rounds: int, steps: int, launchers: tuple[str, ...], path: Path, overrides: list[str]
-) -> Result:
+) -> TrainComparison:
     """Both benchmarks of `config`, which `path` and `overrides` describe for a fresh process."""
     speeds = compare(reference(config), rounds, steps)
     ours, theirs = (statistics.median(speeds[name]) for name in ("moesys", "transformers"))
     ratio = statistics.median(a / b for a, b in zip(speeds["moesys"], speeds["transformers"], strict=True))
     starts = {launcher: first_step(path, overrides, launcher) for launcher in launchers}
     machine = f"{platform.machine()}, {plural(os.cpu_count() or 1, 'core')}, torch {torch.__version__}"
-    return Result(ours, theirs, ratio, rounds, steps, starts, machine, date.today().isoformat())
+    return TrainComparison(ours, theirs, ratio, rounds, steps, starts, machine, date.today().isoformat())
 
 
 def compare(config: Config, rounds: int, steps: int) -> dict[str, list[float]]:

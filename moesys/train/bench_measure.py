@@ -28,14 +28,14 @@ from moesys.measure.interleave import alone, interleave, ratio
 from moesys.measure.recorder import Recorder
 from moesys.measure.summary import Summary
 from moesys.parallel import comm
-from moesys.train import here
+from moesys.train import spawn
 from moesys.train.guard import demand_numbers
 from moesys.train.loop import Trainer
 from moesys.words import plural
 
 
 @dataclass(frozen=True)
-class Result:
+class RecordingCost:
     """Medians over `rounds`, each of `steps` steps of each side.
 
     Attributes:
@@ -73,16 +73,16 @@ class Result:
         return asdict(self)
 
 
-def run(config: Config, rounds: int, steps: int) -> Result:
+def run(config: Config, rounds: int, steps: int) -> RecordingCost:
     """Measure on this machine, in as many processes as the configuration has ranks; `steps` in a round at least."""
     config = config.measured()
     every = max(1, config.measure.every)
     steps = ceil(steps / every) * every
     world = config.cluster.nodes * config.cluster.ranks_per_node
-    config = here.ready(config, world, "bench measure")
-    with here.started(_work, world, config, rounds, steps) as folder:
+    config = spawn.resolve_device(config, world, "bench measure")
+    with spawn.processes(_work, world, config, rounds, steps) as folder:
         seconds = json.loads((folder / "seconds.json").read_text())
-    return Result(
+    return RecordingCost(
         seconds=median(seconds["bare"]) / steps,
         off=ratio(seconds, "off", "bare"),
         on=ratio(seconds, "on", "off"),
@@ -113,7 +113,7 @@ def simulated(config: Config, world: int) -> simulate.Result:
 def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:
     from moesys.data.corpus import open_corpus
 
-    with here.joined(rank, world, config, folder) as mesh:
+    with spawn.process_group(rank, world, config, folder) as mesh:
         trainer = Trainer(config, mesh, open_corpus(config))
         recorders = [Recorder(_every(config, n), mesh, Path(folder), 0) for n in (config.measure.every, 1)]
         seconds = interleave(_sides(trainer, recorders, steps), rounds, alone(mesh.device), warmup=1)

@@ -177,11 +177,11 @@ def load(path: Path, engine: Engine, corpus: Corpus) -> Loaded:
     """Restore the engine from a checkpoint. Collective over the world.
 
     Raises:
-        CheckpointError: damaged, or not of this run; see `resume.judge`.
+        CheckpointError: damaged, or not of this run; see `resume.require_compatible`.
     """
     config = engine.config
     meta = read(path)
-    changes = resume.judge(meta, config, corpus.fingerprint)
+    changes = resume.require_compatible(meta, config, corpus.fingerprint)
     wrong = manifest.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
     storage.agree(str(damaged(path, wrong)) if wrong else None)
     fresh = engine.load(path)

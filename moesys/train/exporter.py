@@ -41,7 +41,7 @@ class Exporter(Collector):
                 f"measure.metrics_port: {host}:{port}: {reason.lower()}\n    remedy: choose another port"
             ) from None
 
-    def tell(self, metrics: Mapping[str, float]) -> None:
+    def set_metrics(self, metrics: Mapping[str, float]) -> None:
         """From now on these, by their keys in metrics.jsonl, are the latest; others stay as they were."""
         with self._lock:
             for key, value in metrics.items():
@@ -49,7 +49,7 @@ class Exporter(Collector):
                 if m.family:
                     self._set(m, value, *([m.label] if m.label else []))
 
-    def tell_load(self, layers: Sequence[int], load: Sequence[Sequence[float]]) -> None:
+    def set_load(self, layers: Sequence[int], load: Sequence[Sequence[float]]) -> None:
         """The same of the assignments of every expert in these layers, by their blocks' numbers."""
         with self._lock:
             for layer, counts in zip(layers, load, strict=True):

@@ -31,7 +31,7 @@ IGNORED = -100
 """Label of a token that no loss counts."""
 
 
-class Known(NamedTuple):
+class StepReport(NamedTuple):
     """A step that was read.
 
     Attributes:
@@ -70,7 +70,7 @@ class Trainer:
         self.resumed: checkpoint.Loaded | None = None
         self.guard, self.balance = Guard(config.train.skips), BalanceWatch(config)
         self.backlog = Backlog(self.engine)
-        self.known: list[Known] = []
+        self.reports: list[StepReport] = []
         """What the last call of `train_step` read of the steps up to then, in their order."""
         self.events: list[comm.Event] = []
         """The project's own collectives in the last step's passes through the model, on this rank."""
@@ -94,9 +94,9 @@ class Trainer:
         begin = perf_counter()
         rate = optimizer.learning_rate(self.config.train, self.step + 1)
         self._step(rate, due)
-        self.known = self._read() if due or self.backlog.full else []
+        self.reports = self._read() if due or self.backlog.full else []
         self.seconds += perf_counter() - begin
-        return self._record(rate, due) if self.known else {}
+        return self._record(rate, due) if self.reports else {}
 
     def _step(self, rate: float, due: bool) -> None:
         t = self.config.train
@@ -121,13 +121,13 @@ class Trainer:
             torch.cuda.synchronize()
         return sum(e.exposed for e in self.events if e.level)
 
-    def _read(self) -> list[Known]:
+    def _read(self) -> list[StepReport]:
         """What the steps since the last reading measured, and what it says of the run. Collective."""
         found = []
         for measured in self.backlog.read():
             skip = self.guard.take(measured, self.engine)
             faults = self.balance.take(measured.step, None if skip else measured.load)
-            found.append(Known(measured, skip, faults))
+            found.append(StepReport(measured, skip, faults))
             self.load = measured.load
         return found
 
@@ -136,8 +136,8 @@ class Trainer:
 
         Travelling rows are timed in steps that are `due` alone: all_to_all_share is None of others.
         """
-        t, last = self.config.train, self.known[-1].measured
-        seconds = (self.seconds - self._read_at) / len(self.known)
+        t, last = self.config.train, self.reports[-1].measured
+        seconds = (self.seconds - self._read_at) / len(self.reports)
         self._read_at = self.seconds
         values = dict(last.values)
         travel = values.pop("all_to_all_seconds")
@@ -187,7 +187,7 @@ class Trainer:
         Raises:
             TrainingError: something to be written is not finite; nothing is written, and nothing removed.
         """
-        self.known += self._read()
+        self.reports += self._read()
         what, do = f"step {self.step}: no checkpoint is written", "go back to an older checkpoint"
         demand_finite(self.engine, what, f"{do} in {folder}, with a lower train.optimizer.lr")
         state = {"skips": self.guard.as_json(), "balance": self.balance.as_json()}

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import moesys
 from moesys.config.schema import Config
 from moesys.files import json_objects, json_text, write_whole
-from moesys.train.board import Board, layout
 from moesys.train.exporter import Exporter
+from moesys.train.tensorboard_run import TensorBoardRun, layout
 from moesys.train.wandb_run import WandbRun
 
 LOADS = 200
@@ -37,7 +37,7 @@ class MetricsLog:
         self._every = max(1, ceil(config.train.steps / LOADS))
         self._layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
         self._batch_tokens = config.train.global_batch * config.train.seq_len
-        self._board = Board(run_dir / "tensorboard", config, resumed) if config.output.tensorboard else None
+        self._board = TensorBoardRun(run_dir / "tensorboard", config, resumed) if config.output.tensorboard else None
         port = config.measure.metrics_port
         self._exporter = (
             None if port is None else Exporter(config.name, port, config.measure.metrics_host, about(config))
@@ -53,7 +53,7 @@ class MetricsLog:
         step = record["step"]
         if self._exporter is not None:  # NaN is a number to Prometheus
             done = {"step": step, "tokens": step * self._batch_tokens} if "loss" in record else {}
-            self._exporter.tell(scalars | done)
+            self._exporter.set_metrics(scalars | done)
         finite = {k: v for k, v in scalars.items() if isfinite(v)}
         for board in (self._board, self._wandb):
             if board is not None:
@@ -68,7 +68,7 @@ class MetricsLog:
         if not self.active or load is None:
             return
         if self._exporter is not None:
-            self._exporter.tell_load(self._layers, load)
+            self._exporter.set_load(self._layers, load)
         if step % self._every == 0:
             self._loads.write(json_text({"step": step, "load": load}) + "\n")
             if self._board is not None:

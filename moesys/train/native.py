@@ -27,7 +27,7 @@ from moesys.train.engine import Update
 from moesys.train.finite import nonfinite
 
 
-def joined(config: Config) -> tuple[Degrees, torch.device]:
+def join_process_group(config: Config) -> tuple[Degrees, torch.device]:
     """Join the process group that the environment describes, unless already in it."""
     wanted = config.cluster.device
     cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
@@ -64,7 +64,7 @@ def own_gpu(local_rank: int, visible: int) -> int:
 
 def connect(config: Config) -> ParallelMesh:
     """Join the process group and build the meshes."""
-    degrees, device = joined(config)
+    degrees, device = join_process_group(config)
     return ParallelMesh(degrees, device, config.launch.timeout_s)
 
 

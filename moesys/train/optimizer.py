@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from moesys.config.schema import OptimizerConfig, TrainConfig
 from moesys.models.size import kind
 from moesys.train.apex_adam import ApexAdam
-from moesys.train.checked import decay_steps
+from moesys.train.validate import decay_steps
 
 
 def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

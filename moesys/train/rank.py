@@ -25,14 +25,14 @@ from pathlib import Path
 
 import moesys
 from moesys.errors import MoesysError
-from moesys.train import beat
-from moesys.train.beat import Beat
-from moesys.train.ending import Failure
+from moesys.train import heartbeat
+from moesys.train.failure import Failure
+from moesys.train.heartbeat import Heartbeat
 
 MARK = "=== attempt "
 """Begins the line of a log that says what was started when."""
 
-OURS = "=== "
+LOG_ONLY = "=== "
 """Begins lines of a log that are for its reader alone: the launcher tells the same itself."""
 
 COMMAND = "MOESYS_COMMAND"
@@ -67,14 +67,14 @@ def process(work: Callable[[], None], run_dir: Path) -> int:
     try:
         print(header(run_dir / "logs" / f"rank-{rank}.log"), flush=True)
         faulthandler.enable()
-        with Beat(run_dir, rank):
+        with Heartbeat(run_dir, rank):
             work()
     except BaseException as error:
         failure = Failure.of(error, rank, run_dir)
         failure.send()
         failure.write(run_dir)
         with suppress(OSError):
-            print(f"{OURS}rank {rank} failed: {failure.sentence.splitlines()[0]}", file=sys.stderr, flush=True)
+            print(f"{LOG_ONLY}rank {rank} failed: {failure.sentence.splitlines()[0]}", file=sys.stderr, flush=True)
         return failure.exit_code or 1
     return 0
 
@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
         from moesys.config.load import load
 
         config = load(run_dir / "config.yaml").config
-        beat.every(beat.interval(config.launch.timeout_s))
+        heartbeat.set_interval(heartbeat.interval(config.launch.timeout_s))
         import_module(program).run(config, run_dir)
 
     return process(work, run_dir)

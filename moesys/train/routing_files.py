@@ -78,8 +78,8 @@ def wrong(folder: Path, layers: Iterable[int], experts: int) -> str | None:
     try:
         recorded = {int(file["experts"]) for file in _files(folder)}
         if recorded != {experts}:
-            told = ", ".join(map(str, sorted(recorded)))
-            return f"{folder} was recorded with {told} experts per layer, and model.moe.experts is {experts}"
+            found = ", ".join(map(str, sorted(recorded)))
+            return f"{folder} was recorded with {found} experts per layer, and model.moe.experts is {experts}"
         for layer in layers:
             numbers(folder, layer)
     except DataError as error:
@@ -108,11 +108,11 @@ def _files(folder: Path) -> Iterator[dict[str, np.ndarray]]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files if not name.endswith(".weight")}
-            told = _wrong(arrays)
+            fault = _wrong(arrays)
         except DAMAGE:
-            told = "is no recorded routing, or was cut short"
-        if told:
-            raise DataError(f"{path} {told}\n    remedy: record the run's routing again, or remove the folder")
+            fault = "is no recorded routing, or was cut short"
+        if fault:
+            raise DataError(f"{path} {fault}\n    remedy: record the run's routing again, or remove the folder")
         yield arrays
 
 

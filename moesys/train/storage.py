@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from moesys.errors import CheckpointError, FileError
 from moesys.files import read_json
-from moesys.train.ending import Kind, kind_of
+from moesys.train.failure import FailureKind, kind_of
 from moesys.train.manifest import META, crc32, damaged
 from moesys.train.saved_shapes import CLASSES, METADATA, scan
 
@@ -177,7 +177,7 @@ def _is_elsewhere(error: BaseException, folder: Path) -> bool:
     A damaged file may ask for any amount of memory, unless its checksum has been compared.
     """
     kind = kind_of(error)
-    return kind in (Kind.LOST, Kind.TIMEOUT) or (kind is Kind.MEMORY and _listed(folder))
+    return kind in (FailureKind.LOST, FailureKind.TIMEOUT) or (kind is FailureKind.MEMORY and _listed(folder))
 
 
 def agree(wrong: str | None) -> None:
@@ -186,8 +186,8 @@ def agree(wrong: str | None) -> None:
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, wrong)
-    if told := next((text for text in everyone if text is not None), None):
-        raise CheckpointError(told)
+    if error := next((text for text in everyone if text is not None), None):
+        raise CheckpointError(error)
 
 
 def _missing(state: State, metadata: Metadata, folder: Path) -> set[str]:

@@ -18,7 +18,7 @@ from moesys.config.schema import Config, ParallelConfig
 from moesys.errors import Problem
 from moesys.parallel import dimension
 from moesys.parallel.mesh import Ranks
-from moesys.train import here, machine
+from moesys.train import machine, spawn
 from moesys.train.guard import demand_numbers
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def trace(
     """
     config = comparable(config, dtype)
     merged = Trace()
-    with here.started(_work, world, config, steps, dtype, prepare) as folder:
+    with spawn.processes(_work, world, config, steps, dtype, prepare) as folder:
         for path in sorted(folder.glob("trace-*.pt")):
             _merge(merged, torch.load(path, weights_only=False))
     return merged
@@ -142,7 +142,7 @@ def _work(
 ) -> None:
     if prepare is not None:
         prepare()
-    with here.joined(rank, world, config, folder) as mesh:
+    with spawn.process_group(rank, world, config, folder) as mesh:
         found, _ = observe(config, mesh, steps, torch.float64 if dtype == "float64" else torch.float32)
         if not any(place for axis, place in mesh.place.items() if axis != "pp"):
             torch.save(found, f"{folder}/trace-{rank}.pt")
@@ -217,7 +217,7 @@ def verify(
     config: Config, world: int, steps: int, tolerance: float, dtype: str = "float32", against: str | None = None
 ) -> Report:
     """Prove that `config` on `world` processes equals one process over `steps` steps, of the engine `against`."""
-    config = here.ready(config, world, "verify")
+    config = spawn.resolve_device(config, world, "verify")
     one = reference(config, against)
     machine.demand(one, 1, "verify")
     expected = trace(one, 1, steps, dtype)

@@ -29,14 +29,14 @@ from moesys.measure.report.facts import bits_per_byte
 from moesys.measure.summary import Summary
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
-from moesys.train import beat, checkpoint, manifest, resume, run_folder
+from moesys.train import checkpoint, heartbeat, manifest, resume, run_folder
 from moesys.train.balance import sentence
 from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
-from moesys.train.pace import Pace
-from moesys.train.rank import OURS
+from moesys.train.rank import LOG_ONLY
+from moesys.train.throughput import Throughput
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -61,16 +61,16 @@ def _train(config: Config, run_dir: Path) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    beat.at("joining the other ranks")
+    heartbeat.phase("joining the other ranks")
     mesh = engine_of(config).connect(config)
     _write_ranks(mesh, run_dir)
-    beat.at("loading data", shown=True)
+    heartbeat.phase("loading data", shown=True)
     corpus = open_corpus(config)
     _agree(corpus)
-    beat.at("building the model", shown=True)
+    heartbeat.phase("building the model", shown=True)
     folder = run_dir / "checkpoints"
     trainer = Trainer(config, mesh, corpus, draw=checkpoint.newest(folder) is None)
-    _tell(trainer.resume(folder), trainer, run_dir)
+    _print_resumption(trainer.resume(folder), trainer, run_dir)
     if mesh.rank == 0:
         run_folder.accept(run_dir)
     routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
@@ -82,7 +82,7 @@ def _train(config: Config, run_dir: Path) -> None:
             _write_summary(summary, trainer, run_dir, corpus)  # metrics are told until the end
 
 
-def _tell(path: Path | None, trainer: Trainer, run_dir: Path) -> None:
+def _print_resumption(path: Path | None, trainer: Trainer, run_dir: Path) -> None:
     """Say, once, where a run goes on from, what of its records is written again, and what has changed since."""
     if dist.get_rank() != 0:
         return
@@ -99,7 +99,7 @@ def _changed(path: Path, config: Config, resumed: checkpoint.Loaded) -> list[str
     """A line for each change since a checkpoint; for the log alone if the launcher has printed it before the start."""
     printed = {change.arrow() for change in resume.changes(manifest.read(path), config)}
     return [
-        f"{OURS if change.arrow() in printed else ''}{resume.changed_since(resumed.step, change)}"
+        f"{LOG_ONLY if change.arrow() in printed else ''}{resume.changed_since(resumed.step, change)}"
         for change in resumed.changes
     ]
 
@@ -119,7 +119,7 @@ def _agree(corpus: Corpus) -> None:
     """Stop if ranks read different text: a file that differs on one node, or another Python version."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), corpus.fingerprint))
-    odd = [f"rank {rank} on {told[0]}" for rank, told in enumerate(everyone) if told[1:] != everyone[0][1:]]
+    odd = [f"rank {rank} on {facts[0]}" for rank, facts in enumerate(everyone) if facts[1:] != everyone[0][1:]]
     if odd:
         rule = f"the data of {odd[0]} are not those of rank 0 on {everyone[0][0]}"
         tokens = everyone[0][1]["train_tokens"]
@@ -129,14 +129,14 @@ def _agree(corpus: Corpus) -> None:
 def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Recorder, folder: Path) -> dict[str, Any]:
     t, o = trainer.config.train, trainer.config.output
     begin, first = perf_counter(), trainer.step
-    pace = Pace(trainer)
+    pace = Throughput(trainer)
     saved = None
     while trainer.step < t.steps:
         step = trainer.step + 1
         logged = step % o.log_every == 0 or step == t.steps
         evaluates = t.eval_every > 0 and step % t.eval_every == 0 and step < t.steps
         saves = o.checkpoint_every > 0 and step % o.checkpoint_every == 0 and step < t.steps
-        beat.step(step)
+        heartbeat.step(step)
         with recorder.step(step) as recording:
             record = trainer.train_step(due=logged or evaluates or saves or recording is not None)
         pace.take(record)
@@ -145,20 +145,20 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
         if logged:
             eta = (perf_counter() - begin) / (step - first) * (t.steps - step)
             log.write({**record, "steps": t.steps, "eta_s": eta, "time": time()})
-        _write_known(trainer, log, folder)
+        _write_reports(trainer, log, folder)
         if evaluates:
-            beat.at("evaluating on held-out data")
+            heartbeat.phase("evaluating on held-out data")
             log.write({"step": step, **_heldout(trainer)})
         if saves:
             _write_measured(recorder.flush(), log)
-            beat.at("saving a checkpoint")
+            heartbeat.phase("saving a checkpoint")
             saved = trainer.save(folder)
     _write_measured(recorder.flush(), log)
-    beat.at("evaluating on held-out data", shown=True)
+    heartbeat.phase("evaluating on held-out data", shown=True)
     heldout = _heldout(trainer)
     if trainer.step > first:
         log.write({"step": trainer.step, **heldout})
-        beat.at("saving the checkpoint", shown=True)
+        heartbeat.phase("saving the checkpoint", shown=True)
         saved = trainer.save(folder)
     faults = trainer.balance.faults()
     return {
@@ -173,19 +173,19 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
     }
 
 
-def _write_known(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
+def _write_reports(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
     """What the steps that were read say beside their records.
 
     Raises:
         TrainingError: one of them was skipped too many.
     """
-    for known in trainer.known:
-        step = known.measured.step
-        log.write_load(step, known.measured.load)
-        if known.faults:
-            log.warn(step, sentence(known.faults))
-        if known.skip is not None:
-            log.warn(step, f"skipped, for it is not finite: {known.skip}")
+    for report_ in trainer.reports:
+        step = report_.measured.step
+        log.write_load(step, report_.measured.load)
+        if report_.faults:
+            log.warn(step, sentence(report_.faults))
+        if report_.skip is not None:
+            log.warn(step, f"skipped, for it is not finite: {report_.skip}")
     trainer.guard.check(checkpoint.newest(folder) if trainer.guard.over else None)
 
 
@@ -205,11 +205,11 @@ def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:
 
 
 def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, corpus: Corpus) -> None:
-    beat.at("counting pairs of tokens for the bigram model", shown=True)
+    heartbeat.phase("counting pairs of tokens for the bigram model", shown=True)
     windows = np.stack([trainer.heldout[n] for n in range(trainer.heldout_windows())])
     unigram, bigram = cross_entropies(corpus.train, windows, corpus.vocab_size)
     total, active = parameters(trainer.config.model, corpus.vocab_size)
-    old, config = run_dir / "summary.json", resume.now(trainer.config)
+    old, config = run_dir / "summary.json", resume.saved_configuration(trainer.config)
     trained = summary["checkpoint"] is not None
     if not trained:
         summary["checkpoint"] = str(checkpoint.newest(run_dir / "checkpoints"))
@@ -229,12 +229,12 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     if not trained:
         summary |= _kept(old)
     summary["profile"] = trainer.config.measure.profile
-    beat.at("writing the report", shown=True)
+    heartbeat.phase("writing the report", shown=True)
     summary["report"] = str(report.write(run_dir, summary))
     write_json(old, summary)
 
 
-OF_THE_WORK = ("tokens_per_second", "all_to_all_share", "world_size", "config")
+OF_TRAINING = ("tokens_per_second", "all_to_all_share", "world_size", "config")
 """What a summary says of the run that trained, not of one that found nothing left to train."""
 
 
@@ -244,7 +244,7 @@ def _kept(path: Path) -> dict[str, Any]:
         before = read_json(path, "")
     except FileError:
         return {}
-    return {key: before[key] for key in OF_THE_WORK if key in before}
+    return {key: before[key] for key in OF_TRAINING if key in before}
 
 
 def _write_ranks(mesh: Ranks, run_dir: Path) -> None:

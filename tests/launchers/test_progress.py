@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from moesys.launchers import summary
-from moesys.launchers.follow import Tail
 from moesys.launchers.progress import Progress, line_of
-from moesys.train.beat import Beat, at
+from moesys.launchers.tail import Tail
+from moesys.train.heartbeat import Heartbeat, phase
 
 STEP = {
     "step": 1, "steps": 100, "loss": 5.1234, "lr": 1e-3, "grad_norm": 1.5, "tokens_per_second": 12345.6,
@@ -79,15 +79,15 @@ def test_plain_lines_come_after_the_interval(tmp_path):
 
 def test_phases_and_evaluations_are_told(tmp_path):
     def write(progress: Progress) -> None:
-        with Beat(tmp_path, 0):
-            at("loading data", shown=True)
+        with Heartbeat(tmp_path, 0):
+            phase("loading data", shown=True)
             progress.refresh()
             record(tmp_path)
             with (tmp_path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": 7, "heldout_loss": 2.5}) + "\n")
-            at("saving a checkpoint")
+            phase("saving a checkpoint")
             progress.refresh()
-            at("writing the report", shown=True)
+            phase("writing the report", shown=True)
 
     lines = shown(tmp_path, write).splitlines()
     assert lines[:2] == ["starting 4 workers …", "loading data …"]

@@ -7,7 +7,7 @@ from typing import Any
 from moesys.train.loop import Trainer
 
 
-class Pace:
+class Throughput:
     """Follows a trainer: `take` what each call of its `train_step` returned.
 
     The first step compiles and allocates: it does not count.

@@ -31,28 +31,28 @@ def interval(timeout_s: float) -> float:
     return min(max(timeout_s / 20, 0.2), 15.0)
 
 
-def beat_file(run_dir: Path, rank: int) -> Path:
+def heartbeat_file(run_dir: Path, rank: int) -> Path:
     """The file of the rank's sign."""
     return run_dir / "beats" / f"rank-{rank}.json"
 
 
-class Beat:
+class Heartbeat:
     """While open, writes beats/rank-N.json every `interval` seconds."""
 
     def __init__(self, run_dir: Path, rank: int, interval: float = 1.0):
-        self._path, self._rank, self.interval = beat_file(run_dir, rank), rank, interval
+        self._path, self._rank, self.interval = heartbeat_file(run_dir, rank), rank, interval
         self._count, self._at, self._step, self._shown, self._ended = 0, "starting", 0, False, False
         self._main = threading.get_ident()
         self._lock, self._end = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> Beat:
-        global _beat
+    def __enter__(self) -> Heartbeat:
+        global _heartbeat
         self._file = -1
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
-        _beat = self
+        _heartbeat = self
         self.write()
         self._thread.start()
         return self
@@ -60,8 +60,8 @@ class Beat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _beat
-        _beat = None
+        global _heartbeat
+        _heartbeat = None
         self._end.set()
         self._thread.join()
         if self._file >= 0:
@@ -88,26 +88,26 @@ class Beat:
             os.pwrite(self._file, json_text(record).encode()[: BYTES - 1].ljust(BYTES - 1) + b"\n", 0)
 
 
-_beat: Beat | None = None
+_heartbeat: Heartbeat | None = None
 
 
-def every(seconds: float) -> None:
+def set_interval(seconds: float) -> None:
     """Give a sign every so many seconds from now on."""
-    if _beat is not None:
-        _beat.interval = seconds
+    if _heartbeat is not None:
+        _heartbeat.interval = seconds
 
 
-def at(what: str, shown: bool = False) -> None:
+def phase(what: str, shown: bool = False) -> None:
     """This rank now does `what` ("loading data"); `shown`: of rank 0, the user is to see it."""
-    if _beat is not None:
-        _beat._at, _beat._shown = what, shown
-        _beat.write()
+    if _heartbeat is not None:
+        _heartbeat._at, _heartbeat._shown = what, shown
+        _heartbeat.write()
 
 
 def step(number: int) -> None:
     """This rank now computes step `number`; told with the next sign."""
-    if _beat is not None:
-        _beat._at, _beat._step, _beat._shown = "training", number, False
+    if _heartbeat is not None:
+        _heartbeat._at, _heartbeat._step, _heartbeat._shown = "training", number, False
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:

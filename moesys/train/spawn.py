@@ -20,10 +20,10 @@ from moesys.loopback import stay_here
 from moesys.parallel.mesh import Ranks
 from moesys.parallel.rendezvous import enter
 from moesys.train import device, machine
-from moesys.train.ending import Failure
+from moesys.train.failure import Failure
 
 
-def ready(config: Config, world: int, what: str) -> Config:
+def resolve_device(config: Config, world: int, what: str) -> Config:
     """The configuration for `what` ("verify") in at most `world` processes here, its device decided for all of them.
 
     Says a word where they leave GPUs unused. Raises `LaunchError` where this machine cannot carry them.
@@ -36,7 +36,7 @@ def ready(config: Config, world: int, what: str) -> Config:
 
 
 @contextmanager
-def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[Path]:
+def processes(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[Path]:
     """Run `work(rank, world, *arguments, folder)`, importable by name, in `world` processes to its end.
 
     Yields the folder, in which results may be left; it is removed afterwards.
@@ -50,13 +50,13 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     with leftovers.temporary("proof") as folder:
         try:
             words = (world, *arguments, str(folder))
-            mp.start_processes(_told, (work, *words), nprocs=world, start_method="forkserver")
+            mp.start_processes(_run, (work, *words), nprocs=world, start_method="forkserver")
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             raise _cause(error, folder) from None
         yield folder
 
 
-def _told(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+def _run(rank: int, work: Callable[..., None], *arguments: Any) -> None:
     """In a process: its work, whose failure is left in the folder."""
     folder = Path(arguments[-1])
     try:
@@ -75,14 +75,14 @@ def _cause(error: mp.ProcessRaisedException | mp.ProcessExitedException, folder:
     if not failures:
         return LaunchError(str(error))
     cause = min(failures, key=lambda failure: failure.order)
-    told = LaunchError(f"process {cause.rank} failed: {cause.text}")
-    told.exit_code = cause.exit_code
-    return told
+    found = LaunchError(f"process {cause.rank} failed: {cause.text}")
+    found.exit_code = cause.exit_code
+    return found
 
 
 @contextmanager
-def joined(rank: int, world: int, config: Config, folder: str) -> Iterator[Ranks]:
-    """In such a process: its meshes, connected through a file in `folder`; `config` as `ready` gave it."""
+def process_group(rank: int, world: int, config: Config, folder: str) -> Iterator[Ranks]:
+    """In such a process: its meshes, connected through a file in `folder`; `config` as `resolve_device` gave it."""
     from moesys.train.engine import engine_of
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from moesys.config.changes import KINDS, Kind
 from moesys.config.load import attempt, in_order, locate
+from moesys.config.placeholders import independent
 from moesys.config.schema import Config, TrainConfig
-from moesys.config.stand_ins import independent
 from moesys.data import check as data
 from moesys.data.documents import located
 from moesys.errors import ConfigError, Problem

@@ -17,7 +17,7 @@ SIDE = 8
 """Pixels of one expert in a picture of the load."""
 
 
-class Board:
+class TensorBoardRun:
     """Writes event files into `folder`; those of steps after `resumed` are hidden."""
 
     def __init__(self, folder: Path, config: Config, resumed: int):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesys.train.ending import Failure, Kind, error_file
+from moesys.train.failure import Failure, FailureKind, error_file
 from moesys.train.rank import MARK
 
 TAIL_BYTES = 2**16
@@ -24,7 +24,7 @@ class Outcome:
 
     exit_code: int
     message: str = ""
-    kind: Kind | None = None
+    kind: FailureKind | None = None
 
 
 def log_file(run_dir: Path, rank: int) -> Path:
@@ -44,11 +44,11 @@ def outcome(failure: Failure, who: str, run_dir: Path) -> Outcome:
 
 def message(failure: Failure, who: str, run_dir: Path) -> str:
     """The text for the user: the cause in a sentence, and below it what helps to find more."""
-    if failure.kind in (Kind.CRASH, Kind.EXIT):
+    if failure.kind in (FailureKind.CRASH, FailureKind.EXIT):
         return f"{who} {failure.text}"
-    if failure.kind is Kind.USER:
+    if failure.kind is FailureKind.USER:
         return f"{who} failed:\n{failure.sentence}"
-    if failure.kind is Kind.BUG:
+    if failure.kind is FailureKind.BUG:
         return f"{who} failed: {failure.text}"
     path = error_file(run_dir, failure.rank)
     return f"{who} failed: {failure.sentence}" + (f"\n    traceback: {path}" if path.exists() else "")

@@ -31,7 +31,7 @@ LONGEST = 2**14
 """Characters of a traceback that are sent: a pipe takes 64 KiB before somebody reads."""
 
 
-class Kind(StrEnum):
+class FailureKind(StrEnum):
     """Kinds of failures."""
 
     USER = "user"
@@ -56,7 +56,7 @@ class Kind(StrEnum):
     """The connection to another rank broke."""
 
 
-FIRST = {Kind.CRASH: 0, Kind.EXIT: 2, Kind.TIMEOUT: 3, Kind.LOST: 4}
+FIRST = {FailureKind.CRASH: 0, FailureKind.EXIT: 2, FailureKind.TIMEOUT: 3, FailureKind.LOST: 4}
 """Of failures in one run the lowest number is the cause, all others 1: a crash makes peers fail, and so on down."""
 
 LOST_PEER = re.compile(
@@ -93,7 +93,7 @@ class Failure:
     """
 
     rank: int
-    kind: Kind
+    kind: FailureKind
     sentence: str
     details: str = ""
     exit_code: int = 1
@@ -103,14 +103,14 @@ class Failure:
     def of(cls, error: BaseException, rank: int, run_dir: Path) -> Failure:
         """The failure of a worker that ended with `error`."""
         kind = kind_of(error)
-        details = "" if kind is Kind.USER else "".join(traceback.format_exception(error)).rstrip()
+        details = "" if kind is FailureKind.USER else "".join(traceback.format_exception(error)).rstrip()
         return cls(rank, kind, sentence(error, kind, run_dir), details[-LONGEST:], exit_code_of(error))
 
     @classmethod
     def parse(cls, text: str) -> Failure:
         """From what `json` returned."""
         values = json.loads(text)
-        return cls(**{**values, "kind": Kind(values["kind"])})
+        return cls(**{**values, "kind": FailureKind(values["kind"])})
 
     @property
     def json(self) -> str:
@@ -153,30 +153,30 @@ def exit_code_of(error: BaseException) -> int:
     return error.exit_code if isinstance(error, MoesysError) else 1
 
 
-def kind_of(error: BaseException) -> Kind:
+def kind_of(error: BaseException) -> FailureKind:
     """The kind of `error`, by its type and the types of those that it came from."""
     if isinstance(error, MoesysError):
-        return Kind.USER
+        return FailureKind.USER
     chain = list(_chain(error))
     numbers = {e.errno for e in chain if isinstance(e, OSError)}
     if numbers & {errno.ENOSPC, errno.EDQUOT} or any(NO_SPACE.search(str(e)) for e in chain):
-        return Kind.DISK
+        return FailureKind.DISK
     if any(_is(e, "OutOfMemoryError", "MemoryError") or NO_MEMORY.search(str(e)) for e in chain):
-        return Kind.MEMORY
+        return FailureKind.MEMORY
     if _is(error, "DistError") or (isinstance(error, RuntimeError) and BACKEND.search(str(error))):
         return kind_of_text(str(error), _is(error, "DistNetworkError"))
     if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
-        return Kind.FILE
-    return Kind.BUG
+        return FailureKind.FILE
+    return FailureKind.BUG
 
 
-def kind_of_text(text: str, of_store: bool = False) -> Kind:
+def kind_of_text(text: str, of_store: bool = False) -> FailureKind:
     """The kind of an error of torch.distributed; `of_store`: of the store, at which ranks meet."""
     if of_store and PORT_TAKEN.search(text):
-        return Kind.PORT
+        return FailureKind.PORT
     if LOST_PEER.search(text):
-        return Kind.LOST
-    return Kind.TIMEOUT if WAITED.search(text) else Kind.BUG
+        return FailureKind.LOST
+    return FailureKind.TIMEOUT if WAITED.search(text) else FailureKind.BUG
 
 
 def _is(error: BaseException, *names: str) -> bool:
@@ -202,25 +202,25 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         waiting += [e for e in (one.__cause__, one.__context__, *inner) if isinstance(e, BaseException)]
 
 
-def sentence(error: BaseException, kind: Kind, run_dir: Path) -> str:
+def sentence(error: BaseException, kind: FailureKind, run_dir: Path) -> str:
     """The cause of `error`, with its remedy where there is one."""
     said = first_line(error)
-    if kind is Kind.USER:
+    if kind is FailureKind.USER:
         return str(error)
-    if kind is Kind.DISK:
+    if kind is FailureKind.DISK:
         return _disk(error, run_dir)
-    if kind is Kind.FILE:
+    if kind is FailureKind.FILE:
         assert isinstance(error, OSError)
         rule = (error.strerror or said).lower()
         return f"{error.filename}: {rule}\n    remedy: make it readable and writable for this user, then start again"
-    if kind is Kind.MEMORY:
+    if kind is FailureKind.MEMORY:
         remedy = "lower train.micro_batch or train.seq_len, set train.recompute, or use more ranks (see --dry-run)"
         return f"out of memory: {said}\n    remedy: {remedy}"
-    if kind is Kind.PORT:
+    if kind is FailureKind.PORT:
         return f"the port at which ranks meet is taken by another program: {said}"
-    if kind is Kind.TIMEOUT:
+    if kind is FailureKind.TIMEOUT:
         return f"waited for another rank in vain: {said}"
-    if kind is Kind.LOST:
+    if kind is FailureKind.LOST:
         return f"lost the connection to another rank: {said}"
     return said
 

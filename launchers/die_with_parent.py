@@ -1,6 +1,6 @@
 """Runs a command that dies with the process that started it, even if that is killed by SIGKILL.
 
-    python -I -S tether.py PARENT_PID COMMAND ARGUMENTS...
+    python -I -S die_with_parent.py PARENT_PID COMMAND ARGUMENTS...
 
 Run as a file, before anything is imported: it asks the kernel (Linux) for SIGKILL on the parent's death
 and then becomes the command. Elsewhere it only becomes the command.

@@ -17,17 +17,17 @@ PREFIXES = ("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MV2_COMM_", "MPI_LOCAL",
 """torchrun; Open MPI; the process managers of MPICH, Intel MPI and MVAPICH, and Slurm's for these."""
 
 
-def is_foreign(name: str) -> bool:
+def is_inherited(name: str) -> bool:
     """Whether another launcher gives its processes a variable of this name."""
     return name in NAMES or name.startswith(PREFIXES)
 
 
-def without(environment: Mapping[str, str]) -> dict[str, str]:
+def cleaned(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without the variables of other launchers."""
-    return {name: value for name, value in environment.items() if not is_foreign(name)}
+    return {name: value for name, value in environment.items() if not is_inherited(name)}
 
 
-def forget() -> None:
+def clear() -> None:
     """Remove them from this process's environment: for what inherits it by itself, such as Ray."""
-    for name in filter(is_foreign, list(os.environ)):
+    for name in filter(is_inherited, list(os.environ)):
         del os.environ[name]
