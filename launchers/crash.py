@@ -1,4 +1,4 @@
-"""The cause of an end that left no error: from exit code or signal, the end of the log, the kernel's counts."""
+"""The cause of a worker's death that left no error: from exit code or signal, its log, and the kernel's counters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FATAL = re.compile(r"^Fatal Python error: (.*)", re.MULTILINE)
 
 
 def failure(rank: int, ended: ExitStatus, run_dir: Path, killed_before: int | None) -> Failure:
-    """The failure of a worker that ended without telling one.
+    """The failure of a worker that ended without reporting one.
 
     `killed_before`: what `kills` returned when the run started.
     """

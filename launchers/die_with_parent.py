@@ -2,8 +2,8 @@
 
     python -I -S die_with_parent.py PARENT_PID COMMAND ARGUMENTS...
 
-Run as a file, before anything is imported: it asks the kernel (Linux) for SIGKILL on the parent's death
-and then becomes the command. Elsewhere it only becomes the command.
+It runs as a file, before anything is imported. It asks the Linux kernel for SIGKILL on the parent's death, and then
+becomes the command. On other systems it only becomes the command.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The folder of a run: whether all that belongs into it can be written, told before anything starts."""
+"""Makes the folder of a run, and checks that everything in it can be written before anything starts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Finds the rank that does not answer, by the heartbeats that all ranks write (train/heartbeat.py), on any launcher.
 
-A rank that hangs fails the *others*, which wait for it in vain. Their errors cannot say who was missing.
+A rank that hangs makes the *others* fail, which wait for it in vain. Their errors cannot name the missing rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STATES = {
     "D": "it waits for a disk or a network file system",
     "Z": "it has ended",
 }
-"""The kernel's letters for states in which a process gives no sign of life, and what they mean."""
+"""The kernel's letters for states in which a process writes no heartbeat, and what they mean."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LastHeartbeat:
 
 
 class LivenessMonitor:
-    """Watches the signs of life of `world` ranks that wait `timeout_s` seconds for each other."""
+    """Watches the heartbeats of `world` ranks that wait `timeout_s` seconds for each other."""
 
     def __init__(self, run_dir: Path, world: int, timeout_s: float, clock: Callable[[], float] = time.monotonic):
         self.run_dir, self.world, self.timeout_s = run_dir, world, timeout_s
@@ -63,7 +63,7 @@ class LivenessMonitor:
         self._reported: set[int] = set()
 
     def poll(self) -> list[str]:
-        """Read the signs anew where it is time to; lines about ranks that have just been found silent."""
+        """Read the heartbeats when they are due; returns lines about ranks that have just been found silent."""
         now = self._clock()
         if now - self._polled < interval(self.timeout_s):
             return []
@@ -73,11 +73,11 @@ class LivenessMonitor:
         silent = {rank: last for rank, last in self._heartbeats.items() if self._is_silent(last, now)}
         news = [self._line(last, now) for rank, last in silent.items() if rank not in self._reported]
         self._reported = set(silent)
-        # Where all fell silent at once, it is the run folder that does not answer, or this machine that slept.
+        # If all fell silent at once, the run folder does not answer, or this machine slept.
         return news if len(silent) < len(self._heartbeats) else []
 
     def explain(self, outcome: Outcome) -> Outcome:
-        """`outcome`, told by the rank that did not come where it says that others waited for one in vain."""
+        """`outcome`, with the missing rank named if it says that other ranks waited in vain."""
         if outcome.kind not in (FailureKind.TIMEOUT, FailureKind.LOST) or not self._heartbeats:
             return outcome
         newest = max(last.seen_at for last in self._heartbeats.values())
@@ -105,7 +105,7 @@ class LivenessMonitor:
             self._heartbeats[rank] = replace(last, state=state(last.record["pid"]) or last.state)
 
     def _is_silent(self, last: LastHeartbeat, now: float) -> bool:
-        """Whether the user is to hear of it: a process of this machine that computes may have no time for signs."""
+        """True if the user must know: a local process that computes may have no time for heartbeats."""
         here = last.record["host"] == os.uname().nodename
         if last.record.get("ended"):  # rank 0 writes the report alone
             return False

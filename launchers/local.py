@@ -20,7 +20,7 @@ from moesys.words import plural
 
 HOST = "127.0.0.1"
 SETTLE_S = 2.0
-"""Seconds after a failure in which workers that told one may end by themselves."""
+"""Seconds after a failure in which workers that reported one may end by themselves."""
 ATTEMPTS = 3
 """Starts, at most, when the rendezvous port turns out to be taken."""
 
@@ -40,9 +40,9 @@ class LocalWorkers:
         self._port: ReservedPort | None = None
 
     def start(self, phase: Callable[[str], None]) -> None:
-        """Start all workers; `phase` is told what is being waited for.
+        """Start all workers; calls `phase` with what is being waited for.
 
-        Raises `LaunchError` where the run does not fit on this machine.
+        Raises `LaunchError` if the run does not fit on this machine.
         """
         self.refuse()
         phase(f"starting {plural(self.spec.world, 'worker')}")
@@ -74,7 +74,7 @@ class LocalWorkers:
         return {**inherited, **{key: str(value) for key, value in own.items()}}
 
     def poll(self) -> Outcome | None:
-        """None while the run goes on; else how it ended, with no worker left running."""
+        """The outcome of the run once it has ended, with no worker left running; None before."""
         ended = self._processes.ended()
         if any(end.code for end in ended.values()):
             return self._failed()
@@ -101,7 +101,7 @@ class LocalWorkers:
         return outcome(cause, who, self.spec.run_dir)
 
     def _settled(self) -> dict[int, ExitStatus]:
-        """The workers that ended, once those that told a failure have ended too."""
+        """The workers that ended, once those that reported a failure have ended too."""
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline:
             time.sleep(0.05)
@@ -111,7 +111,7 @@ class LocalWorkers:
         return ended
 
     def _failures(self, ended: Mapping[int, ExitStatus]) -> list[Failure]:
-        """The failures that workers told, and those of workers that `ended` without a word."""
+        """The failures that workers reported, and those of workers that ended without a report."""
         reported = self._processes.failures()
         silent = {rank: end for rank, end in ended.items() if rank not in reported}
         failures = list(reported.values())

@@ -1,6 +1,6 @@
-"""The cause of a run's failure: the worker whose failure came first, told apart from those that followed from it.
+"""The outcome of a run, and the cause of its failure: the worker that failed first.
 
-When a worker dies, the others fail a moment later because their peer is gone. Only the first is of use.
+When a worker dies, the others fail a moment later because their peer is gone. Only the first failure is of use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TAIL_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run: its exit code, unless that is 0 what to tell the user, and what kind of failure it was."""
+    """The end of a run: its exit code and, unless that is 0, the message for the user and the kind of failure."""
 
     exit_code: int
     message: str = ""
@@ -43,7 +43,7 @@ def outcome(failure: Failure, who: str, run_dir: Path) -> Outcome:
 
 
 def message(failure: Failure, who: str, run_dir: Path) -> str:
-    """The text for the user: the cause in a sentence, and below it what helps to find more."""
+    """The text for the user: the cause in a sentence, and below it where to look for more."""
     if failure.kind in (FailureKind.CRASH, FailureKind.EXIT):
         return f"{who} {failure.text}"
     if failure.kind is FailureKind.USER:
@@ -55,17 +55,17 @@ def message(failure: Failure, who: str, run_dir: Path) -> str:
 
 
 def clear_traces(run_dir: Path) -> None:
-    """Remove what an earlier attempt left and this one would mistake for its own: errors, signs of life, rank map."""
+    """Remove the errors, heartbeats and rank map of an earlier attempt, which this one would mistake for its own."""
     for path in [*(run_dir / "errors").glob("rank-*.txt"), run_dir / "ranks.json"]:
         path.unlink(missing_ok=True)
     shutil.rmtree(run_dir / "beats", ignore_errors=True)
 
 
 def read_ranks(run_dir: Path) -> dict[int, dict[str, object]]:
-    """The rank-to-node map that the workers wrote, by rank; empty before they did.
+    """The rank-to-node map that the workers wrote, by rank; empty before.
 
-    Accepts an object keyed by rank or a list in rank order; of each entry `host`, `node_ip`, `pid`,
-    `local_rank` and `device` are in use.
+    Accepts an object keyed by rank or a list in rank order. Entries have `host`, `node_ip`, `pid`, `local_rank` and
+    `device`.
     """
     try:
         ranks = json.loads((run_dir / "ranks.json").read_text())

@@ -1,8 +1,8 @@
 """Worker processes of one machine: started together, ended together, none left behind.
 
-Every worker leads a process group of its own, so that what it started ends with it, and is tethered to
-this process (die_with_parent.py). An ended worker is not reaped before its group is gone: until then the kernel
-cannot give the group's number to a stranger.
+Every worker leads its own process group, so that its children end with it, and dies with this process
+(die_with_parent.py). An ended worker is not reaped before its group is gone: until then the kernel cannot give the
+group's number to another process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DIE_WITH_PARENT = str(Path(__file__).with_name("die_with_parent.py"))
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """How a process ended: its exit code, or the signal that killed it."""
+    """The end of a process: its exit code, or the signal that killed it."""
 
     code: int
     signal: signal.Signals | None = None
@@ -73,14 +73,14 @@ class Processes:
         return [process.pid for process in self._popen]
 
     def ended(self) -> dict[int, ExitStatus]:
-        """Rank → how it ended, for every process that has ended by now, in the order of noticing it."""
+        """Rank → exit status of every process that has ended by now, in the order in which this was noticed."""
         for rank in range(len(self._popen)):
             if rank not in self._ended:
                 self._note(rank, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         return dict(self._ended)
 
     def failures(self) -> dict[int, Failure]:
-        """Rank → the failure that its process has told, see `moesys.train.failure`."""
+        """Rank → the failure that its process has reported, see `moesys.train.failure`."""
         for rank, pipe in enumerate(self._pipes):
             with suppress(BlockingIOError):
                 while part := os.read(pipe, 2**16):
@@ -88,7 +88,7 @@ class Processes:
         return {rank: Failure.parse(line.decode()) for rank, line in enumerate(self._reported) if line.endswith(b"\n")}
 
     def end(self, grace_s: float = 5.0) -> None:
-        """SIGTERM to all that still run, SIGKILL to what is left of every group after `grace_s` seconds."""
+        """Send SIGTERM to all that still run, and SIGKILL to what is left of every group after `grace_s` seconds."""
         for rank in self._running():
             self._signal(rank, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
@@ -118,7 +118,7 @@ class Processes:
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """Start one process as leader of its own group, its output appended to `log`; and the pipe of its failure."""
+    """Start one process as leader of its own group, its output appended to `log`; returns it and its failure pipe."""
     log.parent.mkdir(parents=True, exist_ok=True)
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
@@ -143,7 +143,7 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
 
 
 def from_status(state: os.waitid_result) -> ExitStatus:
-    """From what `waitid` reports to an exit code (128 + n for signal n, as shells do)."""
+    """The exit status in a result of `waitid`; its code is 128 + n for signal n, as in shells."""
     if state.si_code == os.CLD_EXITED:
         return ExitStatus(state.si_status)
     number = signal.Signals(state.si_status)

@@ -1,7 +1,7 @@
-"""The live display of a run: what is being waited for, then loss, speed and balance, and rank 0's own output.
+"""The live display of a run: its phase, then loss, speed and balance, and the output of rank 0.
 
-Everything is read from files in the run's folder that rank 0 writes (metrics.jsonl, logs/rank-0.log, its sign
-of life), so the display costs the workers nothing and is the same for every launcher.
+It reads files that rank 0 writes in the run's folder (metrics.jsonl, logs/rank-0.log, its heartbeat). So it costs the
+workers nothing and is the same for every launcher.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from moesys.train.rank import LOG_ONLY
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
-"imbalance", "all_to_all_share" and "eta_s"; an evaluation "step" and "heldout_loss"; what a user should see "step"
-and "warning"."""
+"imbalance", "all_to_all_share" and "eta_s"; an evaluation has "step" and "heldout_loss"; a warning "step" and
+"warning"."""
 
 FIELDS = (
     ("loss", "loss", "{:.4f}"),
@@ -44,7 +44,7 @@ FAULTS = (("skipped", "skipped"), ("dead_experts", "dead experts"), ("collapsed_
 """Key and label of counts that are shown where there are any."""
 
 LOST, NOT_FINITE = ("loss", "grad_norm"), "not finite"
-"""Figures that every step has: one that is null in its record, as JSON has no NaN, is shown in these words."""
+"""Figures that every step has. JSON has no NaN: a null in a record is shown in these words."""
 
 
 class Progress:
@@ -69,7 +69,7 @@ class Progress:
         self.step = 0
         """The last step that was logged."""
         self.failed = False
-        """Set when the run has failed: the rest of rank 0's output, mostly of lost peers, stays in its log."""
+        """True once the run has failed. The rest of rank 0's output, mostly about lost peers, then stays in its log."""
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
@@ -88,7 +88,7 @@ class Progress:
                 self._print(line_of(self._last))
 
     def phase(self, text: str) -> None:
-        """Name what is being waited for; shown until the next phase or the first step."""
+        """Show what the run waits for, until the next phase or the first step."""
         if text == self._phase:
             return
         self._phase, self._since, self._latest = text, time.monotonic(), None
@@ -113,7 +113,7 @@ class Progress:
             self._draw()
 
     def _show_output(self, lines: Iterable[str]) -> None:
-        """Rank 0's output, without the lines of its log that the launcher tells by itself."""
+        """Print rank 0's output, without the lines that are for its log alone."""
         self.tell(line for line in lines if not line.startswith(LOG_ONLY))
 
     def _show_metrics(self) -> None:
@@ -151,7 +151,7 @@ class Progress:
 
 
 def bar(metrics: Metrics) -> Group:
-    """Two lines: how far the run is, and its figures."""
+    """Two lines: the progress bar, and the figures of the latest step."""
     step, steps = metrics["step"], metrics["steps"]
     line = Table.grid(padding=(0, 1))
     done = ProgressBar(total=steps, completed=step, width=40)

@@ -1,7 +1,7 @@
-"""Workers on Ray: Ray Train's TorchTrainer starts them, gives them ranks and a rendezvous, and restarts them.
+"""Workers on Ray: Ray Train's TorchTrainer starts them, gives them ranks, and restarts them.
 
-What is ours is around that: where workers may be placed, what environment they get, which of their errors
-is shown, and how everything ends.
+This project adds the placement of workers, their environment, the choice of the error that is shown, and an orderly
+end.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class RayWorkers:
         self._closing = ExitStack()
 
     def start(self, phase: Callable[[str], None]) -> None:
-        """Start or join Ray, check that it has the nodes, start the workers; `phase` is told what goes on.
+        """Start or join Ray, check that it has the nodes, start the workers; calls `phase` with what goes on.
 
-        Raises `LaunchError` where there is no Ray or it is too small.
+        Raises `LaunchError` if there is no Ray or it is too small.
         """
         clear_traces(self.spec.run_dir)
         inherited_env.clear()  # Ray's processes inherit this one's environment
@@ -104,7 +104,7 @@ class RayWorkers:
         self._start_fit()
 
     def poll(self) -> Outcome | None:
-        """None while the run goes on; else how it ended."""
+        """The outcome of the run once it has ended; None before."""
         if self._fit.is_alive():
             return None
         if self._error is None:
@@ -164,7 +164,7 @@ class RayWorkers:
         self._fit.start()
 
     def _run_fit(self) -> None:
-        """In a thread, so that the main thread can show progress and take signals."""
+        """Run in a thread, so that the main thread can show progress and take signals."""
         try:
             self._trainer.fit()
         except BaseException as error:

@@ -1,8 +1,8 @@
-"""The meeting place of the workers of Ray Train, and what they are told only once they run.
+"""The rendezvous of the workers of Ray Train, and the variables that they get only once they run.
 
-Ray Train's own backend for torch looks for a free port, lets it go again, and has the store of rank 0 listen there
-on every interface. Here rank 0's process itself listens, on its node's address alone, and keeps that socket for the
-store; ranks join in the worker's own code, as those of every other launcher.
+Ray Train's own backend for torch finds a free port, releases it, and lets the store of rank 0 listen there on every
+interface. Here rank 0's process listens on its node's address alone, and keeps that socket for the store. Ranks join in
+the worker's own code, as with every other launcher.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moesys.launchers.ray_worker import Task, node_address, train_loop
 
 
 class Rendezvous(TorchConfig):
-    """In place of Ray Train's way to a process group."""
+    """Replaces Ray Train's way to a process group."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -52,7 +52,7 @@ def listen_here() -> dict[str, str]:
 def loop(late: Mapping[str, str], task: Task) -> None:
     """Called in each worker: `train_loop(task)` with its rank and `late` in the environment.
 
-    What is in `late` is written nowhere: Ray logs the environment that it is asked for.
+    Nothing writes `late` down, whereas Ray logs the environment that it is asked for.
     """
     from ray.train import get_context
 

@@ -27,7 +27,7 @@ splits data sets of Ray Data, which we do not use."""
 
 
 class AtOnce(FixedScalingPolicy):
-    """Workers on nodes that are there already: nobody is asked for more.
+    """Places workers on existing nodes, and requests no others.
 
     Ray Train asks a coordinator, which is one more process whose start is waited for: ten seconds on two cores.
     """
@@ -67,8 +67,8 @@ def make(
 ) -> TorchTrainer:
     """A trainer of `world` workers that do `task` with environment `env`.
 
-    Ray writes the environment of processes that it is to start into its logs, so only what a process needs from its
-    first moment takes this way.
+    Ray logs the environment of processes that it starts. So only variables that a process needs from its first moment
+    are passed that way.
 
     `max_failures` restarts of all workers; Ray's own failures to start them are counted apart, up to the
     same number. Nothing is reported through Ray, so `storage` stays empty but for its bookkeeping.

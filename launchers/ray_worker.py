@@ -1,7 +1,7 @@
-"""What runs inside a worker of Ray Train: it makes the worker look like one of the other launchers.
+"""Runs inside a worker of Ray Train, and makes it look like a worker of the other launchers.
 
-Same working folder, same log file, same error file. Nothing is reported through Ray Train: its report is
-a barrier over all workers.
+It has the same working folder, log file and error file. Nothing is reported through Ray Train, whose report is a
+barrier over all workers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from moesys.train.failure import Failure, FailureKind, error_file
 from moesys.train.rank import header
 
 HEAD_START_S = 2.0
-"""How long an error that only says that a peer is gone is held back: Ray shall see the peer's end first."""
+"""Seconds for which the error of a lost peer is held back, so that Ray sees the peer's end first."""
 
 Worker = Callable[[Config, Path], None]
 
 
 class Task(TypedDict):
-    """What a worker is told: its configuration and run folder (absolute), the working folder of the
-    launching process, and what to call, as "module:function"."""
+    """A worker's task: its configuration and run folder (absolute), the working folder of the launching process, and
+    the function to call, as "module:function"."""
 
     config: Config
     run_dir: str
@@ -40,8 +40,8 @@ class Task(TypedDict):
 def train_loop(task: Task) -> None:
     """Call the worker function; its error becomes a file and a `RuntimeError(text, failure as JSON)`.
 
-    A plain error, because Ray must be able to send it: an exception whose constructor takes anything but
-    a text arrives as a failure to unpickle.
+    The error is plain, because Ray must be able to send it: an exception whose constructor takes more than a text
+    cannot be unpickled.
     """
     rank, run_dir = int(os.environ["RANK"]), Path(task["run_dir"])
     if Path(task["cwd"]).is_dir():

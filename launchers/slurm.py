@@ -1,9 +1,9 @@
 """A run as a Slurm batch script, and its submission.
 
-The script starts the workers with plain srun, not with Ray inside Slurm (`ray symmetric-run`). Slurm does
-already what Ray would add: it places and starts one process per rank, ends all when one fails, and leaves
-nothing behind. Ray would bring a head node to wait for (30 s and no longer), ports that clash with those
-of other users on shared nodes, and a `ray stop` at the end that takes every Ray process of the node along.
+The script starts the workers with plain srun, not with Ray inside Slurm (`ray symmetric-run`). Slurm already does
+what Ray would add: it places and starts one process per rank, ends all when one fails, and leaves nothing behind. Ray
+would need a head node (for which it waits 30 s at most), ports that clash with those of other users on shared nodes,
+and a final `ray stop` that ends every Ray process of the node.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _option(key: str, value: str | int | None) -> str:
 
 
 def _asked(given: Mapping[str, object], names: set[str]) -> bool:
-    """Whether `launch.slurm` says anything of the options `names`; false: that moesys must not either."""
+    """True if `launch.slurm` sets one of the options `names`; a value of false keeps moesys from setting them."""
     return not names.isdisjoint(given)
 
 

@@ -1,4 +1,4 @@
-"""`moesys what-if`: predictions from a recorded run, and, where asked for, runs that tell how good they are."""
+"""`moesys what-if`: predictions from a recorded run and, if asked for, runs that show how good they are."""
 
 from __future__ import annotations
 

@@ -265,10 +265,10 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments.parser.error(wrong)
     arguments.overrides = [*arguments.overrides, *rest]
     inherited_env.clear()
-    # OpenMP's idle threads spin for some ten milliseconds before they sleep, on cores that experts' own threads
-    # need; it is told how long when torch loads it.
+    # OpenMP's idle threads spin for about ten milliseconds before they sleep, on cores that the experts' threads
+    # need. OpenMP reads this limit when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all levels: its profiler tells of every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all levels: its profiler prints every start and stop
     try:
         return COMMANDS[arguments.run](arguments)
     except MoesysError as error:
@@ -277,7 +277,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever reads the output has enough of it, as `| head` has; Python's last flush must not fail on it either.
+        # The reader, such as `| head`, has closed the pipe; Python's last flush must not fail on it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

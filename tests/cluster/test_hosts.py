@@ -1,4 +1,4 @@
-"""Two pretended hosts on one machine, with a slow link between them: what crosses it, when, and how it fails."""
+"""Two emulated hosts on one machine, with a slow link between them: what crosses it, when, and how it fails."""
 
 from __future__ import annotations
 
