@@ -62,7 +62,7 @@ class MegatronGate(TopKGate):
     """
 
     local_tokens_per_expert: Tensor
-    global_load: Tensor
+    global_load_sum: Tensor
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class MegatronGate(TopKGate):
         # To TopKGate any rate but 0 means that there is a bias.
         super().__init__(hidden, experts, top_k, bias_rate=float(biased), **options)
         self.jitter, self.biased, self.counts_first = jitter, biased, False
-        for name, wanted in (("local_tokens_per_expert", biased), ("global_load", global_balance)):
+        for name, wanted in (("local_tokens_per_expert", biased), ("global_load_sum", global_balance)):
             if wanted:
                 self.register_buffer(name, torch.zeros(experts), persistent=False)
-        self.has_global_load = global_balance
+        self.has_global_sum = global_balance
         self.passes = 0
-        """Forward passes that `global_load` counts."""
+        """Forward passes that `global_load_sum` counts."""
 
     def follow(self, config: Any) -> None:
         """Take what Megatron's router reads of its configuration in every forward pass."""
@@ -107,8 +107,8 @@ class MegatronGate(TopKGate):
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the loads of the global batch; Megatron calls it after each step."""
         self.passes = 0
-        if self.has_global_load:
-            self.global_load.zero_()
+        if self.has_global_sum:
+            self.global_load_sum.zero_()
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
         assert isinstance(tokens, MegatronTokens)
@@ -174,9 +174,9 @@ class MegatronGate(TopKGate):
             found["sequence_balance"] = self._sequences(scores_BE, scope.sum(load_BE))
         if self.balance.global_balance:
             now_E = scope.sum_global(load_E)
-            self.global_load += now_E
+            self.global_load_sum += now_E
             self.passes += 1
-            found["global_balance"] = self._balance(scores_TE.sum(0), self.global_load / self.passes, now_E)
+            found["global_balance"] = self._balance(scores_TE.sum(0), self.global_load_sum / self.passes, now_E)
         return found
 
     def _balance(self, score_E: Tensor, load_E: Tensor, now_E: Tensor) -> Tensor:
