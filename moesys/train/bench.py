@@ -1,4 +1,4 @@
-"""Benchmarks of training: against transformers in one process, and how long a launch takes.
+"""Benchmarks of training: a comparison with transformers in one process, and the duration of a launch.
 
 moesys bench train configs/quickstart.yaml
 """

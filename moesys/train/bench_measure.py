@@ -1,4 +1,4 @@
-"""What recording costs: training steps with it and without, in turn, in the same processes.
+"""Measures the cost of recording: training steps with and without it, interleaved in the same processes.
 
 moesys bench measure configs/quickstart.yaml
 """
@@ -40,10 +40,10 @@ class RecordingCost:
 
     Attributes:
         seconds: of a step with collectives called bare.
-        off: seconds of the same step as every run makes it / bare.
+        off: seconds of the same step as every run makes it, / bare.
         on: seconds with every `every`-th step recorded on all ranks, brought together and explained / off.
         all: seconds with every step recorded / off.
-        noise: median of bare rounds / the bare rounds before: what differs by itself.
+        noise: median of bare rounds / the bare rounds before: the variation of the machine.
     """
 
     seconds: float
@@ -102,7 +102,7 @@ SIMULATED_STEPS = 20
 
 
 def simulated(config: Config, world: int) -> simulate.Result:
-    """What bringing records together costs rank 0 of `world` ranks with the configuration's layers.
+    """The simulated cost of gathering records on rank 0 of `world` ranks with the configuration's layers.
 
     Experts are shared by 64 neighbours, or by all where there are fewer.
     """

@@ -1,4 +1,4 @@
-"""A run's latest metrics as Prometheus reads them."""
+"""Serves a run's latest metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Exporter(Collector):
-    """Serves http://host:port/metrics until it is closed, by `moesys.train.metric_table`; all have the label `run`.
+    """Serves http://host:port/metrics until it is closed; names are in `metric_table`, and all have the label `run`.
 
     Args:
         run: the run's name.
         about: further labels of `moesys_run_info`.
 
     Raises:
-        MoesysError: the port cannot be had.
+        MoesysError: the port cannot be used.
     """
 
     def __init__(self, run: str, port: int, host: str, about: Mapping[str, str] | None = None):
@@ -42,7 +42,7 @@ class Exporter(Collector):
             ) from None
 
     def set_metrics(self, metrics: Mapping[str, float]) -> None:
-        """From now on these, by their keys in metrics.jsonl, are the latest; others stay as they were."""
+        """Replace the values of these metrics, given by their keys in metrics.jsonl; others stay."""
         with self._lock:
             for key, value in metrics.items():
                 m = metric(key)
@@ -50,7 +50,7 @@ class Exporter(Collector):
                     self._set(m, value, *([m.label] if m.label else []))
 
     def set_load(self, layers: Sequence[int], load: Sequence[Sequence[float]]) -> None:
-        """The same of the assignments of every expert in these layers, by their blocks' numbers."""
+        """Replace the numbers of assignments of every expert in these layers, given by their blocks' numbers."""
         with self._lock:
             for layer, counts in zip(layers, load, strict=True):
                 here, mean = ("layer", str(layer)), sum(counts) / len(counts)
@@ -62,7 +62,7 @@ class Exporter(Collector):
         self._values.setdefault(m.family, {})[("run", self._run), *labels] = float(value)
 
     def describe(self) -> Iterable[Family]:
-        return ()  # so that nothing is collected to be registered
+        return ()  # registering then collects nothing
 
     def collect(self) -> Iterable[Family]:
         """All families that have a value."""

@@ -1,8 +1,7 @@
-"""The end of a worker in failure: what kind of failure it is, and its cause in one sentence.
+"""The failure of a worker: its kind, and its cause in one sentence.
 
-A failure is told by the type of its error, not by a phrase in its text, except where PyTorch itself has no
-type for it. It reaches whoever started the worker through a pipe or Ray, because the disk may be what failed.
-Imports no torch: launchers read failures too.
+The type of the error decides the kind, not a phrase in its text, unless PyTorch has no type for it. The failure reaches
+the launcher through a pipe or Ray, because the disk may have failed. No torch is imported: launchers read failures too.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class FailureKind(StrEnum):
 
 
 FIRST = {FailureKind.CRASH: 0, FailureKind.EXIT: 2, FailureKind.TIMEOUT: 3, FailureKind.LOST: 4}
-"""Of failures in one run the lowest number is the cause, all others 1: a crash makes peers fail, and so on down."""
+"""The order of kinds, 1 if absent. The lowest among a run's failures is the cause: a crash makes its peers fail."""
 
 LOST_PEER = re.compile(
     r"Connection (closed|reset) by|Connection refused|Broken pipe|Socket closed|recvValue failed"
@@ -108,7 +107,7 @@ class Failure:
 
     @classmethod
     def parse(cls, text: str) -> Failure:
-        """From what `json` returned."""
+        """The failure in a line that `json` returned."""
         values = json.loads(text)
         return cls(**{**values, "kind": FailureKind(values["kind"])})
 
@@ -128,14 +127,14 @@ class Failure:
         return FIRST.get(self.kind, 1), self.at
 
     def write(self, run_dir: Path) -> None:
-        """Leave it in errors/rank-N.txt, if the disk takes it."""
+        """Write it to errors/rank-N.txt, if the disk allows."""
         with suppress(OSError):
             path = error_file(run_dir, self.rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self.text + "\n", encoding="utf-8", errors="replace")
 
     def send(self) -> None:
-        """Tell the process that started this one, if it listens."""
+        """Send it to the process that started this one, if that listens."""
         if descriptor := os.environ.get(PIPE):
             with suppress(OSError, ValueError):
                 os.write(int(descriptor), f"{self.json}\n".encode())
@@ -180,12 +179,12 @@ def kind_of_text(text: str, of_store: bool = False) -> FailureKind:
 
 
 def _is(error: BaseException, *names: str) -> bool:
-    """Whether a class of `error` has one of these names: torch is not imported for its classes."""
+    """True if a class of `error` has one of these names: torch is not imported for its classes."""
     return any(cls.__name__ in names for cls in type(error).__mro__)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """`error`, what it came from, and what the ranks' errors in torch's CheckpointException came from."""
+    """`error`, its causes, and those of the ranks' errors in torch's CheckpointException."""
     found, waiting = set[int](), [error]
     while waiting:
         one = waiting.pop()
@@ -203,7 +202,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def sentence(error: BaseException, kind: FailureKind, run_dir: Path) -> str:
-    """The cause of `error`, with its remedy where there is one."""
+    """The cause of `error`, with its remedy if there is one."""
     said = first_line(error)
     if kind is FailureKind.USER:
         return str(error)

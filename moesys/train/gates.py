@@ -1,4 +1,4 @@
-"""What gates are told before training begins, and what is written of what they decide."""
+"""Prepares gates before training begins, and writes the routing that they decide."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTED, PIECES = 2**24, 64
 
 
 def prepare(engine: Engine, corpus: Corpus) -> None:
-    """Tell balanced hash gates how often each id occurs, and replay gates what to replay.
+    """Give balanced hash gates the frequencies of ids, and replay gates their recording.
 
     Raises:
         DataError: a recording is missing, or is not of this model.
@@ -38,7 +38,7 @@ def prepare(engine: Engine, corpus: Corpus) -> None:
 
 
 def frequencies(corpus: Corpus) -> np.ndarray:
-    """How often each id occurs in the training data (in a part of it, where it is large): int64 [V]."""
+    """Occurrences of each id in the training data, or in a part of large data: int64 [V]."""
     tokens = corpus.train
     pieces = [np.asarray(tokens[:])]
     if len(tokens) > COUNTED:

@@ -1,4 +1,4 @@
-"""The metrics of a run: their keys in metrics.jsonl, and what boards and Prometheus call them."""
+"""The metrics of a run: their keys in metrics.jsonl, and their names on boards and in Prometheus."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ INFO = Metric("", "moesys_run_info", "1, with what the run is as labels.")
 
 
 def metric(key: str) -> Metric:
-    """The metric of a key; one that the table lacks is shown by its own name, and not told to Prometheus."""
+    """The metric of a key. A key that the table lacks is shown by its own name, and not exported to Prometheus."""
     if key.startswith(CAUSES):
         cause = key.removeprefix(CAUSES)
         return Metric(f"comm/waiting_{_word(cause)}_seconds", "moesys_waiting_seconds", _CAUSE, ("cause", cause))
@@ -138,6 +138,6 @@ def _word(text: str) -> str:
 
 
 def families() -> dict[str, Metric]:
-    """One metric of every family that Prometheus is told, by its name."""
+    """One metric of every family that is exported to Prometheus, by the family's name."""
     every = (*METRICS.values(), metric(CAUSES), metric(PARTS), LOAD, LAYER_IMBALANCE, INFO)
     return {m.family: m for m in every if m.family}

@@ -1,4 +1,4 @@
-"""The project's own engine: a `Decoder` composed with the dimensions of parallelism, and torch's optimizers."""
+"""The native engine: a `Decoder` composed with the dimensions of parallelism, and torch's optimizers."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def join_process_group(config: Config) -> tuple[Degrees, torch.device]:
 
 
 def own_gpu(local_rank: int, visible: int) -> int:
-    """The GPU of a worker among those it sees: the one of its number on the node, modulo how many these are.
+    """The GPU of a worker among those it sees: its local rank, modulo their number.
 
-    Where launchers give each worker its own (Slurm's gpus-per-task, Ray), it sees as many as one worker has, whatever
-    its number. Two workers that come to the same GPU hear of it where the ranks meet (`rendezvous.claim`).
+    If the launcher gives each worker its own GPUs (Slurm's gpus-per-task, Ray), a worker sees only these. If two
+    workers choose the same GPU, the rendezvous raises an error (`rendezvous.claim`).
 
     Raises:
-        MoesysError: it sees none.
+        MoesysError: the worker sees none.
     """
     if not visible:
         rule = f"worker {local_rank} of this node computes on a GPU, as cluster.device says, and sees none"
@@ -77,7 +77,7 @@ def build(
 
 
 class NativeEngine:
-    """See `Engine`. Checkpoints hold every tensor by its parameter's name, through `torch.distributed.checkpoint`."""
+    """See `Engine`. `torch.distributed.checkpoint` saves every tensor by its parameter's name."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class NativeEngine:
         return {"model": model, "optimizer": slots}
 
     def _allocate(self) -> None:
-        """Make the optimizer create its state: a step of zeros that changes nothing, and that no count keeps."""
+        """Make the optimizer create its state by a step with zero gradients. It changes nothing and is not counted."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0

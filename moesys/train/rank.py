@@ -3,8 +3,7 @@
     RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 \\
         python -m moesys.train.rank moesys.train.worker runs/NAME
 
-Everything that takes long to import, torch above all, is imported inside, so that a failure to do so is told
-as any other.
+Slow imports, torch above all, happen inside, so that a failed import is reported like any other failure.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from moesys.train.failure import Failure
 from moesys.train.heartbeat import Heartbeat
 
 MARK = "=== attempt "
-"""Begins the line of a log that says what was started when."""
+"""Begins the header line of an attempt in a log."""
 
 LOG_ONLY = "=== "
-"""Begins lines of a log that are for its reader alone: the launcher tells the same itself."""
+"""Begins lines that are for the log alone: the launcher prints the same itself."""
 
 COMMAND = "MOESYS_COMMAND"
 """The variable with the command that the user gave."""
 
 
 def header(log: Path) -> str:
-    """The line before a worker's output: which attempt, when, where, what, by which command.
+    """The header of a worker's output: attempt, time, process, versions and command.
 
     `log` holds the output of the attempts before this one.
     """
@@ -61,7 +60,7 @@ def _version(package: str) -> str:
 
 
 def process(work: Callable[[], None], run_dir: Path) -> int:
-    """Do `work`, a rank's part of the run in `run_dir`: 0, or the exit code of its failure, which is told before."""
+    """Do `work`, a rank's part of the run in `run_dir`; returns 0, or reports its failure and returns the exit code."""
     rank = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -94,7 +93,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def leave(code: int) -> None:
-    """End this process; after a failure at once: process groups without peers may hang or abort at the end."""
+    """End this process. After a failure it ends at once: process groups without peers may hang or abort at exit."""
     if code:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Worker processes on this machine for what is no run: proofs and benchmarks."""
+"""Spawns worker processes on this machine for proofs and benchmarks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from moesys.train.failure import Failure
 
 
 def resolve_device(config: Config, world: int, what: str) -> Config:
-    """The configuration for `what` ("verify") in at most `world` processes here, its device decided for all of them.
+    """The configuration for `what` ("verify") in at most `world` processes here, with `cluster.device` decided.
 
-    Says a word where they leave GPUs unused. Raises `LaunchError` where this machine cannot carry them.
+    Prints a note if GPUs stay unused. Raises `LaunchError` if this machine cannot run the processes.
     """
     config, word = device.placed(config, world)
     if word:
@@ -39,7 +39,7 @@ def resolve_device(config: Config, world: int, what: str) -> Config:
 def processes(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[Path]:
     """Run `work(rank, world, *arguments, folder)`, importable by name, in `world` processes to its end.
 
-    Yields the folder, in which results may be left; it is removed afterwards.
+    Yields the folder, to which `work` may write results; it is removed afterwards.
 
     Raises:
         LaunchError: a process failed; says why, with a traceback where the error was not meant for users.
@@ -57,7 +57,7 @@ def processes(work: Callable[..., None], world: int, *arguments: Any) -> Iterato
 
 
 def _run(rank: int, work: Callable[..., None], *arguments: Any) -> None:
-    """In a process: its work, whose failure is left in the folder."""
+    """Do the work of one process, and write its failure to the folder."""
     folder = Path(arguments[-1])
     try:
         work(rank, *arguments)
@@ -67,7 +67,7 @@ def _run(rank: int, work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _cause(error: mp.ProcessRaisedException | mp.ProcessExitedException, folder: Path) -> LaunchError:
-    """The failure that the others follow from, as an error meant for the user."""
+    """The failure that caused the others, as an error for the user."""
     if isinstance(error, mp.ProcessExitedException):
         how = f"was killed by {error.signal_name}" if error.signal_name else f"exited with code {error.exit_code}"
         return LaunchError(f"process {error.error_index} {how}")
@@ -82,7 +82,10 @@ def _cause(error: mp.ProcessRaisedException | mp.ProcessExitedException, folder:
 
 @contextmanager
 def process_group(rank: int, world: int, config: Config, folder: str) -> Iterator[Ranks]:
-    """In such a process: its meshes, connected through a file in `folder`; `config` as `resolve_device` gave it."""
+    """Join the process group of `processes` through a file in `folder`; yields the meshes.
+
+    `config`: as `resolve_device` returned it.
+    """
     from moesys.train.engine import engine_of
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))

@@ -1,4 +1,4 @@
-"""One worker process of a run: what every launcher starts on every rank.
+"""The worker program of a run, which every launcher starts on every rank.
 
     RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 \\
         python -m moesys.train.rank moesys.train.worker runs/NAME
@@ -51,7 +51,7 @@ def guarded(work: Callable[[Config, Path], None], config: Config, run_dir: Path)
 
 
 def part() -> None:
-    """Leave the process group when all ranks do, unless this one has left it."""
+    """Wait for all ranks and leave the process group, unless this rank has left it."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -77,13 +77,13 @@ def _train(config: Config, run_dir: Path) -> None:
     recorder = Recorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
         summary = _steps(trainer, log, routing, recorder, folder)
-        part()  # nobody waits for what rank 0 does alone
+        part()  # the other ranks need not wait for rank 0's last work
         if mesh.rank == 0:
-            _write_summary(summary, trainer, run_dir, corpus)  # metrics are told until the end
+            _write_summary(summary, trainer, run_dir, corpus)  # metrics are served until the end
 
 
 def _print_resumption(path: Path | None, trainer: Trainer, run_dir: Path) -> None:
-    """Say, once, where a run goes on from, what of its records is written again, and what has changed since."""
+    """Print on rank 0 from which step the run goes on, which records are written again, and what has changed."""
     if dist.get_rank() != 0:
         return
     lines = manifest.incomplete(run_dir / "checkpoints")
@@ -105,7 +105,7 @@ def _changed(path: Path, config: Config, resumed: checkpoint.Loaded) -> list[str
 
 
 def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:
-    """From where a resumed run goes on, and what of its records is written again."""
+    """A sentence on the checkpoint from which a run goes on, and on the records that are written again."""
     written = max(
         (r["step"] for r in json_objects(run_dir / "metrics.jsonl") if isinstance(r.get("step"), int)), default=0
     )
@@ -116,7 +116,7 @@ def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:
 
 
 def _agree(corpus: Corpus) -> None:
-    """Stop if ranks read different text: a file that differs on one node, or another Python version."""
+    """Raise DataError if ranks read different text: a file differs on one node, or the Python version does."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), corpus.fingerprint))
     odd = [f"rank {rank} on {facts[0]}" for rank, facts in enumerate(everyone) if facts[1:] != everyone[0][1:]]
@@ -174,7 +174,7 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
 
 
 def _write_reports(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
-    """What the steps that were read say beside their records.
+    """Write the load, faults and skips of the steps that were read.
 
     Raises:
         TrainingError: one of them was skipped too many.
@@ -196,7 +196,7 @@ def _heldout(trainer: Trainer) -> dict[str, float]:
 
 
 def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:
-    """What recorded steps say, among the metrics of these steps."""
+    """Write the breakdown of recorded steps among the metrics of these steps."""
     for step in steps:
         e = explain([step])
         parts = {f"seconds/{name}": seconds for name, seconds in e.total.parts.items()}
@@ -235,11 +235,11 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
 
 
 OF_TRAINING = ("tokens_per_second", "all_to_all_share", "world_size", "config")
-"""What a summary says of the run that trained, not of one that found nothing left to train."""
+"""Keys of a summary that belong to the run that trained, not to one that found nothing left to train."""
 
 
 def _kept(path: Path) -> dict[str, Any]:
-    """The figures of the run that did the work, and what it ran with; none if its summary is missing or damaged."""
+    """The figures and configuration of the run that trained; empty if its summary is missing or damaged."""
     try:
         before = read_json(path, "")
     except FileError:
