@@ -21,7 +21,7 @@ from moesys.errors import CheckpointError
 from moesys.parallel import comm
 from moesys.parallel.mesh import Ranks
 from moesys.parallel.to_device import to_device
-from moesys.train import checkpoint, gates, optimizer
+from moesys.train import checkpoint, gate_data, optimizer
 from moesys.train.backlog import Backlog, Measured
 from moesys.train.balance import BalanceWatch, Fault
 from moesys.train.engine import Engine, engine_of
@@ -62,7 +62,7 @@ class Trainer:
         self._drawn = draw
         self.vocab_size = corpus.vocab_size
         self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype, draw)
-        gates.prepare(self.engine, corpus)
+        gate_data.prepare(self.engine, corpus)
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
         self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)

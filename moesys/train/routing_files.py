@@ -30,6 +30,11 @@ Arrays = tuple[Any, Any, Any]
 """number [T], expert [T, K] and weight [T, K] of one layer."""
 
 
+def block(name: str) -> int:
+    """The number of a layer's block: 3 of "layers.3.ffn"."""
+    return int(name.split(".")[1])
+
+
 def write(folder: Path, step: int, rank: int, layers: dict[int, Arrays], experts: int) -> None:
     """Write the routing of `rank` in `step`."""
     arrays: dict[str, Any] = {"experts": np.int64(experts)}

@@ -32,10 +32,10 @@ from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, heartbeat, manifest, resume, run_folder
 from moesys.train.balance import sentence
 from moesys.train.engine import engine_of
-from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
 from moesys.train.rank import LOG_ONLY
+from moesys.train.routing_log import RoutingLog
 from moesys.train.throughput import Throughput
 
 

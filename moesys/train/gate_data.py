@@ -1,4 +1,4 @@
-"""Prepares gates before training begins, and writes the routing that they decide."""
+"""Prepares gates before training begins: frequencies of ids for hash gates, recordings for replay gates."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from moesys.data.corpus import Corpus
 from moesys.moe.gates.hashed import HashGate
 from moesys.moe.gates.replay import ReplayGate
-from moesys.moe.record import Recorder
 from moesys.train import routing_files
 from moesys.train.engine import Engine
+from moesys.train.routing_files import block
 
 COUNTED, PIECES = 2**24, 64
 """Most tokens that frequencies are counted in, and from how many places of the training data they come."""
@@ -45,37 +45,3 @@ def frequencies(corpus: Corpus) -> np.ndarray:
         size = COUNTED // PIECES
         pieces = [tokens[start : start + size] for start in (i * len(tokens) // PIECES for i in range(PIECES))]
     return np.sum([np.bincount(piece, minlength=corpus.vocab_size) for piece in pieces], axis=0)
-
-
-def block(name: str) -> int:
-    """The number of a layer's block: 3 of "layers.3.ffn"."""
-    return int(name.split(".")[1])
-
-
-class RoutingLog:
-    """Writes the routing of a run's first `output.record_routing` steps: every rank its own tokens and layers.
-
-    Files of steps after `resumed` are removed: those steps will be done again, perhaps by other ranks.
-    """
-
-    def __init__(self, engine: Engine, folder: Path, resumed: int):
-        self.engine, self.folder = engine, folder
-        self.steps = engine.config.output.record_routing
-        self.recorder = Recorder(engine.moe_layers()) if self.steps > resumed else None
-        if self.recorder is not None and engine.mesh.rank == 0:
-            # No rank ends a step, and writes it, before this one begins it.
-            routing_files.forget(folder, resumed)
-
-    def write(self, step: int) -> None:
-        """Write `step`, if it is among the first ones."""
-        if self.recorder is None:
-            return
-        if step <= self.steps:
-            moe = self.engine.config.model.moe
-            assert moe is not None
-            taken = self.recorder.take().items()
-            layers = {block(name): (r.number_T.numpy(), r.expert_TK.numpy(), r.weight_TK.numpy()) for name, r in taken}
-            routing_files.write(self.folder, step, self.engine.mesh.rank, layers, moe.experts)
-        if step >= self.steps:
-            self.recorder.close()
-            self.recorder = None
