@@ -25,15 +25,14 @@ END_OF_DOCUMENT = (
     "<EOS>",
     "[SEP]",  # BERT
 )
-"""Names of the token that ends a document, the first that a tokenizer has is taken."""
+"""Names of the token that ends a document; the first one that a tokenizer has is used."""
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `vocab_size`: ids are below it. `end_of_document`: the id that follows each document; None: the
-    vocabulary has none, documents follow each other directly. `identity`: differs between tokenizers
-    that encode differently.
+    `vocab_size`: ids are below it. `end_of_document`: the id that follows each document; None if the vocabulary has
+    none, so that documents follow each other directly. `identity`: differs between tokenizers that encode differently.
     """
 
     @property
@@ -85,7 +84,7 @@ class ByteTokenizer:
 
 
 class BrokenTokenizer(DataError):
-    """A file whose mistakes the package itself does not notice in time."""
+    """A tokenizer file with mistakes that the package itself notices too late."""
 
 
 class HFTokenizer:
@@ -132,7 +131,7 @@ class HFTokenizer:
         """Encode a few characters, so that a broken file is found before anything starts.
 
         Raises:
-            BrokenTokenizer: the package breaks off. That a word of theirs is not in the vocabulary says nothing.
+            BrokenTokenizer: the package breaks off. A word that is not in the vocabulary is no fault.
         """
         try:
             self.encode("a 1\n日".encode())
@@ -142,11 +141,11 @@ class HFTokenizer:
             return
 
     def _sound(self, call: Callable[[], Any]) -> Any:
-        """What `call` of the package returns.
+        """The result of `call` of the package.
 
         Raises:
-            DataError: it raised a bare Exception, as it does for wrong files, or its Rust code panicked on one: a
-                BaseException of a class that nobody can import.
+            DataError: it raised a bare Exception, as it does for wrong files, or its Rust code panicked with a
+                BaseException of a class that cannot be imported.
         """
         try:
             return call()
@@ -170,7 +169,7 @@ class HFTokenizer:
 
 
 MOST_IDS = 2**24
-"""Above any vocabulary: models have an embedding of as many rows."""
+"""A number above any vocabulary, since models have an embedding with as many rows."""
 NO_PACKAGE = "needs the package tokenizers, which is not installed"
 INSTALL = "pip install tokenizers, or set data.tokenizer to bytes"
 
@@ -185,7 +184,7 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def check(data: DataConfig) -> list[Problem]:
-    """Whether the tokenizer can be used; the file is read whole."""
+    """Problems if the tokenizer cannot be used; the file is read whole."""
     if data.tokenizer == "bytes":
         return []
     key = "data.tokenizer"

@@ -1,6 +1,6 @@
-"""Training steps of one model three ways, interleaved in the same processes on the same batches.
+"""Compares three ways to train one model, interleaved in the same processes on the same batches.
 
-Megatron-Core's model with this project's MoE layer, the same with Megatron's own, and the native engine.
+The three are Megatron-Core's model with this project's MoE layer, the same with Megatron's own, and the native engine.
 
 moesys bench megatron configs/quickstart-megatron.yaml
 """
@@ -41,7 +41,7 @@ class MegatronComparison:
         seconds: of a step, by side.
         plug_in: seconds with this project's MoE layer / with Megatron's own.
         native: seconds of the native engine / of Megatron's model with this project's layer.
-        losses: of the first step, by side: they are the same model.
+        losses: of the first step, by side. They are equal, because the model is the same.
     """
 
     seconds: dict[str, float]
@@ -79,7 +79,7 @@ def run(config: Config, rounds: int, steps: int) -> MegatronComparison:
     """Measure on this machine, in as many processes as the configuration has ranks.
 
     Raises:
-        ConfigError: the MoE layer is not one that Megatron's own can be.
+        ConfigError: Megatron's own layer cannot be this MoE layer.
     """
     check(config)
     world = config.cluster.nodes * config.cluster.ranks_per_node

@@ -1,4 +1,4 @@
-"""The parts of the plug-in on a rank: sizes, marks and initial values as Megatron-Core's own layer has them."""
+"""Builds the plug-in on a rank, with the sizes, attributes and initial values of Megatron-Core's own layer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -
     """
     _check(m, groups)
     device = torch.device("cpu" if config.use_cpu_initialization else f"cuda:{torch.cuda.current_device()}")
-    # torch's own initial values, which are thrown away, would draw more or less numbers by the layout.
+    # torch draws initial values, which are thrown away; their number would depend on the layout.
     with device, torch.random.fork_rng([] if device.type == "cpu" else [device]):
         layer = _parts(m, config, groups)
     layer.to(dtype=config.params_dtype)
@@ -125,12 +125,12 @@ SPLIT = {"fc1": 3, "linear_fc1.bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0,
 
 
 def mark(layer: MoELayer, config: Any, groups: Groups) -> None:
-    """Say of each parameter to Megatron's gradient reduction, clipping and optimiser where it is split."""
+    """Set the attributes that tell Megatron's gradient reduction, clipping and optimizer how parameters are split."""
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes as split
 
     everywhere = groups.ep.size() == 1 and groups.expt_tp.size() == groups.tp.size()
     for name, weight in layer.experts.named_parameters():
-        # Not reduced over the data-parallel ranks of dense layers, but over those with the same experts.
+        # These are reduced over the ranks with the same experts, not over the data-parallel ranks of dense layers.
         weight.allreduce = everywhere  # type: ignore[attr-defined]
         split(weight, True, SPLIT.get(name, 0), 1)
     if layer.shared is not None:
@@ -168,10 +168,10 @@ Fill = Callable[[Callable[[Tensor], Any], list[Tensor], int], None]
 
 
 def _filler(config: Any, first: int, count: int, group: dist.ProcessGroup, expert: bool) -> Fill:
-    """Gives weights of experts their values: on CPU by slices of the whole, so that no layout changes them."""
+    """A function that fills weights of experts; on CPU by slices of the whole, so that no layout changes them."""
 
     def slices(method: Callable[[Tensor], Any], weights: list[Tensor], dim: int) -> None:
-        # Of fc1 [G, F, H] the method sees [G · F, H].
+        # The method sees fc1 [G, F, H] as [G · F, H].
         shape = list(weights[0].shape)
         split = dim if len(shape) == 2 else 1
         shape[split] *= group.size()
@@ -193,7 +193,7 @@ def _filler(config: Any, first: int, count: int, group: dist.ProcessGroup, exper
 
 
 def _tracked(expert: bool) -> AbstractContextManager[Any]:
-    """Megatron's random numbers that differ between tensor ranks, and for experts between expert ranks."""
+    """A context of Megatron's random numbers, which differ between tensor ranks and, for experts, expert ranks."""
     from megatron.core.tensor_parallel import random
 
     tracker = random.get_cuda_rng_tracker()

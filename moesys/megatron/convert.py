@@ -1,7 +1,7 @@
 """Weights of whole models, between this project's `Decoder` and Megatron-Core's `GPTModel`.
 
-Whatever the MoE layer: the plug-in's, or Megatron's own with sequential or grouped experts. A `GPTModel` may be
-split over tensor and expert ranks, and a `chunk` be a pipeline stage of one.
+The MoE layer may be the plug-in's, or Megatron's own with sequential or grouped experts. A `GPTModel` may be split over
+tensor and expert ranks; a `chunk` may be a pipeline stage of one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def to_gpt(chunk: nn.Module, weights: Mapping[str, Tensor], model: ModelConfig) 
 
 
 def from_gpt(chunk: nn.Module, vocab_size: int, model: ModelConfig) -> dict[str, Tensor]:
-    """What the state of a `Decoder` of `model` has of this pipeline stage, whole. Collective over the stage.
+    """The whole weights of this pipeline stage, as in the state of a `Decoder` of `model`. Collective over the stage.
 
     Raises:
         KeyError: a weight that no `Decoder` has.

@@ -40,11 +40,11 @@ def connect(config: Config) -> MegatronRanks:
 
 @cache
 def _prepare(device: str) -> ExitStack:
-    """Once for the rest of the process."""
+    """Set up this process for Megatron-Core, once."""
     kept = ExitStack()
     kept.enter_context(cpu_substitutes(device))
     if device == "cpu":
-        # Compiling Megatron's small fused functions takes longer than they ever save here.
+        # Compiling Megatron's small fused functions on CPU takes longer than they save.
         torch.compiler.set_stance("force_eager")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # Megatron calls collectives by names that torch 2.13 has replaced.

@@ -1,4 +1,4 @@
-"""Every field of Megatron-Core's `TransformerConfig`, and what the plug-in makes of it: none is ignored in silence.
+"""Every field of Megatron-Core's `TransformerConfig`, and its treatment by the plug-in: none is ignored in silence.
 
 The tables cover the releases 0.16.1, 0.17.1, 0.18.2 and 0.19.2, `MLATransformerConfig` included; `unknown` finds
 what a later release adds to the MoE layer. `moesys.megatron.unsupported` has the fields that the plug-in refuses.
@@ -25,7 +25,7 @@ _READ = """
     params_dtype use_cpu_initialization perform_initialization init_method output_layer_init_method sequence_parallel
 """
 READ = frozenset(_READ.split())
-"""Fields that the layer itself reads, and follows or, for some of their values, refuses."""
+"""Fields that the layer reads. It follows them, or refuses some of their values."""
 
 _MET = {
     "the process groups say it": """
@@ -123,24 +123,24 @@ def _by_name(table: dict[str, str]) -> dict[str, str]:
 
 
 MET = _by_name(_MET)
-"""Fields that hold although the layer does not read them, and why."""
+"""Fields that take effect although the layer does not read them, with the reason."""
 
 ELSEWHERE = _by_name(_ELSEWHERE)
-"""Fields that do not touch the layer, and what they are of."""
+"""Fields that do not concern the layer, with the part that they concern."""
 
 
 def undecided(config: Any) -> Iterator[str]:
-    """Names of fields of `config`, a dataclass or an instance of one, that no table has."""
+    """Names of fields of `config`, a dataclass or its instance, that are in no table."""
     decided = (READ, UNSUPPORTED, MET, ELSEWHERE)
     return (f.name for f in fields(config) if not any(f.name in table for table in decided))
 
 
 MOE_NAMES = ("moe", "expert", "router", "glu")
-"""What the names of the MoE layer's fields have in them."""
+"""Parts of the names of the MoE layer's fields."""
 
 
 def unknown(config: Any) -> Iterator[str]:
-    """Names of fields of the MoE layer that no table has, and that are not left at their default."""
+    """Names of fields of the MoE layer that are in no table and differ from their default."""
     new = set(undecided(config))
     for f in fields(config):
         if f.name in new and any(part in f.name for part in MOE_NAMES):

@@ -44,7 +44,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
             ["embedding"] * s.first + ["decoder"] * len(s.layers) + ["loss"] * s.last for s in stages
         ]
     if p.pp_virtual > 1:
-        # In one batch Megatron's messages of both directions between two ranks would be mistaken for each other.
+        # In one batch, Megatron would confuse the messages of both directions between two ranks.
         given |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if t.recompute == "full":
         given |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -62,7 +62,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
 
 
 def chunks(run: Config, ranks: MegatronRanks, vocab_size: int, config: Any, plug_in: bool = True) -> list[nn.Module]:
-    """The stages of this rank, in order, not initialised. `plug_in`: with this project's MoE layer, or Megatron's.
+    """The stages of this rank, in order, not initialised. `plug_in`: use this project's MoE layer, else Megatron's.
 
     Collective over the world.
     """
@@ -91,7 +91,7 @@ def chunks(run: Config, ranks: MegatronRanks, vocab_size: int, config: Any, plug
 
 
 class Norm(nn.RMSNorm):
-    """The norm where there is neither Transformer Engine nor apex: torch's, which sequence parallelism may have."""
+    """torch's norm, for runs without Transformer Engine and apex; it supports sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__(hidden_size, eps, dtype=config.params_dtype)

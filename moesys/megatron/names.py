@@ -1,7 +1,7 @@
 """Parameters of a Megatron-Core `GPTModel` by this project's names, shapes and slices.
 
-`Names.pieces` says of each parameter of a rank's model which parts of which parameters of a `Decoder` it holds.
-Everything that moves tensors between the two iterates over it: initialisation, proofs, checkpoints, conversion.
+`Names.pieces` maps each parameter of a rank's model to the parts of parameters of a `Decoder` that it holds.
+Initialisation, proofs, checkpoints and conversion iterate over it.
 
 H hidden, F inner size, h heads of size d, g groups of them with one key each, V vocabulary.
 """
@@ -33,9 +33,9 @@ class Piece:
     Attributes:
         name, shape: of the whole parameter of this project.
         rows: of Megatron's tensor, along dim 0; None: all.
-        cuts: which part of the whole they are.
-        spread: whether ranks of the tensor group ("tp") or of the expert group ("ep") hold the others, or none ("").
-        transposed: whether they lie there as in one of Megatron's own experts, [G · F, H] and [H, F].
+        cuts: the part of the whole that they are.
+        spread: the group whose ranks hold the other parts: "tp", "ep", or "" if none does.
+        transposed: True if they are stored as in one of Megatron's own experts, [G · F, H] and [H, F].
     """
 
     name: str
@@ -47,7 +47,7 @@ class Piece:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Where the part lies in the whole."""
+        """The slices of the whole that are the part."""
         at = [slice(0, size) for size in self.shape]
         for dim, number, count in self.cuts:
             size = self.shape[dim] // count
@@ -77,15 +77,15 @@ REPLICATED = {
     "mlp.router.bias": "ffn.gate.projection.bias",
     "mlp.shared_experts.gate_weight": "ffn.mix.projection.weight",
 }
-"""Of a block: what tensor ranks hold alike, by Megatron's names."""
+"""Parameters of a block that all tensor ranks hold alike, by Megatron's names."""
 
 
 SELECTION = ("mlp.moe.gate.selection_bias", "mlp.router.expert_bias")
-"""Of a block: the buffer that only the choice of experts sees."""
+"""Names of the buffer of a block that only the choice of experts uses."""
 
 
 def _number(chunk: nn.Module, match: re.Match[str]) -> int:
-    """Of a block of this pipeline stage: its number in the model, from 0."""
+    """The number in the model, from 0, of a block of this pipeline stage."""
     return int(chunk.decoder.layers[int(match[1])].layer_number) - 1  # type: ignore[union-attr, index]
 
 
@@ -97,7 +97,7 @@ class Names:
         self.shapes = {weight.name: weight.shape for weight in weights(model, vocab_size)}
 
     def pieces(self, chunk: nn.Module) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
-        """Every parameter of a `GPTModel`, or of a pipeline stage of one, and what it is made of."""
+        """Every parameter of a `GPTModel`, or of a pipeline stage of one, with its pieces."""
         for name, parameter in chunk.named_parameters():
             if match := LAYER.fullmatch(name):
                 yield parameter, self._block(f"layers.{_number(chunk, match)}.", match[2], parameter)
@@ -105,7 +105,7 @@ class Names:
                 yield parameter, [self._edge(name)]
 
     def kept(self, chunk: nn.Module) -> Iterator[tuple[Tensor, list[Piece]]]:
-        """The same of the selection biases of gates, which are no parameters."""
+        """The selection biases of gates, which are no parameters, with their pieces."""
         for name, buffer in chunk.named_buffers():
             if (match := LAYER.fullmatch(name)) and match[2] in SELECTION:
                 own = f"layers.{_number(chunk, match)}.ffn.gate.selection_bias"
@@ -143,7 +143,7 @@ class Names:
         return self._feed_forward(f"{block}ffn.", name, len(parameter))
 
     def _expert(self, block: str, number: int, product: str) -> Piece:
-        """Of one of Megatron's own experts on this rank."""
+        """The piece of a weight of one of Megatron's own experts on this rank."""
         moe, p, own = self.model.moe, self.place, f"experts.fc{product}"
         assert moe is not None
         cuts = [(0, p.ep_rank * (moe.experts // p.ep) + number, moe.experts), *p.cuts(own)[1:]]

@@ -1,7 +1,7 @@
 """This project's MoE layer, by this project's definitions, in a block of a Megatron-Core model.
 
-For models that a YAML describes: its keys mean the same as for the native engine. `MoESysLayer` is for models
-that a `TransformerConfig` describes, and follows Megatron's definitions.
+It is for models that a YAML describes, with keys that mean the same as for the native engine. `MoESysLayer` is for
+models that a `TransformerConfig` describes, and follows Megatron's definitions.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from moesys.parallel.scope import SplitMicroBatch, WholeMicroBatch
 
 @dataclass(frozen=True)
 class Marks:
-    """How a token's number in the run and its id travel through Megatron's model: as one int64.
+    """Packs a token's number in the run and its id into one int64, which passes through Megatron's model.
 
-    Megatron hands a padding mask [B, S] to every MoE layer. A run without padding has no use for it, so these
-    take its place. `vocabulary` is more than any id.
+    Megatron gives every MoE layer a padding mask [B, S]. A run without padding does not need it, so packed tokens take
+    its place. `vocabulary` is larger than any id.
     """
 
     vocabulary: int
@@ -48,7 +48,7 @@ class Marks:
 
 
 class Split(SplitMicroBatch):
-    """A micro-batch over tensor ranks, whose marks Megatron may already have split as it splits the stream."""
+    """A micro-batch over tensor ranks; Megatron may have split its packed tokens already, as it splits the stream."""
 
     def part(self, tokens: Tensor) -> Tensor:
         return tokens if tokens.shape[1] == len(self.positions) else super().part(tokens)
@@ -58,7 +58,7 @@ class NativeLayer(MegatronModule):
     """The MoE layer of block `layer` (from 0) of the model of `run`: [S, B, H] → [S, B, H] and no bias.
 
     Attributes:
-        moe: the layer itself, of sequences first: [B, S, H].
+        moe: the layer itself, batch first: [B, S, H].
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class NativeLayer(MegatronModule):
     def forward(
         self, hidden_states: Tensor, *_: Any, padding_mask: Tensor | None = None, **__: Any
     ) -> tuple[Tensor, None]:
-        """`padding_mask`: `Marks` int64 [B, S], of all positions or of this tensor rank's."""
+        """`padding_mask`: packed tokens, int64 [B, S], of all positions or of this tensor rank's."""
         tokens = None if padding_mask is None else self.marks.unpack(padding_mask)
         return self.moe(hidden_states.transpose(0, 1), tokens).transpose(0, 1).contiguous(), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What `megatron.core.dist_checkpointing` saves, under the names of Megatron's own layer."""
+        """The state for `megatron.core.dist_checkpointing`, under the names of Megatron's own layer."""
         return sharded(self.moe, self.groups, f"{prefix}moe.", prefix, sharded_offsets, metadata)
 
 

@@ -1,4 +1,4 @@
-"""Megatron-Core's own MoE layer, to be compared with: on CPU with gloo as on GPU."""
+"""Megatron-Core's own MoE layer, for comparisons on CPU with gloo and on GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moesys.moe.experts import Experts
 class OwnLayer(nn.Module):
     """`megatron.core`'s MoELayer with the weights of `layer`, whose experts are this rank's: [1, T, H] → same.
 
-    To be built and run inside `peers`.
+    Build and run it inside `peers`.
 
     Args:
         layer: softmax top-k gate, dropless, SwiGLU experts without biases.
@@ -58,9 +58,9 @@ class OwnLayer(nn.Module):
 
 @contextmanager
 def peers(layer: MoELayer, experts: int, top_k: int, ranks: int) -> Iterator[dict[str, nn.Module]]:
-    """Megatron's layer with each of its dispatchers, experts over `ranks`; nothing where it is not installed.
+    """Megatron's layer with each of its dispatchers, experts over `ranks`; empty if Megatron is not installed.
 
-    Collective over the world. They work inside this context alone.
+    Collective over the world. The layers work only inside this context.
     """
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Megatron-Core's process groups as this project's layer sees them: who holds what of a micro-batch."""
+"""Megatron-Core's process groups for this project's layer, and the distribution of a micro-batch over them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Groups:
 
     @classmethod
     def of(cls, collection: Any = None) -> Groups:
-        """Those of a `ProcessGroupCollection`; without one, or where it lacks some, `parallel_state`'s."""
+        """The groups of a `ProcessGroupCollection`; `parallel_state`'s take the place of missing ones."""
         from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
         names = cls.__dataclass_fields__
@@ -47,14 +47,14 @@ class MegatronTokens(Tokens):
 
 
 class MegatronScope(MicroBatch):
-    """A micro-batch whose sequences are spread over the tensor and context ranks of `groups`."""
+    """A micro-batch with sequences that are split over the tensor and context ranks of `groups`."""
 
     def __init__(self, groups: Groups):
         self.groups, self.size = groups, groups.tp_cp.size()
         self.real: Tensor | int = 0
-        """How many real tokens the last input of this rank had."""
+        """The number of real tokens in the last input of this rank."""
         self.sequences = 1
-        """And in how many sequences."""
+        """The number of its sequences."""
 
     def sum(self, x: Tensor) -> Tensor:
         return x if self.size == 1 else comm.total(x, self.groups.tp_cp)

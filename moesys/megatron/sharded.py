@@ -1,6 +1,6 @@
-"""The layer's weights for `megatron.core.dist_checkpointing`: named and shaped as those of Megatron's own layer.
+"""The layer's weights for `megatron.core.dist_checkpointing`, with the names and shapes of Megatron's own layer.
 
-So checkpoints are the same whichever layer wrote them, and load under any expert, tensor and data sizes.
+So checkpoints of both layers are the same, and load under any expert, tensor and data sizes.
 
 E experts, H hidden, F inner size, G 2 for gated activations and 1 for others.
 """
@@ -35,7 +35,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class _Place:
-    """A weight's key, what lies above it, and which of its copies this is."""
+    """A weight's key, the offsets of its enclosing modules, and the number of this copy."""
 
     key: str
     above: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""The engine itself: Megatron-Core's GPTModel, schedules, gradient reduction and optimizer."""
+"""The Megatron engine: Megatron-Core's GPTModel, schedules, gradient reduction and optimizer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from moesys.train.finite import nonfinite
 
 
 class _MicroBatch(NamedTuple):
-    """What a stage needs of one micro-batch, each [b, S]."""
+    """The input of a stage for one micro-batch, each [b, S]."""
 
     ids: Tensor
     labels: Tensor
@@ -42,13 +42,13 @@ class MegatronEngine:
     """See `Engine`.
 
     Args:
-        plug_in: whether the MoE layer is this project's, or Megatron's own (for comparison).
-        draw: whether weights are drawn; else they are NaN until `load` overwrites them.
-        more: fields of `TransformerConfig` beside what the configuration says.
+        plug_in: use this project's MoE layer, else Megatron's own (for comparison).
+        draw: draw initial weights; else they are NaN until `load` overwrites them.
+        more: further fields of `TransformerConfig`.
     """
 
     dtype = torch.float32
-    """Of the optimizer's weights, which checkpoints hold."""
+    """The type of the optimizer's weights, which checkpoints hold."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class MegatronEngine:
         return total / (t.global_batch * t.seq_len)
 
     def _forward(self, stream: Iterator[_MicroBatch], part: Any) -> tuple[Tensor, Any]:
-        """One stage of one micro-batch, as Megatron's schedules ask for it."""
+        """Run one stage on one micro-batch; Megatron's schedules call it."""
         batch = next(stream)
         counts = batch.labels >= 0
         labels = batch.labels.clamp(min=0)
@@ -207,7 +207,7 @@ class MegatronEngine:
         return gathered(parts, self.groups)
 
     def _gather_gradients(self) -> None:
-        """Where the optimizer is distributed, each data rank has reduced its own part of the gradients' buffers."""
+        """Gather gradients: with a distributed optimizer, each data rank has reduced its own part of their buffers."""
         for part in self.model:
             for buffer in (*part.buffers, *part.expert_parallel_buffers):
                 group = buffer.data_parallel_group
@@ -235,9 +235,9 @@ class MegatronEngine:
 
 
 def _loss(counts_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The start of backward, the mean over a micro-batch's tokens, and the sum.
+    """The mean loss over a micro-batch's tokens, where backward starts, and the sum.
 
-    A sum that is not finite makes every gradient NaN, so that their norm, which all ranks know, tells of it.
+    A sum that is not finite makes every gradient NaN, so that all ranks see it in the norm.
     """
     total = (losses_BS.float() * counts_BS).sum()
     one = 1 + 0 * total.detach()

@@ -15,12 +15,12 @@ def _is_set(config: Any, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A field that may ask for something that the plug-in has not.
+    """A field that may ask for a feature that the plug-in lacks.
 
     Attributes:
         why: the reason.
         remedy: what to do.
-        asks: whether `value`, the field's in `config`, asks for it.
+        asks: returns True if `value`, the field's in `config`, asks for it.
     """
 
     why: str
@@ -54,7 +54,7 @@ GRAPHS = "split sizes of dispatch are not known when a graph is captured"
 SHARDS = "weights are split over tensor and expert ranks alone"
 BLOCKS = "the gate and the linear part of an activation lie one after the other, not in blocks in turn"
 WGRAD = "gradients of weights are computed with those of inputs"
-INFERENCE = "the layer has no way of its own for inference"
+INFERENCE = "the layer has no separate path for inference"
 
 UNSUPPORTED = {
     "moe_latent_size": Unsupported("experts work on the whole hidden size"),
@@ -86,7 +86,7 @@ UNSUPPORTED = {
     "use_kitchen": Unsupported(BITS),
     "activation_func_fp8_input_store": Unsupported("what backward needs of activations is kept in the model's type"),
     "batch_invariant_mode": Unsupported("its kernels may depend on how many tokens there are"),
-    "overlap_moe_expert_parallel_comm": Unsupported("tokens travel beside the shared experts and other chunks alone"),
+    "overlap_moe_expert_parallel_comm": Unsupported("dispatch overlaps the shared experts and other chunks alone"),
     "overlap_dispatch_backward_with_experts_wgrad": Unsupported(
         "gradients of weights are computed with those of inputs"
     ),
@@ -117,11 +117,11 @@ UNSUPPORTED = {
         SHARDS, "as many as expert_tensor_parallel_size", _more_shards_than("expert_tensor_parallel_size")
     ),
 }
-"""By field; a field that a release of Megatron-Core does not have asks for nothing."""
+"""Unsupported features by field. A field that a release of Megatron-Core lacks asks for nothing."""
 
 
 def unsupported(config: Any) -> list[Problem]:
-    """Problems of what `config` asks for and the plug-in has not."""
+    """Problems of features that `config` asks for and the plug-in lacks."""
     found = []
     for name, rule in UNSUPPORTED.items():
         value = getattr(config, name, None)
