@@ -41,7 +41,7 @@ def _replaced(spec: Any, layer: ModuleSpec) -> Any:
 
 
 def _engine(config: Any, given: bool | None) -> bool:
-    """True if the other layers are Transformer Engine's; by default as `--transformer-impl` says, if it is installed."""
+    """True if the other layers are Transformer Engine's; by default as `--transformer-impl` says, if installed."""
     return bool(theirs.HAVE_TE and config.transformer_impl == "transformer_engine") if given is None else given
 
 
