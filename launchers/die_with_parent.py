@@ -17,6 +17,6 @@ if __name__ == "__main__":
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the kernel was asked
+    if os.getppid() != parent:  # the parent died before prctl
         sys.exit(1)
     os.execvp(command[0], command)

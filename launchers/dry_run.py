@@ -95,7 +95,7 @@ def groups(degrees: Degrees) -> dict[str, list[list[int]]]:
     """All process groups with more than one rank, by kind."""
     found = {}
     for kind, (along, axes) in GROUPS.items():
-        # Context ranks share the shards of weights, where weights are sharded at all.
+        # Context ranks share the shards of weights, if weights are sharded at all.
         unused = kind == "data shards" and degrees.dp_shard == 1
         if prod(degrees.sizes(along)) > 1 and not unused:
             found[kind] = degrees.groups(along, axes)

@@ -131,8 +131,8 @@ class EmbeddedRay:
 
     def start(self, job_env: Mapping[str, str]) -> None:
         """Start Ray; `job_env` is meant for its processes and inherited by them."""
-        # Ray enables its tokens by itself unless RAY_AUTH_MODE says something. Its name for the other variable
-        # comes from where it is the default: there Ray is for one machine, and stays on loopback.
+        # Ray enables its tokens by default unless RAY_AUTH_MODE is set. The last variable turns multi-node clusters off:
+        # Ray then serves one machine, and stays on loopback.
         private = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": TOKEN, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
         self._closing.enter_context(environment(self._owned.environment | private))
         self._closing.enter_context(on_loopback())
@@ -244,7 +244,7 @@ def authenticate(address: str) -> None:
     """
     if not address.rpartition(":")[2].isdigit() or _accepts_us(address):
         return
-    # Ray asks this itself, privately, when it starts a cluster; joining one it looks for no token.
+    # Ray calls this private function when it starts a cluster, but not when it joins one.
     with suppress(AuthenticationError):  # RAY_AUTH_TOKEN_PATH names no file
         if maybe_enable_token_auth_if_token_available(warn_if_disabled=False) and _accepts_us(address):
             return
@@ -300,7 +300,7 @@ def check_reachable(address: str) -> None:
         raise LaunchError(f"{address!r} is no address of a Ray cluster\n    remedy: {remedy}")
     try:
         socket.create_connection(parts, CONNECT_S).close()
-    except (OSError, OverflowError, ValueError) as error:  # ports above 65535; names that are none
+    except (OSError, OverflowError, ValueError) as error:  # ports above 65535; invalid names
         remedy = "\n    remedy: check launch.ray_address, or leave it out to start Ray on this machine"
         raise LaunchError(f"no Ray cluster answers at {address}: {error}{remedy}") from error
 

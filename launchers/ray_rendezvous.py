@@ -43,7 +43,7 @@ def set_environment(variables: Mapping[str, str]) -> None:
 
 def listen_here() -> dict[str, str]:
     """Called in the worker of rank 0: the variables that name its address and the port it listens on."""
-    from moesys.parallel.rendezvous import reserve  # here, for the launching process needs no torch for it
+    from moesys.parallel.rendezvous import reserve  # the launching process must not import torch
 
     address = node_address()
     return {"MASTER_ADDR": address, "MASTER_PORT": str(reserve(address))}

@@ -54,7 +54,7 @@ def train_loop(task: Task) -> None:
         raise RuntimeError(failure.text, failure.json)
     redirect_output(log_file(run_dir, rank))
     os.environ["MOESYS_NODE_IP"] = node_address()
-    error_file(run_dir, rank).unlink(missing_ok=True)  # of the attempt before a restart
+    error_file(run_dir, rank).unlink(missing_ok=True)  # left by the attempt before a restart
     try:
         print(header(log_file(run_dir, rank)), flush=True)
         with heartbeat.Heartbeat(run_dir, rank, heartbeat.interval(task["config"].launch.timeout_s)):
@@ -72,7 +72,7 @@ def train_loop(task: Task) -> None:
 
 def node_address() -> str:
     """This node's address, as Ray knows it."""
-    from ray.util import get_node_ip_address  # here, for the driver must be able to say that there is no Ray
+    from ray.util import get_node_ip_address  # the driver must be able to report that Ray is missing
 
     return get_node_ip_address()
 

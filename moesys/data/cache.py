@@ -114,7 +114,7 @@ def checksum(tokens: np.ndarray) -> int:
 
 
 def _make(folder: Path, name: str, write: Write) -> None:
-    for leftover in folder.glob(f"{name}.*.tmp"):  # of a process that was killed; we hold the lock
+    for leftover in folder.glob(f"{name}.*.tmp"):  # left by a killed process; this one holds the lock
         leftover.unlink(missing_ok=True)
     targets = [*_paths(folder, name), folder / f"{name}.json"]
     temporary = [target.with_name(f"{target.name}.{os.getpid()}.tmp") for target in targets]

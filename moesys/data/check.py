@@ -54,7 +54,7 @@ def _size(config: Config) -> list[Problem]:
     if any(file.name.endswith(".jsonl") for file in files):
         return _least(int(sizes.sum()), needed)  # the text of a line is no longer than the line
     division = divide(sizes - 1, hashed_names((file.name for file in files), data.heldout), data.heldout)
-    # A file that is cut gets a second end, and is cut between characters.
+    # A cut file gets a second end, and is cut between characters.
     slack = 4 if division.cut else 0
     for side, tokens in zip(("training", "held-out"), division.totals(sizes), strict=True):
         if tokens + slack < needed and (rule := too_small(side, tokens, config)) is not None:

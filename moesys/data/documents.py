@@ -118,7 +118,7 @@ def _walk(root: Path, skip: Callable[[str], bool]) -> Iterator[tuple[Path, list[
 
     seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        # Changed in place, as os.walk wants it; sorted, so that of two links to a folder the same one wins.
+        # os.walk needs a change in place; sorting makes the same one of two links to a folder win.
         kept = [name for name in sorted(folders) if not skip(name)]
         folders[:] = []
         for name in kept:

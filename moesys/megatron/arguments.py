@@ -114,7 +114,7 @@ def _gate(config: Any, kind: str) -> GateConfig:
     if limited(config):
         kept = config.moe_router_group_topk
         more = {"groups": config.moe_router_num_groups, "groups_kept": kept}
-        # The plug-in's gate counts as many of a group's experts as Megatron does, more than two, too.
+        # The plug-in's gate counts as many experts of a group as Megatron does, which may be more than two.
         more["group_score"] = "max" if config.moe_router_topk // kept == 1 else "top2"
     return GateConfig(
         score=config.moe_router_score_function,

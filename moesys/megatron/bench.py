@@ -154,7 +154,7 @@ def _engine(config: Config, ranks: Any, corpus: Corpus, plug_in: bool) -> Engine
         "moe_z_loss_coeff": moe.z_loss or None, "moe_router_dtype": "fp32",
         "moe_grouped_gemm": gpt_layer_specs.HAVE_TE and ranks.device.type == "cuda",
         "moe_shared_expert_intermediate_size": moe.shared_width or None,
-        # Megatron's all-to-all needs an uneven all-gather where experts are split, which gloo has not.
+        # With split experts, Megatron's all-to-all needs an uneven all-gather, which gloo lacks.
         "moe_token_dispatcher_type": "allgather" if config.parallel.etp > 1 else "alltoall",
     }  # fmt: skip
     return MegatronEngine(config, ranks, corpus.vocab_size, plug_in=False, **more)

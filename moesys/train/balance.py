@@ -81,7 +81,7 @@ class BalanceWatch:
         self.steps, self.warmup, self.window = t.steps, t.schedule.warmup, min(WINDOW, t.steps)
         self.tokens, self.choices = t.global_batch * t.seq_len, moe.choices
         self.step = 0
-        # First steps since which experts get nothing, or all: the next one, where they do not.
+        # First steps from which experts get nothing, or everything; the next step if they do not.
         self.silent_LE, self.full_LE = np.ones(shape, np.int64), np.ones(shape, np.int64)
         self.missed_LE = np.zeros(shape)
         self._reported: set[tuple[str, str, int]] = set()

@@ -8,13 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, or one of a family that a label tells apart.
+    """One metric, or one of a family whose members differ by a label.
 
     Attributes:
-        tag: on TensorBoard and Weights & Biases, its group first; "" where it is not shown: a curve of it says nothing.
-        family: its name for Prometheus, with its base unit; of counters without `_total`; "" where it is not told.
-        help: what it is, in a sentence.
-        label: a label and its value, where the family has one.
+        tag: on TensorBoard and Weights & Biases, its group first; "" if it is not shown, because its curve is meaningless.
+        family: its name for Prometheus, with its base unit; counters are without `_total`; "" if it is not exported.
+        help: its meaning in a sentence.
+        label: a label and its value, if the family has one.
         kind: a gauge, or a counter, which never falls.
     """
 

@@ -21,7 +21,7 @@ class RoutingLog:
         self.steps = engine.config.output.record_routing
         self.recorder = Recorder(engine.moe_layers()) if self.steps > resumed else None
         if self.recorder is not None and engine.mesh.rank == 0:
-            # No rank ends a step, and writes it, before this one begins it.
+            # No rank ends a step, and writes it, before this rank begins the step.
             routing_files.forget(folder, resumed)
 
     def write(self, step: int) -> None:
