@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moesys import __version__
-from moesys.config.changes import Change, saved_form
-from moesys.config.schema import Config
+from moesys.config.changes import Change, known, saved_form
+from moesys.config.schema import Config, ModelConfig
 from moesys.data.corpus import Corpus
 from moesys.data.tokenizers import HFTokenizer
 from moesys.errors import CheckpointError
@@ -41,7 +41,7 @@ TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ResumePoint:
     """The place at which a run goes on: after `step` steps and `samples` sequences, with the `changes` since.
 
     `fresh` names tensors that the checkpoint lacks, which thus begin as in a new run; `state` is as it was saved.
@@ -172,7 +172,7 @@ def _facts(engine: Engine, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def load(path: Path, engine: Engine, corpus: Corpus) -> Loaded:
+def load(path: Path, engine: Engine, corpus: Corpus) -> ResumePoint:
     """Restore the engine from a checkpoint. Collective over the world.
 
     Raises:
@@ -184,7 +184,7 @@ def load(path: Path, engine: Engine, corpus: Corpus) -> Loaded:
     wrong = manifest.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
     storage.agree(str(damaged(path, wrong)) if wrong else None)
     fresh = engine.load(path)
-    return Loaded(meta.step, _samples(meta, config), changes, sorted(fresh), meta.state)
+    return ResumePoint(meta.step, _samples(meta, config), changes, sorted(fresh), meta.state)
 
 
 def _samples(meta: manifest.Meta, config: Config) -> int:
@@ -204,12 +204,7 @@ def model(path: Path) -> Decoder:
         raise damaged(path, wrong)
     if not meta.whole:
         raise CheckpointError(f"{path} was written before checkpoints kept their configuration\n    remedy: {AGAIN}")
-    try:
-        config = Config.model_validate(meta.config).model
-    except ValidationError as error:
-        rule = f"its configuration is of another version: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-        remedy = f"use the version that wrote it, which {META} names"
-        raise CheckpointError(f"{path}: {rule}\n    remedy: {remedy}") from None
+    config = _model_config(meta)
     assert config.vocab_size is not None
     found = Decoder(config, config.vocab_size)
     metadata = storage.read_metadata(path)
@@ -220,6 +215,24 @@ def model(path: Path) -> Decoder:
             state[f"{name}.gate.{key}"] = saved
     storage.load({"model": state}, path)
     return found.eval()
+
+
+def _model_config(meta: manifest.Meta) -> ModelConfig:
+    """The model's configuration in a checkpoint of any version.
+
+    Raises:
+        CheckpointError: this version does not know one of its keys or values, which may change numbers.
+    """
+    tree, unknown = known(meta.config["model"], ModelConfig, "model.")
+    remedy = f"use the version that wrote it, which {META} names"
+    if unknown:
+        raise CheckpointError(f"{meta.path} has keys of another version: {', '.join(unknown)}\n    remedy: {remedy}")
+    try:
+        return ModelConfig.model_validate(tree)
+    except ValidationError as error:
+        rule = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+        text = f"{meta.path}: its configuration is of another version: {rule}"
+        raise CheckpointError(f"{text}\n    remedy: {remedy}") from None
 
 
 AGAIN = "let its run go on for a step (train.steps), which saves a new one"

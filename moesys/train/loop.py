@@ -22,7 +22,7 @@ from moesys.parallel import comm
 from moesys.parallel.mesh import Ranks
 from moesys.parallel.to_device import to_device
 from moesys.train import checkpoint, gate_data, optimizer
-from moesys.train.backlog import Backlog, Measured
+from moesys.train.backlog import Backlog, StepMeasurements
 from moesys.train.balance import BalanceWatch, Fault
 from moesys.train.engine import Engine, engine_of
 from moesys.train.guard import Guard, Skip, demand_finite
@@ -39,7 +39,7 @@ class StepReport(NamedTuple):
         faults: collapsed routers that it made certain.
     """
 
-    measured: Measured
+    measured: StepMeasurements
     skip: Skip | None
     faults: list[Fault]
 
@@ -67,7 +67,7 @@ class Trainer:
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
         self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)
         self.step, self.seen = 0, 0
-        self.resumed: checkpoint.Loaded | None = None
+        self.resumed: checkpoint.ResumePoint | None = None
         self.guard, self.balance = Guard(config.train.skips), BalanceWatch(config)
         self.backlog = Backlog(self.engine)
         self.reports: list[StepReport] = []

@@ -53,7 +53,7 @@ def changes(meta: Meta, config: Config) -> list[Change]:
 def _resolved_differences(saved: Mapping[str, Any], config: Config) -> list[Change]:
     """The differences; a vocabulary's size that was not resolved when it was saved is none."""
     found = differences(saved, saved_configuration(config))
-    if saved["model"].get("vocab_size") is None:
+    if saved.get("model", {}).get("vocab_size") is None:
         found = [c for c in found if c.key != "model.vocab_size"]
     return found
 

@@ -95,7 +95,7 @@ def _print_resumption(path: Path | None, trainer: Trainer, run_dir: Path) -> Non
         print("\n".join(lines), flush=True)
 
 
-def _changed(path: Path, config: Config, resumed: checkpoint.Loaded) -> list[str]:
+def _changed(path: Path, config: Config, resumed: checkpoint.ResumePoint) -> list[str]:
     """A line for each change since a checkpoint; for the log alone if the launcher has printed it before the start."""
     printed = {change.arrow() for change in resume.changes(manifest.read(path), config)}
     return [
