@@ -28,7 +28,5 @@ def make(run_dir: Path) -> None:
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise FileError(f"{run_dir}: this user may not write there{remedy}")
     state = os.statvfs(run_dir)
-    if (
-        state.f_blocks and (free := state.f_bavail * state.f_frsize) < LEAST
-    ):  # a file system without blocks does not report free space
+    if state.f_blocks and (free := state.f_bavail * state.f_frsize) < LEAST:  # 0 blocks: unknown
         raise FileError(f"{run_dir}: the disk is full, {free:,} bytes are free{remedy}, or free some space")

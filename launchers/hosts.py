@@ -138,6 +138,7 @@ class HostWorkers(LocalWorkers):
         super().start(phase)
 
     def stop(self) -> None:
+        """End the workers and remove the hosts."""
         super().stop()
         self.hosts.close()
 
@@ -145,6 +146,7 @@ class HostWorkers(LocalWorkers):
         """Accept any number of nodes."""
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
+        """The environment of the worker of `rank` on its host; rank 0 will listen on `port`."""
         per_host = self.spec.config.cluster.ranks_per_node
         host, place = divmod(rank, per_host)
         own = {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": str(per_host), "MASTER_ADDR": self.hosts.address(0)}

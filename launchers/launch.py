@@ -15,7 +15,7 @@ from moesys.launchers import history, placement, preflight, slurm, summary
 from moesys.launchers.command import command_line, going_on
 from moesys.launchers.liveness import LivenessMonitor
 from moesys.launchers.outcome import Outcome, read_ranks
-from moesys.launchers.progress import Progress
+from moesys.launchers.progress import LiveDisplay
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import STOPPED, StopRequests
 from moesys.parallel.degrees import resolve
@@ -95,7 +95,7 @@ def workers(spec: RunSpec, launcher: str, program: str = "moesys.train.worker") 
 def watch(started: Workers, spec: RunSpec, console: Console) -> int:
     """Start workers, show their progress until they end or are asked to stop; returns the exit code."""
     spec.run_dir.mkdir(parents=True, exist_ok=True)
-    with StopRequests() as stop, Progress(spec.run_dir, console) as progress:
+    with StopRequests() as stop, LiveDisplay(spec.run_dir, console) as progress:
         outcome = run(started, spec, progress, stop)
     if outcome.message:
         print(f"moesys: {outcome.message}", file=sys.stderr)

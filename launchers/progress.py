@@ -47,7 +47,7 @@ LOST, NOT_FINITE = ("loss", "grad_norm"), "not finite"
 """Figures that every step has. JSON has no NaN: a null in a record is shown in these words."""
 
 
-class Progress:
+class LiveDisplay:
     """Shows a run while it goes on; call `refresh` several times a second.
 
     On a terminal a bar that is redrawn in place; elsewhere a plain line for the first and the last step,
@@ -71,7 +71,7 @@ class Progress:
         self.failed = False
         """True once the run has failed. The rest of rank 0's output, mostly about lost peers, then stays in its log."""
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> LiveDisplay:
         if self.console.is_terminal:
             self._live.start()
         return self

@@ -18,7 +18,7 @@ from moesys.errors import LaunchError
 from moesys.launchers import inherited_env
 from moesys.launchers.address import ray_address
 from moesys.launchers.outcome import Outcome, clear_traces
-from moesys.launchers.ray_worker import Task
+from moesys.launchers.ray_worker import WorkerTask
 from moesys.launchers.spec import RunSpec, default_threads
 from moesys.loopback import LOOPBACK
 from moesys.train import device
@@ -138,7 +138,7 @@ class RayWorkers:
 
         spec, config = self.spec, self.spec.config
         placement = ray_placement.choose(config, spec.world, ray_cluster.living_nodes(), self._ray.where)
-        task = Task(config=config, run_dir=str(spec.run_dir), cwd=str(Path.cwd()), worker=self.worker)
+        task = WorkerTask(config=config, run_dir=str(spec.run_dir), cwd=str(Path.cwd()), worker=self.worker)
         return ray_trainer.make(
             task,
             placement,

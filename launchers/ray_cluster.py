@@ -131,8 +131,8 @@ class EmbeddedRay:
 
     def start(self, job_env: Mapping[str, str]) -> None:
         """Start Ray; `job_env` is meant for its processes and inherited by them."""
-        # Ray enables its tokens by default unless RAY_AUTH_MODE is set. The last variable turns multi-node clusters off:
-        # Ray then serves one machine, and stays on loopback.
+        # Ray enables its tokens by default unless RAY_AUTH_MODE is set. The last variable turns multi-node clusters
+        # off: Ray then serves one machine, and stays on loopback.
         private = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": TOKEN, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
         self._closing.enter_context(environment(self._owned.environment | private))
         self._closing.enter_context(on_loopback())

@@ -14,7 +14,7 @@ from typing import Any
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
-from moesys.launchers.ray_worker import Task, node_address, train_loop
+from moesys.launchers.ray_worker import WorkerTask, node_address, train_loop
 
 
 class Rendezvous(TorchConfig):
@@ -22,6 +22,7 @@ class Rendezvous(TorchConfig):
 
     @property
     def backend_cls(self) -> type[Backend]:
+        """The backend that Ray Train starts."""
         return RendezvousBackend
 
 
@@ -49,7 +50,7 @@ def listen_here() -> dict[str, str]:
     return {"MASTER_ADDR": address, "MASTER_PORT": str(reserve(address))}
 
 
-def loop(late: Mapping[str, str], task: Task) -> None:
+def loop(late: Mapping[str, str], task: WorkerTask) -> None:
     """Called in each worker: `train_loop(task)` with its rank and `late` in the environment.
 
     Nothing writes `late` down, whereas Ray logs the environment that it is asked for.

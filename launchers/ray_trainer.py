@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from moesys.launchers.ray_placement import Placement
 from moesys.launchers.ray_rendezvous import Rendezvous, loop
-from moesys.launchers.ray_worker import Task
+from moesys.launchers.ray_worker import WorkerTask
 from moesys.launchers.spec import late_variables
 
 NEEDLESS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
@@ -39,7 +39,7 @@ class AtOnce(FixedScalingPolicy):
         """No request to repeat."""
 
 
-class Trainer(TorchTrainer):
+class LeanTorchTrainer(TorchTrainer):
     """TorchTrainer without the parts that a run of ours does not need."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -57,7 +57,7 @@ class Trainer(TorchTrainer):
 
 
 def make(
-    task: Task,
+    task: WorkerTask,
     placement: Placement,
     *,
     world: int,
@@ -75,7 +75,7 @@ def make(
     """
     late = late_variables(env)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    return Trainer(
+    return LeanTorchTrainer(
         partial(loop, late, task),  # not train_loop_config, which Ray Train may export
         torch_config=Rendezvous(backend="nccl" if placement.device == "cuda" else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]

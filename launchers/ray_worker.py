@@ -27,7 +27,7 @@ HEAD_START_S = 2.0
 Worker = Callable[[Config, Path], None]
 
 
-class Task(TypedDict):
+class WorkerTask(TypedDict):
     """A worker's task: its configuration and run folder (absolute), the working folder of the launching process, and
     the function to call, as "module:function"."""
 
@@ -37,7 +37,7 @@ class Task(TypedDict):
     worker: str
 
 
-def train_loop(task: Task) -> None:
+def train_loop(task: WorkerTask) -> None:
     """Call the worker function; its error becomes a file and a `RuntimeError(text, failure as JSON)`.
 
     The error is plain, because Ray must be able to send it: an exception whose constructor takes more than a text

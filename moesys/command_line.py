@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
     """A parser with errors that suggest the intended word."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the error, the closest legal word and a pointer to --help; exit with code 2."""
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         near = suggest.choice(wrong[1], re.findall(r"'([^']*)'", wrong[2])) if wrong else None
         if near:

@@ -36,13 +36,16 @@ class Tokenizer(Protocol):
     """
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """A number that all ids are below."""
 
     @property
-    def end_of_document(self) -> int | None: ...
+    def end_of_document(self) -> int | None:
+        """The id that follows each document, or None."""
 
     @property
-    def identity(self) -> str: ...
+    def identity(self) -> str:
+        """A text that differs between tokenizers that encode differently."""
 
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids [T] of `text`, in the smallest unsigned type that holds `vocab_size` ids."""
@@ -104,10 +107,12 @@ class HFTokenizer:
 
     @property
     def identity(self) -> str:
+        """A digest of the file."""
         return blake2b(self.content, digest_size=16).hexdigest()
 
     @property
     def end_of_document(self) -> int | None:
+        """The id of the first of `END_OF_DOCUMENT` that the vocabulary has, or None."""
         ids = (self._tokenizer.token_to_id(name) for name in END_OF_DOCUMENT)
         return next((number for number in ids if number is not None), None)
 

@@ -77,7 +77,7 @@ def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
     Raises:
         Refusal: names every option that the plug-in cannot represent, and what to do.
     """
-    problems = unsupported(config) + _later(config) + _routing(config, gate) + _experts(config)
+    problems = unsupported(config) + _unknown_fields(config) + _routing(config, gate) + _experts(config)
     if problems:
         raise Refusal(problems)
     balance, capacity = settings.balance(config), settings.capacity(config)
@@ -111,7 +111,7 @@ def _gate(config: Any, kind: str) -> GateConfig:
     if kind != "top_k":
         return GateConfig.model_validate(kind)
     more: dict[str, Any] = {}
-    if limited(config):
+    if group_limited(config):
         kept = config.moe_router_group_topk
         more = {"groups": config.moe_router_num_groups, "groups_kept": kept}
         # The plug-in's gate counts as many experts of a group as Megatron does, which may be more than two.
@@ -124,7 +124,7 @@ def _gate(config: Any, kind: str) -> GateConfig:
     )
 
 
-def limited(config: Any) -> bool:
+def group_limited(config: Any) -> bool:
     """True if tokens use only some groups of experts. Kimi-K2 has one group, and uses it."""
     return bool(config.moe_router_group_topk) and config.moe_router_group_topk < config.moe_router_num_groups
 
@@ -148,7 +148,7 @@ def _activation(config: Any) -> Any:
     return "relu2" if name == "squared_relu" else known.get(config.activation_func)
 
 
-def _later(config: Any) -> list[Problem]:
+def _unknown_fields(config: Any) -> list[Problem]:
     """Problems of fields of the MoE layer that are newer than the releases that the plug-in knows."""
     rule = "not known to the plug-in, which was made for Megatron-Core 0.16 to 0.19"
     remedy = "leave it at its default, or use Megatron's own layer"
@@ -183,7 +183,7 @@ def _routing(config: Any, gate: str) -> list[Problem]:
 
 
 def _groups(config: Any) -> list[Problem]:
-    if not limited(config):
+    if not group_limited(config):
         return []
     kept, top_k = config.moe_router_group_topk, config.moe_router_topk
     size = config.num_moe_experts // config.moe_router_num_groups

@@ -55,6 +55,7 @@ class MegatronComparison:
     date: str
 
     def lines(self) -> list[str]:
+        """The result as lines of text."""
         names = {
             PLUG_IN: "Megatron's model, this project's MoE layer",
             OWN: "Megatron's model, its own MoE layer",
@@ -72,6 +73,7 @@ class MegatronComparison:
         ]
 
     def as_json(self) -> dict[str, object]:
+        """The result as JSON."""
         return asdict(self)
 
 

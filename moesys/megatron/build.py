@@ -18,8 +18,8 @@ from moesys.megatron import settings
 from moesys.megatron.experts import MegatronExperts
 from moesys.megatron.objective import MegatronMoE
 from moesys.megatron.refusal import Refusal
-from moesys.megatron.router import DoubleProjection, MegatronGate, MegatronGroups
-from moesys.megatron.scope import Groups, MegatronScope
+from moesys.megatron.router import DoubleProjection, MegatronExpertGroups, MegatronGate
+from moesys.megatron.scope import MegatronScope, ProcessGroups
 from moesys.megatron.shared import SharedExperts
 from moesys.models.moe import build_gate
 from moesys.moe.experts import Experts
@@ -32,7 +32,7 @@ from moesys.parallel.dispatchers.build import KINDS, levels
 from moesys.parallel.dispatchers.travelling import TravellingDispatcher
 
 
-def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -> MegatronMoE:
+def build(m: MoEConfig, config: Any, groups: ProcessGroups, dispatch: DispatchConfig) -> MegatronMoE:
     """The layer on this rank, with initial values; collective over `groups.tp_ep` if dispatch is hierarchical.
 
     Raises:
@@ -56,7 +56,7 @@ def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -
     return layer
 
 
-def _check(m: MoEConfig, groups: Groups) -> None:
+def _check(m: MoEConfig, groups: ProcessGroups) -> None:
     sizes = (
         ("num_moe_experts", m.experts, "expert_model_parallel_size", groups.ep.size()),
         ("moe_ffn_hidden_size", m.ffn_hidden, "expert_tensor_parallel_size", groups.expt_tp.size()),
@@ -74,7 +74,7 @@ def _check(m: MoEConfig, groups: Groups) -> None:
         raise Refusal(problems)
 
 
-def _parts(m: MoEConfig, config: Any, groups: Groups) -> MegatronMoE:
+def _parts(m: MoEConfig, config: Any, groups: ProcessGroups) -> MegatronMoE:
     hidden, own = config.hidden_size, m.ffn_hidden // groups.expt_tp.size()
     experts = MegatronExperts(m.experts // groups.ep.size(), hidden, own, m.activation, m.bias)
     shared = None
@@ -89,7 +89,7 @@ def build_megatron_gate(m: MoEConfig, config: Any) -> Gate:
     g, hidden = m.gate, config.hidden_size
     if g.kind != "top_k":
         return build_gate(m, hidden, 0)
-    groups = MegatronGroups(g.groups, g.groups_kept, best=m.top_k // g.groups_kept) if g.groups > 1 else None
+    groups = MegatronExpertGroups(g.groups, g.groups_kept, best=m.top_k // g.groups_kept) if g.groups > 1 else None
     projection = DoubleProjection if config.moe_router_dtype == "fp64" else GateProjection
     return MegatronGate(
         hidden,
@@ -108,7 +108,7 @@ def build_megatron_gate(m: MoEConfig, config: Any) -> Gate:
     )
 
 
-def _dispatcher(experts: int, groups: Groups, d: DispatchConfig, device: torch.device) -> TravellingDispatcher:
+def _dispatcher(experts: int, groups: ProcessGroups, d: DispatchConfig, device: torch.device) -> TravellingDispatcher:
     more: dict[str, Any] = {"chunks": d.chunks, "overlap_shared": d.overlap_shared, "payload": d.payload}
     if d.kind == "hierarchical":
         names: list[Any] = [None] * groups.tp_ep.size()
@@ -124,7 +124,7 @@ SPLIT = {"fc1": 3, "linear_fc1.bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0,
 """The dim that tensor parallelism splits."""
 
 
-def mark(layer: MoELayer, config: Any, groups: Groups) -> None:
+def mark(layer: MoELayer, config: Any, groups: ProcessGroups) -> None:
     """Set the attributes that tell Megatron's gradient reduction, clipping and optimizer how parameters are split."""
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes as split
 
@@ -143,7 +143,7 @@ def mark(layer: MoELayer, config: Any, groups: Groups) -> None:
 
 
 @torch.no_grad()
-def _initialise(layer: MegatronMoE, config: Any, groups: Groups) -> None:
+def _initialise(layer: MegatronMoE, config: Any, groups: ProcessGroups) -> None:
     for part in (layer.gate, layer.mix):
         for weight in part.parameters():
             config.init_method(weight)

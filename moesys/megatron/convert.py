@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
-from moesys.megatron.names import Names, Part, gathered, place_of
-from moesys.megatron.scope import Groups
+from moesys.megatron.names import ParameterNames, Part, gathered, place_of
+from moesys.megatron.scope import ProcessGroups
 
 
 @torch.no_grad()
@@ -33,11 +33,11 @@ def from_gpt(chunk: nn.Module, vocab_size: int, model: ModelConfig) -> dict[str,
     Raises:
         KeyError: a weight that no `Decoder` has.
     """
-    return gathered(_parts(chunk, vocab_size, model), Groups.of())
+    return gathered(_parts(chunk, vocab_size, model), ProcessGroups.of())
 
 
 def _parts(chunk: nn.Module, vocab_size: int, model: ModelConfig) -> Iterator[Part]:
-    names = Names(model, vocab_size, place_of(Groups.of()))
+    names = ParameterNames(model, vocab_size, place_of(ProcessGroups.of()))
     for parameter, pieces in (*names.pieces(chunk), *names.kept(chunk)):
         for piece in pieces:
             yield piece, piece.view(parameter.detach())

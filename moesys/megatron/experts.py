@@ -51,6 +51,7 @@ class MegatronExperts(Experts):
         self.register_load_state_dict_pre_hook(_from_own)
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """The biases [E, G, F] and [E, H], or None for each."""
         first, second = self.linear_fc1, self.linear_fc2
         return None if first is None else first.bias, None if second is None else second.bias
 

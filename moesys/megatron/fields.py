@@ -27,7 +27,7 @@ _READ = """
 READ = frozenset(_READ.split())
 """Fields that the layer reads. It follows them, or refuses some of their values."""
 
-_MET = {
+_EFFECTIVE = {
     "the process groups say it": """
         tensor_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size context_parallel_size""",
     "Megatron's specs put the layer where it says": "moe_layer_freq ffn_hidden_size",
@@ -73,7 +73,7 @@ _MET = {
         activation_offload_fraction fine_grained_offloading_max_inflight_offloads""",
 }
 
-_ELSEWHERE = {
+_UNRELATED = {
     "of attention": """
         num_attention_heads attention_backend flash_attention_version softmax_scale softmax_type num_query_groups
         kv_channels attention_dropout add_qkv_bias rotary_interleaved window_size window_attn_skip_freq qk_layernorm
@@ -122,16 +122,16 @@ def _by_name(table: dict[str, str]) -> dict[str, str]:
     return {name: why for why, names in table.items() for name in names.split()}
 
 
-MET = _by_name(_MET)
+EFFECTIVE = _by_name(_EFFECTIVE)
 """Fields that take effect although the layer does not read them, with the reason."""
 
-ELSEWHERE = _by_name(_ELSEWHERE)
+UNRELATED = _by_name(_UNRELATED)
 """Fields that do not concern the layer, with the part that they concern."""
 
 
 def undecided(config: Any) -> Iterator[str]:
     """Names of fields of `config`, a dataclass or its instance, that are in no table."""
-    decided = (READ, UNSUPPORTED, MET, ELSEWHERE)
+    decided = (READ, UNSUPPORTED, EFFECTIVE, UNRELATED)
     return (f.name for f in fields(config) if not any(f.name in table for table in decided))
 
 

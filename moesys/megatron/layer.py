@@ -12,7 +12,7 @@ from moesys.errors import Problem
 from moesys.megatron.arguments import Options, from_transformer_config
 from moesys.megatron.build import build
 from moesys.megatron.refusal import Refusal
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.sharded import sharded
 
 
@@ -48,7 +48,7 @@ class MoESysLayer(MegatronModule):
     ):
         super().__init__(config)
         options = options or Options()
-        self.groups = Groups.of(pg_collection)
+        self.groups = ProcessGroups.of(pg_collection)
         m = from_transformer_config(config, options.gate)
         self.moe = build(m, config, self.groups, options.dispatch_config(config))
         modules = config.recompute_modules if config.recompute_granularity == "selective" else ()

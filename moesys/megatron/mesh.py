@@ -53,10 +53,12 @@ class MegatronRanks(Ranks):
         self._groups = [(active, group) for axes, group in known if (active := self.active(*axes))]
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """Megatron's group over `axes`; None if it has one rank alone."""
         active = self.active(*axes)
         return next((group for known, group in self._groups if known == active), None) if active else None
 
     def groups(self) -> list[tuple[tuple[str, ...], dist.ProcessGroup]]:
+        """All of Megatron's groups that this rank is in, with their axes."""
         return self._groups
 
 

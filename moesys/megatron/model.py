@@ -11,7 +11,7 @@ from torch import nn
 
 from moesys.config.schema import Config
 from moesys.megatron.mesh import MegatronRanks
-from moesys.megatron.native_layer import Marks, NativeLayer
+from moesys.megatron.native_layer import NativeLayer, PackedTokens
 from moesys.parallel import pipeline
 from moesys.parallel.cost import Stage
 
@@ -115,7 +115,7 @@ def _spec(
             own = replace(attention.submodules, q_layernorm=Norm, k_layernorm=Norm)
             parts = replace(parts, self_attention=replace(attention, submodules=own))
         if plug_in and run.model.is_moe(number):
-            given = {"run": run, "ranks": ranks, "marks": Marks(vocab_size), "layer": number}
+            given = {"run": run, "ranks": ranks, "marks": PackedTokens(vocab_size), "layer": number}
             parts = replace(parts, mlp=ModuleSpec(module=NativeLayer, params=given))
         layers.append(replace(layer, submodules=parts))
     return replace(block, layer_specs=layers, **({"layer_norm": Norm} if norms else {}))

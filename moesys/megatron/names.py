@@ -1,6 +1,6 @@
 """Parameters of a Megatron-Core `GPTModel` by this project's names, shapes and slices.
 
-`Names.pieces` maps each parameter of a rank's model to the parts of parameters of a `Decoder` that it holds.
+`ParameterNames.pieces` maps each parameter of a rank's model to the parts of parameters of a `Decoder` that it holds.
 Initialisation, proofs, checkpoints and conversion iterate over it.
 
 H hidden, F inner size, h heads of size d, g groups of them with one key each, V vocabulary.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
 from moesys.megatron.experts import own_name
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.weights import Place
 from moesys.models.size import weights
 
@@ -81,7 +81,7 @@ REPLICATED = {
 
 
 SELECTION = ("mlp.moe.gate.selection_bias", "mlp.router.expert_bias")
-"""Names of the buffer of a block that only the choice of experts uses."""
+"""ParameterNames of the buffer of a block that only the choice of experts uses."""
 
 
 def _number(chunk: nn.Module, match: re.Match[str]) -> int:
@@ -89,7 +89,7 @@ def _number(chunk: nn.Module, match: re.Match[str]) -> int:
     return int(chunk.decoder.layers[int(match[1])].layer_number) - 1  # type: ignore[union-attr, index]
 
 
-class Names:
+class ParameterNames:
     """The parameters of a model of this shape, as the rank at `place` has them."""
 
     def __init__(self, model: ModelConfig, vocab_size: int, place: Place):
@@ -179,7 +179,7 @@ class Names:
         ]
 
 
-def place_of(groups: Groups) -> Place:
+def place_of(groups: ProcessGroups) -> Place:
     """This rank's place in Megatron's groups."""
     ep, etp, tp = groups.ep, groups.expt_tp, groups.tp
     return Place(ep.rank(), ep.size(), etp.rank(), etp.size(), tp.rank(), tp.size())
@@ -189,7 +189,7 @@ Part = tuple[Piece, Tensor]
 """A piece, and its part of a tensor."""
 
 
-def gathered(parts: Iterable[Part], groups: Groups) -> dict[str, Tensor]:
+def gathered(parts: Iterable[Part], groups: ProcessGroups) -> dict[str, Tensor]:
     """The whole tensors that `parts` are of, on the CPU. Collective over this rank's stage."""
     found: dict[str, Tensor] = {}
     spread: dict[str, dist.ProcessGroup] = {}

@@ -17,7 +17,7 @@ from moesys.config.schema import Config
 from moesys.megatron.build import mark
 from moesys.megatron.experts import MegatronExperts
 from moesys.megatron.mesh import MegatronRanks
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.sharded import sharded
 from moesys.megatron.shared import SharedExperts
 from moesys.models.moe import build_gate
@@ -29,7 +29,7 @@ from moesys.parallel.scope import SplitMicroBatch, WholeMicroBatch
 
 
 @dataclass(frozen=True)
-class Marks:
+class PackedTokens:
     """Packs a token's number in the run and its id into one int64, which passes through Megatron's model.
 
     Megatron gives every MoE layer a padding mask [B, S]. A run without padding does not need it, so packed tokens take
@@ -39,6 +39,7 @@ class Marks:
     vocabulary: int
 
     def pack(self, number_BS: Tensor, id_BS: Tensor) -> Tensor:
+        """Number and id, each int64 [B, S], as one int64 [B, S]."""
         return number_BS * self.vocabulary + id_BS
 
     def unpack(self, marks_BS: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ class Split(SplitMicroBatch):
     """A micro-batch over tensor ranks; Megatron may have split its packed tokens already, as it splits the stream."""
 
     def part(self, tokens: Tensor) -> Tensor:
+        """This rank's part [B, S / tp, …] of packed tokens [B, S, …], or of those that Megatron has split already."""
         return tokens if tokens.shape[1] == len(self.positions) else super().part(tokens)
 
 
@@ -68,12 +70,12 @@ class NativeLayer(MegatronModule):
         *,
         run: Config,
         ranks: MegatronRanks,
-        marks: Marks,
+        marks: PackedTokens,
         layer: int,
         **_: Any,
     ):
         super().__init__(config)
-        self.groups, self.marks, self.layer = Groups.of(), marks, layer
+        self.groups, self.marks, self.layer = ProcessGroups.of(), marks, layer
         self.moe = build(run, ranks, self.groups, config, layer)
 
     def forward(
@@ -90,7 +92,7 @@ class NativeLayer(MegatronModule):
         return sharded(self.moe, self.groups, f"{prefix}moe.", prefix, sharded_offsets, metadata)
 
 
-def build(run: Config, ranks: MegatronRanks, groups: Groups, config: Any, layer: int) -> MoELayer:
+def build(run: Config, ranks: MegatronRanks, groups: ProcessGroups, config: Any, layer: int) -> MoELayer:
     """The layer on this rank, not initialised. Collective over the ranks of its expert group."""
     m, hidden, d, t = run.model.moe, run.model.hidden, ranks.degrees, run.train
     assert m is not None

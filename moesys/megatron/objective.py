@@ -43,8 +43,9 @@ class MegatronMoE(MoELayer):
     coefficients: dict[str, float]
 
     def forward(self, x_SBH: Tensor, tokens_SB: Tensor | None = None) -> Tensor:
+        """The output [S, B, H] of x_SBH; tokens_SB, bool [S, B], is True for real tokens (None: all are)."""
         if isinstance(self.gate, MegatronGate):
-            self.gate.follow(self.config)
+            self.gate.read_settings(self.config)
             self.coefficients = settings.by_name(self.gate.balance)
         return super().forward(x_SBH, tokens_SB)
 

@@ -53,6 +53,7 @@ class OwnLayer(nn.Module):
                 expert.linear_fc2.weight.copy_(experts_module.fc2[number].t())
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output [1, T, H] of x [1, T, H]."""
         return self.layer(x.transpose(0, 1).contiguous())[0].transpose(0, 1)
 
 

@@ -30,16 +30,18 @@ class DoubleProjection(GateProjection):
     """`GateProjection` in float64, so that the rest of routing is float64: Megatron's `moe_router_dtype` "fp64"."""
 
     def forward(self, x_TH: Tensor) -> Tensor:
+        """Logits float64 [T, E] of x_TH [T, H]."""
         return super().forward(x_TH.double())
 
 
 @dataclass(frozen=True)
-class MegatronGroups(Groups):
+class MegatronExpertGroups(Groups):
     """`Groups` with scores that are the sums of their `best` best experts."""
 
     best: int = 1
 
     def limit(self, scores_TE: Tensor) -> Tensor:
+        """Scores [T, E] with −inf outside of the kept groups."""
         grouped_TGE = scores_TE.unflatten(-1, (self.count, -1))
         group_TG = grouped_TGE.topk(self.best, dim=-1).values.sum(-1)
         kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(-1, best(group_TG, self.kept), True)
@@ -85,7 +87,7 @@ class MegatronGate(TopKGate):
         self.passes = 0
         """Forward passes that `global_load_sum` counts."""
 
-    def follow(self, config: Any) -> None:
+    def read_settings(self, config: Any) -> None:
         """Take the settings that Megatron's router reads from its configuration in every forward pass."""
         self.balance, self.capacity, self.scale = (
             settings.balance(config),
@@ -95,11 +97,13 @@ class MegatronGate(TopKGate):
 
     @property
     def expert_bias(self) -> Tensor:
+        """The selection bias, float32 [E], by Megatron's name."""
         if not self.biased:
             raise AttributeError("expert_bias")  # Megatron tests for the attribute
         return self.selection_bias
 
     def reset_state(self) -> None:
+        """Set all buffers to 0."""
         super().reset_state()
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
@@ -111,6 +115,7 @@ class MegatronGate(TopKGate):
             self.global_load_sum.zero_()
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
+        """The routing of tokens x_TH [T, H]; see `Gate.forward`."""
         assert isinstance(tokens, MegatronTokens)
         logits_TE = self.projection(self._shaken(x_TH))
         chosen = self.choose(logits_TE, tokens)

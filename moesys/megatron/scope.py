@@ -14,7 +14,7 @@ from moesys.parallel import comm
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """The process groups that an MoE layer needs, by Megatron's names.
 
     `tp_ep` holds the ranks of an expert group: rank i · etp + j has slice j of the i-th share of the experts.
@@ -29,7 +29,7 @@ class Groups:
     tp_dp_cp: dist.ProcessGroup
 
     @classmethod
-    def of(cls, collection: Any = None) -> Groups:
+    def of(cls, collection: Any = None) -> ProcessGroups:
         """The groups of a `ProcessGroupCollection`; `parallel_state`'s take the place of missing ones."""
         from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
@@ -49,7 +49,7 @@ class MegatronTokens(Tokens):
 class MegatronScope(MicroBatch):
     """A micro-batch with sequences that are split over the tensor and context ranks of `groups`."""
 
-    def __init__(self, groups: Groups):
+    def __init__(self, groups: ProcessGroups):
         self.groups, self.size = groups, groups.tp_cp.size()
         self.real: Tensor | int = 0
         """The number of real tokens in the last input of this rank."""
@@ -57,15 +57,19 @@ class MegatronScope(MicroBatch):
         """The number of its sequences."""
 
     def sum(self, x: Tensor) -> Tensor:
+        """`x`, any shape, summed over tensor and context ranks."""
         return x if self.size == 1 else comm.total(x, self.groups.tp_cp)
 
     def sum_global(self, x: Tensor) -> Tensor:
+        """`x`, any shape, summed over tensor, context and data ranks."""
         return x if self.groups.tp_dp_cp.size() == 1 else comm.total(x, self.groups.tp_dp_cp)
 
     def gather(self, x_T: Tensor) -> Tensor:
+        """x_T [T, …] of all tensor and context ranks, one after another."""
         return x_T if self.size == 1 else comm.gather(x_T, self.groups.tp_cp)
 
     def mine(self, rows: int) -> slice:
+        """The slice of gathered tokens that is this rank's, which has `rows`."""
         start = self.groups.tp_cp.rank() * rows
         return slice(start, start + rows)
 

@@ -18,6 +18,7 @@ class MegatronCapacity(Capacity):
     """`Capacity` of this rank's tokens, rounded as Megatron's `get_capacity` rounds."""
 
     def limit(self, training: bool, tokens: int, top_k: int, experts: float) -> int | None:
+        """The assignments C that an expert takes at most; None without a limit."""
         if self.factor is None:
             return None
         # The order matters: 400 · 2 / 8 · 1.1 is more than 110 in float64, and C is 111.

@@ -32,6 +32,7 @@ class SharedExperts(FeedForward):
         self.group, self.sequence_parallel, self.batch_first = group, sequence_parallel, batch_first
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output of x, both [S, B, H], or [B, S, H] with `batch_first`."""
         if self.group.size() == 1:
             return super().forward(x)
         if self.batch_first:

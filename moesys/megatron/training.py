@@ -15,10 +15,10 @@ from moesys.config.schema import Config
 from moesys.megatron.checkpoint import State
 from moesys.megatron.mesh import MegatronRanks
 from moesys.megatron.model import chunks, transformer_config
-from moesys.megatron.names import Names, Piece, gathered, place_of
-from moesys.megatron.native_layer import Marks, NativeLayer
+from moesys.megatron.names import ParameterNames, Piece, gathered, place_of
+from moesys.megatron.native_layer import NativeLayer, PackedTokens
 from moesys.megatron.quiet import quiet
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.step import step
 from moesys.moe.layer import MoELayer
 from moesys.parallel import pipeline
@@ -60,8 +60,8 @@ class MegatronEngine:
         **more: Any,
     ):
         self.config, self.mesh, self.ranks = config, ranks, ranks
-        self.vocab_size, self.groups, self.marks = vocab_size, Groups.of(), Marks(vocab_size)
-        self.names = Names(config.model, vocab_size, place_of(self.groups))
+        self.vocab_size, self.groups, self.marks = vocab_size, ProcessGroups.of(), PackedTokens(vocab_size)
+        self.names = ParameterNames(config.model, vocab_size, place_of(self.groups))
         stages = pipeline.stages(config, vocab_size)
         with quiet():
             self.transformer = transformer_config(config, ranks, stages, **more)
@@ -127,6 +127,7 @@ class MegatronEngine:
         return get_megatron_optimizer(wanted, self.model, use_gloo_process_groups=False)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        """See `Engine.train`."""
         self._mode(training=True)
         if counting_passes(self.config, self.ranks.degrees.dp):
             with counted(self.moe_layers(), self.ranks), torch.no_grad():
@@ -137,6 +138,7 @@ class MegatronEngine:
         return self._run(tokens, labels, samples, forward_only=False)
 
     def update(self, rate: float) -> Update:
+        """See `Engine.update`."""
         o, gates = self.config.train.optimizer, [layer.gate for layer in self.moe_layers().values()]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -155,11 +157,13 @@ class MegatronEngine:
         return Update(scalar(norm, dtype=torch.float64), scalar(not isfinite(norm), dtype=torch.bool), lambda: bad)
 
     def nonfinite(self) -> list[str]:
+        """See `Engine.nonfinite`."""
         held = {piece.name: part for _, piece, part in self.held()} | self._buffers()
         return [*nonfinite(held), *nonfinite(self._state().slots())]
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
+        """See `Engine.evaluate`."""
         self._mode(training=False)
         return self._run(tokens, labels, samples, forward_only=True)
 
@@ -197,10 +201,12 @@ class MegatronEngine:
         return out, partial(_loss, counts)
 
     def moe_layers(self) -> dict[str, MoELayer]:
+        """See `Engine.moe_layers`."""
         found = (m for part in self._inner() for m in part.modules() if isinstance(m, NativeLayer))
         return {f"layers.{m.layer}.ffn": m.moe for m in found}
 
     def gradients(self) -> dict[str, Tensor]:
+        """See `Engine.gradients`."""
         if self.ranks.degrees.dp_shard > 1:
             self._gather_gradients()
         parts = ((piece, piece.view(p.main_grad)) for p, piece, _ in self.held())  # type: ignore[attr-defined]
@@ -216,13 +222,16 @@ class MegatronEngine:
                     torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
     def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`."""
         found = gathered(((piece, part) for _, piece, part in self.held()), self.groups)
         return found | {name: value.cpu().clone() for name, value in self._buffers().items()}
 
     def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
         self._state().save(folder)
 
     def load(self, folder: Path) -> set[str]:
+        """See `Engine.load`."""
         return self._state().load(folder)
 
     def _state(self) -> State:

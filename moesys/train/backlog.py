@@ -34,7 +34,7 @@ MOST = 100
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepMeasurements:
     """A step's numbers on the host.
 
     Attributes:
@@ -98,7 +98,7 @@ class Backlog:
         own = torch.cat([torch.stack([loss.detach().double() / self.engine.mesh.degrees.tp, seconds]), table.flatten()])
         self._waiting.append(_Waiting(step, own, torch.stack([update.norm, update.skipped.double()]), update.bad))
 
-    def read(self) -> list[Measured]:
+    def read(self) -> list[StepMeasurements]:
         """Remove and return all waiting steps, in order. Collective: one all-reduce, and one wait of the host."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
@@ -107,7 +107,7 @@ class Backlog:
         rows = torch.cat([torch.stack([w.shared for w in waiting]), total], 1).cpu().numpy()
         return [self._measured(w, row) for w, row in zip(waiting, rows, strict=True)]
 
-    def _measured(self, waiting: _Waiting, row: np.ndarray) -> Measured:
+    def _measured(self, waiting: _Waiting, row: np.ndarray) -> StepMeasurements:
         norm, skipped, loss, seconds = row[:4].tolist()
         values = {"loss": loss, "all_to_all_seconds": seconds / self.engine.mesh.degrees.world}
         load, moe = None, self.engine.config.model.moe
@@ -116,7 +116,7 @@ class Backlog:
             load = table[:, len(COUNTS) + len(LOSSES) :].round(3).tolist()
             with np.errstate(all="ignore"):  # NaN in a skipped step is reported as NaN
                 values |= _routing(table, moe, self.engine.mesh.degrees)
-        return Measured(waiting.step, values, load, norm, bool(skipped), waiting.bad)
+        return StepMeasurements(waiting.step, values, load, norm, bool(skipped), waiting.bad)
 
 
 def _routing(table: np.ndarray, moe: Any, degrees: Any) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Fault:
         return f"{self.layer}: no token for {who} since step {self.since}"
 
     def as_json(self) -> dict[str, Any]:
+        """The fault as JSON."""
         return {"layer": self.layer, "kind": self.kind, "experts": list(self.experts), "since": self.since}
 
 

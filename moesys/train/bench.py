@@ -51,6 +51,7 @@ class TrainComparison:
     date: str
 
     def as_json(self) -> dict[str, object]:
+        """The result as JSON."""
         return asdict(self)
 
 

@@ -59,6 +59,7 @@ class RecordingCost:
     date: str
 
     def lines(self) -> list[str]:
+        """The result as lines of text."""
         return [
             f"{self.machine}, {self.date}, {plural(self.world, 'rank')}",
             f"  medians of {plural(self.rounds, 'interleaved round')} of {plural(self.steps, 'step')} "
@@ -70,6 +71,7 @@ class RecordingCost:
         ]
 
     def as_json(self) -> dict[str, object]:
+        """The result as JSON."""
         return asdict(self)
 
 

@@ -45,9 +45,13 @@ class Engine(Protocol):
     """
 
     @property
-    def config(self) -> Config: ...
+    def config(self) -> Config:
+        """The run's configuration."""
+
     @property
-    def mesh(self) -> Ranks: ...
+    def mesh(self) -> Ranks:
+        """The ranks of the run."""
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights in checkpoints."""
@@ -101,7 +105,9 @@ class Engine(Protocol):
 class EngineModule(Protocol):
     """The interface of the modules in `MODULES`."""
 
-    def connect(self, config: Config) -> Ranks: ...
+    def connect(self, config: Config) -> Ranks:
+        """Join the run's process group; returns the ranks, with this rank's place."""
+
     def build(
         self, config: Config, mesh: Ranks, vocab_size: int, dtype: torch.dtype | None = None, draw: bool = True
     ) -> Engine:

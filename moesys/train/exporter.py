@@ -62,6 +62,7 @@ class Exporter(Collector):
         self._values.setdefault(m.family, {})[("run", self._run), *labels] = float(value)
 
     def describe(self) -> Iterable[Family]:
+        """Nothing: Prometheus then collects nothing when the exporter is registered."""
         return ()  # registering then collects nothing
 
     def collect(self) -> Iterable[Family]:

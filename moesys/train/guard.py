@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from moesys.config.schema import SkipsConfig
 from moesys.errors import TrainingError
-from moesys.train.backlog import Measured
+from moesys.train.backlog import StepMeasurements
 from moesys.train.engine import Engine
 from moesys.train.finite import place
 
@@ -55,7 +55,7 @@ class Guard:
         self.last: Skip | None = None
         self.over = ""
 
-    def take(self, measured: Measured, engine: Engine) -> Skip | None:
+    def take(self, measured: StepMeasurements, engine: Engine) -> Skip | None:
         """Count a step; returns the facts of a skipped one. Collective if it was skipped, and only then."""
         if not measured.skipped:
             self.consecutive = 0

@@ -11,7 +11,7 @@ class Metric:
     """One metric, or one of a family whose members differ by a label.
 
     Attributes:
-        tag: on TensorBoard and Weights & Biases, its group first; "" if it is not shown, because its curve is meaningless.
+        tag: on TensorBoard and Weights & Biases, its group first; "" if its curve is meaningless, and not shown.
         family: its name for Prometheus, with its base unit; counters are without `_total`; "" if it is not exported.
         help: its meaning in a sentence.
         label: a label and its value, if the family has one.

@@ -93,11 +93,13 @@ class NativeEngine:
         self._loss = torch.zeros((), device=mesh.device)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        """See `Engine.train`."""
         loss = self._loss = self.model.train(tokens, labels, samples)
         self.model.gradients.reduce()
         return loss
 
     def update(self, rate: float) -> Update:
+        """See `Engine.update`."""
         gradients = self.model.gradients
         norm, loss = gradients.norm(self._loss)
         skipped = ~(norm.isfinite() & loss.isfinite())
@@ -116,28 +118,35 @@ class NativeEngine:
         return [names[id(p)] for p, is_fine in zip(self.model.gradients.parameters, fine, strict=True) if not is_fine]
 
     def nonfinite(self) -> list[str]:
+        """See `Engine.nonfinite`."""
         state = self._state()
         kept = {name: value for name, value in state["optimizer"].items() if value.ndim}
         return nonfinite({name: local(value) for name, value in (state["model"] | kept).items()})
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
+        """See `Engine.evaluate`."""
         return self.model.evaluate(tokens, labels, samples)
 
     def moe_layers(self) -> dict[str, MoELayer]:
+        """See `Engine.moe_layers`."""
         return self.model.moe_layers()
 
     def gradients(self) -> dict[str, Tensor]:
+        """See `Engine.gradients`."""
         trained = {name: p for name, p in self.model.named_parameters().items() if p.requires_grad}
         return {name: _whole(p.grad) for name, p in trained.items() if p.grad is not None}
 
     def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`."""
         found = self.model.named_parameters() | self.model.named_buffers()
         return {name: _whole(value) for name, value in found.items()}
 
     def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
         storage.save(self._state(), folder)
 
     def load(self, folder: Path) -> set[str]:
+        """See `Engine.load`."""
         return storage.load(self._state(), folder, optional={f"model.{name}" for name in self.model.named_buffers()})
 
     def _state(self) -> dict[str, Any]:

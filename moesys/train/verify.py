@@ -56,12 +56,13 @@ class Difference:
     where: str = ""
 
     def update(self, value: float, where: str) -> None:
+        """Keep `value` and its place if it is larger, or NaN."""
         if not value <= self.value:  # also a NaN
             self.value, self.where = value, where
 
 
 @dataclass
-class Report:
+class EqualityReport:
     """Largest relative differences between a parallel run and one process."""
 
     world: int
@@ -74,10 +75,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """True if no difference is above the tolerance."""
         kinds = (self.loss, self.norm, self.gradient, self.parameter)
         return all(kind.value <= self.tolerance for kind in kinds)
 
     def as_json(self) -> dict[str, Any]:
+        """The report as JSON, with `passed`."""
         return {**asdict(self), "passed": self.passed}
 
 
@@ -177,9 +180,9 @@ def _merge(into: Trace, part: Trace) -> None:
         whole |= stage
 
 
-def compare(found: Trace, expected: Trace, world: int, tolerance: float) -> Report:
+def compare(found: Trace, expected: Trace, world: int, tolerance: float) -> EqualityReport:
     """Differences ‖a − b‖ / ‖b‖ per tensor, |a − b| / |b| of losses and norms; the largest of each kind."""
-    report = Report(world, len(expected.losses), tolerance)
+    report = EqualityReport(world, len(expected.losses), tolerance)
     for worst, ours, theirs in (
         (report.loss, found.losses, expected.losses),
         (report.norm, found.norms, expected.norms),
@@ -215,7 +218,7 @@ def _compare_gradients(worst: Difference, found: dict[str, Tensor], expected: di
 
 def verify(
     config: Config, world: int, steps: int, tolerance: float, dtype: str = "float32", against: str | None = None
-) -> Report:
+) -> EqualityReport:
     """Prove that `config` on `world` processes equals one process over `steps` steps, of the engine `against`."""
     config = spawn.resolve_device(config, world, "verify")
     one = reference(config, against)

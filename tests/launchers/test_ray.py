@@ -291,7 +291,7 @@ def test_rays_own_failures_are_told_in_a_line(tmp_path):
 def test_no_autoscaler_is_asked_for_nodes(monkeypatch):
     """That would be a process more, which Ray Train waits for."""
     monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **arguments: arguments)
-    trainer = object.__new__(ray_trainer.Trainer)
+    trainer = object.__new__(ray_trainer.LeanTorchTrainer)
     given = FixedScalingPolicy(ScalingConfig(num_workers=3))
     policy = trainer._initialize_and_run_controller(scaling_policy=given)["scaling_policy"]
     policy.after_controller_start(None)
