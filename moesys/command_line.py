@@ -81,6 +81,7 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=f"moesys {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="what to do; each has --help")
+    _init(commands)
     _launch(_configured(commands, "launch", "train a configuration", "configs/quickstart.yaml train.steps=50"))
     _sweep(commands)
     _config(commands)
@@ -122,6 +123,15 @@ def _configured(
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the file")
     sub.set_defaults(takes_overrides=True)
     return sub
+
+
+def _init(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write a commented configuration to start from"
+    sub = _command(commands, "init", text, "mixtral-8x7b --to mine.yaml", "launching.md")
+    text = "quickstart, a recipe or a model that comes with moesys (default: list them)"
+    sub.add_argument("name", nargs="?", metavar="NAME", help=text)
+    text = "the file to write, which must not exist (default: NAME.yaml in this folder)"
+    sub.add_argument("--to", type=output, metavar="FILE", help=text)
 
 
 def _launch(sub: Parser) -> None:
