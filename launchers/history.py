@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from moesys import __version__
+from moesys.version import __version__
 from moesys.files import json_text
 from moesys.launchers.command import command_line
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from moesys import __version__, shipped
+from moesys import shipped
+from moesys.version import __version__
 from moesys.config import suggest
 from moesys.options import count, finite, output, tolerance
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moesys import __version__, shipped
+from moesys import shipped
+from moesys.version import __version__
 from moesys.config import suggest
 from moesys.errors import FileError
 

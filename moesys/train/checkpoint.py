@@ -21,7 +21,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from moesys import __version__
+from moesys.version import __version__
 from moesys.config.changes import Change, saved_form
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
