@@ -18,7 +18,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-import moesys
 from moesys import leftovers
 from moesys.config.load import dump
 from moesys.config.schema import Config
@@ -34,6 +33,7 @@ from moesys.measure.links import Line, Profile
 from moesys.measure.sizes import COLLECTIVES, GROUPS, human
 from moesys.train import routing_files
 from moesys.train.checked import load_checked
+from moesys.version import __version__
 from moesys.words import plural
 
 WIDTH = 112
@@ -187,7 +187,7 @@ def show(results: list[Result], facts: dict[str, Any], console: Console) -> None
     hosts = len(set(facts["hosts"]))
     console.print(
         f"{plural(facts['ranks'], 'rank')} on {plural(hosts, 'node')}, {facts['backend']}, {facts['device']}, "
-        f"torch {torch.__version__}, moesys {moesys.__version__}, {date.today().isoformat()}"
+        f"torch {torch.__version__}, moesys {__version__}, {date.today().isoformat()}"
     )
     console.print("bytes: what a rank sends in all, its own part included; algbw = bytes / time, busbw as nccl-tests")
     seen = dict.fromkeys((r.kind, r.group, r.dtype) for r in results)
@@ -236,7 +236,7 @@ def as_json(results: list[Result], facts: dict[str, Any], options: Options) -> d
     """The shape of nccl-tests' `-J`, with our own keys after theirs."""
     rates = [r.busbw / 1e9 for r in results]
     return {
-        "version": moesys.__version__,
+        "version": __version__,
         "args": asdict(options),
         "env": {k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "GLOO_"))},
         "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if facts["backend"] == "nccl" else None,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from moesys import shipped
-from moesys.version import __version__
 from moesys.config import suggest
 from moesys.options import count, finite, output, tolerance
+from moesys.version import __version__
 
 EXIT_CODES = """\
 exit codes:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from moesys import shipped
-from moesys.version import __version__
 from moesys.config import suggest
 from moesys.errors import FileError
+from moesys.version import __version__
 
 OF_A_MODEL = """\
 # {about}

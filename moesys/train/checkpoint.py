@@ -21,7 +21,6 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from moesys.version import __version__
 from moesys.config.changes import Change, saved_form
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
@@ -35,6 +34,7 @@ from moesys.train import resume, storage
 from moesys.train.engine import Engine
 from moesys.train.resume import META, complete, damaged, read
 from moesys.train.resume import newest as newest
+from moesys.version import __version__
 
 PARTIAL = re.compile(r"\.partial-\d{8,}")
 TOKENIZER = "tokenizer.json"

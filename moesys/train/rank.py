@@ -23,11 +23,11 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-import moesys
 from moesys.errors import MoesysError
 from moesys.train import beat
 from moesys.train.beat import Beat
 from moesys.train.ending import Failure
+from moesys.version import __version__
 
 MARK = "=== attempt "
 """Begins the line of a log that says what was started when."""
@@ -49,7 +49,7 @@ def header(log: Path) -> str:
         before = sum(line.startswith(MARK.encode()) for line in lines)
     env, now = os.environ, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     process = f"rank {env.get('RANK', 0)} of {env.get('WORLD_SIZE', 1)}, host {socket.gethostname()}, pid {os.getpid()}"
-    versions = f"moesys {moesys.__version__}, torch {_version('torch')}, Python {platform.python_version()}"
+    versions = f"moesys {__version__}, torch {_version('torch')}, Python {platform.python_version()}"
     return f"{MARK}{before + 1}, {now}: {process}, {versions}: {env.get(COMMAND) or shlex.join(sys.orig_argv)}"
 
 
