@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from moesys.version import __version__ as __version__
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares both lists
+    from moesys.config.schema import Config as Config
+    from moesys.errors import ConfigError as ConfigError
     from moesys.errors import MoesysError as MoesysError
     from moesys.moe.capacity import Capacity as Capacity
     from moesys.moe.experts import Experts as Experts
@@ -27,18 +29,28 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from moesys.parallel.clip import clip_grad_norm_ as clip_grad_norm_
     from moesys.parallel.user_model import expert_parallel as expert_parallel
     from moesys.parallel.user_model import update_gates as update_gates
+    from moesys.train.library import build_moe_layer as build_moe_layer
+    from moesys.train.library import build_trainer as build_trainer
+    from moesys.train.library import load_config as load_config
+    from moesys.train.loop import Trainer as Trainer
 
 _MODULES = {
     "Balance": "moesys.moe.losses",
     "Capacity": "moesys.moe.capacity",
+    "Config": "moesys.config.schema",
+    "ConfigError": "moesys.errors",
     "ExpertChoiceGate": "moesys.moe.gates.expert_choice",
     "Experts": "moesys.moe.experts",
     "Gate": "moesys.moe.gates.gate",
     "MoELayer": "moesys.moe.layer",
     "MoesysError": "moesys.errors",
     "TopKGate": "moesys.moe.gates.top_k",
+    "Trainer": "moesys.train.loop",
+    "build_moe_layer": "moesys.train.library",
+    "build_trainer": "moesys.train.library",
     "clip_grad_norm_": "moesys.parallel.clip",
     "expert_parallel": "moesys.parallel.user_model",
+    "load_config": "moesys.train.library",
     "moe_layers": "moesys.moe.layer",
     "update_gates": "moesys.parallel.user_model",
 }
