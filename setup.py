@@ -1,4 +1,7 @@
-"""Packaging of moesys: parallel, kernels, launchers, configs and docs are inside the package through links."""
+"""Packaging of moesys: parallel, kernels, launchers, configs and docs are inside the package through links.
+
+So are benchmarks, comparisons with other systems; but of a checkout alone, not of a wheel.
+"""
 
 import runpy
 from pathlib import Path
@@ -28,7 +31,7 @@ setup(
         "Topic :: System :: Distributed Computing",
         "Typing :: Typed",
     ],
-    packages=find_packages(include=["moesys", "moesys.*"]),
+    packages=find_packages(include=["moesys", "moesys.*"], exclude=["moesys.benchmarks", "moesys.benchmarks.*"]),
     package_data={
         "": ["*.json"],  # beside any module
         "moesys": ["py.typed", "configs/**/*.yaml", "configs/*.json", "docs/*.md", "docs/*.svg", "docs/*.png"],

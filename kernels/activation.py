@@ -104,8 +104,10 @@ def reference(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tenso
 
 def activate(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
     """act(h) · weight: [N, F] in the type of h [N, G, F]; `weight_N` float32 [N] or None for 1."""
-    way = choose(h_NGF, "activation")
-    if way == "reference" or (way == "torch" and torch.compiler.is_compiling()):  # which fuses the definition
+    implementation = choose(h_NGF, "activation")
+    if implementation == "reference" or (
+        implementation == "torch" and torch.compiler.is_compiling()
+    ):  # which fuses the definition
         return reference(h_NGF, kind, weight_N)
     return _Activate.apply(h_NGF, weight_N, kind)
 
@@ -160,9 +162,9 @@ def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, out_NF: Te
 def backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`gradients` by torch; all of one type, float32 or wider."""
     dh = torch.empty_like(h_NGF)
-    again = Again(h_NGF, kind, dh)
+    recomputed = Recomputed(h_NGF, kind, dh)
     dh[:, 0].copy_(grad_NF)
-    along = again.backward()
+    along = recomputed.backward()
     if weight_N is None:
         return dh, None
     return dh.mul_(weight_N.to(dh.dtype).view(-1, 1, 1)), along.to(weight_N.dtype)
@@ -174,8 +176,8 @@ def _value(k: Kind, g: Tensor, out: Tensor | None) -> Tensor:
     return k.value_out(g, out=out)
 
 
-class Again:
-    """An activation made again for backward, without routing weights, in the memory of its own gradient.
+class Recomputed:
+    """Recomputes an activation for backward, without routing weights, in the memory of its gradient.
 
     First `inner` [N, F], the activation, stands in `dh[:, 0]`, for the gradient of the matrix that it was
     multiplied with. Then the gradient of `inner` is written there, and `backward` makes of it that of h.

@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from moesys.kernels import activation
-from moesys.kernels import expert_ffn_blocked as blocked
 from moesys.kernels import expert_ffn_grouped as grouped
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
 from moesys.kernels.choose import choose
-from moesys.kernels.expert_ffn_given import Given
+from moesys.kernels.cpu import expert_ffn_blocked as blocked
+from moesys.kernels.expert_ffn_arguments import Arguments
 from moesys.kernels.permute import Permutation
 
 
@@ -90,19 +90,19 @@ _LIBRARY.define(
 
 
 def _forward(*inputs) -> tuple[Tensor, Tensor]:
-    """(output, in the shape of x; h [N, G, F]) of the inputs of `Given`."""
-    given = Given(*inputs)
-    return (blocked if _in_blocks(given.x_TH) else grouped).forward(given)
+    """(output, in the shape of x; h [N, G, F]) of the inputs of `Arguments`."""
+    args = Arguments(*inputs)
+    return (blocked if _in_blocks(args.x_TH) else grouped).forward(args)
 
 
 def _backward(grad_TH: Tensor, *inputs) -> tuple[Tensor, ...]:
-    """Gradients of x, fc1, fc2, weight and bias1, of the inputs of `Given`, h and what is asked for.
+    """Gradients of x, fc1, fc2, weight and bias1, of the inputs of `Arguments`, h and what is asked for.
 
     The last two are empty without their inputs, those of fc1 and fc2 where they are not asked for.
     """
-    *given, h_NGF, of_fc1, of_fc2 = inputs
-    way = blocked if _in_blocks(given[0]) else grouped
-    return _with_empty(way.backward(grad_TH.contiguous(), Given(*given), h_NGF, of_fc1, of_fc2), grad_TH)
+    *args, h_NGF, of_fc1, of_fc2 = inputs
+    implementation = blocked if _in_blocks(args[0]) else grouped
+    return _with_empty(implementation.backward(grad_TH.contiguous(), Arguments(*args), h_NGF, of_fc1, of_fc2), grad_TH)
 
 
 def _with_empty(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -117,15 +117,15 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("moesys::expert_ffn")
 def _(*inputs):
-    given = Given(*inputs)
-    return _fresh(given.x_TH), given.x_TH.new_empty(given.rows, *given.fc1.shape[2:])
+    args = Arguments(*inputs)
+    return _fresh(args.x_TH), args.x_TH.new_empty(args.rows, *args.fc1.shape[2:])
 
 
 @torch.library.register_fake("moesys::expert_ffn_backward")
 def _(grad_TH, *inputs):
     *inputs, _, of_fc1, of_fc2 = inputs
-    given = Given(*inputs)
-    asked = (given.x_TH, given.fc1 if of_fc1 else None, given.fc2 if of_fc2 else None, given.weight_N, given.bias1)
+    args = Arguments(*inputs)
+    asked = (args.x_TH, args.fc1 if of_fc1 else None, args.fc2 if of_fc2 else None, args.weight_N, args.bias1)
     return _with_empty([None if t is None else _fresh(t) for t in asked], grad_TH)
 
 
@@ -154,15 +154,15 @@ class _ExpertFFN(torch.autograd.Function):
         *tensors, h = ctx.saved_tensors
         grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *_cast(tensors), ctx.kind, h, of_fc1, of_fc2)
         asked = (True, of_fc1, of_fc2, of_weight, of_bias1)
-        given = (tensors[0], tensors[1], tensors[2], tensors[4], tensors[5])
+        args = (tensors[0], tensors[1], tensors[2], tensors[4], tensors[5])
         x, fc1, fc2, weight, bias1 = (
-            g.to(t.dtype) if a and t is not None else None for a, t, g in zip(asked, given, grads, strict=True)
+            g.to(t.dtype) if a and t is not None else None for a, t, g in zip(asked, args, grads, strict=True)
         )
         return x, fc1, fc2, None, weight, bias1, None, None, None, None
 
 
 def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The inputs of `Given` but the kind, with fc1, fc2 and bias1 in the type of x."""
+    """The inputs of `Arguments` but the kind, with fc1, fc2 and bias1 in the type of x."""
     x = tensors[0]
     assert x is not None
     return [t.to(x.dtype) if t is not None and i in (1, 2, 5) else t for i, t in enumerate(tensors)]

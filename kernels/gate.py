@@ -59,10 +59,10 @@ def gate(
         scale: factor on the weights, after normalisation.
     """
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    way = choose(logits_TE, "gate")
-    if way == "triton":
+    implementation = choose(logits_TE, "gate")
+    if implementation == "triton":
         return GateResult(*_Gate.apply(logits_TE, top_k, score, normalize, scale))
-    if way == "torch" and logits_TE.dtype == torch.float32:
+    if implementation == "torch" and logits_TE.dtype == torch.float32:
         return weigh(logits_TE, _best(logits_TE.detach(), top_k), score, normalize, scale)
     return reference(logits_TE, top_k, score, normalize, scale)
 

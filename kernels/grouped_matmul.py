@@ -126,17 +126,17 @@ def _flops_weight_grad(x_shape, grad_shape, *args, out_shape=None, **kwargs) -> 
 
 
 def grouped_matmul(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tensor:
-    """`reference`, by the fastest way on the device: [N, M].
+    """`reference`, by the fastest implementation on the device: [N, M].
 
     Args:
         x_NK: floating [N, K], consecutive rows of each group.
         w_GKM: [G, K, M] in the type of x.
         rows_per_group: int64 [G], sum N, any 0. On GPU its values stay on the device.
     """
-    way = choose(x_NK, "grouped_matmul", w_GKM)
-    if way == "reference":
+    implementation = choose(x_NK, "grouped_matmul", w_GKM)
+    if implementation == "reference":
         return reference(x_NK, w_GKM, rows_per_group)
-    if way == "triton":
+    if implementation == "triton":
         return _grouped_mm(x_NK, w_GKM, starts(rows_per_group))
     if torch_has_grouped_mm(x_NK, w_GKM):
         return _TorchProducts.apply(x_NK, w_GKM, starts(rows_per_group))

@@ -18,10 +18,10 @@ from moesys.errors import FileError
 from moesys.files import read_json, write_json
 from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
-from moesys.measure import recorded as records
-from moesys.measure.choice import Recorded, explained
-from moesys.measure.links import Profile
-from moesys.measure.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
+from moesys.measure.explain.step_selection import Recorded, explained
+from moesys.measure.predict.links import Profile
+from moesys.measure.predict.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
+from moesys.measure.record import step_files as records
 from moesys.train.checked import load_checked
 
 

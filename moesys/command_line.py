@@ -250,7 +250,7 @@ def _layer(sub: Parser) -> None:
 
 def a2a_options(sub: Parser) -> None:
     """The options of `moesys bench a2a`."""
-    from moesys.measure.sizes import COLLECTIVES, GROUPS, size
+    from moesys.measure.a2a_benchmark.sizes import COLLECTIVES, GROUPS, size
 
     sub.add_argument("--launcher", choices=LAUNCHERS[:3], help="default: launch.launcher")
     text = f"of {', '.join(COLLECTIVES)} (default: all of them)"

@@ -44,10 +44,10 @@ class Bucket:
         awaited: ids of the parameters whose gradients backward has not completed.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], group: dist.ProcessGroup, way: comm.Way = comm.GRADIENTS):
-        self.params, self.group, self.way = params, group, way
+    def __init__(self, params: Sequence[nn.Parameter], group: dist.ProcessGroup, tag: comm.Tag = comm.GRADIENTS):
+        self.params, self.group, self.tag = params, group, tag
         self.awaited = set(map(id, params))
-        self._pending: comm.Pending | None = None
+        self._pending: comm.Work | None = None
 
     @torch.no_grad()
     def start(self) -> None:
@@ -61,7 +61,7 @@ class Bucket:
             pieces = flat.split([grad.numel() for grad in grads])
             for p, grad, piece in zip(self.params, grads, pieces, strict=True):
                 _replace(p, piece.view(grad.shape))
-        self._pending = comm.start_total(flat, self.group, self.way)
+        self._pending = comm.start_all_reduce(flat, self.group, self.tag)
 
     def wait(self) -> None:
         """Wait for the sum; the bucket is then ready for the next step."""
@@ -104,7 +104,7 @@ def sum_partial(params: Iterable[nn.Parameter]) -> None:
         if _partial(p) and isinstance(p, DTensor):
             group = p.device_mesh.get_group()
             found.setdefault(group.group_name, (group, []))[1].append(p)
-    buckets = [Bucket(some, group, comm.NOWHERE) for group, every in found.values() for some in divided(every)]
+    buckets = [Bucket(some, group, comm.UNTAGGED) for group, every in found.values() for some in divided(every)]
     for bucket in buckets:
         bucket.start()
     for bucket in buckets:

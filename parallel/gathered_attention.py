@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from moesys.models.attention import attend
+from moesys.parallel.async_collectives import gather_rows
 from moesys.parallel.comm import CONTEXT
-from moesys.parallel.flight import gather_rows
 
 
 class GatheredCore(nn.Module):

@@ -146,7 +146,7 @@ class Gradients:
         if grads:
             self.norms = torch.stack(torch._foreach_norm(grads))
             squares = (self.norms.double().square() / self._copies_P).sum()
-        whole, total = comm.total(torch.stack([squares, loss.double()]), way=comm.STEP)
+        whole, total = comm.all_reduce(torch.stack([squares, loss.double()]), tag=comm.STEP)
         return whole.sqrt(), total
 
     def clip(self, limit: float | None, norm: Tensor) -> None:

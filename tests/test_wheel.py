@@ -51,6 +51,7 @@ def run(wheel, tmp_path_factory) -> Run:
 
 def test_every_file_of_the_package_is_in_it(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert not any("benchmarks/" in name for name in names), "comparisons with other systems are of a checkout alone"
     tracked = call("git", "ls-files", "moesys", *LINKED, cwd=ROOT).split()
     of_the_package = [name if name.startswith("moesys/") else f"moesys/{name}" for name in tracked]
     missing = {name for name in of_the_package if name not in names and not (ROOT / name).is_dir()}
@@ -65,6 +66,16 @@ def test_the_command_works_in_any_folder(run):
     assert "legal on 128 ranks" in run("moesys", "config", "mixtral-8x7b.yaml", "--check")
     run("python", "-c", "open('mine.yaml', 'w').write('include: [olmoe-1b-7b, clusters/node-8gpu.yaml]')")
     assert "vocab_size: 50304" in run("moesys", "config", "mine.yaml")
+    code = """
+import contextlib, io
+from moesys.cli import main
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    print(main(["bench", "train", "mine.yaml"]))
+print(said.getvalue())
+"""
+    refused = run("python", "-c", code)
+    assert refused.startswith("2\n") and "bench train compares with another system" in refused
+    assert "remedy: in a checkout of the repository" in refused
 
 
 def test_the_library_works(run):

@@ -57,13 +57,13 @@ class MegatronScope(MicroBatch):
         """And in how many sequences."""
 
     def sum(self, x: Tensor) -> Tensor:
-        return x if self.size == 1 else comm.total(x, self.groups.tp_cp)
+        return x if self.size == 1 else comm.all_reduce(x, self.groups.tp_cp)
 
     def sum_global(self, x: Tensor) -> Tensor:
-        return x if self.groups.tp_dp_cp.size() == 1 else comm.total(x, self.groups.tp_dp_cp)
+        return x if self.groups.tp_dp_cp.size() == 1 else comm.all_reduce(x, self.groups.tp_dp_cp)
 
     def gather(self, x_T: Tensor) -> Tensor:
-        return x_T if self.size == 1 else comm.gather(x_T, self.groups.tp_cp)
+        return x_T if self.size == 1 else comm.all_gather(x_T, self.groups.tp_cp)
 
     def mine(self, rows: int) -> slice:
         start = self.groups.tp_cp.rank() * rows

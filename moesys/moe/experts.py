@@ -15,7 +15,7 @@ from moesys.moe.start import like_linear
 
 
 def local(weight: Tensor) -> Tensor:
-    """What this device holds of a weight: experts compute on their own slice, wherever the rest lies."""
+    """This device's slice of a weight, on which its experts compute."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
@@ -45,8 +45,8 @@ class Experts(nn.Module):
 
     Weights: fc1 [E, H, G, F], where G = 2 (the gate, then the linear part) for gated activations and
     1 for others, and fc2 [E, F, H]; with `bias`, fc1_bias [E, G, F] and fc2_bias [E, H]. Under expert
-    parallelism a device holds a slice of E, and of F; the arithmetic is the same. They start as those of
-    `nn.Linear` do, and biases as zeros.
+    parallelism a device holds a slice of E, and of F; the arithmetic is the same. Initial weights are drawn as those
+    of `nn.Linear`, biases are zeros.
 
     Args:
         experts, hidden, ffn_hidden: E, H, F.
@@ -101,7 +101,7 @@ class Experts(nn.Module):
         With `share_GE` float32 [G, E], rows are computed not by the E experts but by G mixtures of them, to
         which `tokens_per_expert` [G] then refers.
         """
-        # Wider weights are not cast here: a copy would be kept for backward.
+        # `expert_ffn` casts wider weights itself: autograd would keep a copy made here.
         mixed = partial(_mixed, share_GE=share_GE, dtype=x_NH.dtype, scale=self.gradient_scale)
         fc1, fc2 = mixed(self.fc1), mixed(self.fc2)
         bias1, bias2 = (None if b is None else mixed(b) for b in self.biases())

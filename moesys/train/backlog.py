@@ -102,7 +102,7 @@ class Backlog:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return []
-        total = comm.total(torch.stack([w.own for w in waiting]), way=comm.STEP)
+        total = comm.all_reduce(torch.stack([w.own for w in waiting]), tag=comm.STEP)
         rows = torch.cat([torch.stack([w.shared for w in waiting]), total], 1).cpu().numpy()
         return [self._measured(w, row) for w, row in zip(waiting, rows, strict=True)]
 

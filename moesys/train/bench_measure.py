@@ -22,11 +22,11 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.files import write_json
-from moesys.measure import simulate
-from moesys.measure.explain import explain
-from moesys.measure.interleave import alone, interleave, ratio
-from moesys.measure.recorder import Recorder
-from moesys.measure.summary import Summary
+from moesys.measure import simulated_recording
+from moesys.measure.explain.averages import explain
+from moesys.measure.explain.step_summary import Summary
+from moesys.measure.interleaved_timing import alone, interleave, ratio
+from moesys.measure.record.recorder import Recorder
 from moesys.parallel import comm
 from moesys.train import here
 from moesys.train.guard import demand_numbers
@@ -101,13 +101,13 @@ SIMULATED_STEPS = 20
 """About as many as `launch --measure` records."""
 
 
-def simulated(config: Config, world: int) -> simulate.Result:
+def simulated(config: Config, world: int) -> simulated_recording.Result:
     """What bringing records together costs rank 0 of `world` ranks with the configuration's layers.
 
     Experts are shared by 64 neighbours, or by all where there are fewer.
     """
     layers = sum(config.model.is_moe(i) for i in range(config.model.layers))
-    return simulate.run(simulate.Load(world, layers, SIMULATED_STEPS, min(64, world)))
+    return simulated_recording.run(simulated_recording.Load(world, layers, SIMULATED_STEPS, min(64, world)))
 
 
 def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:
@@ -153,5 +153,5 @@ def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str,
 
 
 @contextmanager
-def _nothing(audit: bool = False) -> Iterator[list[comm.Event]]:
+def _nothing(audit: bool = False) -> Iterator[list[comm.CollectiveRecord]]:
     yield []

@@ -72,7 +72,7 @@ class Trainer:
         self.backlog = Backlog(self.engine)
         self.known: list[Known] = []
         """What the last call of `train_step` read of the steps up to then, in their order."""
-        self.events: list[comm.Event] = []
+        self.events: list[comm.CollectiveRecord] = []
         """The project's own collectives in the last step's passes through the model, on this rank."""
         self.load: list[list[float]] | None = None
         """Assignments of the last step that was read, over all ranks, per MoE layer and expert."""

@@ -22,11 +22,11 @@ from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
 from moesys.errors import DataError, FileError
 from moesys.files import json_objects, read_json, write_json
-from moesys.measure.explain import explain
-from moesys.measure.recorder import Recorder
+from moesys.measure.explain.averages import explain
+from moesys.measure.explain.step_summary import Summary
+from moesys.measure.record.recorder import Recorder
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
-from moesys.measure.summary import Summary
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
 from moesys.train import beat, checkpoint, resume, run_folder

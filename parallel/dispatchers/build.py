@@ -14,12 +14,12 @@ from moesys.config.schema import ClusterConfig, Config
 from moesys.parallel import nodes
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
+from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
 from moesys.parallel.dispatchers.hierarchical import HierarchicalDispatcher
-from moesys.parallel.dispatchers.hop import Level
-from moesys.parallel.dispatchers.travelling import TravellingDispatcher
+from moesys.parallel.dispatchers.level import Level
 from moesys.parallel.mesh import Ranks
 
-KINDS: dict[str, type[TravellingDispatcher]] = {
+KINDS: dict[str, type[ExpertParallelDispatcher]] = {
     "all_to_all": AllToAllDispatcher,
     "all_gather": AllGatherDispatcher,
     "hierarchical": HierarchicalDispatcher,
@@ -30,7 +30,7 @@ _LEVELS: WeakKeyDictionary[Ranks, dict[tuple[str, ...], list[Level]]] = WeakKeyD
 """All layers on a mesh share their groups: by the nodes of the expert group's ranks."""
 
 
-def builder(config: Config, mesh: Ranks) -> Callable[[int], TravellingDispatcher] | None:
+def builder(config: Config, mesh: Ranks) -> Callable[[int], ExpertParallelDispatcher] | None:
     """Makes the dispatcher of a layer of so many experts; None where experts are whole on this rank.
 
     Collective over the ranks of this rank's expert group.

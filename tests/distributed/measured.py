@@ -22,7 +22,7 @@ def _record(rank: int, world: int, scenarios: Mapping[str, tuple[dict[str, Any],
 
     from moesys.config.schema import Config
     from moesys.data.corpus import open_corpus
-    from moesys.measure.recorder import Recorder
+    from moesys.measure.record.recorder import Recorder
     from moesys.train.loop import Trainer
     from moesys.train.native import connect
 

@@ -13,12 +13,12 @@ from support import changed
 
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
-from moesys.measure.attribute import matched
-from moesys.measure.explain import explain
-from moesys.measure.explanation import Explanation
-from moesys.measure.recorded import read_steps, summaries
+from moesys.measure.explain.averages import explain
+from moesys.measure.explain.explanation import Explanation
+from moesys.measure.explain.matching import matched
+from moesys.measure.explain.summarise import summarised
+from moesys.measure.record.step_files import read_steps, summaries
 from moesys.measure.step import Step
-from moesys.measure.summary import summarised
 from moesys.models.size import weights
 
 STEPS = 6

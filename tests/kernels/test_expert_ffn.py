@@ -5,10 +5,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moesys.kernels import activation, choose, expert_ffn, expert_ffn_blocked, workers
+from moesys.kernels import activation, choose, expert_ffn
 from moesys.kernels import grouped_matmul as products
+from moesys.kernels.cpu import expert_ffn_blocked, workers
 from moesys.kernels.permute import sort_by_expert
-from moesys.measure.bench_layer import Shape, build
+from moesys.measure.layer_benchmark.one_device import Shape, build
 from moesys.parallel import recompute
 
 H, F = 6, 5

@@ -16,10 +16,15 @@ from support import changed
 
 from moesys.cli import main
 from moesys.config.schema import Config
-from moesys.launchers.bench_a2a import routed, show
-from moesys.measure import bench_a2a, pattern
-from moesys.measure.bench_a2a import Case, Group, Options, divisions, timed
-from moesys.measure.bench_result import Result, Samples, flat, lines
+from moesys.launchers.bench_a2a import routed
+from moesys.measure.a2a_benchmark import collective, payload, timing
+from moesys.measure.a2a_benchmark.collective import Case
+from moesys.measure.a2a_benchmark.fitted_links import flat, lines
+from moesys.measure.a2a_benchmark.groups import Group, divisions
+from moesys.measure.a2a_benchmark.options import Options
+from moesys.measure.a2a_benchmark.result import Result, Samples
+from moesys.measure.a2a_benchmark.table import show
+from moesys.measure.a2a_benchmark.timing import timed
 from moesys.train import routing_files
 
 TRIES = 4
@@ -88,9 +93,9 @@ TYPES = ("float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "float32")
 @pytest.mark.parametrize("dtype", TYPES[1:])
 def test_sums_of_any_number_of_ranks_are_exact_in_any_order(ranks: int, dtype: str) -> None:
     kind, place = getattr(torch, dtype), torch.arange(3000)
-    parts = torch.stack([pattern.added(rank, place, ranks, kind) for rank in range(ranks)])
+    parts = torch.stack([payload.added(rank, place, ranks, kind) for rank in range(ranks)])
     exact = parts.sum(0)
-    assert torch.equal(pattern.totals(place, ranks, kind), exact)
+    assert torch.equal(payload.totals(place, ranks, kind), exact)
     for order in (range(ranks), random.Random(0).sample(range(ranks), ranks)):
         total = torch.zeros(3000, dtype=kind)
         for rank in order:
@@ -103,10 +108,10 @@ def test_sums_of_any_number_of_ranks_are_exact_in_any_order(ranks: int, dtype: s
 @pytest.mark.parametrize("dtype", TYPES)
 def test_what_is_sent_is_exact_in_every_type_and_tells_its_sender(dtype: str) -> None:
     place, kind = torch.arange(600), getattr(torch, dtype)
-    every = torch.stack([pattern.sent(rank, place) for rank in range(1024)])
+    every = torch.stack([payload.sent(rank, place) for rank in range(1024)])
     assert torch.equal(every.float().to(kind).long(), every)
     for first in (0, 1, 2, 300, 594):
-        assert len(every[:, first : first + pattern.DIGITS].unique(dim=0)) == 1024
+        assert len(every[:, first : first + payload.DIGITS].unique(dim=0)) == 1024
 
 
 class Simulated:
@@ -122,7 +127,7 @@ def arrived(case: Case, n: int, dtype: torch.dtype) -> torch.Tensor:
     rows = []
     for sender in range(n):
         place = torch.arange(len(case.x) if case.kind == "all_gather" else sum(case.sent[sender]) // grain)
-        row = pattern.sent(sender, place).float().to(dtype)
+        row = payload.sent(sender, place).float().to(dtype)
         before = 0 if case.kind == "all_gather" else sum(case.sent[sender][: case.rank]) // grain
         size = len(row) if case.kind == "all_gather" else case.sent[sender][case.rank] // grain
         rows.append(row[before : before + size])
@@ -136,7 +141,7 @@ def test_of_a_thousand_ranks_a_single_wrong_row_is_found_and_no_right_one(
     kind: str, dtype: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, torch_type, row = 1024, getattr(torch, dtype), 16
-    monkeypatch.setattr(bench_a2a, "CHUNK", 5000)  # a check in several pieces
+    monkeypatch.setattr(collective, "CHUNK", 5000)  # a check in several pieces
     group = Group("world", Simulated(n, rank), [list(range(n))])  # type: ignore[arg-type]
     size = n * row * torch_type.itemsize
     case = Case(kind, group, size, torch_type, torch.device("cpu"), Options(skew=0.1))
@@ -156,7 +161,7 @@ def test_the_sums_of_a_thousand_ranks_are_checked(kind: str) -> None:
     n, dtype = 1024, torch.bfloat16
     case = Case(kind, Group("world", Simulated(n, 5), [[]]), 2 * 4096, dtype, torch.device("cpu"), Options())  # type: ignore[arg-type]
     place = torch.arange(4096) if kind == "all_reduce" else 5 * 4 + torch.arange(4)
-    right = sum(pattern.added(r, place, n, dtype) for r in range(n)).to(dtype)  # type: ignore[union-attr]
+    right = sum(payload.added(r, place, n, dtype) for r in range(n)).to(dtype)  # type: ignore[union-attr]
     assert case.differing(right) == 0
     right[2] += 1
     assert case.differing(right) == 1
@@ -170,10 +175,10 @@ def test_a_check_makes_no_more_than_what_arrives(monkeypatch: pytest.MonkeyPatch
             "all_to_all", Group("world", Simulated(n, 1), [[]]), 2**16, torch.float32, torch.device("cpu"), Options()
         )  # type: ignore[arg-type]
         counted: list[int] = []
-        sent = pattern.sent
+        sent = payload.sent
         with monkeypatch.context() as patch:
             patch.setattr(
-                pattern, "sent", lambda rank, place, c=counted, s=sent: c.append(len(place)) or s(rank, place)
+                payload, "sent", lambda rank, place, c=counted, s=sent: c.append(len(place)) or s(rank, place)
             )
             case.differing(case.out)
         made[n] = sum(counted)
@@ -201,9 +206,9 @@ def test_on_a_gpu_streams_meet_before_each_iteration_and_only_durations_count(mo
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", Marker)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: say("synchronise"))
-    monkeypatch.setattr(bench_a2a.dist, "barrier", lambda group: say("barrier"))
-    monkeypatch.setattr(bench_a2a.dist, "all_reduce", lambda x: say("meet", 0.7))
-    monkeypatch.setattr(bench_a2a.comm, "now", lambda device: (say("event"), Marker())[1])
+    monkeypatch.setattr(timing.dist, "barrier", lambda group: say("barrier"))
+    monkeypatch.setattr(timing.dist, "all_reduce", lambda x: say("meet", 0.7))
+    monkeypatch.setattr(timing.comm, "now", lambda device: (say("event"), Marker())[1])
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     work = type("Work", (), {"zero_": lambda self: say("work", 0.1)})()
     monkeypatch.setattr(torch, "empty", lambda *_, **__: work)

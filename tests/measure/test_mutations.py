@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 from moesys.errors import MoesysError
-from moesys.measure import bench_file
-from moesys.measure.explain import explain
-from moesys.measure.links import Line, Profile
-from moesys.measure.recorded import append, rank_file, read_steps, steps_file
+from moesys.measure.a2a_benchmark import result_file
+from moesys.measure.explain.averages import explain
+from moesys.measure.explain.foreign_trace.reader import read
+from moesys.measure.explain.summarise import summarised
+from moesys.measure.predict.links import Line, Profile
+from moesys.measure.record.step_files import append, rank_file, read_steps, steps_file
 from moesys.measure.report import perfetto
 from moesys.measure.report import run as report
 from moesys.measure.step import Meeting, RankStep, Step, Travel
-from moesys.measure.summary import summarised
-from moesys.measure.trace import read
 from moesys.train import routing_files
 
 STRANGE = (None, "N/A", "", "7", -1, 0, 2**70, 1e308, float("nan"), float("inf"), True, [], {}, [1, "x"], {"a": None})
@@ -242,7 +242,7 @@ def test_benchmarks(tmp_path: Path) -> None:
     for number in range(200):
         text = json.dumps(good).encode()
         path.write_bytes(json.dumps(changed(good, draw)).encode() if number % 2 else spoiled(text, draw))
-        results += survives(lambda: bench_file.read(path).lines)
+        results += survives(lambda: result_file.read(path).lines)
     assert 10 < results < 190
 
 

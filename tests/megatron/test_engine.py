@@ -14,8 +14,8 @@ from support import changed
 from moesys.cli import main
 from moesys.config.schema import Config
 from moesys.launchers.dry_run import plan
-from moesys.measure.explain import explain
-from moesys.measure.recorded import recorded
+from moesys.measure.explain.averages import explain
+from moesys.measure.record.step_files import recorded
 from moesys.train.checkpoint import newest
 from moesys.train.verify import Trace, compare, reference
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import Row, Task, first_line, tried
-from moesys.measure.interleave import alone
+from moesys.measure.interleaved_timing import alone
 from moesys.models.attention import attend
 
 BACKENDS = {

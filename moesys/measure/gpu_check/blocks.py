@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesys.measure.bench_layer import made_on
 from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import Row, Task, tried
-from moesys.measure.interleave import alone
+from moesys.measure.interleaved_timing import alone
+from moesys.measure.layer_benchmark.one_device import made_on
 from moesys.models.block import Block
 from moesys.models.layers import rotary_angles
 from moesys.parallel.recompute import prepare

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from moesys.measure import bench_layer
-from moesys.measure.bench_layer import LEAST_SHARE, SHAPES, Shape
 from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import Row, Task, tried
+from moesys.measure.layer_benchmark import one_device
+from moesys.measure.layer_benchmark.one_device import LEAST_SHARE, SHAPES, Shape
 
 
 def run(task: Task) -> Iterator[Row]:
@@ -31,7 +31,7 @@ def shrunken(shape: Shape) -> Shape:
 
 def _row(task: Task, what: str, shape: Shape) -> Row:
     dtype = torch.float32 if task.dry else torch.bfloat16
-    result = bench_layer.run(shape, dtype, torch.device(task.device), 1 if task.dry else None)
+    result = one_device.run(shape, dtype, torch.device(task.device), 1 if task.dry else None)
     print("\n".join(result.lines()), flush=True)
     ms = result.milliseconds
     figures = {

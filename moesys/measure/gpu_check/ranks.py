@@ -19,8 +19,8 @@ from torch import nn
 
 from moesys.loopback import stay_here
 from moesys.measure import checkout
-from moesys.measure.bench_layer import Shape, build
 from moesys.measure.gpu_check.rows import Row, Task, tried
+from moesys.measure.layer_benchmark.one_device import Shape, build
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
 
 SHAPE = Shape(tokens=64, hidden=32, ffn_hidden=16, experts=8, top_k=2)

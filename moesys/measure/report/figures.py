@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesys.measure.explanation import Breakdown
-from moesys.measure.links import Line
-from moesys.measure.sizes import human
+from moesys.measure.a2a_benchmark.sizes import human
+from moesys.measure.explain.explanation import Breakdown
+from moesys.measure.predict.links import Line
 
 INK = "#010203"
 """Drawn in place of the page's text colour."""

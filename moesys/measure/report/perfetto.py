@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moesys.files import json_text
-from moesys.measure.attribute import costs
-from moesys.measure.intervals import union, without
+from moesys.measure.explain.attribution import costs
+from moesys.measure.explain.intervals import union, without
 from moesys.measure.step import RankStep, Step, Travel
 
 TRACKS = ("compute", "all-to-all", "other communication")

@@ -9,14 +9,14 @@ from typing import Any
 
 from moesys.errors import FileError, MoesysError
 from moesys.files import json_objects, write_whole
-from moesys.measure.explain import of_run
-from moesys.measure.explanation import Explanation
-from moesys.measure.links import Profile
-from moesys.measure.recorded import recorded
+from moesys.measure.explain.averages import of_run
+from moesys.measure.explain.explanation import Explanation
+from moesys.measure.predict.links import Profile
+from moesys.measure.record.step_files import recorded
 from moesys.measure.report import facts, figures
 from moesys.measure.report.figures import Curve
 from moesys.measure.report.page import figure, folded, page, section, sentence, table
-from moesys.measure.run_files import is_number, loads, predictions, profile_of, share_of_links, summary_of
+from moesys.measure.report.run_files import is_number, loads, predictions, profile_of, share_of_links, summary_of
 
 CURVES = (
     ("loss, nats per token", {"loss": "loss", "heldout_loss": "held-out loss"}),

@@ -41,10 +41,10 @@ class ExpertChoiceGate(ScoredGate):
         token_A = torch.arange(len(x_TH), device=x_TH.device).repeat_interleave(self.experts)
         expert_A = torch.arange(self.experts, device=x_TH.device).repeat(len(x_TH))
         routing = Routing(token_A, expert_A, score_TE.flatten(), load_E=taken_TE.sum(0))
-        routing.counted = self.seen(score_TE.detach())
+        routing.counted = self.statistics(score_TE.detach())
         return self.with_losses(only(routing, taken_TE.flatten()), logits_TE, scope)
 
-    def seen(self, score_TE: Tensor) -> Tensor | None:
+    def statistics(self, score_TE: Tensor) -> Tensor | None:
         """What the statistics of the step count of these scores."""
         return None
 
@@ -93,7 +93,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
     def reset_state(self) -> None:
         self.threshold_E.fill_(-1.0)
 
-    def seen(self, score_TE: Tensor) -> Tensor | None:
+    def statistics(self, score_TE: Tensor) -> Tensor | None:
         return self._counts(score_TE) if self.training else None
 
     def count(self, counted: Tensor) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from moesys.moe.routing import Decision, MicroBatch, Tokens
+from moesys.moe.routing import GateOutput, MicroBatch, Tokens
 
 
 class Gate(nn.Module):
-    """Maps tokens x [T, H] to a `Decision`.
+    """Maps tokens x [T, H] to a `GateOutput`.
 
     Attributes:
         experts: E, the experts that the gate chooses from.
@@ -23,7 +23,7 @@ class Gate(nn.Module):
     forced: Callable[[Tokens], Tensor] | None = None
     counts_first: bool = False
 
-    def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Decision:
+    def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> GateOutput:
         """What to do with this device's tokens; `scope` answers for all tokens of the micro-batch."""
         raise NotImplementedError
 
@@ -50,7 +50,7 @@ class Gate(nn.Module):
         self.reset_state()
 
     def count(self, counted: Tensor) -> None:
-        """Add `Decision.counted` to the step's statistics: called once per pass, however often that runs."""
+        """Add `GateOutput.counted` to the step's statistics: called once per pass, however often that runs."""
 
     def step_statistics(self) -> Tensor | None:
         """A vector to be summed over all devices that hold tokens of the global batch, or None."""

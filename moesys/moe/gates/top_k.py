@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from moesys.kernels.gate import GateResult, Score, best, gate, weigh
 from moesys.moe import noise
-from moesys.moe.capacity import Capacity, Wish, assign
+from moesys.moe.capacity import Capacity, TopKChoice, assign
 from moesys.moe.counts import occurrences
 from moesys.moe.gates.gate import Gate
 from moesys.moe.gates.projection import GateProjection as GateProjection
-from moesys.moe.losses import Balance, Seen
+from moesys.moe.losses import Balance, LossInputs
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 from moesys.moe.zero import ZeroRule
 
@@ -159,7 +159,7 @@ class TopKGate(Gate):
         routing = self._route(chosen, stays_Tk, tokens, scope)
         routing.counted = self._counts(chosen.load_E, counted_E)
         if self.training and torch.is_grad_enabled():
-            seen = Seen(
+            inputs = LossInputs(
                 logits_TE,
                 self._normalized(chosen.probabilities_TE),
                 chosen.expert_Tk,
@@ -171,7 +171,7 @@ class TopKGate(Gate):
                 noisy_TE,
                 width_TE,
             )
-            routing.losses = self.balance.shares(seen, scope, None if self.zero is None else self.zero.adjust)
+            routing.losses = self.balance.shares(inputs, scope, None if self.zero is None else self.zero.adjust)
         return routing
 
     def choose(self, logits_TE: Tensor, tokens: Tokens) -> GateResult:
@@ -237,13 +237,13 @@ class TopKGate(Gate):
             wanted_Tk = computed_Tk if stays_Tk is None else stays_Tk & computed_Tk
         count = 0 if self.capacity.unlimited(self.training) else tokens.count(scope)
         limit = self.capacity.limit(self.training, count, self.top_k, experts)
-        wish = Wish(expert_Tk, weight_Tk, chosen.probabilities_TE, wanted_Tk)
+        choice = TopKChoice(expert_Tk, weight_Tk, chosen.probabilities_TE, wanted_Tk)
         rows = None
         if self.capacity.pad and limit is not None:
             # Shapes are those of a micro-batch without padding.
             every = len(tokens.number_T) * scope.size
             rows = self.capacity.limit(self.training, every, self.top_k, experts)
-        routing = assign(wish, tokens.number_T, self.experts, limit, self.capacity, scope, rows)
+        routing = assign(choice, tokens.number_T, self.experts, limit, self.capacity, scope, rows)
         routing.load_E = chosen.load_E[: self.experts]
         if self.zero is not None:
             routing.zero_TZ = self.zero.weights(weight_Tk if stays_Tk is None else weight_Tk * stays_Tk, expert_Tk)
