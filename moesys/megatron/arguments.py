@@ -54,8 +54,8 @@ def moe_args(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("moesys")
     group.add_argument("--moesys-gate", choices=GATES, default="top_k", help="how tokens are routed")
     group.add_argument("--moesys-dispatch", choices=KINDS, help="default: as --moe-token-dispatcher-type says")
-    group.add_argument("--moesys-dispatch-chunks", type=_positive, default=1, help="pieces that travel in turn")
-    group.add_argument("--moesys-dispatch-payload", choices=PAYLOADS, default="model", help="how rows travel")
+    group.add_argument("--moesys-dispatch-chunks", type=_positive, default=1, help="chunks that are sent in turn")
+    group.add_argument("--moesys-dispatch-payload", choices=PAYLOADS, default="model", help="encoding of sent rows")
     return parser
 
 

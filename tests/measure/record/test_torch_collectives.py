@@ -189,7 +189,7 @@ def test_an_axis_that_spans_the_world_keeps_its_purpose(world: dist.ProcessGroup
     for group in wide:
         assert told(STEP, group=group) == "step"
         assert told(Tag("flat", "layers.0", "dispatch"), "all_to_all", group=group) == "expert"
-        assert told(CONTEXT.back(), "reduce_scatter", group=group) == "context"
+        assert told(CONTEXT.for_backward(), "reduce_scatter", group=group) == "context"
         assert told(GRADIENTS, group=group) == ("pipeline" if served == ("pipeline",) else "data")
         assert told(by="data", group=group) == "data"
         assert told(by="tensor", group=group) == "tensor"
