@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moesys.config.schema import Config
 from moesys.config.secret import is_secret, reference
-from moesys.train.resume import newest
+from moesys.train.manifest import newest
 
 
 def command_line(words: Sequence[str] | None = None) -> str:

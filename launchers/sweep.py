@@ -126,7 +126,8 @@ def _train(config: Config, console: Console) -> int:
         console.print(f"  already trained: {spec.run_dir}")
         return 0
     with locked(spec.run_dir):
-        resume.check(spec.run_dir, spec.config)
+        for line in resume.check(spec.run_dir, spec.config):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         with run_folder.proposed(spec.run_dir, dump(spec.config)):
             return launch(spec, config.launch.launcher, console)
 

@@ -82,7 +82,8 @@ def launch(arguments: argparse.Namespace) -> int:
 
     spec = RunSpec.of(config)
     with locked(spec.run_dir):
-        resume.check(spec.run_dir, spec.config)
+        for line in resume.check(spec.run_dir, spec.config):
+            print(line, flush=True)
         with run_folder.proposed(spec.run_dir, dump(spec.config)):
             return start(spec, config.launch.launcher)
 

@@ -150,9 +150,13 @@ def training(config: TrainConfig) -> list[Problem]:
     return problems + resumption(config)
 
 
+NAMED = (Kind.MEANT, Kind.WEIGHTS)
+"""Kinds of keys whose change must be named: it changes numbers, and all weights may fit all the same."""
+
+
 def resumption(config: TrainConfig) -> list[Problem]:
     """Whether the keys that may have changed are ones that need to be named."""
-    wanted = [key for key, kind in KINDS.items() if kind is Kind.MEANT] + ["data.path", "data.tokenizer"]
+    wanted = [key for key, kind in KINDS.items() if kind in NAMED] + ["data.path", "data.tokenizer"]
     remedy = f"choose from {', '.join(wanted)}"
     return [
         Problem("train.resume_changed", f"{key!r} is no key whose change must be asked for by name", remedy)

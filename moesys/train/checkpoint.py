@@ -30,10 +30,10 @@ from moesys.files import write_json
 from moesys.models.decoder import Decoder
 from moesys.moe.layer import moe_layers
 from moesys.parallel.initialise import canonical
-from moesys.train import resume, storage
+from moesys.train import manifest, resume, storage
 from moesys.train.engine import Engine
-from moesys.train.resume import META, complete, damaged, read
-from moesys.train.resume import newest as newest
+from moesys.train.manifest import META, complete, damaged, read
+from moesys.train.manifest import newest as newest
 from moesys.version import __version__
 
 PARTIAL = re.compile(r"\.partial-\d{8,}")
@@ -82,7 +82,7 @@ def save(
     if first:
         meta = {"step": step, "samples": samples, **_facts(engine, corpus), "state": dict(state or {}), "files": files}
         with _writing(final):
-            write_json(partial / META, meta | {"checksum": resume.checksum(meta)})
+            write_json(partial / META, meta | {"checksum": manifest.checksum(meta)})
             _remove(final)
             os.replace(partial, final)
         for old in surplus(folder, engine.config.output.keep):
@@ -182,13 +182,13 @@ def load(path: Path, engine: Engine, corpus: Corpus) -> Loaded:
     config = engine.config
     meta = read(path)
     changes = resume.judge(meta, config, corpus.fingerprint)
-    wrong = storage.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
+    wrong = manifest.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
     storage.agree(str(damaged(path, wrong)) if wrong else None)
     fresh = engine.load(path)
     return Loaded(meta.step, _samples(meta, config), changes, sorted(fresh), meta.state)
 
 
-def _samples(meta: resume.Meta, config: Config) -> int:
+def _samples(meta: manifest.Meta, config: Config) -> int:
     """Sequences of the run's present length in what it has seen: the same share of an epoch."""
     length = meta.config.get("train", {}).get("seq_len", config.train.seq_len)
     return -(-meta.samples * length // config.train.seq_len)
@@ -201,7 +201,7 @@ def model(path: Path) -> Decoder:
         CheckpointError: damaged.
     """
     meta = read(path)
-    if wrong := storage.verify(path, meta.files):
+    if wrong := manifest.verify(path, meta.files):
         raise damaged(path, wrong)
     if not meta.whole:
         raise CheckpointError(f"{path} was written before checkpoints kept their configuration\n    remedy: {AGAIN}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moesys.errors import FileError
 from moesys.files import write_whole
-from moesys.train.resume import NAME, newest
+from moesys.train.manifest import NAME, newest
 
 FOLDERS = ("beats", "checkpoints", "errors", "logs", "measure", "ray", "routing", "tensorboard", "wandb")
 FILES = (

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
 import warnings
-import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +24,14 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from moesys.errors import CheckpointError, FileError
 from moesys.files import read_json
 from moesys.train.ending import Kind, kind_of
-from moesys.train.resume import META, damaged
-
-METADATA = ".metadata"
-BLOCK = 1 << 22
+from moesys.train.manifest import META, crc32, damaged
+from moesys.train.saved_shapes import CLASSES, METADATA, scan
 
 KNOWN = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
+    **CLASSES,
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-    "collections": {"OrderedDict"},
 }
-"""Module → names that `.metadata` may use: classes that hold data, and one function that looks a layout up."""
+"""Module → names that `.metadata` may use."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -57,24 +39,6 @@ class _Unpickler(pickle.Unpickler):
         if name not in KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
         return super().find_class(module, name)
-
-
-OPCODES = {
-    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT", "POP", "POP_MARK",
-    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
-    "SHORT_BINUNICODE", "BINUNICODE",
-    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS",
-    "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS",
-    "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD",
-}  # fmt: skip
-"""Opcodes of a pickle of metadata. Others, that a flipped bit makes of these, let the unpickler ask for
-gigabytes."""
-
-
-def _scan(content: bytes) -> None:
-    for opcode, _, _ in pickletools.genops(content):
-        if opcode.name not in OPCODES:
-            raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which no checkpoint does")
 
 
 class Reader(FileSystemReader):
@@ -103,7 +67,7 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
     try:
         content = path.read_bytes()
         if not _listed(folder):
-            _scan(content)
+            scan(content)
         metadata = _Unpickler(io.BytesIO(content)).load()
     except OSError as error:
         raise damaged(folder, f"{METADATA} cannot be read: {(error.strerror or str(error)).lower()}") from None
@@ -258,30 +222,6 @@ def checksums(folder: Path, rank: int) -> dict[str, list[int]]:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     mine = [n for n in names if n.startswith(f"__{rank}_") or (rank == 0 and not n.endswith(".distcp"))]
     return {name: [(folder / name).stat().st_size, crc32(folder / name)] for name in mine}
-
-
-def crc32(path: Path) -> int:
-    """The CRC-32 of a file; it differs for every change of up to 32 neighbouring bits."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def verify(folder: Path, files: Mapping[str, Any], part: int = 0, parts: int = 1) -> str | None:
-    """The fault in every `parts`-th of the files, whose `checksums` are given; None if there is none."""
-    for name in sorted(files)[part::parts]:
-        size, expected = files[name]
-        try:
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found:,} bytes, and had {size:,} when it was written"
-            if crc32(folder / name) != expected:
-                return f"{name} has changed since it was written: its checksum is another"
-        except OSError as error:
-            return f"{name} cannot be read: {(error.strerror or str(error)).lower()}"
-    return None
 
 
 def _cause(error: BaseException) -> str:

@@ -29,13 +29,14 @@ from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
-from moesys.train import beat, checkpoint, resume, run_folder
+from moesys.train import beat, checkpoint, manifest, resume, run_folder
 from moesys.train.balance import sentence
 from moesys.train.engine import engine_of
 from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
 from moesys.train.pace import Pace
+from moesys.train.rank import OURS
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -85,13 +86,22 @@ def _tell(path: Path | None, trainer: Trainer, run_dir: Path) -> None:
     """Say, once, where a run goes on from, what of its records is written again, and what has changed since."""
     if dist.get_rank() != 0:
         return
-    lines = resume.incomplete(run_dir / "checkpoints")
+    lines = manifest.incomplete(run_dir / "checkpoints")
     if path is not None and (resumed := trainer.resumed) is not None:
         lines.append(going_on(path, resumed.step, trainer.config.train.steps, run_dir))
-        lines += [f"  changed since: {change.arrow()}" for change in resumed.changes]
+        lines += _changed(path, trainer.config, resumed)
         lines += [f"  not in it, thus new: {name}" for name in resumed.fresh]
     if lines:
         print("\n".join(lines), flush=True)
+
+
+def _changed(path: Path, config: Config, resumed: checkpoint.Loaded) -> list[str]:
+    """A line for each change since a checkpoint; for the log alone if the launcher has printed it before the start."""
+    printed = {change.arrow() for change in resume.changes(manifest.read(path), config)}
+    return [
+        f"{OURS if change.arrow() in printed else ''}{resume.changed_since(resumed.step, change)}"
+        for change in resumed.changes
+    ]
 
 
 def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:

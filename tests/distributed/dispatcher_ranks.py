@@ -33,7 +33,7 @@ def together(work: Callable[[int, Path], None], world: int, folder: Path) -> lis
 def _enter(rank: int, work: Callable, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(seconds=600))
     torch.save(work(rank, folder), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -86,7 +86,7 @@ def whole(world: int, count: int, kind: str) -> dict[str, Tensor]:
 
 def make(kind: str, group: dist.ProcessGroup, ep: int, etp: int, nodes: str = "", **more) -> ExpertParallelDispatcher:
     if kind == "hierarchical" and nodes:
-        more["levels"] = levels(group, list(nodes), torch.device("cpu"), timedelta(seconds=60))
+        more["levels"] = levels(group, list(nodes), torch.device("cpu"), timedelta(seconds=600))
     return KINDS[kind](E, group, ep, etp, **more)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from early import Command
 
 from moesys.config.load import load
 from moesys.measure.checkout import ROOT
@@ -28,18 +29,32 @@ ABSENT = ("pydantic", "ray", "megatron", "rich", "tensorboard", "matplotlib", "p
 DRY = Task(True, Path("."), float("inf"))
 
 
-def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
-    """`command` with the modules in `folder` before all others."""
+def python(folder: Path, words: list[str]) -> Command:
+    """Python with the modules in `folder` before all others."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
-    return subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True)
+    return Command([sys.executable, *words], env, ROOT)
 
 
-def test_a_dry_run_needs_torch_alone_and_fills_both_files(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
-    words = ["--dry-run", "--patience=20", f"--out={tmp_path / 'out'}"]
-    done = run(tmp_path, ["-m", "moesys.measure.gpu_check", *words])
+def run(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """`python`, to its end."""
+    one = python(folder, words)
+    return subprocess.run(one.words, env=one.env, cwd=one.cwd, capture_output=True, text=True)
+
+
+def dry_run(folder: Path) -> Command:
+    """The whole check without a GPU, by a Python that has torch alone; what it writes is in folder/out."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
+    words = ["-m", "moesys.measure.gpu_check", "--dry-run", "--patience=20", f"--out={folder / 'out'}"]
+    return python(folder, words)
+
+
+EARLY = {"test_a_dry_run_needs_torch_alone_and_fills_both_files": dry_run}
+
+
+def test_a_dry_run_needs_torch_alone_and_fills_both_files(early):
+    done, folder = early.result("test_a_dry_run_needs_torch_alone_and_fills_both_files")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    found = json.loads((folder / "out" / "gpu-check.json").read_text())
     assert found["passed"] and found["dry_run"] and found["software"]["torch"] == torch.__version__
     rows = {part["part"]: part["rows"] for part in found["parts"]}
     assert list(rows) == list(PARTS)
@@ -49,7 +64,7 @@ def test_a_dry_run_needs_torch_alone_and_fills_both_files(tmp_path):
     assert len(rows["attention"]) == 2 * len(attention.shapes()) + 1
     compiled = [row["figures"] for row in rows["blocks"] if row["figures"]]
     assert len(compiled) == 2 and all(f["graphs"] >= 2 and not f["breaks"] for f in compiled)
-    table = (tmp_path / "out" / "gpu-check.md").read_text()
+    table = (folder / "out" / "gpu-check.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + sum(map(len, rows.values()))
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 5 for line in lines)

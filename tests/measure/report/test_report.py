@@ -257,7 +257,7 @@ def test_a_browser_shows_it_without_errors(run: Path, width: int, dark: bool) ->
     frame.write_text(f'<iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe>{COPY}')
     words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--dump-dom"]
     words += ["--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={int(not dark)}"]
-    done = subprocess.run([str(BROWSER), *words, frame.as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(BROWSER), *words, frame.as_uri()], capture_output=True, text=True, timeout=600)
     found = re.search(r'data-told="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
     told = json.loads(found.group(1).replace("&quot;", '"'))

@@ -1,6 +1,6 @@
 """Draws docs/dimensions.svg: how the dimensions of parallelism share sixteen ranks.
 
-    python docs/compose_picture.py [FILE.png ...]
+    python docs/generate/compose_picture.py [FILE.png ...]
 
 The places and groups of the ranks are those that `moesys.parallel.degrees` computes.
 """
@@ -179,6 +179,6 @@ if __name__ == "__main__":
     # Text as outlines: the picture looks the same whatever fonts are installed.
     rcParams.update({"svg.hashsalt": "moesys", "svg.fonttype": "path", "font.family": "DejaVu Sans"})
     figure = draw()
-    figure.savefig(Path(__file__).with_name("dimensions.svg"), facecolor="#ffffff", metadata={"Date": None})
+    figure.savefig(Path(__file__).parents[1] / "dimensions.svg", facecolor="#ffffff", metadata={"Date": None})
     for file in sys.argv[1:]:
         figure.savefig(file, facecolor="#ffffff", dpi=150)

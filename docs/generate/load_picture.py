@@ -1,7 +1,7 @@
 """Draws docs/expert-load.svg: how evenly the gates of a sweep load their experts while they learn.
 
     moesys sweep configs/sweeps/gates.yaml
-    python docs/load_picture.py runs/gates [FILE.svg]
+    python docs/generate/load_picture.py runs/gates [FILE.svg]
 
 One row of panels per run: the experts of its second MoE layer from top to bottom, steps from left to
 right, and how many assignments each expert got, as a multiple of an equal share.
@@ -56,5 +56,5 @@ def draw(sweep: Path) -> Figure:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).with_name("expert-load.svg")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[1] / "expert-load.svg"
     draw(Path(sys.argv[1])).savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
