@@ -34,7 +34,7 @@ def clip_grad_norm_(
     squares = [_local(grad).double().square().sum() * _shards(p) / world for p, grad in held]
     nothing = torch.zeros((), dtype=torch.float64, device=every[0].device if every else None)
     total = torch.stack(squares).sum() if squares else nothing
-    norm = (total if group is None else comm.total(total, group)).sqrt()
+    norm = (total if group is None else comm.all_reduce(total, group)).sqrt()
     factor = (max_norm / (norm + 1e-12)).clamp(max=1.0)
     for _, grad in held if max_norm < inf else ():
         _local(grad).mul_(factor.to(grad.dtype))

@@ -44,7 +44,7 @@ class DataMicroBatch(MicroBatch):
 
     def sum_global(self, x: Tensor) -> Tensor:
         for group in self.groups:
-            x = comm.total(x, group)
+            x = comm.all_reduce(x, group)
         return x
 
 
@@ -149,7 +149,7 @@ def _check(name: str, layer: MoELayer, ep: int) -> None:
     experts = layer.gate.experts
     if not isinstance(layer.experts, Experts):
         rule, remedy = f"has {type(layer.experts).__name__}, which share weights", "use moesys.Experts"
-    elif layer.dispatcher.travels or hasattr(layer.experts.fc1, "device_mesh"):
+    elif layer.dispatcher.communicates or hasattr(layer.experts.fc1, "device_mesh"):
         rule, remedy = "has experts that are split already", "call expert_parallel once, before fully_shard"
     elif experts % ep:
         rule, remedy = f"has {experts} experts, which {ep} ranks cannot share evenly", "use a group of another size"

@@ -47,7 +47,7 @@ def builder(config: Config, mesh: Ranks) -> Callable[[int], ExpertParallelDispat
 
 def dispatchers(
     group: dist.ProcessGroup, kind: str, device: torch.device, timeout_s: float = 1800.0, **options: Any
-) -> Callable[[int], TravellingDispatcher]:
+) -> Callable[[int], ExpertParallelDispatcher]:
     """Makes the dispatcher of a layer of so many experts, which the ranks of `group` share. Collective over it."""
     if kind == "hierarchical":
         names: list[Any] = [None] * group.size()
