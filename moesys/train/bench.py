@@ -28,6 +28,7 @@ from moesys.errors import MoesysError
 from moesys.files import json_objects
 from moesys.loopback import stay_here
 from moesys.measure import checkout
+from moesys.models.parts.model import mixers
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import ParallelMesh
 from moesys.train.guard import demand_numbers
@@ -102,14 +103,14 @@ def _transformers(config: Config, trainer: Trainer) -> Callable[[], None]:
         raise MoesysError("bench train compares with Mixtral: every layer MoE, gqa, no shared experts")
     vocabulary = trainer.vocab_size
     theirs = MixtralConfig(
-        vocab_size=vocabulary, hidden_size=m.hidden, intermediate_size=m.moe.ffn_hidden, num_hidden_layers=m.layers,
+        vocab_size=vocabulary, hidden_size=m.hidden, intermediate_size=m.moe.ffn_hidden, num_hidden_layers=m.depth,
         num_attention_heads=m.attention.heads, num_key_value_heads=m.attention.kv_heads or m.attention.heads,
-        head_dim=m.head_dim, num_local_experts=m.moe.experts, num_experts_per_tok=m.moe.top_k,
+        head_dim=mixers(m)[0].head_sizes()[2], num_local_experts=m.moe.experts, num_experts_per_tok=m.moe.top_k,
         router_aux_loss_coef=m.moe.balance_loss, output_router_logits=True, tie_word_embeddings=m.tie_embeddings,
         max_position_embeddings=t.seq_len, use_cache=False, pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model: nn.Module = MixtralForCausalLM(theirs)
-    optimizer = build(t.optimizer, dict(model.named_parameters()))
+    optimizer = build(t.optimizer, dict(model.named_parameters()), lambda name: "norm" not in name)
     batches = _batches(config, trainer)
     passes = t.global_batch // t.micro_batch
 
