@@ -35,7 +35,7 @@ def together(work: Callable[[int, Path], None], world: int, folder: Path) -> lis
 def _enter(rank: int, work: Callable, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(seconds=600))
     torch.save(work(rank, folder), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -88,7 +88,7 @@ def whole(world: int, count: int, kind: str) -> dict[str, Tensor]:
 
 def make(kind: str, group: dist.ProcessGroup, ep: int, etp: int, nodes: str = "", **more) -> ExpertParallelDispatcher:
     node = nodes[group.rank()] if nodes else "0"
-    ranks = ExpertRanks(group, ep, etp, torch.device("cpu"), timedelta(seconds=60), node)
+    ranks = ExpertRanks(group, ep, etp, torch.device("cpu"), timedelta(seconds=600), node)
     return describe(DispatchConfig(kind=kind, **more)).build(ranks)(E)
 
 

@@ -13,7 +13,7 @@ import torch
 from moesys.kernels.cpu import memory_pool
 from moesys.kernels.cpu.memory_pool import SMALLEST, Pool
 from moesys.kernels.expert_ffn import expert_ffn
-from moesys.measure.memory import peak_bytes
+from moesys.measure.peak_memory import peak_bytes
 
 FLOATS = SMALLEST // 4
 
