@@ -12,7 +12,7 @@ from rich.text import Text
 from moesys.config.schema import Config
 from moesys.data.corpus import vocab_size
 from moesys.launchers import placement
-from moesys.models.size import active_share, parameters
+from moesys.models.size import active_parameters, parameters
 from moesys.parallel.cost import Stage, StepShape
 from moesys.parallel.data import summed_over_shards
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
@@ -124,7 +124,8 @@ def _rank(shapes: list[StepShape]) -> dict[str, Any]:
 def _active(shape: StepShape) -> float:
     model, d = shape.config.model, shape.degrees
     ways = {w.name: shape.model_shards(w, d) * shape.data_shards(w, d) for w in shape.weights()}
-    return sum(w.numel / ways[w.name] * active_share(model, w) for w in shape.weights())
+    every = active_parameters(model, shape.vocab_size)
+    return sum(active / ways[w.name] for w, active in every if w.name in ways)
 
 
 def _stage(stage: Stage) -> str:

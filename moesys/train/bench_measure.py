@@ -106,7 +106,7 @@ def simulated(config: Config, world: int) -> simulated_recording.Result:
 
     Experts are shared by 64 neighbours, or by all where there are fewer.
     """
-    layers = sum(config.model.is_moe(i) for i in range(config.model.layers))
+    layers = len(config.model.moe_blocks)
     return simulated_recording.run(simulated_recording.Load(world, layers, SIMULATED_STEPS, min(64, world)))
 
 

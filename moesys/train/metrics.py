@@ -35,7 +35,7 @@ class MetricsLog:
             return
         self._file, self._loads = (_continued(run_dir / f"{name}.jsonl", resumed) for name in ("metrics", "load"))
         self._every = max(1, ceil(config.train.steps / LOADS))
-        self._layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
+        self._layers = config.model.moe_blocks
         self._batch_tokens = config.train.global_batch * config.train.seq_len
         self._board = Board(run_dir / "tensorboard", config, resumed) if config.output.tensorboard else None
         port = config.measure.metrics_port
