@@ -212,6 +212,27 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def known(
+    tree: Mapping[str, Any], section: type[Section] = Config, prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """The keys of a `saved_form` that this version knows, and the dotted names of others that may change numbers."""
+    found: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in tree.items():
+        key = prefix + name
+        if name not in section.model_fields:
+            rest = flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+            unknown += [inner for inner, setting in rest.items() if not harmless(inner, setting)]
+            continue
+        inner_section = section_of(annotation(section.model_fields[name]))
+        if inner_section is None or not isinstance(value, Mapping):
+            found[name] = value
+        else:
+            found[name], more = known(value, inner_section, f"{key}.")
+            unknown += more
+    return found, unknown
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Every key that differs between two `saved_form`s, except those of no effect; the gravest first.
 

@@ -363,10 +363,10 @@ class ClusterConfig(Section):
 
 class LaunchConfig(Section):
     launcher: Literal["ray", "local", "hosts", "slurm"] = "ray"
-    """ray; local: plain processes on this machine; hosts: the cluster's nodes pretended on this machine, as
+    """ray; local: plain processes on this machine; hosts: the cluster's nodes emulated on this machine, as
     network namespaces (Linux, root); slurm: a batch job."""
     link_gbit: PositiveFloat | None = None
-    """hosts: 10⁹ bits per second that each pretended host sends, and receives, at most; default: no limit."""
+    """hosts: 10⁹ bits per second that each emulated host sends, and receives, at most; default: no limit."""
     ray_address: str | None = None
     """Address of a running Ray cluster; default: start Ray on this machine."""
     timeout_s: Annotated[float, Field(gt=0), AtMost(10**8)] = 300.0

@@ -11,7 +11,7 @@ from torch import nn
 
 from moesys.config.schema import Config
 from moesys.megatron.mesh import MegatronRanks
-from moesys.megatron.native_layer import Marks, NativeLayer
+from moesys.megatron.native_layer import NativeLayer, PackedTokens
 from moesys.models.parts.model import mixers
 from moesys.parallel import pipeline
 from moesys.parallel.cost import Stage
@@ -46,7 +46,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
             ["embedding"] * s.first + ["decoder"] * len(s.layers) + ["loss"] * s.last for s in stages
         ]
     if p.pp_virtual > 1:
-        # In one batch Megatron's messages of both directions between two ranks would be mistaken for each other.
+        # In one batch, Megatron would confuse the messages of both directions between two ranks.
         given |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if t.recompute == "full":
         given |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -64,7 +64,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
 
 
 def chunks(run: Config, ranks: MegatronRanks, vocab_size: int, config: Any, plug_in: bool = True) -> list[nn.Module]:
-    """The stages of this rank, in order, not initialised. `plug_in`: with this project's MoE layer, or Megatron's.
+    """The stages of this rank, in order, not initialised. `plug_in`: use this project's MoE layer, else Megatron's.
 
     Collective over the world.
     """
@@ -93,7 +93,7 @@ def chunks(run: Config, ranks: MegatronRanks, vocab_size: int, config: Any, plug
 
 
 class Norm(nn.RMSNorm):
-    """The norm where there is neither Transformer Engine nor apex: torch's, which sequence parallelism may have."""
+    """torch's norm, for runs without Transformer Engine and apex; it supports sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
@@ -117,7 +117,7 @@ def _spec(
             own = replace(attention.submodules, q_layernorm=Norm, k_layernorm=Norm)
             parts = replace(parts, self_attention=replace(attention, submodules=own))
         if plug_in and run.model.is_moe(number):
-            given = {"run": run, "ranks": ranks, "marks": Marks(vocab_size), "layer": number}
+            given = {"run": run, "ranks": ranks, "marks": PackedTokens(vocab_size), "layer": number}
             parts = replace(parts, mlp=ModuleSpec(module=NativeLayer, params=given))
         layers.append(replace(layer, submodules=parts))
     return replace(block, layer_specs=layers, **({"layer_norm": Norm} if norms else {}))

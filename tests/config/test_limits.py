@@ -10,7 +10,7 @@ from moesys.config import legal
 from moesys.config.load import attempt
 from moesys.errors import ConfigError
 from moesys.parallel.degrees import divisors
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 MODEL = "model: {hidden: 64, layers: 2, ffn_hidden: 128}\n"

@@ -1,7 +1,7 @@
-"""A rank's sign of life: a small file that says, again and again, that it runs and where it is.
+"""A rank's heartbeat: a small file, rewritten at intervals, that says where the rank is.
 
-The file is written by a thread, so it goes on while the rank waits in a collective, and stops when the
-process is stopped or its node is gone. Its bytes are replaced in place: that works on a full disk too.
+A thread writes the file, so it continues while the rank waits in a collective, and stops when the process is stopped or
+its node is lost. Its bytes are replaced in place, which works on a full disk too.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ BYTES = 1024
 """Size of the file."""
 
 WAITING = ("distributed_c10d.py", "_functional_collectives.py", "parallel/comm.py")
-"""Ends of file names: a rank whose innermost call lies there waits for others."""
+"""Ends of file names: a rank with its innermost call in such a file waits for others."""
 
 
 def interval(timeout_s: float) -> float:
-    """Seconds between two signs, for ranks that wait `timeout_s` for each other."""
+    """Seconds between two heartbeats, for ranks that wait `timeout_s` for each other."""
     return min(max(timeout_s / 20, 0.2), 15.0)
 
 
-def beat_file(run_dir: Path, rank: int) -> Path:
-    """The file of the rank's sign."""
+def heartbeat_file(run_dir: Path, rank: int) -> Path:
+    """The file of the rank's heartbeat."""
     return run_dir / "beats" / f"rank-{rank}.json"
 
 
-class Beat:
+class Heartbeat:
     """While open, writes beats/rank-N.json every `interval` seconds."""
 
     def __init__(self, run_dir: Path, rank: int, interval: float = 1.0):
-        self._path, self._rank, self.interval = beat_file(run_dir, rank), rank, interval
+        self._path, self._rank, self.interval = heartbeat_file(run_dir, rank), rank, interval
         self._count, self._at, self._step, self._shown, self._ended = 0, "starting", 0, False, False
         self._main = threading.get_ident()
         self._lock, self._end = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> Beat:
-        global _beat
+    def __enter__(self) -> Heartbeat:
+        global _heartbeat
         self._file = -1
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
-        _beat = self
+        _heartbeat = self
         self.write()
         self._thread.start()
         return self
@@ -60,22 +60,22 @@ class Beat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _beat
-        _beat = None
+        global _heartbeat
+        _heartbeat = None
         self._end.set()
         self._thread.join()
         if self._file >= 0:
             if kind is None:
                 self._ended = True
-                self.write()  # the last one: no more are to be missed where this rank has done its part
-            os.close(self._file)  # after an error the last sign still tells where this rank was
+                self.write()  # the last one: this rank is done, and the launcher must not miss more
+            os.close(self._file)  # after an error the last heartbeat still shows where this rank was
 
     def _run(self) -> None:
         while not self._end.wait(self.interval):
             self.write()
 
     def write(self) -> None:
-        """Give a sign now."""
+        """Write a heartbeat now."""
         with self._lock, suppress(OSError):
             self._count += 1
             where, waits = _place(sys._current_frames().get(self._main))
@@ -88,30 +88,30 @@ class Beat:
             os.pwrite(self._file, json_text(record).encode()[: BYTES - 1].ljust(BYTES - 1) + b"\n", 0)
 
 
-_beat: Beat | None = None
+_heartbeat: Heartbeat | None = None
 
 
-def every(seconds: float) -> None:
-    """Give a sign every so many seconds from now on."""
-    if _beat is not None:
-        _beat.interval = seconds
+def set_interval(seconds: float) -> None:
+    """Write a heartbeat every so many seconds from now on."""
+    if _heartbeat is not None:
+        _heartbeat.interval = seconds
 
 
-def at(what: str, shown: bool = False) -> None:
-    """This rank now does `what` ("loading data"); `shown`: of rank 0, the user is to see it."""
-    if _beat is not None:
-        _beat._at, _beat._shown = what, shown
-        _beat.write()
+def phase(what: str, shown: bool = False) -> None:
+    """Note that this rank begins `what` ("loading data"); `shown`: the launcher shows it, if this is rank 0."""
+    if _heartbeat is not None:
+        _heartbeat._at, _heartbeat._shown = what, shown
+        _heartbeat.write()
 
 
 def step(number: int) -> None:
-    """This rank now computes step `number`; told with the next sign."""
-    if _beat is not None:
-        _beat._at, _beat._step, _beat._shown = "training", number, False
+    """Note that this rank computes step `number`; the next heartbeat says so."""
+    if _heartbeat is not None:
+        _heartbeat._at, _heartbeat._step, _heartbeat._shown = "training", number, False
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """The place of a thread, "moesys/train/loop.py:58 in train_step", and whether it waits for other ranks."""
+    """The place of a thread, "moesys/train/loop.py:58 in train_step", and True if it waits for other ranks."""
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
     if frame is None:

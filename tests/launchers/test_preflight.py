@@ -13,10 +13,10 @@ from support import changed
 
 from moesys import cli
 from moesys.errors import FileError, LaunchError
-from moesys.launchers import folder, foreign, prepare
+from moesys.launchers import folder, inherited_env, preflight
 from moesys.launchers.command import command_line, going_on
 from moesys.launchers.lock import locked
-from moesys.train import checked
+from moesys.train import validate
 from moesys.train.worker import going_on as resumed
 
 
@@ -82,9 +82,9 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 def test_a_missing_package_is_told_before_workers_start(config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "output.tensorboard: needs the package tensorboard" in "".join(map(str, checked.output(config())))
+    assert "output.tensorboard: needs the package tensorboard" in "".join(map(str, validate.output(config())))
     with pytest.raises(LaunchError, match=r"measure\.metrics_port: needs the package prometheus_client"):
-        prepare.port(config(measure={"metrics_port": 9000}), "ray")
+        preflight.port(config(measure={"metrics_port": 9000}), "ray")
 
 
 def test_variables_of_other_launchers_are_dropped(monkeypatch):
@@ -97,7 +97,7 @@ def test_variables_of_other_launchers_are_dropped(monkeypatch):
         "PMI_RANK",
     )
     ours = ("TORCH_LOGS", "OMP_NUM_THREADS", "SLURM_JOB_ID", "MOESYS_NODE_IP", "NCCL_DEBUG")
-    assert foreign.without(dict.fromkeys((*theirs, *ours), "1")).keys() == set(ours)
+    assert inherited_env.cleaned(dict.fromkeys((*theirs, *ours), "1")).keys() == set(ours)
     for name in theirs:
         monkeypatch.setenv(name, "1")
     assert cli.main(["config", "--schema"]) == 0

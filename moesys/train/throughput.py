@@ -1,4 +1,4 @@
-"""How fast a run trains, over all its steps but the first."""
+"""Measures the throughput of a run over all its steps but the first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from moesys.train.loop import Trainer
 
 
-class Pace:
-    """Follows a trainer: `take` what each call of its `train_step` returned.
+class Throughput:
+    """Follows a trainer: `take` gets the result of each call of its `train_step`.
 
     The first step compiles and allocates: it does not count.
     """
@@ -28,12 +28,12 @@ class Pace:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None before the second step."""
+        """Tokens per second since the first step; None before the second step."""
         t, steps = self.trainer.config.train, self.trainer.step - self.first
         seconds = self.trainer.seconds - self._begin
         return t.global_batch * t.seq_len * steps / seconds if steps > 0 else None
 
     @property
     def all_to_all_share(self) -> float | None:
-        """Of the time of steps that were read; None if there are none after the first."""
+        """The share of exposed all-to-all in the time of steps that were read; None before the second step."""
         return self._exposed / self._timed if self._timed else None

@@ -1,4 +1,4 @@
-"""Following a text file that another process is still writing."""
+"""Follows a text file that another process is still writing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The end of a worker in failure: what kind of failure it is, and its cause in one sentence.
+"""The failure of a worker: its kind, and its cause in one sentence.
 
-A failure is told by the type of its error, not by a phrase in its text, except where PyTorch itself has no
-type for it. It reaches whoever started the worker through a pipe or Ray, because the disk may be what failed.
-Imports no torch: launchers read failures too.
+The type of the error decides the kind, not a phrase in its text, unless PyTorch has no type for it. The failure reaches
+the launcher through a pipe or Ray, because the disk may have failed. No torch is imported: launchers read failures too.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ LONGEST = 2**14
 """Characters of a traceback that are sent: a pipe takes 64 KiB before somebody reads."""
 
 
-class Kind(StrEnum):
+class FailureKind(StrEnum):
     """Kinds of failures."""
 
     USER = "user"
@@ -56,8 +55,8 @@ class Kind(StrEnum):
     """The connection to another rank broke."""
 
 
-FIRST = {Kind.CRASH: 0, Kind.EXIT: 2, Kind.TIMEOUT: 3, Kind.LOST: 4}
-"""Of failures in one run the lowest number is the cause, all others 1: a crash makes peers fail, and so on down."""
+FIRST = {FailureKind.CRASH: 0, FailureKind.EXIT: 2, FailureKind.TIMEOUT: 3, FailureKind.LOST: 4}
+"""The order of kinds, 1 if absent. The lowest among a run's failures is the cause: a crash makes its peers fail."""
 
 LOST_PEER = re.compile(
     r"Connection (closed|reset) by|Connection refused|Broken pipe|Socket closed|recvValue failed"
@@ -93,7 +92,7 @@ class Failure:
     """
 
     rank: int
-    kind: Kind
+    kind: FailureKind
     sentence: str
     details: str = ""
     exit_code: int = 1
@@ -103,14 +102,14 @@ class Failure:
     def of(cls, error: BaseException, rank: int, run_dir: Path) -> Failure:
         """The failure of a worker that ended with `error`."""
         kind = kind_of(error)
-        details = "" if kind is Kind.USER else "".join(traceback.format_exception(error)).rstrip()
+        details = "" if kind is FailureKind.USER else "".join(traceback.format_exception(error)).rstrip()
         return cls(rank, kind, sentence(error, kind, run_dir), details[-LONGEST:], exit_code_of(error))
 
     @classmethod
     def parse(cls, text: str) -> Failure:
-        """From what `json` returned."""
+        """The failure in a line that `json` returned."""
         values = json.loads(text)
-        return cls(**{**values, "kind": Kind(values["kind"])})
+        return cls(**{**values, "kind": FailureKind(values["kind"])})
 
     @property
     def json(self) -> str:
@@ -128,14 +127,14 @@ class Failure:
         return FIRST.get(self.kind, 1), self.at
 
     def write(self, run_dir: Path) -> None:
-        """Leave it in errors/rank-N.txt, if the disk takes it."""
+        """Write it to errors/rank-N.txt, if the disk allows."""
         with suppress(OSError):
             path = error_file(run_dir, self.rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(self.text + "\n", encoding="utf-8", errors="replace")
 
     def send(self) -> None:
-        """Tell the process that started this one, if it listens."""
+        """Send it to the process that started this one, if that listens."""
         if descriptor := os.environ.get(PIPE):
             with suppress(OSError, ValueError):
                 os.write(int(descriptor), f"{self.json}\n".encode())
@@ -153,39 +152,39 @@ def exit_code_of(error: BaseException) -> int:
     return error.exit_code if isinstance(error, MoesysError) else 1
 
 
-def kind_of(error: BaseException) -> Kind:
+def kind_of(error: BaseException) -> FailureKind:
     """The kind of `error`, by its type and the types of those that it came from."""
     if isinstance(error, MoesysError):
-        return Kind.USER
+        return FailureKind.USER
     chain = list(_chain(error))
     numbers = {e.errno for e in chain if isinstance(e, OSError)}
     if numbers & {errno.ENOSPC, errno.EDQUOT} or any(NO_SPACE.search(str(e)) for e in chain):
-        return Kind.DISK
+        return FailureKind.DISK
     if any(_is(e, "OutOfMemoryError", "MemoryError") or NO_MEMORY.search(str(e)) for e in chain):
-        return Kind.MEMORY
+        return FailureKind.MEMORY
     if _is(error, "DistError") or (isinstance(error, RuntimeError) and BACKEND.search(str(error))):
         return kind_of_text(str(error), _is(error, "DistNetworkError"))
     if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
-        return Kind.FILE
-    return Kind.BUG
+        return FailureKind.FILE
+    return FailureKind.BUG
 
 
-def kind_of_text(text: str, of_store: bool = False) -> Kind:
+def kind_of_text(text: str, of_store: bool = False) -> FailureKind:
     """The kind of an error of torch.distributed; `of_store`: of the store, at which ranks meet."""
     if of_store and PORT_TAKEN.search(text):
-        return Kind.PORT
+        return FailureKind.PORT
     if LOST_PEER.search(text):
-        return Kind.LOST
-    return Kind.TIMEOUT if WAITED.search(text) else Kind.BUG
+        return FailureKind.LOST
+    return FailureKind.TIMEOUT if WAITED.search(text) else FailureKind.BUG
 
 
 def _is(error: BaseException, *names: str) -> bool:
-    """Whether a class of `error` has one of these names: torch is not imported for its classes."""
+    """True if a class of `error` has one of these names: torch is not imported for its classes."""
     return any(cls.__name__ in names for cls in type(error).__mro__)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """`error`, what it came from, and what the ranks' errors in torch's CheckpointException came from."""
+    """`error`, its causes, and those of the ranks' errors in torch's CheckpointException."""
     found, waiting = set[int](), [error]
     while waiting:
         one = waiting.pop()
@@ -202,25 +201,25 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         waiting += [e for e in (one.__cause__, one.__context__, *inner) if isinstance(e, BaseException)]
 
 
-def sentence(error: BaseException, kind: Kind, run_dir: Path) -> str:
-    """The cause of `error`, with its remedy where there is one."""
+def sentence(error: BaseException, kind: FailureKind, run_dir: Path) -> str:
+    """The cause of `error`, with its remedy if there is one."""
     said = first_line(error)
-    if kind is Kind.USER:
+    if kind is FailureKind.USER:
         return str(error)
-    if kind is Kind.DISK:
+    if kind is FailureKind.DISK:
         return _disk(error, run_dir)
-    if kind is Kind.FILE:
+    if kind is FailureKind.FILE:
         assert isinstance(error, OSError)
         rule = (error.strerror or said).lower()
         return f"{error.filename}: {rule}\n    remedy: make it readable and writable for this user, then start again"
-    if kind is Kind.MEMORY:
+    if kind is FailureKind.MEMORY:
         remedy = "lower train.micro_batch or train.seq_len, set train.recompute, or use more ranks (see --dry-run)"
         return f"out of memory: {said}\n    remedy: {remedy}"
-    if kind is Kind.PORT:
+    if kind is FailureKind.PORT:
         return f"the port at which ranks meet is taken by another program: {said}"
-    if kind is Kind.TIMEOUT:
+    if kind is FailureKind.TIMEOUT:
         return f"waited for another rank in vain: {said}"
-    if kind is Kind.LOST:
+    if kind is FailureKind.LOST:
         return f"lost the connection to another rank: {said}"
     return said
 

@@ -1,10 +1,10 @@
 """Token choice by Megatron-Core's definitions, so that a model trains as with Megatron's own router.
 
-They differ from `TopKGate`'s in this: the balance losses count the plain k best scores, without selection
-bias and groups; the global loss is divided by the tokens of all data ranks, whose gradients are then averaged
-again, and uses the mean of the micro-batches so far; capacity is that of a rank's own tokens; the selection
-bias follows loads after drops, and may be frozen; groups under softmax-after-selection are compared by logits,
-and by as many of their best experts as a token has per group.
+They differ from `TopKGate`'s as follows. The balance losses count the plain k best scores, without selection
+bias and groups. The global loss is divided by the tokens of all data ranks, over which gradients are averaged again,
+and uses the mean of the micro-batches so far. Capacity is counted over a rank's own tokens. The selection bias follows
+loads after drops, and may be frozen. Groups under softmax-after-selection are compared by logits, and by as many of
+their best experts as a token has per group.
 
 T tokens of this rank, E experts, k choices per token, S positions, B sequences, T = S · B.
 """
@@ -27,19 +27,21 @@ from moesys.moe.routing import MicroBatch, Routing, Tokens
 
 
 class DoubleProjection(GateProjection):
-    """`GateProjection` in float64, from which all that follows is float64: Megatron's `moe_router_dtype` "fp64"."""
+    """`GateProjection` in float64, so that the rest of routing is float64: Megatron's `moe_router_dtype` "fp64"."""
 
     def forward(self, x_TH: Tensor) -> Tensor:
+        """Logits float64 [T, E] of x_TH [T, H]."""
         return super().forward(x_TH.double())
 
 
 @dataclass(frozen=True)
-class MegatronGroups(Groups):
-    """`Groups` of which each is as good as the sum of its `best` best experts."""
+class MegatronExpertGroups(Groups):
+    """`Groups` with scores that are the sums of their `best` best experts."""
 
     best: int = 1
 
     def limit(self, scores_TE: Tensor) -> Tensor:
+        """Scores [T, E] with −inf outside of the kept groups."""
         grouped_TGE = scores_TE.unflatten(-1, (self.count, -1))
         group_TG = grouped_TGE.topk(self.best, dim=-1).values.sum(-1)
         kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(-1, best(group_TG, self.kept), True)
@@ -52,17 +54,17 @@ class MegatronGate(TopKGate):
     Args:
         jitter: multiply the gate's input by uniform numbers from 1 ± jitter, drawn from torch's generator; in
             evaluation too, as Megatron does.
-        biased: whether there is a selection bias. How far it moves in a step Megatron alone knows: 0 freezes it.
-        global_balance: whether the global loss may be on, whatever its coefficient is now.
+        biased: True for a selection bias. Megatron alone knows how far it moves in a step: 0 freezes it.
+        global_balance: True if the global loss may be on, whatever its coefficient is now.
         options: those of `TopKGate`.
 
     Attributes:
-        expert_bias, local_tokens_per_expert: float32 [E], with a bias alone: by these names Megatron's
-            `finalize_model_grads` finds the selection bias and what it follows.
+        expert_bias, local_tokens_per_expert: float32 [E], only with a bias. By these names Megatron's
+            `finalize_model_grads` finds the selection bias and the loads that it follows.
     """
 
     local_tokens_per_expert: Tensor
-    seen: Tensor
+    global_load_sum: Tensor
 
     def __init__(
         self,
@@ -75,18 +77,18 @@ class MegatronGate(TopKGate):
         global_balance: bool = False,
         **options: Any,
     ):
-        # To TopKGate any rate but 0 means that there is a bias.
+        # TopKGate makes a bias if the rate is not 0.
         super().__init__(hidden, experts, top_k, bias_rate=float(biased), **options)
         self.jitter, self.biased, self.counts_first = jitter, biased, False
-        for name, wanted in (("local_tokens_per_expert", biased), ("seen", global_balance)):
+        for name, wanted in (("local_tokens_per_expert", biased), ("global_load_sum", global_balance)):
             if wanted:
                 self.register_buffer(name, torch.zeros(experts), persistent=False)
-        self.has_seen = global_balance
+        self.has_global_sum = global_balance
         self.passes = 0
-        """Forward passes that `seen` counts."""
+        """Forward passes that `global_load_sum` counts."""
 
-    def follow(self, config: Any) -> None:
-        """Take what Megatron's router reads of its configuration in every forward pass."""
+    def read_settings(self, config: Any) -> None:
+        """Take the settings that Megatron's router reads from its configuration in every forward pass."""
         self.balance, self.capacity, self.scale = (
             settings.balance(config),
             settings.capacity(config),
@@ -95,11 +97,13 @@ class MegatronGate(TopKGate):
 
     @property
     def expert_bias(self) -> Tensor:
+        """The selection bias, float32 [E], by Megatron's name."""
         if not self.biased:
-            raise AttributeError("expert_bias")  # Megatron asks whether there is one
+            raise AttributeError("expert_bias")  # Megatron tests for the attribute
         return self.selection_bias
 
     def reset_state(self) -> None:
+        """Set all buffers to 0."""
         super().reset_state()
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
@@ -107,15 +111,16 @@ class MegatronGate(TopKGate):
     def reset_global_aux_loss_tracker(self) -> None:
         """Forget the loads of the global batch; Megatron calls it after each step."""
         self.passes = 0
-        if self.has_seen:
-            self.seen.zero_()
+        if self.has_global_sum:
+            self.global_load_sum.zero_()
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
+        """The routing of tokens x_TH [T, H]; see `Gate.forward`."""
         assert isinstance(tokens, MegatronTokens)
         logits_TE = self.projection(self._shaken(x_TH))
         chosen = self.choose(logits_TE, tokens)
         real_T = tokens.real_T
-        # Megatron lets padding take places of an expert's capacity, too.
+        # In Megatron, padding takes places of an expert's capacity, too.
         limited = real_T is not None and not self.capacity.unlimited(self.training)
         stays_Tk = self._stays(chosen.weight_Tk, tokens) if limited else None
         routing = self._route(chosen, stays_Tk, replace(tokens, real_T=None), MicroBatch())
@@ -141,7 +146,7 @@ class MegatronGate(TopKGate):
 
     @torch.no_grad()
     def _count_kept(self, routing: Routing, real_T: Tensor | None) -> None:
-        """Count assignments that were kept; fillers, whose weight is 0, and padding are none."""
+        """Count kept assignments, without padding and fillers, which have weight 0."""
         counted_A = routing.weight_A.detach() != 0
         if real_T is not None:
             counted_A &= real_T[routing.token_A]
@@ -174,13 +179,13 @@ class MegatronGate(TopKGate):
             found["sequence_balance"] = self._sequences(scores_BE, scope.sum(load_BE))
         if self.balance.global_balance:
             now_E = scope.sum_global(load_E)
-            self.seen += now_E
+            self.global_load_sum += now_E
             self.passes += 1
-            found["global_balance"] = self._balance(scores_TE.sum(0), self.seen / self.passes, now_E)
+            found["global_balance"] = self._balance(scores_TE.sum(0), self.global_load_sum / self.passes, now_E)
         return found
 
     def _balance(self, score_E: Tensor, load_E: Tensor, now_E: Tensor) -> Tensor:
-        """`E · Σ_e f_e · P_e`, f and P both over the tokens that `now_E` counts, this micro-batch's."""
+        """`E · Σ_e f_e · P_e`, f and P both over the tokens of this micro-batch, which `now_E` counts."""
         count = now_E.sum() / self.top_k
         return self.experts * (score_E * load_E).sum() / (self.top_k * count * count).clamp(min=1.0)
 

@@ -1,7 +1,7 @@
 """Variables that other launchers leave in the environment of a shell, and that would mislead ours.
 
-Within `torchrun`, `mpirun` or `srun` a process is told its rank, and PyTorch that an agent keeps the store at
-which ranks meet. Workers that inherit this wait for a store that nobody starts.
+`torchrun`, `mpirun` and `srun` give their processes a rank, and tell PyTorch that an agent runs the rendezvous store.
+Workers that inherit these variables wait for a store that nobody starts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ PREFIXES = ("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MV2_COMM_", "MPI_LOCAL",
 """torchrun; Open MPI; the process managers of MPICH, Intel MPI and MVAPICH, and Slurm's for these."""
 
 
-def is_foreign(name: str) -> bool:
-    """Whether another launcher gives its processes a variable of this name."""
+def is_inherited(name: str) -> bool:
+    """True if another launcher gives its processes a variable of this name."""
     return name in NAMES or name.startswith(PREFIXES)
 
 
-def without(environment: Mapping[str, str]) -> dict[str, str]:
+def cleaned(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without the variables of other launchers."""
-    return {name: value for name, value in environment.items() if not is_foreign(name)}
+    return {name: value for name, value in environment.items() if not is_inherited(name)}
 
 
-def forget() -> None:
-    """Remove them from this process's environment: for what inherits it by itself, such as Ray."""
-    for name in filter(is_foreign, list(os.environ)):
+def clear() -> None:
+    """Remove them from this process's environment, which Ray's processes inherit."""
+    for name in filter(is_inherited, list(os.environ)):
         del os.environ[name]

@@ -1,4 +1,4 @@
-"""A run on TensorBoard: curves in groups, its configuration, and where tokens went."""
+"""Shows a run on TensorBoard: grouped curves, the configuration, and the load of experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDE = 8
 """Pixels of one expert in a picture of the load."""
 
 
-class Board:
+class TensorBoardRun:
     """Writes event files into `folder`; those of steps after `resumed` are hidden."""
 
     def __init__(self, folder: Path, config: Config, resumed: int):
@@ -37,7 +37,7 @@ class Board:
     def write_load(self, step: int, load: Sequence[Sequence[float]]) -> None:
         """Every expert's load over its layer's mean: a picture [layers, experts] and a histogram.
 
-        Black gets nothing, and white twice the mean or more.
+        Black is no load, white twice the mean or more.
         """
         load_LE = np.asarray(load, dtype=np.float64)
         share_LE = load_LE / np.maximum(load_LE.mean(1, keepdims=True), 1e-12)
@@ -46,12 +46,12 @@ class Board:
         self._writer.add_histogram(f"{LOAD.tag}_over_mean", share_LE.flatten(), step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the files."""
         self._writer.close()
 
 
 def hyperparameters(config: Config) -> dict[str, Any]:
-    """Settings by which runs are told apart at a glance."""
+    """The settings that distinguish runs."""
     m, t, o = config.model, config.train, config.train.optimizer
     found: dict[str, Any] = {
         "layers": m.layers,

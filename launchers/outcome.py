@@ -1,6 +1,6 @@
-"""The cause of a run's failure: the worker whose failure came first, told apart from those that followed from it.
+"""The outcome of a run, and the cause of its failure: the worker that failed first.
 
-When a worker dies, the others fail a moment later because their peer is gone. Only the first is of use.
+When a worker dies, the others fail a moment later because their peer is gone. Only the first failure is of use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesys.train.ending import Failure, Kind, error_file
+from moesys.train.failure import Failure, FailureKind, error_file
 from moesys.train.rank import MARK
 
 TAIL_BYTES = 2**16
@@ -20,11 +20,11 @@ TAIL_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run: its exit code, unless that is 0 what to tell the user, and what kind of failure it was."""
+    """The end of a run: its exit code and, unless that is 0, the message for the user and the kind of failure."""
 
     exit_code: int
     message: str = ""
-    kind: Kind | None = None
+    kind: FailureKind | None = None
 
 
 def log_file(run_dir: Path, rank: int) -> Path:
@@ -43,29 +43,29 @@ def outcome(failure: Failure, who: str, run_dir: Path) -> Outcome:
 
 
 def message(failure: Failure, who: str, run_dir: Path) -> str:
-    """The text for the user: the cause in a sentence, and below it what helps to find more."""
-    if failure.kind in (Kind.CRASH, Kind.EXIT):
+    """The text for the user: the cause in a sentence, and below it where to look for more."""
+    if failure.kind in (FailureKind.CRASH, FailureKind.EXIT):
         return f"{who} {failure.text}"
-    if failure.kind is Kind.USER:
+    if failure.kind is FailureKind.USER:
         return f"{who} failed:\n{failure.sentence}"
-    if failure.kind is Kind.BUG:
+    if failure.kind is FailureKind.BUG:
         return f"{who} failed: {failure.text}"
     path = error_file(run_dir, failure.rank)
     return f"{who} failed: {failure.sentence}" + (f"\n    traceback: {path}" if path.exists() else "")
 
 
 def clear_traces(run_dir: Path) -> None:
-    """Remove what an earlier attempt left and this one would mistake for its own: errors, signs of life, rank map."""
+    """Remove the errors, heartbeats and rank map of an earlier attempt, which this one would mistake for its own."""
     for path in [*(run_dir / "errors").glob("rank-*.txt"), run_dir / "ranks.json"]:
         path.unlink(missing_ok=True)
     shutil.rmtree(run_dir / "beats", ignore_errors=True)
 
 
 def read_ranks(run_dir: Path) -> dict[int, dict[str, object]]:
-    """The rank-to-node map that the workers wrote, by rank; empty before they did.
+    """The rank-to-node map that the workers wrote, by rank; empty before.
 
-    Accepts an object keyed by rank or a list in rank order; of each entry `host`, `node_ip`, `pid`,
-    `local_rank` and `device` are in use.
+    Accepts an object keyed by rank or a list in rank order. Entries have `host`, `node_ip`, `pid`, `local_rank` and
+    `device`.
     """
     try:
         ranks = json.loads((run_dir / "ranks.json").read_text())

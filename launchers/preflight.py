@@ -1,4 +1,4 @@
-"""Checks before any worker starts, of what workers would find wrong: a port that is taken, data."""
+"""Checks before any worker starts: a port that is taken, data that cannot be read."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moesys.launchers.address import ray_address
 
 
 def is_here(config: Config, launcher: str) -> bool:
-    """Whether rank 0 will run on this machine, in its network."""
+    """True if rank 0 will run on this machine, in its network."""
     return launcher == "local" or (launcher == "ray" and ray_address(config.launch.ray_address) is None)
 
 
 def port(config: Config, launcher: str) -> None:
-    """Try the port of `measure.metrics_port`, where rank 0 will run on this machine.
+    """Try the port of `measure.metrics_port` if rank 0 will run on this machine.
 
     Raises:
         LaunchError: it cannot be had.
@@ -42,9 +42,9 @@ def port(config: Config, launcher: str) -> None:
 
 
 def data(config: Config, launcher: str) -> None:
-    """Read the text and tokenize it, where all workers are on this machine: they find the tokens in `data.cache`.
+    """Read and tokenize the text if all workers are on this machine; they find the tokens in `data.cache`.
 
-    Not Megatron's data, which are tokens: their reader imports torch.
+    Megatron's data are tokens already, and their reader imports torch: they are left out.
 
     Raises:
         DataError: the data cannot be read, or are too few.

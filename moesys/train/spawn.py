@@ -1,4 +1,4 @@
-"""Worker processes on this machine for what is no run: proofs and benchmarks."""
+"""Spawns worker processes on this machine for proofs and benchmarks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from moesys.loopback import stay_here
 from moesys.parallel.mesh import Ranks
 from moesys.parallel.rendezvous import enter
 from moesys.train import device, machine
-from moesys.train.ending import Failure
+from moesys.train.failure import Failure
 
 
-def ready(config: Config, world: int, what: str) -> Config:
-    """The configuration for `what` ("verify") in at most `world` processes here, its device decided for all of them.
+def resolve_device(config: Config, world: int, what: str) -> Config:
+    """The configuration for `what` ("verify") in at most `world` processes here, with `cluster.device` decided.
 
-    Says a word where they leave GPUs unused. Raises `LaunchError` where this machine cannot carry them.
+    Prints a note if GPUs stay unused. Raises `LaunchError` if this machine cannot run the processes.
     """
     config, word = device.placed(config, world)
     if word:
@@ -36,10 +36,10 @@ def ready(config: Config, world: int, what: str) -> Config:
 
 
 @contextmanager
-def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[Path]:
+def processes(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[Path]:
     """Run `work(rank, world, *arguments, folder)`, importable by name, in `world` processes to its end.
 
-    Yields the folder, in which results may be left; it is removed afterwards.
+    Yields the folder, to which `work` may write results; it is removed afterwards.
 
     Raises:
         LaunchError: a process failed; says why, with a traceback where the error was not meant for users.
@@ -50,14 +50,14 @@ def started(work: Callable[..., None], world: int, *arguments: Any) -> Iterator[
     with leftovers.temporary("proof") as folder:
         try:
             words = (world, *arguments, str(folder))
-            mp.start_processes(_told, (work, *words), nprocs=world, start_method="forkserver")
+            mp.start_processes(_run, (work, *words), nprocs=world, start_method="forkserver")
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             raise _cause(error, folder) from None
         yield folder
 
 
-def _told(rank: int, work: Callable[..., None], *arguments: Any) -> None:
-    """In a process: its work, whose failure is left in the folder."""
+def _run(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Do the work of one process, and write its failure to the folder."""
     folder = Path(arguments[-1])
     try:
         work(rank, *arguments)
@@ -67,7 +67,7 @@ def _told(rank: int, work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _cause(error: mp.ProcessRaisedException | mp.ProcessExitedException, folder: Path) -> LaunchError:
-    """The failure that the others follow from, as an error meant for the user."""
+    """The failure that caused the others, as an error for the user."""
     if isinstance(error, mp.ProcessExitedException):
         how = f"was killed by {error.signal_name}" if error.signal_name else f"exited with code {error.exit_code}"
         return LaunchError(f"process {error.error_index} {how}")
@@ -75,14 +75,17 @@ def _cause(error: mp.ProcessRaisedException | mp.ProcessExitedException, folder:
     if not failures:
         return LaunchError(str(error))
     cause = min(failures, key=lambda failure: failure.order)
-    told = LaunchError(f"process {cause.rank} failed: {cause.text}")
-    told.exit_code = cause.exit_code
-    return told
+    found = LaunchError(f"process {cause.rank} failed: {cause.text}")
+    found.exit_code = cause.exit_code
+    return found
 
 
 @contextmanager
-def joined(rank: int, world: int, config: Config, folder: str) -> Iterator[Ranks]:
-    """In such a process: its meshes, connected through a file in `folder`; `config` as `ready` gave it."""
+def process_group(rank: int, world: int, config: Config, folder: str) -> Iterator[Ranks]:
+    """Join the process group of `processes` through a file in `folder`; yields the meshes.
+
+    `config`: as `resolve_device` returned it.
+    """
     from moesys.train.engine import engine_of
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))

@@ -1,4 +1,4 @@
-"""A configuration that may be started: read, and every rule of every floor asked. Needs no torch."""
+"""Reads a configuration and applies every rule of every floor to it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from moesys.config.changes import KINDS, Kind
 from moesys.config.load import attempt, in_order, locate
+from moesys.config.placeholders import independent
 from moesys.config.schema import Config, TrainConfig
-from moesys.config.stand_ins import independent
 from moesys.data import check as data
 from moesys.data.documents import located
 from moesys.errors import ConfigError, Problem
@@ -25,7 +25,7 @@ from moesys.train import routing_files
 def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = None, with_data: bool = True) -> Config:
     """The configuration in `path`, legal on `world` ranks (default: its cluster's).
 
-    `with_data`: also that the data are there and readable (not so for a dry run).
+    `with_data`: also check that the data are there and readable (a dry run does not).
 
     Raises:
         ConfigError: everything that is wrong, at once.
@@ -46,7 +46,7 @@ def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = 
 
 
 _DATA_ANSWERS: dict[str, list[Problem]] = {}
-"""Answers of the data check by its inputs: it lists folders, and few of the keys in error are its own."""
+"""Results of the data check by its inputs. It lists folders, and is asked again for each placeholder of a wrong key."""
 
 
 def _data(config: Config) -> list[Problem]:
@@ -64,7 +64,7 @@ def _rules(config: Config, world: int | None, with_data: bool) -> list[Problem]:
 
 
 def output(config: Config) -> list[Problem]:
-    """Packages that the output asks for, and whether runs can be written."""
+    """Problems of the output: missing packages, and folders that cannot be written."""
     problems = []
     if config.output.wandb and importlib.util.find_spec("wandb") is None:
         rule = "needs the package wandb, which is not installed"
@@ -79,7 +79,7 @@ def output(config: Config) -> list[Problem]:
 
 
 def no_folder(given: str) -> str | None:
-    """The reason why nothing can be written in the folder `given`, which need not be there yet; None if it can."""
+    """The reason why the folder `given`, which need not exist yet, cannot be written; None if it can."""
     if not given or any(unicodedata.category(letter) == "Cc" for letter in given):
         return "must be the name of a folder, without control characters"
     place = located(given).absolute()
@@ -94,7 +94,7 @@ def no_folder(given: str) -> str | None:
 
 
 def engine(config: Config) -> list[Problem]:
-    """Whether the engine is installed."""
+    """Problems if the engine is not installed."""
     if config.engine == "native":
         return []
     remedy = f"pip install megatron-core=={MEGATRON}.1, or set it to native"
@@ -108,11 +108,11 @@ def engine(config: Config) -> list[Problem]:
 
 
 MEGATRON = "0.16"
-"""The version of Megatron-Core whose parts the engine puts together; the plug-in takes others."""
+"""The version of Megatron-Core that the engine needs; the plug-in takes others, too."""
 
 
 def recording(config: Config) -> list[Problem]:
-    """Whether there is routing to record."""
+    """Problems if routing is to be recorded and there is none."""
     moe = config.model.moe
     if not config.output.record_routing:
         return []
@@ -126,7 +126,7 @@ def recording(config: Config) -> list[Problem]:
 
 
 def replay(config: Config) -> list[Problem]:
-    """Whether what gate replay needs is there and fits the model."""
+    """Problems if the recording for gate replay is missing or does not fit the model."""
     model = config.model
     if model.moe is None or model.moe.gate.kind != "replay" or model.moe.gate.path is None:
         return []
@@ -142,7 +142,7 @@ def decay_steps(config: TrainConfig) -> int:
 
 
 def training(config: TrainConfig) -> list[Problem]:
-    """Rules of the training section."""
+    """Problems of the training section."""
     s, problems = config.schedule, []
     if s.kind == "wsd" and s.warmup + decay_steps(config) > config.steps:
         rule = f"warmup({s.warmup}) + decay({decay_steps(config)}) must be at most train.steps({config.steps})"
@@ -155,7 +155,7 @@ NAMED = (Kind.MEANT, Kind.WEIGHTS)
 
 
 def resumption(config: TrainConfig) -> list[Problem]:
-    """Whether the keys that may have changed are ones that need to be named."""
+    """Problems if `train.resume_changed` names keys that need not be named."""
     wanted = [key for key, kind in KINDS.items() if kind in NAMED] + ["data.path", "data.tokenizer"]
     remedy = f"choose from {', '.join(wanted)}"
     return [
@@ -166,7 +166,7 @@ def resumption(config: TrainConfig) -> list[Problem]:
 
 
 def apex(config: Config) -> list[Problem]:
-    """Whether NVIDIA's apex can be used, where it is asked for."""
+    """Problems if NVIDIA's apex is asked for and cannot be used."""
     if config.train.optimizer.kind != "apex":
         return []
     key, remedy = "train.optimizer.kind", "set it to adamw"
@@ -182,7 +182,7 @@ def apex(config: Config) -> list[Problem]:
 
 
 def _lacks_apex() -> str:
-    """The reason why NVIDIA's apex cannot be used, "" where it can; nothing is imported, for it may be another's."""
+    """The reason why NVIDIA's apex cannot be used; "" if it can. Nothing is imported: it may be another project."""
     found = importlib.util.find_spec("apex")
     if found is None:
         return "needs NVIDIA apex with its FusedAdam, which is not installed"

@@ -33,7 +33,7 @@ def independent(
     found: list[Problem] | None = None
     first = None
     for number in range(ROUNDS):
-        config = stand_in(tree, keys, number)
+        config = with_placeholders(tree, keys, number)
         if config is None:
             return [], None
         first = first or config
@@ -57,7 +57,7 @@ def affected(problems: Sequence[Problem]) -> list[str]:
     return [key for key in dict.fromkeys(keys) if legal.type_at(key.split(".")) is not None]
 
 
-def stand_in(tree: Entry, keys: Sequence[str], number: int) -> Config | None:
+def with_placeholders(tree: Entry, keys: Sequence[str], number: int) -> Config | None:
     """The configuration `tree` with the `number`-th stand-in for each of `keys`, and without unknown keys."""
     plain = _known(tree.plain(), Config)
     for offset, key in enumerate(keys):

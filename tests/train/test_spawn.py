@@ -8,7 +8,7 @@ import pytest
 from sabotage import failing
 
 from moesys.errors import LaunchError
-from moesys.train import here
+from moesys.train import spawn
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,6 @@ from moesys.train import here
     ],
 )
 def test_a_failure_is_told_in_a_sentence(how, code, told, tmp_path: Path):
-    with pytest.raises(LaunchError, match=told) as raised, here.started(failing, 2, how):
+    with pytest.raises(LaunchError, match=told) as raised, spawn.processes(failing, 2, how):
         pass
     assert raised.value.exit_code == code
