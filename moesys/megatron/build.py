@@ -108,7 +108,9 @@ def build_megatron_gate(m: MoEConfig, config: Any) -> Gate:
     )
 
 
-def _dispatcher(experts: int, groups: ProcessGroups, d: DispatchConfig, device: torch.device) -> ExpertParallelDispatcher:
+def _dispatcher(
+    experts: int, groups: ProcessGroups, d: DispatchConfig, device: torch.device
+) -> ExpertParallelDispatcher:
     more: dict[str, Any] = {"chunks": d.chunks, "overlap_shared": d.overlap_shared, "payload": d.payload}
     if d.kind == "hierarchical":
         names: list[Any] = [None] * groups.tp_ep.size()
