@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from moesys.config import changes, legal
+from moesys.config import changes, legal, registry
 from moesys.config.schema import Config
 from moesys.config.sweep import SweepFile
 from moesys.config.write import json_schema
@@ -40,6 +41,7 @@ class Entry:
         meaning: its docstring in the schema.
         words: the words among its legal values.
         sections: the classes of sections that it may hold.
+        users: the kinds of its section that use it; () where all do.
         change: what it decides, so what follows if it changes between a checkpoint and its resumption; "" for sections.
     """
 
@@ -49,6 +51,7 @@ class Entry:
     meaning: str
     words: tuple[str, ...] = ()
     sections: tuple[type[BaseModel], ...] = ()
+    users: tuple[str, ...] = ()
     change: str = ""
 
 
@@ -79,8 +82,19 @@ def _entry(key: str, field: FieldInfo) -> Entry:
         field.description or next((_docstring(section) for section in inner if _docstring(section)), ""),
         tuple(legal.choices(kind)),
         inner,
+        _users(key),
         change.value if change else "",
     )
+
+
+def _users(key: str) -> tuple[str, ...]:
+    """The kinds that use a key, where its section takes kinds and some do not use it."""
+    section, _, name = key.rpartition(".")
+    for slot in vars(registry).values():
+        if isinstance(slot, registry.Slot) and slot.key == section and find_spec(slot.package):
+            found = registry.users(slot, name)
+            return tuple(found) if len(found) < len(registry.kinds(slot)) else ()
+    return ()
 
 
 def sections(kind: Any) -> Iterator[type[BaseModel]]:
@@ -153,6 +167,8 @@ def _body(entry: Entry) -> list[str]:
         facts.append("required")
     elif not entry.sections or entry.default != "{}":
         facts.append(f"default `{entry.default}`")
+    if entry.users:
+        facts.append(f"used by {', '.join(f'`{kind}`' for kind in entry.users)}")
     if entry.change:
         facts.append(f"[{entry.change}](../launching.md#stopping-failing-resuming)")
     return [f"<p class='facts' markdown>{' · '.join(facts)}</p>", "", explained(entry), ""]

@@ -37,7 +37,7 @@ class Even(Section):
 class Odd(Section):
     kind: Literal["odd"] = "odd"
     """odd: leaves."""
-    rest: dict[str, list[Even]] = {}
+    rest: dict[str, list[Even]] | None = None
     """By name."""
 
 

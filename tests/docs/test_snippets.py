@@ -46,7 +46,7 @@ def documents(block: Block, folder: Path) -> Iterator[dict[str, Any]]:
     for part in parts:
         (folder / "part.yaml").write_text(part)
         new = read(folder / "part.yaml") if re.match(r"\w", part) else {}
-        if together.keys() & new.keys():
+        if not together.keys().isdisjoint(new):
             yield together
             together = {}
         together |= new
@@ -67,7 +67,8 @@ def placed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _places(name: str) -> list[str]:
-    return [key for key in legal.keys() if key.endswith(f".{name}") and legal.section_of(legal.type_at(key.split(".")))]
+    every = list(legal.keys())
+    return [key for key in every if key.endswith(f".{name}") and legal.section_of(legal.type_at(key.split(".")))]
 
 
 def merged(base: Any, over: Any) -> Any:
@@ -129,7 +130,7 @@ def test_commands_and_keys_in_sentences_exist():
         for code in re.findall(r"`([^`\n]+)`", prose(page)):
             if re.fullmatch(r"moesys [a-z].*", code):
                 wrong += [f"{page.name}: {code}"] if not understood(code) else []
-            elif re.fullmatch(r"(%s)\.[a-z_.0-9]+" % "|".join(Config.model_fields), code) and code not in NOT_KEYS:
+            elif re.fullmatch(rf"({'|'.join(Config.model_fields)})\.[a-z_.0-9]+", code) and code not in NOT_KEYS:
                 wrong += [f"{page.name}: {code}"] if legal.type_at(code.split(".")) is None else []
     assert wrong == []
 
