@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from moesys.measure.record.purpose import purpose_of, purposes
 from moesys.measure.record.step_files import append, forget_after, rank_file, recorded, sample, summary_file
 from moesys.measure.record.torch_collectives import watched
 from moesys.measure.record.world import Gloo
-from moesys.measure.step import Travel
+from moesys.measure.step import Purpose, Travel
 from moesys.parallel import comm, nodes
 from moesys.parallel.comm import Time
 from moesys.parallel.degrees import Degrees
@@ -91,22 +91,17 @@ class Recorder:
         if not self.due(number):
             yield None
             return
-        recording = Recording(number)
-        with watched(not self.config.train.compile), comm.record(self.config.measure.audit) as recording.events:
-            self._synchronise()  # so that nothing of the step before runs on the device when this one begins
-            if self.mesh.device.type == "cuda":
-                recording.anchor = torch.cuda.Event(enable_timing=True)
-                recording.anchor.record()
-            recording.begin = perf_counter()
+        functional, audit = not self.config.train.compile, self.config.measure.audit
+        with recorded_step(number, self.mesh.device, functional, audit) as recording:
             yield recording
-            self._synchronise()
-            recording.end = perf_counter()
 
     def keep(self, recording: Recording | None, load: list[list[float]] | None) -> list[Summary]:
         """Hold what was recorded; every so often bring it together: the steps on rank 0, else none."""
         if recording is None:
             return []
-        self._held.append(Held(recording.number, recording.begin, recording.end, list(self._travels(recording))))
+        self._held.append(
+            Held(recording.number, recording.begin, recording.end, list(travels(recording, self._purposes)))
+        )
         if self.mesh.rank == 0:
             self._loads[recording.number] = dict(zip(self._layers, load or [], strict=False))
         return self.flush() if len(self._held) == HELD else []
@@ -128,34 +123,54 @@ class Recorder:
         """The explanation of the run's recorded steps, on rank 0; None if there are none, or elsewhere."""
         return of_run(recorded(self.run_dir)) if self.mesh.rank == 0 else None
 
-    def _synchronise(self) -> None:
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize()
 
-    def _travels(self, recording: Recording) -> Iterator[Travel]:
-        numbers: Counter[tuple[Any, ...]] = Counter()
-        for event in recording.events:
-            purpose = purpose_of(event, self._purposes)
-            message = event.kind if event.kind in ("send", "recv") else ""
-            key = (purpose, event.ranks, message)
-            numbers[key] += 1
-            tag = event.tag
-            yield Travel(
-                kind=event.kind,
-                purpose=purpose,
-                ranks=event.ranks,
-                number=numbers[key] - 1,
-                begin=recording.at(event.begin),
-                waited=recording.at(event.waited),
-                end=recording.at(event.end),
-                bytes=event.bytes,
-                sent=event.sent,
-                layer=tag.layer,
-                part=tag.part,
-                backward=tag.backward,
-                level=tag.level,
-                met=None if event.met is None else recording.at(event.met),
-            )
+@contextmanager
+def recorded_step(
+    number: int, device: torch.device, functional: bool = True, audit: bool = False
+) -> Iterator[Recording]:
+    """Record all collectives inside as step `number`; see `watched` and `comm.record`."""
+    recording = Recording(number)
+    with watched(functional), comm.record(audit) as recording.events:
+        _synchronise(device)  # so that nothing of the step before runs on the device when this one begins
+        if device.type == "cuda":
+            recording.anchor = torch.cuda.Event(enable_timing=True)
+            recording.anchor.record()
+        recording.begin = perf_counter()
+        yield recording
+        _synchronise(device)
+        recording.end = perf_counter()
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def travels(recording: Recording, groups: Mapping[str, tuple[Purpose, ...]]) -> Iterator[Travel]:
+    """The collectives of a recorded step; `groups`: the purposes that process groups serve, by name."""
+    numbers: Counter[tuple[Any, ...]] = Counter()
+    for event in recording.events:
+        purpose = purpose_of(event, groups)
+        message = event.kind if event.kind in ("send", "recv") else ""
+        key = (purpose, event.ranks, message)
+        numbers[key] += 1
+        tag = event.tag
+        yield Travel(
+            kind=event.kind,
+            purpose=purpose,
+            ranks=event.ranks,
+            number=numbers[key] - 1,
+            begin=recording.at(event.begin),
+            waited=recording.at(event.waited),
+            end=recording.at(event.end),
+            bytes=event.bytes,
+            sent=event.sent,
+            layer=tag.layer,
+            part=tag.part,
+            backward=tag.backward,
+            level=tag.level,
+            met=None if event.met is None else recording.at(event.met),
+        )
 
 
 def write(
