@@ -68,10 +68,10 @@ def main() -> None:
     explanation = recorder.explain()  # collective; rank 0 has it
     if explanation is not None:
         print(explanation.sentence)
-        for leg in explanation.legs:
-            way = "backward" if leg.backward else "forward"
-            waiting, moving = leg.causes.waiting * 1e3, leg.causes.transfer * 1e3
-            print(f"{leg.layer:<7} {leg.part:<8} {way:<8} {waiting:6.2f} ms waiting  {moving:6.2f} ms moving bytes")
+        for phase in explanation.phases:
+            way = "backward" if phase.backward else "forward"
+            waiting, moving = phase.causes.waiting * 1e3, phase.causes.transfer * 1e3
+            print(f"{phase.layer:<7} {phase.part:<8} {way:<8} {waiting:6.2f} ms waiting  {moving:6.2f} ms moving bytes")
     dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from moesys.config.tree import Entry
 from moesys.errors import ConfigError
 from moesys.parallel import expert
 from moesys.parallel.degrees import Degrees
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 if TYPE_CHECKING:
     from moesys.moe.layer import MoELayer

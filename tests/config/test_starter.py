@@ -4,7 +4,7 @@ import pytest
 
 from moesys import cli, shipped
 from moesys.config import starter
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 
 @pytest.mark.parametrize("name", list(starter.starters()))

@@ -12,19 +12,19 @@ from torch import nn
 
 from moesys.config.schema import ClusterConfig
 from moesys.errors import MoesysError
-from moesys.measure.explain.averages import of_run
+from moesys.measure.explain.averages import explain_run
 from moesys.measure.explain.explanation import Explanation
 from moesys.measure.explain.layer_sums import order
 from moesys.measure.explain.step_summary import Summary
-from moesys.measure.record.gather import Held, gather_steps
+from moesys.measure.record.gather import LocalStep, gather_steps
 from moesys.measure.record.module_tags import moe_modules, tagged
-from moesys.measure.record.recorder import HELD, recorded_step, travels
-from moesys.measure.record.world import Gloo
+from moesys.measure.record.recorder import GATHER_EVERY, recorded_step, spans_of
+from moesys.measure.record.world import GlooWorld
 from moesys.moe.layer import moe_layers
 from moesys.parallel import nodes
 
 PARTS = tuple(itertools.product(("dispatch", "combine"), (False, True)))
-"""The ways of a layer's rows, forward and backward."""
+"""The phases of a layer."""
 
 
 class CommunicationRecorder:
@@ -61,17 +61,17 @@ class CommunicationRecorder:
         if not dist.is_initialized():
             remedy = "call torch.distributed.init_process_group first"
             raise MoesysError(f"there is no process group to record\n    remedy: {remedy}")
+        backend, first = dist.get_backend(), next(model.parameters(), None) if model is not None else None
         # Times and names are gathered on the host, where the world's own group may be of GPUs.
-        gloo = "gloo" in dist.get_backend()
-        group = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+        group = dist.group.WORLD if "gloo" in backend else dist.new_group(backend="gloo")
         assert group is not None
-        self._world, self._compiled = Gloo(group), compiled
-        self._group = group
-        self._device = torch.device("cuda" if torch.cuda.is_available() and not gloo else "cpu")
-        self._foreign = {} if model is None else moe_modules(model, layers)
+        self._group, self._world, self._compiled = group, GlooWorld(group), compiled
+        self._device = first.device if first is not None else torch.device("cuda" if backend == "nccl" else "cpu")
         own = {} if model is None else moe_layers(model)
+        found = {} if model is None else moe_modules(model, layers)
+        self._foreign = {name: module for name, module in found.items() if name not in own}
         self._own = {getattr(layer.dispatcher, "layer", "") or name for name, layer in own.items()}
-        self._held: list[Held] = []
+        self._local: list[LocalStep] = []
         self._summaries: list[Summary] = []
         self._steps = 0
 
@@ -82,8 +82,9 @@ class CommunicationRecorder:
         step = recorded_step(self._steps, self._device, not self._compiled)
         with step as recording, tagged(self._foreign, recording.events):
             yield
-        self._held.append(Held(self._steps, recording.begin, recording.end, list(travels(recording, {}))))
-        if len(self._held) == HELD:
+        spans = list(spans_of(recording, {}))
+        self._local.append(LocalStep(self._steps, recording.begin, recording.end, spans))
+        if len(self._local) == GATHER_EVERY:
             self._gather()
 
     def explain(self) -> Explanation | None:
@@ -92,16 +93,16 @@ class CommunicationRecorder:
         Of more than four steps the first two are left out: they warm up what later ones find warm.
         """
         self._gather()
-        return of_run(self._summaries)
+        return explain_run(self._summaries)
 
     def _gather(self) -> None:
-        if not self._held:
+        if not self._local:
             return
-        held, self._held = self._held, []
-        rank, world = self._world.rank, self._world.world
+        local, self._local = self._local, []
+        rank, world = self._world.rank, self._world.size
         host = nodes.here(rank, world, ClusterConfig(nodes=1, ranks_per_node=world))
         names: list[list[str]] = [[] for _ in range(world)]
         dist.all_gather_object(names, sorted({*self._foreign, *self._own}), group=self._group)
         layers = sorted(set(itertools.chain(*names)))
         keys = sorted(((layer, *part) for layer in layers for part in PARTS), key=order)
-        self._summaries += gather_steps(held, self._world, host, keys, {}, list(range(world))).summaries
+        self._summaries += gather_steps(local, self._world, host, keys, {}, list(range(world))).summaries
