@@ -112,7 +112,8 @@ def _hooks(name: str, layer: nn.Module, passes: _Passes) -> Iterator[RemovableHa
         passes.end()
         _before_backward(output, lambda: passes.begin(name, backward=True))
 
-    yield layer.register_forward_hook(ended)
+    # Recomputation in backward ends by an exception once it has what it needs.
+    yield layer.register_forward_hook(ended, always_call=True)
     for expert in _experts(layer):
         yield expert.register_forward_pre_hook(lambda *_: passes.experts(), prepend=True)
         yield expert.register_forward_hook(lambda module, inputs, output: _before_backward(output, passes.experts))
