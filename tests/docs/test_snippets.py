@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from command_reference import parsers
 from pages import PAGES, ROOT, Block, Command, blocks, commands, prose
 
 from moesys import cli
@@ -137,17 +138,10 @@ def test_commands_and_keys_in_sentences_exist():
 
 def understood(code: str) -> bool:
     """Whether the command and the options of `code` exist; what stands for values is not read."""
-    commands = {sub.prog: sub for sub in every(parser())}
+    commands = {sub.prog: sub for sub in parsers(parser())}
     words = code.split()
     found = max((name for name in commands if code == name or code.startswith(f"{name} ")), key=len)
     options = [word.partition("=")[0].strip("[]") for word in words if word.strip("[").startswith("--")]
     beyond = words[len(found.split())] if len(words) > len(found.split()) else ""
     is_command = not any(name.startswith(f"{found} ") for name in commands) or beyond.startswith("--") or not beyond
     return is_command and set(options) <= set(commands[found].options())
-
-
-def every(found: Any) -> Iterator[Any]:
-    yield found
-    for action in found._actions:
-        for sub in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
-            yield from every(sub)
