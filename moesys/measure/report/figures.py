@@ -1,4 +1,4 @@
-"""Pictures as inline SVG that take their colours from the page, in light and dark."""
+"""Pictures as inline SVG. Their colours follow the page, light or dark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A page of HTML that needs nothing but itself."""
+"""Pages of HTML in one file without external resources."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    """A heading, what is under it, and a remark."""
+    """A heading, its content, and a note."""
     remark = f'<p class="note">{_(note)}</p>' if note else ""
     return f"<section><h2>{_(title)}</h2>{remark}{''.join(parts)}</section>"
 
 
 def sentence(text: str) -> str:
-    """The summary."""
+    """The summary of a page."""
     return f'<p class="sentence">{_(text)}</p>'
 
 
 def figure(svg: str) -> str:
-    """A picture in its two widths, of which the page's width chooses one."""
+    """A picture in two widths; the width of the page chooses one."""
     return f'<div class="figure">{svg}</div>'
 
 

@@ -1,4 +1,4 @@
-"""RecordedStep steps as a trace that Perfetto and chrome://tracing show, all ranks in one file."""
+"""Writes recorded steps as a trace for Perfetto and chrome://tracing, all ranks in one file."""
 
 from __future__ import annotations
 
