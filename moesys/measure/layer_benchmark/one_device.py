@@ -241,7 +241,7 @@ def product(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> Step
 
 
 def transformers_blocks(layer: MoELayer, shape: LayerShape) -> dict[str, nn.Module]:
-    """transformers' Mixtral block with the layer's weights, for each of its implementations; empty without transformers.
+    """transformers' Mixtral block with the layer's weights, by each of its implementations; none without transformers.
 
     They share one block. Its experts' weights are copies in its own layout, or views of the layer's weights where
     memory is
