@@ -27,7 +27,7 @@ from moesys.measure.a2a_benchmark.table import LARGER, as_json, progress_line, s
 from moesys.measure.a2a_benchmark.traffic import Matrix
 from moesys.measure.predict.links import Profile
 from moesys.train import routing_files
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 from moesys.words import plural
 
 WIDTH = 112

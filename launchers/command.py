@@ -1,4 +1,4 @@
-"""The command that the user gave, and how a run that has ended early goes on."""
+"""The command that the user gave, and the one with which a run that ended early goes on."""
 
 from __future__ import annotations
 

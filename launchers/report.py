@@ -1,4 +1,4 @@
-"""`moesys report`: of a run, of two runs, of a benchmark of collectives, or of traces; on screen and as files."""
+"""`moesys report`: reports on one run, two runs, a benchmark of collectives, or traces, on screen and in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moesys.measure.step import Step
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Write and show what is asked for."""
+    """Write and show the report that the command line asks for."""
     if arguments.trace:
         return _traces(arguments)
     if not 1 <= len(arguments.runs) <= 2:

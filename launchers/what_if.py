@@ -1,4 +1,4 @@
-"""`moesys what-if`: predictions from a recorded run, and, where asked for, runs that tell how good they are."""
+"""`moesys what-if`: predictions from a recorded run and, if asked for, runs that show how good they are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moesys.measure.explain.step_selection import RecordedStep, steps_to_explain
 from moesys.measure.predict.links import Profile
 from moesys.measure.predict.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
 from moesys.measure.record import step_files as records
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 
 def command(arguments: argparse.Namespace) -> int:

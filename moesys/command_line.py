@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from moesys import __version__, shipped
+from moesys import shipped
 from moesys.config import suggest
 from moesys.options import count, finite, output, tolerance
+from moesys.version import __version__
 
 EXIT_CODES = """\
 exit codes:
@@ -37,9 +38,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors say what may have been meant."""
+    """A parser with errors that suggest the intended word."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the error, the closest legal word and a pointer to --help; exit with code 2."""
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         near = suggest.choice(wrong[1], re.findall(r"'([^']*)'", wrong[2])) if wrong else None
         if near:
@@ -52,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def strange(parser: Parser, words: Sequence[str], overrides: bool) -> str | None:
-    """The error in `words` that `parser` does not know; None if all of them are overrides, which may be given."""
+    """The error in `words`, which `parser` does not know; None if all are overrides and these are allowed."""
     for number, word in enumerate(words):
         if overrides and "=" in word and not word.startswith("-"):
             continue
@@ -81,6 +83,7 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=f"moesys {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="what to do; each has --help")
+    _init(commands)
     _launch(_configured(commands, "launch", "train a configuration", "configs/quickstart.yaml train.steps=50"))
     _sweep(commands)
     _config(commands)
@@ -124,11 +127,20 @@ def _configured(
     return sub
 
 
+def _init(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write a commented configuration to start from"
+    sub = _command(commands, "init", text, "mixtral-8x7b --to mine.yaml", "launching.md")
+    text = "quickstart, a recipe or a model that comes with moesys (default: list them)"
+    sub.add_argument("name", nargs="?", metavar="NAME", help=text)
+    text = "the file to write, which must not exist (default: NAME.yaml in this folder)"
+    sub.add_argument("--to", type=output, metavar="FILE", help=text)
+
+
 def _launch(sub: Parser) -> None:
     sub.add_argument("--launcher", choices=LAUNCHERS, help="default: launch.launcher")
     sub.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster (default: launch.ray_address)")
     sub.add_argument("--measure", action="store_true", help="record about twenty steps, unless measure says which")
-    text = "tell metrics to Prometheus here (default: measure.metrics_port)"
+    text = "serve metrics for Prometheus on this port (default: measure.metrics_port)"
     sub.add_argument("--metrics-port", type=int, metavar="PORT", help=text)
     text = "show ranks, meshes, memory; start nothing; exit code 3 where memory does not fit"
     sub.add_argument("--dry-run", action="store_true", help=text)
@@ -221,7 +233,7 @@ def _bench(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _rounds(sub: Parser, steps: int, what: str) -> None:
-    sub.add_argument("--rounds", type=count, default=7, help="repetitions, of which the median is told")
+    sub.add_argument("--rounds", type=count, default=7, help="repetitions; their median is printed")
     sub.add_argument("--steps", type=count, default=steps, help=what)
     _json(sub, "the figures")
 

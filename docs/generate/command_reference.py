@@ -62,7 +62,9 @@ def _row(sub: Parser, action: argparse.Action) -> str:
         return ""
     if isinstance(action, argparse._SubParsersAction):
         listed = [(choice.dest, choice.help) for choice in action._choices_actions]
-        return "\n".join(f"| [`{name}`](#{sub.prog.replace(' ', '-')}-{name}) | {_cell(text)} |" for name, text in listed)
+        return "\n".join(
+            f"| [`{name}`](#{sub.prog.replace(' ', '-')}-{name}) | {_cell(text)} |" for name, text in listed
+        )
     formatter = sub._get_formatter()
     names = action.option_strings or [str(action.metavar or action.dest)]
     value = formatter._format_args(action, str(action.dest).upper()) if action.option_strings else ""

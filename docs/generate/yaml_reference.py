@@ -124,7 +124,9 @@ def _docstring(section: type[BaseModel]) -> str:
 def escaped(text: str) -> str:
     """Plain words of a docstring as Markdown: what stands in backticks stays."""
     parts = text.split("`")
-    return "`".join(part if number % 2 else re.sub(r"([*_<>\[\]|])", r"\\\1", part) for number, part in enumerate(parts))
+    return "`".join(
+        part if number % 2 else re.sub(r"([*_<>\[\]|])", r"\\\1", part) for number, part in enumerate(parts)
+    )
 
 
 def explained(entry: Entry) -> str:

@@ -1,4 +1,4 @@
-"""What every rank does in `moesys bench a2a`: measure what its run's folder asks for."""
+"""The worker program of `moesys bench a2a`: measures what bench.json in its run's folder asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moesys.train import native, worker
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Measure what run_dir/bench.json asks for; rank 0 writes results.json, and follow.jsonl as it goes."""
+    """Measure what run_dir/bench.json asks for; rank 0 writes results.json at the end, and follow.jsonl meanwhile."""
     worker.guarded(_measure, config, run_dir)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself in moesys.json, and which checkpoints a folder holds. Needs no torch."""
+"""Reads moesys.json, the manifest of a checkpoint, and lists the checkpoints in a folder. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ META = "moesys.json"
 BLOCK = 1 << 22
 """Bytes that are read at once."""
 NAME = re.compile(r"step-(\d{8,})")
-"""Names of checkpoints, whole: folders of any other name are somebody else's."""
+"""The full names of checkpoints: folders of other names are left alone."""
 
 
 @dataclass(frozen=True)
 class Meta:
-    """The facts that a checkpoint says of itself.
+    """The manifest of a checkpoint.
 
     Attributes:
         step, samples: done; samples count sequences of the run's `train.seq_len`.
-        config: as `changes.saved_form`, with the resolved vocab_size; of an old checkpoint, what it has of it.
+        config: as `changes.saved_form`, with the resolved vocab_size; an old checkpoint has a part of it.
+        whole: True if the checkpoint has its whole configuration.
         tokenizer, data: identity and fingerprint; empty in an old checkpoint.
         versions: of moesys, torch and Python; empty in an old checkpoint.
         files: [bytes, CRC-32] of the other files; empty in an old checkpoint.
-        state: what the training loop asked to be kept.
+        state: the JSON that the training loop saved.
     """
 
     path: Path
@@ -71,7 +72,7 @@ def previous(path: Path) -> Path | None:
 
 
 def damaged(path: Path, what: str) -> CheckpointError:
-    """The error of a checkpoint that is not what was written; its remedy names the one before it."""
+    """The error of a damaged checkpoint; its remedy names the checkpoint before it."""
     before = previous(path)
     aside = path.parent.parent / f"damaged-{path.name}"
     then = f"go on from {before.name}" if before else "start again from the beginning"
@@ -80,16 +81,16 @@ def damaged(path: Path, what: str) -> CheckpointError:
 
 
 def checksum(meta: Mapping[str, Any]) -> int:
-    """The CRC-32 of all that a checkpoint says of itself."""
+    """The CRC-32 of a manifest, without the key "checksum"."""
     rest = {key: value for key, value in meta.items() if key != "checksum"}
     return zlib.crc32(json.dumps(json.loads(json_text(rest)), sort_keys=True).encode())
 
 
 def read(path: Path) -> Meta:
-    """The facts that the checkpoint at `path` says of itself.
+    """The manifest of the checkpoint at `path`.
 
     Raises:
-        CheckpointError: that is missing or damaged.
+        CheckpointError: it is missing or damaged.
     """
     try:
         found = read_json(path / META, "")
@@ -127,7 +128,7 @@ def _wrong(path: Path, found: Mapping[str, Any]) -> str | None:
 
 
 def require_files(meta: Meta) -> None:
-    """Raise CheckpointError where a file is missing or of another size."""
+    """Raise CheckpointError if a file is missing or has another size."""
     for name, (size, _) in meta.files.items():
         if not (meta.path / name).is_file():
             raise damaged(meta.path, f"{name} is missing")
@@ -136,7 +137,7 @@ def require_files(meta: Meta) -> None:
 
 
 def incomplete(folder: Path) -> list[str]:
-    """A line for each numbered folder above the newest checkpoint that is none."""
+    """A line for each folder above the newest checkpoint that has a checkpoint's name and is incomplete."""
     last = newest(folder)
     above = [p for p in folder.glob("step-*") if NAME.fullmatch(p.name) and not (p / META).exists()]
     return [

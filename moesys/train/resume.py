@@ -29,7 +29,7 @@ SHOWN = 3
 """Weights that do not fit which a message names; it counts the others."""
 
 
-def now(config: Config) -> dict[str, Any]:
+def saved_configuration(config: Config) -> dict[str, Any]:
     """The configuration as checkpoints keep it. Raises DataError as `vocab_size`."""
     model = config.model.model_copy(update={"vocab_size": vocab_size(config)})
     return saved_form(config.model_copy(update={"model": model}))
@@ -52,13 +52,15 @@ def changes(meta: Meta, config: Config) -> list[Change]:
 
 def _resolved_differences(saved: Mapping[str, Any], config: Config) -> list[Change]:
     """The differences; a vocabulary's size that was not resolved when it was saved is none."""
-    found = differences(saved, now(config))
-    if saved["model"].get("vocab_size") is None:
+    found = differences(saved, saved_configuration(config))
+    if saved.get("model", {}).get("vocab_size") is None:
         found = [c for c in found if c.key != "model.vocab_size"]
     return found
 
 
-def judge(meta: Meta, config: Config, data: Mapping[str, Any] | None = None, shapes: bool = False) -> list[Change]:
+def require_compatible(
+    meta: Meta, config: Config, data: Mapping[str, Any] | None = None, shapes: bool = False
+) -> list[Change]:
     """The changes under which a run goes on from a checkpoint, for the user to read.
 
     Args:
@@ -158,14 +160,14 @@ def check(run_dir: Path, config: Config) -> list[str]:
     checkpoint.
 
     Raises:
-        CheckpointError: as `read`, `require_files` and `judge`.
+        CheckpointError: as `read`, `require_files` and `require_compatible`.
     """
     path = newest(run_dir / "checkpoints")
     if path is None:
         return []
     meta = read(path)
     require_files(meta)
-    return [changed_since(meta.step, change) for change in judge(meta, config, shapes=True)]
+    return [changed_since(meta.step, change) for change in require_compatible(meta, config, shapes=True)]
 
 
 def changed_since(step: int, change: Change) -> str:

@@ -71,7 +71,7 @@ class _StandIn:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-class _Unpickler(pickle.Unpickler):
+class _ShapeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch":
             return tuple if name == "Size" else name
@@ -95,7 +95,7 @@ def read(meta: Meta) -> dict[str, Shape]:
         content = (meta.path / METADATA).read_bytes()
         if METADATA not in meta.files:
             scan(content)
-        tensors = _Unpickler(io.BytesIO(content)).load().state_dict_metadata
+        tensors = _ShapeUnpickler(io.BytesIO(content)).load().state_dict_metadata
         return {name: tuple(found.size) for name, found in tensors.items() if hasattr(found, "size")}
     except OSError as error:
         raise damaged(meta.path, f"{METADATA} cannot be read: {(error.strerror or str(error)).lower()}") from None

@@ -1,8 +1,8 @@
-"""The files of a checkpoint: written, checked and read without running anything that is in them.
+"""Writes, checks and reads the files of a checkpoint, without executing anything in them.
 
-`torch.distributed.checkpoint` keeps tensors in `__RANK_N.distcp` and what they are in `.metadata`, a pickle. A pickle
-can name any function and have it called, so that one is read by an unpickler that knows the classes of
-checkpoints and nothing else; tensors are read with `weights_only`.
+`torch.distributed.checkpoint` keeps tensors in `__RANK_N.distcp`, and their descriptions in `.metadata`, a pickle. A
+pickle can call any function by name. So an unpickler reads it that knows the classes of checkpoints and nothing else;
+tensors are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from moesys.errors import CheckpointError, FileError
 from moesys.files import read_json
-from moesys.train.ending import Kind, kind_of
+from moesys.train.failure import FailureKind, kind_of
 from moesys.train.manifest import META, crc32, damaged
 from moesys.train.saved_shapes import CLASSES, METADATA, scan
 
@@ -42,7 +42,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """Reads a checkpoint's tensors by metadata that were read and checked before."""
+    """Reads a checkpoint's tensors by metadata that are checked already."""
 
     def __init__(self, folder: Path, metadata: Metadata):
         super().__init__(folder)
@@ -57,7 +57,7 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
     """The tensors of a checkpoint and their places; executes nothing.
 
     Args:
-        part, parts: whether their places are in the files is asked of every `parts`-th file, from the `part`-th on.
+        part, parts: the places in every `parts`-th file are checked, from the `part`-th file on.
 
     Raises:
         CheckpointError: `.metadata` is missing, damaged, or names what no checkpoint does; or its tensors lie
@@ -85,7 +85,7 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
 
 
 def _listed(folder: Path) -> bool:
-    """Whether moesys.json has a checksum of `.metadata`, which has then been compared (a scan of it takes long)."""
+    """True if moesys.json has a checksum of `.metadata`. It was compared then, and the slow scan is not needed."""
     try:
         return METADATA in read_json(folder / META, "").get("files", {})
     except FileError:
@@ -137,11 +137,11 @@ def unwritten(folder: Path, error: BaseException) -> CheckpointError:
 
 
 def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]:
-    """Read tensors into `state`; the names that the checkpoint lacks. Collective over the world.
+    """Read tensors into `state`; returns the names that the checkpoint lacks. Collective over the world.
 
     Args:
-        state: is left without those.
-        optional: names that may be missing, which then keep the values that they have.
+        state: loses the tensors that the checkpoint lacks.
+        optional: names that may be missing; these tensors keep their values.
 
     Raises:
         CheckpointError: damaged, or a tensor is missing or of another shape or type; the same on all ranks.
@@ -172,26 +172,26 @@ def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]
 
 
 def _is_elsewhere(error: BaseException, folder: Path) -> bool:
-    """Whether the fault is another rank's or lack of memory: nobody should move a good checkpoint away for that.
+    """True if the fault is another rank's, or lack of memory: a good checkpoint must not be moved away for that.
 
     A damaged file may ask for any amount of memory, unless its checksum has been compared.
     """
     kind = kind_of(error)
-    return kind in (Kind.LOST, Kind.TIMEOUT) or (kind is Kind.MEMORY and _listed(folder))
+    return kind in (FailureKind.LOST, FailureKind.TIMEOUT) or (kind is FailureKind.MEMORY and _listed(folder))
 
 
 def agree(wrong: str | None) -> None:
-    """Raise the first rank's `wrong` on every rank, if any has one. Collective over the world, where there is one."""
+    """Raise the first rank's `wrong` on every rank, if any rank has one. Collective over the world, if there is one."""
     everyone: list[Any] = [wrong]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, wrong)
-    if told := next((text for text in everyone if text is not None), None):
-        raise CheckpointError(told)
+    if error := next((text for text in everyone if text is not None), None):
+        raise CheckpointError(error)
 
 
 def _missing(state: State, metadata: Metadata, folder: Path) -> set[str]:
-    """Names of tensors that are not in the checkpoint; raises CheckpointError where one is something else there."""
+    """Names of tensors that the checkpoint lacks; raises CheckpointError if one has another shape or type there."""
     missing = set()
     for section, tensors in state.items():
         for name, wanted in tensors.items():

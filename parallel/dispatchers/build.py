@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from moesys.config.schema import Config
+from moesys.config.schema import ClusterConfig, Config
 from moesys.parallel import nodes
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
@@ -43,6 +43,19 @@ def builder(config: Config, mesh: Ranks) -> Callable[[int], ExpertParallelDispat
     if d.kind == "hierarchical":
         more["levels"] = _shared_levels(config, mesh, group)
     return lambda experts: KINDS[d.kind](experts, group, mesh.degrees.ep, mesh.degrees.etp, **more)
+
+
+def dispatchers(
+    group: dist.ProcessGroup, kind: str, device: torch.device, timeout_s: float = 1800.0, **options: Any
+) -> Callable[[int], ExpertParallelDispatcher]:
+    """Makes the dispatcher of a layer of so many experts, which the ranks of `group` share. Collective over it."""
+    if kind == "hierarchical":
+        names: list[Any] = [None] * group.size()
+        world = dist.get_world_size()
+        one_machine = ClusterConfig(nodes=1, ranks_per_node=world)
+        dist.all_gather_object(names, nodes.here(dist.get_rank(), world, one_machine), group=group)
+        options["levels"] = levels(group, names, device, timedelta(seconds=timeout_s))
+    return lambda experts: KINDS[kind](experts, group, group.size(), 1, **options)
 
 
 def _shared_levels(config: Config, mesh: Ranks, group: dist.ProcessGroup) -> list[Level]:

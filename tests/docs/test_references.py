@@ -74,7 +74,9 @@ def test_every_command_and_every_option_is_listed():
     assert {"moesys launch", "moesys bench a2a"} <= {sub.prog for sub in subs}
     for sub in subs:
         section = page.split(f"{{ #{command_reference.anchor(sub)} }}")[1].split("\n## ")[0]
-        assert all(f"`{option}" in section or f", {option}" in section for option in set(sub.options()) - {"-h", "--help"})
+        assert all(
+            f"`{option}" in section or f", {option}" in section for option in set(sub.options()) - {"-h", "--help"}
+        )
 
 
 def test_every_public_name_of_the_library_is_documented():

@@ -82,7 +82,7 @@ def test_yaml_is_legal(block, tmp_path):
         tree = placed(document)
         jsonschema.validate(tree, load.json_schema())
         includes = [read(ROOT / path) for path in tree.pop("include", [])]
-        whole: dict[str, Any] = {} if includes or "model" in tree and "moe" not in document else BASE
+        whole: dict[str, Any] = {} if includes or ("model" in tree and "moe" not in document) else BASE
         for part in (*includes, tree):
             whole = merged(whole, part)
         config = Config.model_validate(whole)

@@ -120,6 +120,25 @@ def test_the_folder_alone_gives_the_model(trainer, raw, written, tmp_path):
     assert meta["files"].keys() == {".metadata", FILE}
 
 
+def test_the_model_in_a_checkpoint_of_another_version_is_read_if_its_unknown_keys_are_harmless(copy):
+    path = copy / "step-00000002"
+    meta = json.loads((path / manifest.META).read_text())
+
+    def write(**keys: Any) -> None:
+        config = changed(meta["config"], {"model": {"moe": keys}, "output": {"colour": "red"}})
+        del config["model"]["moe"]["zero_tau"]  # a key that the writer did not know
+        other = {key: value for key, value in meta.items() if key != "checksum"} | {"config": config}
+        (path / manifest.META).write_text(json.dumps(other | {"checksum": manifest.checksum(other)}))
+
+    write(sinks=False, window={"size": None, "kind": "none"})
+    assert checkpoint.model(path).layers["1"].ffn.gate.selection_bias.shape == (2,)
+    write(sinks=False, window={"size": 4, "kind": "none"})
+    with pytest.raises(
+        CheckpointError, match=r"has keys of another version: model\.moe\.window\.size\n    remedy: use"
+    ):
+        checkpoint.model(path)
+
+
 def test_what_a_balanced_hash_gate_learned_of_the_data_comes_along(trainer, tmp_path):
     change = {"model": {"moe": {"gate": {"kind": "hash", "table": "balanced"}, "bias_rate": 0.0}}}
     run = trainer(change)

@@ -14,7 +14,7 @@ from support import changed
 from moesys.config.schema import SkipsConfig
 from moesys.errors import TrainingError
 from moesys.train import checkpoint, manifest
-from moesys.train.backlog import Measured
+from moesys.train.backlog import StepMeasurements
 from moesys.train.guard import Guard
 
 
@@ -127,7 +127,7 @@ def ended(allowed: SkipsConfig, bad: list[bool], monkeypatch: pytest.MonkeyPatch
     guard = Guard(allowed)
     for step, is_bad in enumerate(bad, 1):
         norm = float("nan") if is_bad else 1.0
-        guard.take(Measured(step, {"loss": 1.0}, None, norm, is_bad, lambda: ["norm.weight"]), Engine())
+        guard.take(StepMeasurements(step, {"loss": 1.0}, None, norm, is_bad, lambda: ["norm.weight"]), Engine())
         try:
             guard.check(Path("runs/a/checkpoints/step-00000001"))
         except TrainingError as error:

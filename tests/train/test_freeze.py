@@ -39,14 +39,14 @@ def test_a_checkpoint_cannot_thaw(tmp_path):
     meta = {"step": 1, "samples": 8, "model": written.model.model_dump(), "freeze": written.train.freeze}
     (tmp_path / manifest.META).write_text(json.dumps(meta))
     found = manifest.read(tmp_path)
-    assert resume.judge(found, written) == []
+    assert resume.require_compatible(found, written) == []
     # More may be frozen than before.
-    told = resume.judge(found, config("embed.weight", "layers.*.attention.*", "head.weight"))
+    told = resume.require_compatible(found, config("embed.weight", "layers.*.attention.*", "head.weight"))
     assert [change.key for change in told] == ["train.freeze"]
     with pytest.raises(
         CheckpointError, match=r"no optimizer state of layers.0.attention.k_proj.weight, which was frozen"
     ):
-        resume.judge(found, config("embed.weight"))
+        resume.require_compatible(found, config("embed.weight"))
 
 
 def test_costs_leave_out_their_gradients_and_state():

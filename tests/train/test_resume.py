@@ -19,7 +19,7 @@ from moesys.config.changes import saved_form
 from moesys.errors import CheckpointError, ConfigError, FileError
 from moesys.models.size import weights
 from moesys.train import manifest, metrics, resume, run_folder, saved_shapes
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 RAW: dict = {
     "model": {"vocab_size": 320, "hidden": 16, "layers": 1, "moe": {"experts": 4, "ffn_hidden": 8}},
@@ -54,7 +54,7 @@ def describe(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def judged(path: Path, *changes: dict, data: dict | None = DATA) -> list[str]:
-    return [change.arrow() for change in resume.judge(manifest.read(path), config(*changes), data)]
+    return [change.arrow() for change in resume.require_compatible(manifest.read(path), config(*changes), data)]
 
 
 def test_names_are_matched_whole_and_ordered_by_number(tmp_path: Path) -> None:

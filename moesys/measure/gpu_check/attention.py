@@ -15,6 +15,7 @@ from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import CheckTask, Row, first_line, tried
 from moesys.measure.interleaved_timing import alone
 from moesys.models.attention import attend
+from moesys.models.parts.model import block
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -43,10 +44,7 @@ def shapes() -> dict[AttentionShape, list[str]]:
     found: dict[AttentionShape, list[str]] = {}
     for name, section in models.sections().items():
         model = models.config(section)
-        a = model.attention
-        shape = AttentionShape(a.heads, a.kv_heads or a.heads, model.head_dim, model.head_dim)
-        if a.kind == "mla":
-            shape = AttentionShape(a.heads, a.heads, a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim)
+        shape = AttentionShape(*block(model, 0).mixer.head_sizes())
         found.setdefault(shape, []).append(name)
     return found
 

@@ -86,7 +86,7 @@ def _step(
     torch.manual_seed(0)
     x = torch.randn(1, tokens, config.hidden, device=device, dtype=dtype)
     grad = torch.randn_like(x)
-    cos, sin = rotary_angles(torch.arange(tokens, device=device), config.rotary_dim, config.rope_theta)
+    cos, sin = rotary_angles(torch.arange(tokens, device=device), block.rotary_dim, config.rope_theta)
 
     def step() -> list[Tensor]:
         given = x.detach().requires_grad_()

@@ -70,7 +70,7 @@ class StepRecorder:
     def __init__(self, config: Config, mesh: Ranks, run_dir: Path, resumed: int):
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         self._purposes = purposes(mesh)
-        self._layers = [f"layers.{i}" for i in range(config.model.layers) if config.model.is_moe(i)]
+        self._layers = [f"layers.{i}" for i in config.model.moe_blocks]
         self._local: list[LocalStep] = []
         self._loads: dict[int, dict[str, list[float]]] = {}
         self.active = bool(config.measure.every or config.measure.steps)

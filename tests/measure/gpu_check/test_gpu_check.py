@@ -22,6 +22,7 @@ from moesys.measure.gpu_check.kernels import KernelCase
 from moesys.measure.gpu_check.rows import CheckTask, Row
 from moesys.measure.gpu_check.table import CheckReport, PartResult
 from moesys.models.block import Block
+from moesys.models.parts.model import block as describe
 
 ABSENT = ("pydantic", "ray", "megatron", "rich", "tensorboard", "matplotlib", "prometheus_client", "datasets")
 """What the check must do without."""
@@ -125,7 +126,7 @@ def test_the_models_are_those_of_the_configurations():
 def test_blocks_are_those_that_the_configurations_build(name):
     config = load(ROOT / "configs" / "models" / f"{name}.yaml").config.model
     with torch.device("meta"):
-        ours, theirs = Block(models.config(models.sections()[name]), 0), Block(config, config.layers - 1)
+        ours, theirs = Block(models.config(models.sections()[name]), 0), Block(config, config.depth - 1)
     assert str(ours) == str(theirs)
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
     plain = [
@@ -134,7 +135,9 @@ def test_blocks_are_those_that_the_configurations_build(name):
     ]
     plain[0].pop("randomness"), plain[1].pop("randomness")  # differs between layers
     assert plain[0] == plain[1] and len(plain[0]) > 5
-    assert models.config(models.sections()[name]).rotary_dim == config.rotary_dim
+    assert (
+        describe(models.config(models.sections()[name]), 0).mixer.head_sizes() == describe(config, 0).mixer.head_sizes()
+    )
 
 
 def test_the_quadratic_kernel_is_seen():
