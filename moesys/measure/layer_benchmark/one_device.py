@@ -1,4 +1,4 @@
-"""What one MoE layer costs beside its arithmetic: forward and backward, everything in one interleaved run.
+"""Times one MoE layer beside its arithmetic: forward and backward, all sides interleaved.
 
 moesys bench layer
 moesys bench layer --shape qwen3-30b-a3b --dtype bfloat16
@@ -34,7 +34,7 @@ from moesys.words import plural
 
 @dataclass(frozen=True)
 class LayerShape:
-    """T tokens of size H, E experts of inner size F, k of them per token."""
+    """T tokens of size H, E experts of inner size F, k experts per token."""
 
     tokens: int
     hidden: int
@@ -44,11 +44,11 @@ class LayerShape:
 
     @property
     def flops(self) -> int:
-        """Of the experts' products, forward and backward."""
+        """Operations of the experts' products, forward and backward."""
         return 18 * self.tokens * self.top_k * self.hidden * self.ffn_hidden
 
     def kept_bytes(self, size: int) -> int:
-        """What must be kept for backward: tokens and first products of `size` bytes per element, routing."""
+        """Bytes that backward needs: tokens and first products of `size` bytes per element, and routing."""
         products = 2 * self.tokens * self.top_k * self.ffn_hidden
         routing = self.tokens * (4 * self.experts + self.top_k * (4 + 8 + 8))
         return size * (self.tokens * self.hidden + products) + routing
@@ -64,19 +64,21 @@ SHAPES = {
 
 
 TARGETS = {"layer / dense": 1.10, "layer / transformers grouped_mm": 0.95, "peak / kept memory": 1.3}
-"""Most that the project allows itself at the laptop's shape on two cores."""
+"""The project's limits at the laptop's shape on two cores."""
 
 PUBLISHED = tuple(SHAPES[name] for name in ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"))
 
 LEAST_SHARE = 0.85
-"""Of a dense product's rate: what the layer is to reach on a GPU at the published shapes."""
+"""The least share of a dense product's rate that the layer should reach on a GPU at the published shapes."""
 
 
 @dataclass(frozen=True)
 class LayerTimes:
     """Median milliseconds of every side, medians of the rounds' ratios, and memory.
 
-    `left_out`: sides for which the device has too little memory. `on_gpu`: whether it is one.
+    Attributes:
+        on_gpu: whether the device is a GPU.
+        left_out: sides for which the device has too little memory.
     """
 
     shape: LayerShape
@@ -93,6 +95,7 @@ class LayerTimes:
     date: str = field(default_factory=lambda: date.today().isoformat())
 
     def as_json(self) -> dict[str, object]:
+        """All figures."""
         return asdict(self)
 
     def lines(self) -> list[str]:
@@ -113,11 +116,11 @@ class LayerTimes:
 
     @property
     def share(self) -> float:
-        """The layer's rate as part of a dense product's."""
+        """The layer's rate / a dense product's rate."""
         return self.teraflops["layer"] / self.teraflops["product"]
 
     def _said(self) -> str:
-        """Of the share: whether it is what the project wants."""
+        """A verdict on the share, for GPUs and published shapes."""
         if not self.on_gpu or self.shape not in PUBLISHED:
             return ""
         return f"  target {LEAST_SHARE:.0%}: {'met' if self.share >= LEAST_SHARE else 'MISSED'}"
@@ -126,13 +129,14 @@ class LayerTimes:
 def run(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> LayerTimes:
     """Time the layer beside a dense feed-forward, a dense product, transformers' block, and its own parts.
 
-    On CPU the layer gathers and sums inside its experts: the parts "permute" and "unpermute" are what that
-    would cost alone. Peak memory is what `peak_bytes` finds without the weights' gradients, the input included;
-    on CPU it holds one expert's intermediate results for each core. What does not fit the device beside the
-    layer and the dense product is left out.
+    On CPU the layer gathers and sums inside its experts: the parts "permute" and "unpermute" are what these cost alone.
+    Peak
+    memory is `peak_bytes` without the weights' gradients, with the input; on CPU it holds one expert's intermediate
+    results
+    for each core. Sides that do not fit the device beside the layer and the dense product are left out.
 
     Raises:
-        torch.OutOfMemoryError: these two themselves do not fit.
+        torch.OutOfMemoryError: the layer or the dense product does not fit.
     """
     torch.manual_seed(0)
     layer = build(shape, dtype, device)
@@ -196,7 +200,7 @@ def dense(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 @contextmanager
 def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules are made on the device and in the type at once, not on the host in float32."""
+    """A context in which modules are made on the device and in the type at once, not on the host in float32."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -207,15 +211,15 @@ def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def both(module: nn.Module, x: Tensor, grad: Tensor) -> Step:
-    """One forward and backward pass of `module`, with respect to its input and its weights."""
+    """One forward and backward pass of `module`, for its input x [1, T, H] and its weights. `grad`: of the output."""
 
     def step() -> None:
-        given = x.detach().requires_grad_()
+        leaf = x.detach().requires_grad_()
         try:
-            # As in a model, whose next layer consumes the output: nothing holds it during backward.
-            edge = get_gradient_edge(module(given))
+            # In a model the next layer consumes the output, and nothing holds it during backward.
+            edge = get_gradient_edge(module(leaf))
             torch.autograd.backward(edge, grad)
-        finally:  # also where memory ended
+        finally:  # also when memory runs out
             for parameter in module.parameters():
                 parameter.grad = None
 
@@ -237,10 +241,11 @@ def product(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> Step
 
 
 def transformers_blocks(layer: MoELayer, shape: LayerShape) -> dict[str, nn.Module]:
-    """transformers' Mixtral block with the layer's weights, by each of its implementations; empty without it.
+    """transformers' Mixtral block with the layer's weights, by each of its implementations; none without transformers.
 
-    They share the one block, whose experts' weights are copies in its own layout, or views of the layer's
-    where memory is scarce: on a GPU of which these are more than a sixth, as their gradients are again.
+    They share one block. Its experts' weights are copies in its own layout, or views of the layer's weights where
+    memory is
+    scarce: on a GPU of which the weights need more than a sixth, because their gradients need as much again.
     """
     try:
         with checkout.hidden():
@@ -266,7 +271,7 @@ def transformers_blocks(layer: MoELayer, shape: LayerShape) -> dict[str, nn.Modu
 
 
 def scarce(weights: int, device: torch.device) -> bool:
-    """Whether so many bytes of weights are too many to have twice."""
+    """Whether two copies of so many bytes of weights are too many for the device."""
     return device.type == "cuda" and 6 * weights > torch.cuda.mem_get_info(device)[1]
 
 
@@ -283,7 +288,7 @@ class _By(nn.Module):
 
 
 def parts(layer: MoELayer, shape: LayerShape, x_TH: Tensor) -> dict[str, Step]:
-    """Forward and backward of each part of the layer alone, on what the layer would give it."""
+    """Forward and backward of each part of the layer alone, on the input that the layer would give it. x_TH: [T, H]."""
     tokens = Tokens(torch.arange(shape.tokens, device=x_TH.device))
     routing = layer.gate(x_TH, tokens, layer.scope)
     assert isinstance(routing, Routing)

@@ -1,8 +1,7 @@
-"""Notes what travels past `moesys.parallel.comm`: torch's FSDP2, tensor parallelism, pipelining, and others' code.
+"""Records the collectives of torch and of other packages: FSDP2, tensor parallelism, pipelining, and users' code.
 
-Two doors lead to a process group. Python code calls the methods of `ProcessGroup`, whatever name it
-imported; functional collectives, which DTensor uses, are operators. Both are record_torch_collectives only inside
-`record_torch_collectives`, so that nothing is slower outside.
+They bypass `moesys.parallel.comm`. Python code calls the methods of `ProcessGroup`; functional collectives, which
+DTensor uses, are operators. Both are replaced inside `record_torch_collectives` alone, so nothing is slower outside.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from moesys.parallel import comm
 from moesys.parallel.comm import CollectiveRecord, Time, now
 
 Sizes = Callable[..., tuple[int, tuple[int, ...]]]
-"""Of a method's arguments: bytes that this rank contributes, and how many go to each rank where that is known."""
+"""(group, a method's arguments) → bytes that this rank contributes, and bytes to each rank (empty if unknown)."""
 
 
 @contextmanager
 def record_torch_collectives(functional: bool = True) -> Iterator[None]:
-    """Inside, `comm.record` also gets what travels past `comm`.
+    """A context in which `comm.record` also gets collectives that bypass `comm`.
 
-    `functional`: also collectives that are operators. Compiled code must see these as they are.
+    functional: also those that are operators. Set it to False for compiled code, which must see its operators.
     """
     with ExitStack() as stack:
         in_flight = _InFlight()
@@ -48,18 +47,18 @@ def record_torch_collectives(functional: bool = True) -> Iterator[None]:
                     operator = _Operator(getattr(packets, name), kind, in_flight)
                     stack.enter_context(_replaced(packets, name, operator))
             waits = torch.ops._c10d_functional
-            stack.enter_context(_replaced(waits, "wait_tensor", _Arrival(waits.wait_tensor, in_flight)))
+            stack.enter_context(_replaced(waits, "wait_tensor", _WaitTensor(waits.wait_tensor, in_flight)))
         yield
 
 
 class _InFlight:
-    """Collectives that were started, and not waited for.
+    """Collectives that were started and not waited for.
 
     Attributes:
-        works: by the object that waits for them; several where they were started as one (`_start_coalescing`).
-        batches: those of each group whose batch has not ended.
-        tensors: by the address of what will be there.
-        streams: of a GPU, who has waited for what; None without one.
+        works: by the `Work` that waits for them; several if they were started as one (`_start_coalescing`).
+        batches: collectives of each group's open batch.
+        tensors: by the address of the result.
+        streams: what the streams of a GPU have waited for; None without one.
     """
 
     def __init__(self) -> None:
@@ -69,7 +68,7 @@ class _InFlight:
         self.streams: Streams | None = None
 
     def start(self, kind: str, size: int, begin: Time, group: dist.ProcessGroup, **facts: Any) -> CollectiveRecord:
-        """Note a collective that was started now."""
+        """Record a collective that started now."""
         ranks = facts.pop("ranks", None) or tuple(dist.get_process_group_ranks(group))
         by = starter() or ""
         event = CollectiveRecord(kind, size, begin, begin, begin, group=group.group_name, ranks=ranks, by=by, **facts)
@@ -77,7 +76,7 @@ class _InFlight:
         return event
 
     def arrived(self, events: Sequence[CollectiveRecord], before: Time) -> None:
-        """They were waited for since `before`, and are there."""
+        """Note that the current thread has waited for the collectives since `before`."""
         for event in events:
             if self.streams is None or isinstance(before, float):
                 event.waited, event.end = before, now(_CPU)
@@ -90,8 +89,8 @@ _CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 
 @contextmanager
 def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
-    getattr(owner, name)  # operators are found when they are first asked for
-    # As it stands there: what getattr gives of a method of a C++ class is no method any more.
+    getattr(owner, name)  # operators are made at their first use
+    # Not by getattr: for a C++ class it returns no method.
     old = vars(owner)[name]
     setattr(owner, name, new)
     try:
@@ -101,7 +100,7 @@ def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
 
 
 def _first(arguments: tuple[Any, ...]) -> Tensor:
-    """The first tensor among arguments, which may lie in lists."""
+    """The first tensor among arguments, which may be in lists."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             return argument
@@ -110,27 +109,27 @@ def _first(arguments: tuple[Any, ...]) -> Tensor:
     return torch.empty(0)
 
 
-def _bytes(given: Any) -> int:
-    return sum(map(_bytes, given)) if isinstance(given, (list, tuple)) else int(given.nbytes)
+def _bytes(x: Any) -> int:
+    return sum(map(_bytes, x)) if isinstance(x, (list, tuple)) else int(x.nbytes)
 
 
 def _own(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """Bytes of the first of the arguments, whole."""
+    """Bytes of the first argument."""
     return _bytes(arguments[0]), ()
 
 
 def _gathered(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """The larger of output and input, which is that of all ranks together."""
+    """The larger of output and input: the bytes of all ranks together."""
     return max(map(_bytes, arguments[:2])), ()
 
 
 def _to_root(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """As many bytes from every rank as this one gives; only the root has an output."""
+    """This rank's bytes times the ranks. Only the root has an output."""
     return group.size() * _bytes(arguments[1]), ()
 
 
 def _from_root(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """As many bytes to every rank as this one gets; only the root has an input."""
+    """This rank's bytes times the ranks. Only the root has an input."""
     return group.size() * _bytes(arguments[0]), ()
 
 
@@ -139,7 +138,7 @@ def _split(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, .
 
 
 def _parts(x: Tensor, rows: list[int] | None, ranks: int) -> tuple[int, tuple[int, ...]]:
-    """Bytes of x and of its parts: so many rows to each rank, or as many to each."""
+    """Bytes of x [rows, …], and of the `rows` of it for each rank; equal parts without `rows`."""
     if not rows:
         return x.nbytes, (x.nbytes // ranks,) * ranks
     per_row = x.nbytes // max(1, len(x))
@@ -147,7 +146,7 @@ def _parts(x: Tensor, rows: list[int] | None, ranks: int) -> tuple[int, tuple[in
 
 
 def _listed(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """A tensor to each rank."""
+    """Bytes of a list with a tensor for each rank."""
     sent = tuple(map(_bytes, arguments[1]))
     return sum(sent), sent
 
@@ -165,7 +164,7 @@ METHODS: dict[str, tuple[str, Sizes]] = {
     "alltoall": ("all_to_all", _listed),
     "send": ("send", _own),
     "recv": ("recv", _own),
-    # The names until torch 2.12, and since.
+    # Names until torch 2.12, and names since.
     "_allgather_base": ("all_gather", _gathered),
     "all_gather_single": ("all_gather", _gathered),
     "allgather_into_tensor_coalesced": ("all_gather", _gathered),
@@ -195,9 +194,9 @@ def _method(name: str, kind: str, sizes: Sizes, in_flight: _InFlight) -> Callabl
         work = original(group, *arguments, **more)
         event = in_flight.start(kind, size, begin, group, ranks=ranks, sent=sent)
         if (batch := in_flight.batches.get(group.group_name)) is not None:
-            batch.append(event)  # the end of the batch gives what waits for it
+            batch.append(event)  # the end of the batch returns the Work
         elif work is None:
-            in_flight.arrived([event], begin)  # in the order of the stream
+            in_flight.arrived([event], begin)  # the stream orders it
         else:
             in_flight.works[work] = [event]
         return work
@@ -206,7 +205,7 @@ def _method(name: str, kind: str, sizes: Sizes, in_flight: _InFlight) -> Callabl
 
 
 def _start_batch(in_flight: _InFlight) -> Callable[..., Any]:
-    """NCCL starts messages that go together, as the pipeline's, at once: `batch_isend_irecv`."""
+    """`_start_coalescing`: NCCL starts a batch of messages at once, as the pipeline does (`batch_isend_irecv`)."""
     original = dist.ProcessGroup._start_coalescing
 
     def start(group: dist.ProcessGroup, *arguments: Any) -> Any:
@@ -258,14 +257,14 @@ OPERATORS = {
 }
 
 DTENSOR = {"shard_dim_alltoall": "all_to_all"}
-"""Operators of DTensor that end with what they give."""
+"""DTensor's operators that return when the result is there."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Tensors with memory of their own; those that only stand for shapes have no address."""
+"""Types of tensors with memory of their own. Other types may have no address."""
 
 
 class _Operator:
-    """An operator that starts a functional collective; the group's name is its last argument."""
+    """An operator that starts a functional collective. Its last argument is the name of the group."""
 
     def __init__(self, packet: Any, kind: str, in_flight: _InFlight):
         self._packet, self._kind, self._in_flight = packet, kind, in_flight
@@ -287,13 +286,13 @@ class _Operator:
         event = self._in_flight.start(self._kind, size, begin, group, sent=sent)
         if self._packet.__name__ in DTENSOR:
             self._in_flight.arrived([event], begin)
-        else:  # several that are coalesced travel as one, and are there when the first is
+        else:  # coalesced collectives arrive together
             self._in_flight.tensors[(out[0] if isinstance(out, (list, tuple)) else out).data_ptr()] = event
         return out
 
 
-class _Arrival:
-    """The operator that waits for what a functional collective gives."""
+class _WaitTensor:
+    """The operator that waits for the result of a functional collective."""
 
     def __init__(self, packet: Any, in_flight: _InFlight):
         self._packet, self._in_flight = packet, in_flight

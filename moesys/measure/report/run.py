@@ -29,14 +29,14 @@ CURVES = (
 
 
 class ReportError(MoesysError):
-    """A folder holds no run."""
+    """A folder holds nothing to report."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left in its folder; `explanation` is None if it recorded no steps."""
+    """The contents of a run's folder. `explanation` is None without recorded steps."""
 
     folder: Path
     records: list[dict[str, Any]]
@@ -47,7 +47,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, summary: dict[str, Any] | None = None, profile: Path | None = None) -> Run:
-        """From its folder; `summary` instead of its summary.json, `profile` instead of the run's measure.profile.
+        """The run in a folder. `summary` replaces its summary.json, `profile` its measure.profile.
 
         Raises:
             ReportError: there is no run, or it ended before its first step.
@@ -70,7 +70,7 @@ class Run:
 
 
 def write(folder: Path, summary: dict[str, Any] | None = None, profile: Path | None = None) -> Path:
-    """Write report.html into a run's folder; returns its path. Arguments as of `Run.read`."""
+    """Write report.html into a run's folder; returns its path. The arguments are those of `Run.read`."""
     run = Run.read(folder, summary, profile)
     path = folder / "report.html"
     write_whole(path, page(f"run {folder.name}", _parts(run)))
@@ -82,7 +82,7 @@ def _parts(run: Run) -> list[str]:
     if e is not None:
         parts.append(sentence(e.sentence))
     if rows := facts.results(run.summary):
-        parts.append(section("What came out", table((), rows)))
+        parts.append(section("Results", table((), rows)))
     if e is not None:
         parts += _communication(run, e)
     parts.append(section("Training", *map(figure, _curves(run))))
@@ -92,7 +92,7 @@ def _parts(run: Run) -> list[str]:
     whole = run.folder / "config.yaml"
     text = [folded("the whole configuration", whole.read_text(errors="replace"))] if whole.is_file() else []
     if rows or text:
-        parts.append(section("How it was made", table((), rows, text=True), *text))
+        parts.append(section("Configuration and circumstances", table((), rows, text=True), *text))
     return parts
 
 
@@ -116,38 +116,38 @@ def _communication(run: Run, e: Explanation) -> list[str]:
 
 
 def sampled(e: Explanation) -> str:
-    """What is kept of some ranks only, and of which; "" if everything is kept of all."""
+    """A note on the ranks whose single collectives are kept; "" if all are."""
     if not e.recorded or len(e.recorded) == len(e.ranks):
         return ""
     names = ", ".join(map(str, e.recorded))
     return (
-        f" All figures are of all {len(e.ranks)} ranks. Their single collectives, which the trace for Perfetto shows, are "
+        f" All figures are of all {len(e.ranks)} ranks. Single collectives, which the trace for Perfetto shows, are "
         f"kept of {len(e.recorded)} (ranks {names}): one of each run of neighbours."
     )
 
 
 def untried(run: Run) -> str:
-    """A caution about times that were taken on GPUs; "" for a run on CPU."""
+    """A caution about times measured on GPUs; "" for a run on CPU."""
     if all(rank.get("device") == "cpu" for rank in facts.placed(run.folder)):
         return ""
     return (
-        " On GPUs a collective counts as exposed for as long as the computing stream waited for it. This way of "
-        "counting was tested on pretended streams, and has not been compared with a GPU's own trace yet: compare with "
-        "torch's profiler before you rely on it."
+        " On GPUs a collective is exposed for as long as the computing stream waited for it. This was tested on "
+        "simulated streams, and has not been compared with a GPU's own trace yet: compare with torch's profiler "
+        "before you rely on it."
     )
 
 
 def rank_names(e: Explanation) -> list[str]:
-    """Each rank with its node, where there are several."""
+    """The name of each rank, with its node if there are several."""
     if len(set(e.hosts)) == 1:
         return [f"rank {rank}" for rank in e.ranks]
     return [f"rank {rank}, node {host}" for rank, host in zip(e.ranks, e.hosts, strict=True)]
 
 
 PHASES = (
-    "Milliseconds per step, mean over the ranks that hold the layer. Exposed = transfer + late + uneven: bytes moving, "
-    "waiting for a rank that had not arrived, and for one whose experts had more tokens. GB/s: what the busiest rank "
-    "sent, from the last arrival on; of links: the time that the fitted links need / the time it took."
+    "Milliseconds per step, mean over the ranks that hold the layer. Exposed = transfer + late + uneven: moving bytes, "
+    "waiting for a late rank, and waiting for a rank whose experts had more tokens. GB/s: bytes of the busiest rank / "
+    "seconds from the last arrival on. Of links: seconds that the fitted links need / seconds that it took."
 )
 
 
@@ -156,7 +156,7 @@ def _step_table(e: Explanation) -> str:
 
 
 def part_rows(e: Explanation) -> list[tuple[str, str, str]]:
-    """The parts of a step that are not 0, in milliseconds and as shares, below exposed all-to-all its causes."""
+    """The parts of a step that are not 0, in milliseconds and as shares, with the causes below exposed all-to-all."""
 
     def row(name: str, seconds: float) -> tuple[str, str, str]:
         return name, _ms(seconds), f"{seconds / e.total.step:.1%}"
@@ -196,12 +196,12 @@ def _phase_table(e: Explanation, run: Run) -> str:
         if run.profile is not None and phase.each is not None:
             links = share_of_links(run.profile, phase)
         rows.append((f"{phase.layer} {phase.part} {direction}", *map(_ms, times), *sizes, rate, links))
-    heads = ("way", "exposed", "transfer", "late", "uneven", "MiB inside", "MiB between", "GB/s", "of links")
+    heads = ("phase", "exposed", "transfer", "late", "uneven", "MiB inside", "MiB between", "GB/s", "of links")
     return table(heads, rows)
 
 
 def _links(run: Run) -> list[str]:
-    """The link model that the run names, if its file is there."""
+    """The link model that the run names, if its file exists."""
     if run.profile is None:
         return []
     lines = {
@@ -219,7 +219,7 @@ def _what_if(run: Run) -> list[str]:
     try:
         found = predictions(path)
     except FileError as error:
-        return [section("What if", note=str(error))]  # a run's end shall not fail for it
+        return [section("What if", note=str(error))]  # the end of a run must not fail for it
     rows = []
     for p in found:
         measured = "" if p.measured is None or p.error is None else f"{_ms(p.measured)} ({p.error:+.0%})"
@@ -232,7 +232,7 @@ def _curves(run: Run) -> list[str]:
     found = []
     for title, keys in CURVES:
         lines = {name: run.curve(key) for key, name in keys.items()}
-        # What is 0 throughout, as drops of a dropless run, needs no picture.
+        # A metric that is always 0, as drops of a dropless run, needs no picture.
         lines = {name: points for name, points in lines.items() if any(value for _, value in points)}
         levels = {}
         if "loss" in keys:

@@ -287,10 +287,10 @@ def describe(folder: Path, tokenizer: str, bytes_per_token: float) -> None:
 
 def test_the_page_says_what_was_never_tried_on_a_gpu(run: Path) -> None:
     describe(run, "bytes", 1.0)
-    assert "pretended streams" not in report.write(run).read_text()
+    assert "simulated streams" not in report.write(run).read_text()
     places = json.loads((run / "ranks.json").read_text())
     (run / "ranks.json").write_text(json.dumps([place | {"device": "NVIDIA H100"} for place in places]))
-    assert "tested on pretended streams" in report.write(run).read_text()
+    assert "tested on simulated streams" in report.write(run).read_text()
 
 
 def test_the_page_says_how_the_run_was_made(run: Path) -> None:

@@ -1,7 +1,7 @@
-"""Reads traces of torch's profiler (Kineto, Chrome JSON) of any framework's run as recorded steps.
+"""Reads traces of torch's profiler (Kineto, Chrome JSON) from any framework's run as recorded steps.
 
-One file for each rank, gzipped or not. On CPU, gloo's annotations take the place of kernels, and operators that of
-computation.
+Each rank has one file, gzipped or not. On CPU, annotations of gloo stand for communication kernels, and operators for
+compute kernels.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from moesys.words import plural
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 STEP = re.compile(r"^ProfilerStep#(\d{1,15})(?!\d)")
 WRAPPER = re.compile(r"(c10d|_c10d_functional|record_param_comms)")
-"""Operators that only start, or wait for, communication."""
+"""Operators that only start communication, or wait for it."""
 
 SHORTEST_S = 1e-9
-"""Steps are at least as long: what has no length has no shares."""
+"""Shortest length of a step: shares need a length."""
 
 
 @dataclass(frozen=True)
 class Traces:
-    """Steps that all traces have, and what a reader must know of how they were read."""
+    """The steps that all traces have, and notes for the reader."""
 
     steps: list[Step]
     notes: list[str]
@@ -47,9 +47,11 @@ class Traces:
 
 @dataclass(frozen=True)
 class _RankTrace:
-    """One file: its rank, host, zero of time in nanoseconds (None if it does not tell), groups and events.
+    """The trace of one rank.
 
-    `all_to_all`: kernels without metadata that are taken for all-to-all.
+    Attributes:
+        base: zero of time in nanoseconds; None if unknown.
+        all_to_all: kernels without metadata that count as all-to-all.
     """
 
     path: Path
@@ -64,15 +66,16 @@ class _RankTrace:
 def read(
     paths: Sequence[Path], tell: Callable[[str], object] = lambda text: None, all_to_all: str | None = None
 ) -> Traces:
-    """The steps that all of the traces have, as annotated by the profiler; else one that spans each trace.
+    """The steps that all traces have, as the profiler marked them; one step for each whole trace without marks.
 
-    Waits for late ranks are told only where all ranks of a collective are among the traces and their clocks
-    can be compared (traces that tell their zero of time).
+    A wait for a late rank is known if all ranks of the collective are among the traces, and the traces' clocks compare
+    (`baseTimeNanoseconds`).
 
     Args:
-        tell: gets a line for each file that is being read.
-        all_to_all: pattern of names of kernels that are all-to-all where no metadata say so; "none": none is.
-            None: inferred from the groups that the traces name.
+        tell: called with a line for each file.
+        all_to_all: pattern of kernel names that are all-to-all without metadata; "none" for no such kernels. None:
+            inferred
+            from the groups in the traces.
 
     Raises:
         TraceError: a file cannot be read, holds no kernels, or two are of the same rank.
@@ -87,9 +90,7 @@ def read(
         notes.append("The traces are of several hosts, whose clocks are taken to agree.")
     comparable = all(t.base is not None for t in traces)
     if len(traces) > 1 and not comparable:
-        notes.append(
-            "The traces do not tell when they began (baseTimeNanoseconds): waiting for late ranks is not told."
-        )
+        notes.append("The traces do not say when they began (baseTimeNanoseconds): waiting for late ranks is unknown.")
     zero = min((t.base or 0) for t in traces)
     rows = {}
     for t in traces:
@@ -101,7 +102,7 @@ def read(
     found = [_joined(number, [rows[rank][number] for rank in ranks]) for number in shared]
     if unequal := [step.number for step, equal in found if not equal]:
         where = "" if unequal == [UNMARKED] else f" in {plural(len(unequal), 'step')}"
-        notes.append(f"Traces have unequal numbers of collectives{where}: waiting in them is not told.")
+        notes.append(f"Traces have unequal numbers of collectives{where}: waiting in them is unknown.")
     return Traces([step for step, _ in found], notes)
 
 
@@ -111,8 +112,8 @@ def _load(path: Path, place: int, tell: Callable[[str], object], notes: list[str
     if document.damage:
         notes.append(f"{path.name}: {document.damage}.")
     about = document.about
-    told = about.get("distributedInfo")
-    info = told if isinstance(told, dict) else {}
+    given = about.get("distributedInfo")
+    info = given if isinstance(given, dict) else {}
     named = re.search(r"rank[-_]?(\d{1,9})", path.name)
     rank = count(info.get("rank"))
     if rank is None or rank >= 2**31:
@@ -123,7 +124,7 @@ def _load(path: Path, place: int, tell: Callable[[str], object], notes: list[str
 
 
 def _with_all_to_all(traces: Sequence[_RankTrace], asked: str | None, notes: list[str]) -> list[_RankTrace]:
-    """The traces with what is taken for all-to-all where no metadata tell; says so in `notes`."""
+    """The traces with a decision on kernels without metadata; `notes` gets its reason."""
     unnamed = sum(is_unnamed(e.name, e.facts) for t in traces for e in t.events)
     if asked is not None:
         if asked == "none":
@@ -136,7 +137,7 @@ def _with_all_to_all(traces: Sequence[_RankTrace], asked: str | None, notes: lis
     names = [e.name for t in traces for e in t.events if e.category in KERNELS and is_nameless(e.name, e.facts)]
     if names:
         notes.append(
-            f"Taken for data parallelism's, since nothing tells their collective: {plural(len(names), 'kernel')} "
+            f"Counted as data parallelism, since their collective is unknown: {plural(len(names), 'kernel')} "
             f"as {names[0][:60]}; --all-to-all-kernels REGEX says which are all-to-all."
         )
     if not unnamed:
@@ -144,18 +145,18 @@ def _with_all_to_all(traces: Sequence[_RankTrace], asked: str | None, notes: lis
     kernels = f"{plural(unnamed, 'kernel')} named SendRecv, without metadata"
     decides = "--all-to-all-kernels REGEX, or none, decides otherwise"
     if piped := next(filter(None, (t.groups.piped() for t in traces)), ""):
-        notes.append(f"Taken for messages, since there is a pipeline's group ({piped}): {kernels}; {decides}.")
+        notes.append(f"Counted as messages, since there is a pipeline group ({piped}): {kernels}; {decides}.")
         return list(traces)
-    notes.append(f"Taken for all-to-all, since no group is named as a pipeline's: {kernels}; {decides}.")
+    notes.append(f"Counted as all-to-all, since no group is named a pipeline's: {kernels}; {decides}.")
     return [replace(t, all_to_all=re.compile(r"(?i)send_?recv")) for t in traces]
 
 
 UNMARKED = 0
-"""Number of the step that spans a trace which marks none."""
+"""Number of the step that stands for a whole trace."""
 
 
 def _steps(trace: _RankTrace, offset: float, given: Sequence[int]) -> Iterator[tuple[int, tuple[RankStep, bool]]]:
-    """Number, and a step with whether the trace marks it; `given`: ranks whose traces can be compared, or none."""
+    """(number, (step, marked)) of each step. `given`: ranks whose traces compare; empty if clocks do not."""
     kernels = [e for e in trace.events if e.category in KERNELS]
     on_gpu = bool(kernels)
     if not on_gpu:
@@ -177,11 +178,11 @@ def _steps(trace: _RankTrace, offset: float, given: Sequence[int]) -> Iterator[t
 def _annotated(
     events: Sequence[TraceEvent], kernels: Sequence[TraceEvent], on_gpu: bool
 ) -> list[tuple[int, float, float]]:
-    """Number, begin and end of each step, none if none is marked; on a GPU as it sees them, where the trace tells."""
+    """(number, begin, end) of each marked step. GPU marks are preferred, if the trace has them."""
     steps = [(int(m.group(1)), e) for e in events if (m := STEP.match(e.name))]
     seen = [(n, e) for n, e in steps if e.category == "gpu_user_annotation"]
     chosen = seen if on_gpu and seen else [(n, e) for n, e in steps if e.category != "gpu_user_annotation"]
-    # A step is marked on every stream.
+    # Every stream has its own mark of a step.
     spans: dict[int, tuple[float, float]] = {}
     for n, e in chosen:
         begin, end = spans.get(n, (e.begin, e.end))
@@ -189,7 +190,7 @@ def _annotated(
     ordered = sorted((begin, end, n) for n, (begin, end) in spans.items())
     if not ordered:
         return []
-    # The last kernels of a step run when the next one has begun on the host: a step ends where the next begins.
+    # The last kernels of a step run after the next step began on the host, so a step ends where the next begins.
     last = max([ordered[-1][1], *(k.end for k in kernels if k.begin >= ordered[-1][0])])
     ends = [*(begin for begin, _, _ in ordered[1:]), last]
     return [(n, begin, end) for (begin, _, n), end in zip(ordered, ends, strict=True)]
@@ -216,7 +217,7 @@ def _spans(
 
 
 def _moves(e: TraceEvent, trace: _RankTrace) -> bool:
-    """Whether it is communication, by its name or because the user says so."""
+    """Whether an event is communication, by its name or by the option."""
     named = trace.all_to_all is not None and e.category in KERNELS and trace.all_to_all.search(e.name)
     return bool(named) or is_communication(e.name)
 
@@ -226,9 +227,9 @@ def _is_wrapper(e: TraceEvent) -> bool:
 
 
 def _joined(number_: int, parts: Sequence[tuple[RankStep, bool]]) -> tuple[Step, bool]:
-    """The step of all ranks, its times from the first begin, and whether ranks of a group made as many collectives.
+    """The step of all ranks from the first begin on, and whether the ranks of each group made equally many collectives.
 
-    Where they did not, some are missing, and nobody knows which belong together.
+    If they did not, some are missing, and the rest cannot be matched.
     """
     start = min(r.begin for r, _ in parts)
     made: dict[_Key, Counter[int]] = defaultdict(Counter)
@@ -244,7 +245,7 @@ def _joined(number_: int, parts: Sequence[tuple[RankStep, bool]]) -> tuple[Step,
 
 
 _Key = tuple[tuple[int, ...], str, bool]
-"""What collectives are counted by: ranks, purpose, and whether it is a message."""
+"""A key to count collectives by: ranks, purpose, and whether it is a message."""
 
 
 def _group(t: CollectiveSpan) -> _Key:
@@ -252,7 +253,7 @@ def _group(t: CollectiveSpan) -> _Key:
 
 
 def _shifted(r: RankStep, start: float, unequal: Collection[_Key]) -> RankStep:
-    """The step with its times from `start`, and collectives of `unequal` groups without their group."""
+    """The step with its times from `start`. Collectives of `unequal` groups lose their group."""
     collectives = tuple(
         replace(
             t, begin=t.begin - start, waited=t.waited - start, end=t.end - start,
