@@ -131,7 +131,7 @@ def _launch(sub: Parser) -> None:
     sub.add_argument("--measure", action="store_true", help="record about twenty steps, unless measure says which")
     text = "serve metrics for Prometheus on this port (default: measure.metrics_port)"
     sub.add_argument("--metrics-port", type=int, metavar="PORT", help=text)
-    text = "show ranks, meshes, memory; start nothing; exit code 3 where memory does not fit"
+    text = "show ranks, meshes, memory; start nothing; exit code 3 if memory does not fit"
     sub.add_argument("--dry-run", action="store_true", help=text)
     sub.add_argument("--json", type=output, metavar="FILE", help="with --dry-run: write its facts (default: nowhere)")
 

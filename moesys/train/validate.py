@@ -159,7 +159,7 @@ def resumption(config: TrainConfig) -> list[Problem]:
     wanted = [key for key, kind in KINDS.items() if kind in NAMED] + ["data.path", "data.tokenizer"]
     remedy = f"choose from {', '.join(wanted)}"
     return [
-        Problem("train.resume_changed", f"{key!r} is no key whose change must be asked for by name", remedy)
+        Problem("train.resume_changed", f"{key!r} is not a key whose change must be named", remedy)
         for key in config.resume_changed
         if key not in wanted
     ]

@@ -126,7 +126,7 @@ def test_the_device_skips_what_is_not_finite_and_the_host_hears_of_it_later(trai
     assert [report.skip is not None for report in run.reports] == [False, True, True, False, False]
     assert {str(report.skip.gradients) for report in run.reports[1:3]} == {f"['{TARGET}']"}
     assert (run.guard.consecutive, run.guard.total) == (0, 2)
-    with pytest.raises(TrainingError, match="step 3: skipped for it is not finite, 2 in a row") as error:
+    with pytest.raises(TrainingError, match="step 3: skipped because it is not finite, 2 in a row") as error:
         run.guard.check()
     assert f"norm of the gradients inf, first in the gradient of {TARGET}" in str(error.value)
 

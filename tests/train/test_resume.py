@@ -74,10 +74,10 @@ def test_names_are_matched_whole_and_ordered_by_number(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("[]", "holds a JSON list, not an object"),
-        ("", "is no JSON"),
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("\udc80", "is no JSON"),
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("\udc80", "is not JSON"),
         ("{}", "step must be a whole number of at least 0, and is null"),
         ('{"step": "4", "samples": 8, "config": {}}', 'step must be a whole number of at least 0, and is "4"'),
         ('{"step": -1, "samples": 8}', "is -1"),
@@ -294,7 +294,7 @@ def test_a_checkpoint_of_the_first_format_is_compared_by_what_it_keeps(tmp_path:
 def test_only_keys_that_need_it_can_be_named(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(json.dumps(changed(RAW, {"train": {"resume_changed": ["seed", "data.helduot"]}})))
-    with pytest.raises(ConfigError, match=r"'data.helduot' is no key whose change must be asked for by name"):
+    with pytest.raises(ConfigError, match=r"'data.helduot' is not a key whose change must be named"):
         load_checked(file, with_data=False)
 
 
