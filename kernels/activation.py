@@ -1,7 +1,7 @@
 """Activations of experts, multiplied by the routing weight in the same pass.
 
-N rows, G = 2 (gate and linear part) or 1, F inner size. Keeping h alone for backward, and applying
-the routing weight here rather than to the outputs, spares keeping the experts' outputs.
+N rows, G = 2 (gate and linear part) or 1, F inner size. Backward needs h alone: the routing weight multiplies the
+activation, not the outputs, so that the experts' outputs are not kept.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Kind:
+class Activation:
     """An activation `value(g)`, times `linear(u)` if `gated`; each with its backward(gradient, input).
 
-    Those that end in `_out` write into memory that is there.
+    Functions that end in `_out` write into given memory.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -75,18 +75,18 @@ def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 KINDS = {
-    "swiglu": Kind(
+    "swiglu": Activation(
         functional.silu,
         aten.silu_backward,
         gated=True,
         value_out=aten.silu.out,
         value_backward_out=aten.silu_backward.grad_input,
     ),
-    "geglu": Kind(functional.gelu, aten.gelu_backward, gated=True, value_out=aten.gelu.out),
-    "clipped_swiglu": Kind(_quick, _quick_backward, True, _shifted, _shifted_backward),
-    "gelu": Kind(functional.gelu, aten.gelu_backward),
-    "relu": Kind(functional.relu, _relu_backward),
-    "relu2": Kind(_relu2, _relu2_backward),
+    "geglu": Activation(functional.gelu, aten.gelu_backward, gated=True, value_out=aten.gelu.out),
+    "clipped_swiglu": Activation(_quick, _quick_backward, True, _shifted, _shifted_backward),
+    "gelu": Activation(functional.gelu, aten.gelu_backward),
+    "relu": Activation(functional.relu, _relu_backward),
+    "relu2": Activation(_relu2, _relu2_backward),
 }
 """SwiGLU, GeGLU: arXiv 2002.05202; squared ReLU: Primer, arXiv 2109.08668; clipped SwiGLU: GPT-OSS."""
 
@@ -104,8 +104,10 @@ def reference(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tenso
 
 def activate(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None) -> Tensor:
     """act(h) · weight: [N, F] in the type of h [N, G, F]; `weight_N` float32 [N] or None for 1."""
-    way = choose(h_NGF, "activation")
-    if way == "reference" or (way == "torch" and torch.compiler.is_compiling()):  # which fuses the definition
+    implementation = choose(h_NGF, "activation")
+    if implementation == "reference" or (
+        implementation == "torch" and torch.compiler.is_compiling()
+    ):  # which fuses the definition
         return reference(h_NGF, kind, weight_N)
     return _Activate.apply(h_NGF, weight_N, kind)
 
@@ -160,22 +162,22 @@ def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, out_NF: Te
 def backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`gradients` by torch; all of one type, float32 or wider."""
     dh = torch.empty_like(h_NGF)
-    again = Again(h_NGF, kind, dh)
+    recomputed = Recomputed(h_NGF, kind, dh)
     dh[:, 0].copy_(grad_NF)
-    along = again.backward()
+    along = recomputed.backward()
     if weight_N is None:
         return dh, None
     return dh.mul_(weight_N.to(dh.dtype).view(-1, 1, 1)), along.to(weight_N.dtype)
 
 
-def _value(k: Kind, g: Tensor, out: Tensor | None) -> Tensor:
+def _value(k: Activation, g: Tensor, out: Tensor | None) -> Tensor:
     if k.value_out is None or out is None or out.dtype != g.dtype:
         return k.value(g)
     return k.value_out(g, out=out)
 
 
-class Again:
-    """An activation made again for backward, without routing weights, in the memory of its own gradient.
+class Recomputed:
+    """Recomputes an activation for backward, without routing weights, in the memory of its gradient.
 
     First `inner` [N, F], the activation, stands in `dh[:, 0]`, for the gradient of the matrix that it was
     multiplied with. Then the gradient of `inner` is written there, and `backward` makes of it that of h.
@@ -192,7 +194,7 @@ class Again:
             self.value = self.kind.value(h_NGF[:, 0])
             self.inner.copy_(self.value)
             return
-        # It waits where the gradient of the other part will be.
+        # It is kept in the memory of the other part's gradient.
         self.value = dh[:, 1]
         if self.kind.value_out is not None:
             self.kind.value_out(h_NGF[:, 0], out=self.value)

@@ -1,7 +1,7 @@
-"""Which version of an operation runs: the one place that decides, by device, shape and type.
+"""The choice of an operation's implementation, by device, shape and type; nothing else chooses.
 
-"reference" is the plain definition, "torch" what is fast with torch alone (and the only fast way on
-CPU), "triton" the kernels in `moesys.kernels.triton`.
+"reference" is the plain definition, "torch" the fast implementation with torch alone (the only one on CPU), "triton"
+the kernels in `moesys.kernels.triton`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 
 from moesys.errors import MoesysError
 
-Way = Literal["reference", "torch", "triton"]
+Implementation = Literal["reference", "torch", "triton"]
 Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn", "rotary", "fp8_rows"]
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether Triton is installed; finding out does not import it."""
 
 VARIABLE = "MOESYS_KERNELS"
-"""The environment variable that forces one way for every operation."""
+"""The environment variable that forces one implementation for every operation."""
 
 
 class KernelChoiceError(MoesysError, ValueError):
-    """A way was forced that does not exist, or cannot run here."""
+    """The environment forces an implementation that does not exist or cannot run here."""
 
     exit_code = 2
 
 
-def choose(x: Tensor, operation: Operation, w: Tensor | None = None) -> Way:
-    """How to compute `operation` on x: any shape, floating type and device.
+def choose(x: Tensor, operation: Operation, w: Tensor | None = None) -> Implementation:
+    """The implementation of `operation` for x: any shape, floating type and device.
 
     Without `MOESYS_KERNELS`: on CPU torch; on CUDA Triton where it is installed, save for float64 (the
     kernels are written for float32 and narrower) and for the products of groups that torch has a kernel
@@ -42,13 +42,13 @@ def choose(x: Tensor, operation: Operation, w: Tensor | None = None) -> Way:
         w: the other factor, of "grouped_matmul" alone: [G, K, M] in the type of x [N, K].
 
     Raises:
-        KernelChoiceError: `MOESYS_KERNELS` names no way, or Triton cannot run on the device of x.
+        KernelChoiceError: `MOESYS_KERNELS` names no implementation, or Triton cannot run on the device of x.
     """
-    way = forced()
-    if way == "triton":
+    implementation = forced()
+    if implementation == "triton":
         _require_triton(x)
-    if way is not None:
-        return way
+    if implementation is not None:
+        return implementation
     if not x.is_cuda or x.dtype == torch.float64 or not HAS_TRITON:
         return "torch"
     if operation == "grouped_matmul" and w is not None and torch_has_grouped_mm(x, w):
@@ -86,31 +86,33 @@ def has_aligned_rows(x: Tensor) -> bool:
 
 
 class _Forced:
-    """The way that the environment forces, read once.
+    """The implementation that the environment forces, read once.
 
     Not functools.cache, which torch.compile warns of and looks through.
     """
 
     read = False
-    way: Way | None = None
+    implementation: Implementation | None = None
 
 
-def forced() -> Way | None:
-    """The way that the environment forces, as it was at the first call."""
+def forced() -> Implementation | None:
+    """The implementation that the environment forces, as it was at the first call."""
     if not _Forced.read:
-        _Forced.way, _Forced.read = _parsed(os.environ.get(VARIABLE, "")), True
-    return _Forced.way
+        _Forced.implementation, _Forced.read = _parsed(os.environ.get(VARIABLE, "")), True
+    return _Forced.implementation
 
 
 def forget() -> None:
-    """Let `forced` read the environment again."""
+    """Make `forced` read the environment again."""
     _Forced.read = False
 
 
-def _parsed(value: str) -> Way | None:
-    if value and value not in get_args(Way):
-        raise KernelChoiceError(f"{VARIABLE} is {value!r}: must be one of {', '.join(get_args(Way))}, or not set")
-    return cast(Way, value) if value else None
+def _parsed(value: str) -> Implementation | None:
+    if value and value not in get_args(Implementation):
+        raise KernelChoiceError(
+            f"{VARIABLE} is {value!r}: must be one of {', '.join(get_args(Implementation))}, or not set"
+        )
+    return cast(Implementation, value) if value else None
 
 
 def interpreted() -> bool:

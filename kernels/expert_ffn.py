@@ -1,8 +1,8 @@
-"""The whole feed-forward of a layer's experts as one operation.
+"""The feed-forward of all experts of a layer as one operation.
 
 T tokens, N rows sorted by expert, E experts with counts_E rows of each, H hidden, G · F inner (G = 2
-with a gated activation). On CPU experts go one by one, on a core each (`expert_ffn_blocked`), on GPU all together
-(`expert_ffn_grouped`). Either keeps its inputs and the products of fc1 alone for backward.
+with a gated activation). A CPU computes experts one by one, on a core each (`cpu.expert_ffn_blocked`), a GPU all
+together (`expert_ffn_grouped`). Both keep only the inputs and the products of fc1 for backward.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from moesys.kernels import activation
-from moesys.kernels import expert_ffn_blocked as blocked
 from moesys.kernels import expert_ffn_grouped as grouped
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
 from moesys.kernels.choose import choose
-from moesys.kernels.expert_ffn_given import Given
+from moesys.kernels.cpu import expert_ffn_blocked as blocked
+from moesys.kernels.expert_ffn_arguments import Arguments
 from moesys.kernels.permute import Permutation
 
 
@@ -67,13 +67,13 @@ def expert_ffn(
     index = row = offsets = None
     if p is not None:
         index, row, offsets = p.token_A, p.row_A, p.offsets_T1
-        if _in_blocks(x_TH):  # which add to their tokens: nothing that is not used is kept
+        if _in_blocks(x_TH):  # blocks add to their tokens, and need neither
             row = offsets = None
     return _ExpertFFN.apply(x_TH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, index, row, offsets, kind)
 
 
 def _in_blocks(x: Tensor) -> bool:
-    """Whether experts go one after another, or some to a core, rather than all together."""
+    """Whether experts run in blocks on CPU rather than all together."""
     return not x.is_cuda and choose(x, "expert_ffn") == "torch"
 
 
@@ -90,23 +90,23 @@ _LIBRARY.define(
 
 
 def _forward(*inputs) -> tuple[Tensor, Tensor]:
-    """(output, in the shape of x; h [N, G, F]) of the inputs of `Given`."""
-    given = Given(*inputs)
-    return (blocked if _in_blocks(given.x_TH) else grouped).forward(given)
+    """Output, in the shape of x, and h [N, G, F], for the inputs of `Arguments`."""
+    args = Arguments(*inputs)
+    return (blocked if _in_blocks(args.x_TH) else grouped).forward(args)
 
 
 def _backward(grad_TH: Tensor, *inputs) -> tuple[Tensor, ...]:
-    """Gradients of x, fc1, fc2, weight and bias1, of the inputs of `Given`, h and what is asked for.
+    """Gradients of x, fc1, fc2, weight and bias1, from the inputs of `Arguments`, h, `of_fc1` and `of_fc2`.
 
-    The last two are empty without their inputs, those of fc1 and fc2 where they are not asked for.
+    Those of weight and bias1 are empty without these inputs, those of fc1 and fc2 if `of_fc1` or `of_fc2` is false.
     """
-    *given, h_NGF, of_fc1, of_fc2 = inputs
-    way = blocked if _in_blocks(given[0]) else grouped
-    return _with_empty(way.backward(grad_TH.contiguous(), Given(*given), h_NGF, of_fc1, of_fc2), grad_TH)
+    *args, h_NGF, of_fc1, of_fc2 = inputs
+    implementation = blocked if _in_blocks(args[0]) else grouped
+    return _with_empty(implementation.backward(grad_TH.contiguous(), Arguments(*args), h_NGF, of_fc1, of_fc2), grad_TH)
 
 
 def _with_empty(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An empty tensor in place of each None: an operation cannot return that."""
+    """The tensors with an empty one in place of each None, which an operation cannot return."""
     return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
 
@@ -117,27 +117,27 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("moesys::expert_ffn")
 def _(*inputs):
-    given = Given(*inputs)
-    return _fresh(given.x_TH), given.x_TH.new_empty(given.rows, *given.fc1.shape[2:])
+    args = Arguments(*inputs)
+    return _fresh(args.x_TH), args.x_TH.new_empty(args.rows, *args.fc1.shape[2:])
 
 
 @torch.library.register_fake("moesys::expert_ffn_backward")
 def _(grad_TH, *inputs):
     *inputs, _, of_fc1, of_fc2 = inputs
-    given = Given(*inputs)
-    asked = (given.x_TH, given.fc1 if of_fc1 else None, given.fc2 if of_fc2 else None, given.weight_N, given.bias1)
+    args = Arguments(*inputs)
+    asked = (args.x_TH, args.fc1 if of_fc1 else None, args.fc2 if of_fc2 else None, args.weight_N, args.bias1)
     return _with_empty([None if t is None else _fresh(t) for t in asked], grad_TH)
 
 
 def _fresh(x: Tensor) -> Tensor:
-    """What the results look like: contiguous, however x lies in memory."""
+    """A new tensor of the shape of x, contiguous as results are."""
     return x.new_empty(x.shape)
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """Derivative of the operation. Registered with it instead, it would cost more than small products.
+    """The derivative of the operation; registered with the operation it would cost more than small products.
 
-    Wider weights are cast here, and again in backward: a narrow copy of all of them is not kept meanwhile.
+    Forward and backward each cast wider weights, so that no narrow copy is kept between them.
     """
 
     @staticmethod
@@ -154,15 +154,15 @@ class _ExpertFFN(torch.autograd.Function):
         *tensors, h = ctx.saved_tensors
         grads = torch.ops.moesys.expert_ffn_backward(grad_TH, *_cast(tensors), ctx.kind, h, of_fc1, of_fc2)
         asked = (True, of_fc1, of_fc2, of_weight, of_bias1)
-        given = (tensors[0], tensors[1], tensors[2], tensors[4], tensors[5])
+        args = (tensors[0], tensors[1], tensors[2], tensors[4], tensors[5])
         x, fc1, fc2, weight, bias1 = (
-            g.to(t.dtype) if a and t is not None else None for a, t, g in zip(asked, given, grads, strict=True)
+            g.to(t.dtype) if a and t is not None else None for a, t, g in zip(asked, args, grads, strict=True)
         )
         return x, fc1, fc2, None, weight, bias1, None, None, None, None
 
 
 def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The inputs of `Given` but the kind, with fc1, fc2 and bias1 in the type of x."""
+    """The inputs of `Arguments` but the kind, with fc1, fc2 and bias1 in the type of x."""
     x = tensors[0]
     assert x is not None
     return [t.to(x.dtype) if t is not None and i in (1, 2, 5) else t for i, t in enumerate(tensors)]
@@ -170,7 +170,7 @@ def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)
 def _flops(x_shape, fc1_shape, fc2_shape, counts_shape, weight, bias, index, *args, out_shape=None, **kwargs) -> int:
-    """So that torch's FlopCounterMode sees through the operation."""
+    """FLOPs of the operation, for torch's FlopCounterMode."""
     rows = x_shape[0] if index is None else index[0]
     return 2 * rows * x_shape[1] * fc2_shape[1] * (fc1_shape[2] + 1)
 
@@ -188,4 +188,4 @@ PRODUCTS = (
     torch.ops.moesys.grouped_mm.default,
     torch.ops.moesys.expert_ffn.default,
 )
-"""The operations whose results are products: selective recomputation keeps them."""
+"""Operations whose results are products; selective recomputation keeps them."""

@@ -26,7 +26,7 @@ def reference(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
 
 
 def rotate(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Heads [B, S, h, d] turned by the angles of `tables`; element i pairs with i + d / 2."""
+    """Heads [B, S, h, d] rotated by the angles of `tables`; element i pairs with i + d / 2."""
     if choose(x_BShd, "rotary") == "reference":
         return reference(x_BShd, cos_Sd, sin_Sd)
     return _Rotate.apply(x_BShd, cos_Sd, sin_Sd)
@@ -36,18 +36,18 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[override]
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return _rotate(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        return _turn(grad, *ctx.saved_tensors, -1), None, None
+        return _rotate(grad, *ctx.saved_tensors, -1), None, None
 
 
-def _turn(x: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, direction: int) -> Tensor:
+def _rotate(x: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, direction: int) -> Tensor:
     if choose(x, "rotary") == "triton":
         from moesys.kernels.triton import rotary as kernel
 
-        return kernel.turn(x, cos_Sd, sin_Sd, direction < 0)
+        return kernel.rotate(x, cos_Sd, sin_Sd, direction < 0)
     wide = widened(x.dtype)
     cos_S1d, sin_S1d = cos_Sd.to(wide).unsqueeze(1), sin_Sd.to(wide).unsqueeze(1)
     wide_x = x.to(wide)

@@ -12,12 +12,12 @@ from rich.text import Text
 from moesys.config.schema import Config
 from moesys.data.corpus import vocab_size
 from moesys.launchers import placement
-from moesys.models.size import active_share, parameters
+from moesys.models.size import active_parameters, parameters
 from moesys.parallel.cost import Stage, StepShape
 from moesys.parallel.data import summed_over_shards
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
 from moesys.parallel.dimension import step_shape, traffic
-from moesys.parallel.gradient_sync import WAYS, Settled, fullest, settle, with_sync
+from moesys.parallel.gradient_sync import SYNCS, Settled, fullest, settle, with_sync
 from moesys.parallel.memory import estimate
 from moesys.words import plural
 
@@ -46,7 +46,7 @@ def plan(config: Config) -> dict[str, Any]:
     vocabulary = vocab_size(config)
     total, active = parameters(config.model, vocabulary)
     found = settle(config, degrees, vocabulary)
-    as_run = config if found is None else with_sync(config, found.way)
+    as_run = config if found is None else with_sync(config, found.sync)
     facts = {
         "world_size": degrees.world,
         "nodes": placement.place(degrees, config.cluster),
@@ -69,14 +69,14 @@ def _sync_gradients(config: Config, degrees: Degrees, vocabulary: int, found: Se
     For each way: the most bytes of gradients that a rank holds and sends, and the most memory of a rank (on CPU: of a
     node).
     """
-    facts: dict[str, Any] = {"chosen": found.way, "why": found.why}
-    for way in WAYS:
-        one = with_sync(config, way)
+    facts: dict[str, Any] = {"chosen": found.sync, "why": found.why}
+    for sync in SYNCS:
+        one = with_sync(config, sync)
         ranks = [step_shape(one, degrees, vocabulary, rank) for rank in range(degrees.pp)]
-        facts[way] = {
+        facts[sync] = {
             "gradient_bytes": round(max(estimate(shapes).gradients for shapes in ranks)),
             "moved_bytes": round(max(sum(map(summed_over_shards, shapes)) for shapes in ranks)),
-            "memory_bytes": round(found.needs[way]),
+            "memory_bytes": round(found.needs[sync]),
         }
     return facts
 
@@ -125,7 +125,8 @@ def _rank(shapes: list[StepShape]) -> dict[str, Any]:
 def _active(shape: StepShape) -> float:
     model, d = shape.config.model, shape.degrees
     ways = {w.name: shape.model_shards(w, d) * shape.data_shards(w, d) for w in shape.weights()}
-    return sum(w.numel / ways[w.name] * active_share(model, w) for w in shape.weights())
+    every = active_parameters(model, shape.vocab_size)
+    return sum(active / ways[w.name] for w, active in every if w.name in ways)
 
 
 def _stage(stage: Stage) -> str:
@@ -245,9 +246,9 @@ def _ways(facts: dict[str, Any]) -> list[Any]:
         return []
     heads = ("", "gradients", "summed over shards", "memory of the fullest")
     table = Table(*heads, title="parallel.sync_gradients", title_justify="left")
-    for way in WAYS:
-        sizes = [_size(found[way][key]) for key in ("gradient_bytes", "moved_bytes", "memory_bytes")]
-        table.add_row(way, *sizes)
+    for sync in SYNCS:
+        sizes = [_size(found[sync][key]) for key in ("gradient_bytes", "moved_bytes", "memory_bytes")]
+        table.add_row(sync, *sizes)
     return [table, Text(f"{found['chosen']} is chosen: {found['why']}")]
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moesys.files import write_json, write_whole
-from moesys.measure.choice import newest
-from moesys.measure.explanation import Explanation
-from moesys.measure.recorded import read_steps
+from moesys.measure.explain.explanation import Explanation
+from moesys.measure.explain.step_selection import newest_layout
+from moesys.measure.record.step_files import read_steps
 from moesys.measure.report import compare, run
 from moesys.measure.report.run import ReportError, Run
 from moesys.measure.step import Step
@@ -28,7 +28,7 @@ def command(arguments: argparse.Namespace) -> int:
         return _two(arguments)
     folder = arguments.runs[0]
     if folder.is_file():
-        from moesys.measure.report.bench import page_of
+        from moesys.measure.report.a2a_benchmark import page_of
 
         path = arguments.out or folder.with_suffix(".html")
         write_whole(path, page_of(folder))
@@ -60,9 +60,9 @@ def _two(arguments: argparse.Namespace) -> int:
 
 
 def _traces(arguments: argparse.Namespace) -> int:
-    from moesys.measure.explain import explain
-    from moesys.measure.report.trace import page_of
-    from moesys.measure.trace import read
+    from moesys.measure.explain.averages import explain
+    from moesys.measure.explain.foreign_trace.reader import read
+    from moesys.measure.report.foreign_trace import page_of
 
     traces = read(arguments.trace, lambda text: print(text, flush=True), arguments.all_to_all_kernels)
     found = explain(traces.steps, traces.notes)
@@ -101,7 +101,7 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
 
 def _recorded(folder: Path) -> list[Step]:
     """The steps of the layout that recorded last, those that warm up included."""
-    choice = newest(read_steps(folder))
+    choice = newest_layout(read_steps(folder))
     if not choice.steps:
         raise ReportError(f"{folder} recorded no steps: launch it with --measure")
     return choice.steps

@@ -18,10 +18,10 @@ from moesys.errors import FileError
 from moesys.files import read_json, write_json
 from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
-from moesys.measure import recorded as records
-from moesys.measure.choice import Recorded, explained
-from moesys.measure.links import Profile
-from moesys.measure.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
+from moesys.measure.explain.step_selection import RecordedStep, steps_to_explain
+from moesys.measure.predict.links import Profile
+from moesys.measure.predict.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
+from moesys.measure.record import step_files as records
 from moesys.train.validate import load_checked
 
 
@@ -61,7 +61,7 @@ def _words(change: str) -> list[str]:
         raise WhatIfError(f"--change {change!r}: {error}\n    remedy: write 'key=value key=value'") from None
 
 
-def recorded(run_dir: Path) -> tuple[Config, list[Recorded]]:
+def recorded(run_dir: Path) -> tuple[Config, list[RecordedStep]]:
     """A run's configuration, and its recorded steps that are explained.
 
     Raises:
@@ -69,7 +69,7 @@ def recorded(run_dir: Path) -> tuple[Config, list[Recorded]]:
     """
     if not (run_dir / "summary.json").exists():
         raise WhatIfError(f"{run_dir} is not a finished run: give the folder that moesys launch made")
-    choice = explained(records.recorded(run_dir))
+    choice = steps_to_explain(records.recorded(run_dir))
     if not choice.steps:
         raise WhatIfError(f"{run_dir} recorded no steps: launch it with --measure")
     if choice.note:

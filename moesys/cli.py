@@ -26,6 +26,21 @@ DOES_NOT_FIT = 3
 """Exit code of a configuration that is legal, but needs more memory than it says there is."""
 
 
+def init(arguments: argparse.Namespace) -> int:
+    """Write a configuration to start from, or list those that there are."""
+    from moesys.config import starter
+
+    if arguments.name is None:
+        if arguments.to is not None:
+            arguments.parser.error("--to goes with a name: moesys init lists all names")
+        print("\n".join(f"{name}\n    {about}" for name, about in starter.starters().items()))
+        return 0
+    path = Path(f"{arguments.name}.yaml") if arguments.to is None else arguments.to
+    starter.write(arguments.name, path)
+    print(f"{path} is written; start it: moesys launch {path}")
+    return 0
+
+
 def launch(arguments: argparse.Namespace) -> int:
     """Train a configuration, or show what would be started."""
     from rich.console import Console
@@ -150,31 +165,18 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def bench_train(arguments: argparse.Namespace) -> int:
     """Compare training speed with transformers, and time the launchers."""
-    from moesys.train.validate import load_checked
-
-    config = load_checked(arguments.config, arguments.overrides)
-    from moesys.train.bench import run
-
-    result = run(config, arguments.rounds, arguments.steps, ("local", "ray"), arguments.config, arguments.overrides)
-    print(f"{result.machine}, {result.date}")
-    print(f"  medians of {plural(result.rounds, 'interleaved round')} of {plural(result.steps_per_round, 'step')}")
-    print(f"  moesys        {result.ours:>10,.0f} tokens/s, one process")
-    print(f"  transformers  {result.transformers:>10,.0f} tokens/s, the same shape and batches")
-    print(f"  ratio         {result.ratio:>10.2f}")
-    for launcher, seconds in result.first_step_seconds.items():
-        print(f"  {launcher:<6} from command to first step {seconds:>6.1f} s")
-    _write_json(arguments.json, result.as_json)
-    return 0
+    return _compare("train", arguments)
 
 
 def bench_megatron(arguments: argparse.Namespace) -> int:
     """Compare training steps with this project's MoE layer, Megatron's own, and the native engine."""
-    from moesys.train.validate import load_checked
+    return _compare("megatron", arguments)
 
-    config = load_checked(arguments.config, arguments.overrides)
-    from moesys.megatron.bench import run
 
-    result = run(config, arguments.rounds, arguments.steps)
+def _compare(name: str, arguments: argparse.Namespace) -> int:
+    from moesys.comparisons import demanded
+
+    result = demanded(name, f"bench {name}").command(arguments)
     print("\n".join(result.lines()))
     _write_json(arguments.json, result.as_json)
     return 0
@@ -227,7 +229,7 @@ def bench_a2a(arguments: argparse.Namespace) -> int:
 
 def bench_layer(arguments: argparse.Namespace) -> int:
     """Time one MoE layer beside its arithmetic and beside other systems' layers."""
-    from moesys.measure import bench_command
+    from moesys.measure.layer_benchmark import command as bench_command
     from moesys.megatron.own_layer import peers
 
     results = bench_command.run(arguments, peers)
@@ -241,6 +243,7 @@ def _write_json(path: Path | None, facts: Callable[[], object]) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "init": init,
     "launch": launch,
     "sweep": sweep,
     "config": show_config,

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from moesys import __version__, shipped
+from moesys import shipped
 from moesys.config import suggest
 from moesys.options import count, finite, output, tolerance
+from moesys.version import __version__
 
 EXIT_CODES = """\
 exit codes:
@@ -82,6 +83,7 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=f"moesys {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="what to do; each has --help")
+    _init(commands)
     _launch(_configured(commands, "launch", "train a configuration", "configs/quickstart.yaml train.steps=50"))
     _sweep(commands)
     _config(commands)
@@ -123,6 +125,15 @@ def _configured(
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the file")
     sub.set_defaults(takes_overrides=True)
     return sub
+
+
+def _init(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write a commented configuration to start from"
+    sub = _command(commands, "init", text, "mixtral-8x7b --to mine.yaml", "launching.md")
+    text = "quickstart, a recipe or a model that comes with moesys (default: list them)"
+    sub.add_argument("name", nargs="?", metavar="NAME", help=text)
+    text = "the file to write, which must not exist (default: NAME.yaml in this folder)"
+    sub.add_argument("--to", type=output, metavar="FILE", help=text)
 
 
 def _launch(sub: Parser) -> None:
@@ -240,7 +251,7 @@ def _layer(sub: Parser) -> None:
 
 def a2a_options(sub: Parser) -> None:
     """The options of `moesys bench a2a`."""
-    from moesys.measure.sizes import COLLECTIVES, GROUPS, size
+    from moesys.measure.a2a_benchmark.sizes import COLLECTIVES, GROUPS, size
 
     sub.add_argument("--launcher", choices=LAUNCHERS[:3], help="default: launch.launcher")
     text = f"of {', '.join(COLLECTIVES)} (default: all of them)"

@@ -1,4 +1,4 @@
-"""What `parallel.sync_gradients: auto` stands for; needs no torch."""
+"""The choice of `parallel.sync_gradients: auto`; needs no torch."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from moesys.parallel.dimension import step_shape
 from moesys.parallel.memory import estimate
 
 Sync = Literal["once", "each"]
-WAYS: tuple[Sync, ...] = ("once", "each")
+SYNCS: tuple[Sync, ...] = ("once", "each")
 
 
 @dataclass(frozen=True)
 class Settled:
-    """The chosen way, and why; `needs`: bytes of the fullest rank (on CPU: node) with either."""
+    """The chosen value, and why; `needs`: bytes of the fullest rank (on CPU: node) with either."""
 
-    way: Sync
+    sync: Sync
     why: str
     needs: dict[Sync, float]
 
 
-def with_sync(config: Config, way: Sync) -> Config:
+def with_sync(config: Config, sync: Sync) -> Config:
     """`config` with this `parallel.sync_gradients`."""
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"sync_gradients": way})})
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"sync_gradients": sync})})
 
 
 def accumulates(config: Config, degrees: Degrees) -> bool:
-    """Whether the two ways differ: sharded gradients, and several micro-batches in a step."""
+    """Whether the two values differ: sharded gradients, and several micro-batches in a step."""
     several = config.train.global_batch > degrees.dp * config.train.micro_batch
     return config.engine == "native" and degrees.dp_shard > 1 and several
 
 
 def settle(config: Config, degrees: Degrees, vocab_size: int) -> Settled | None:
-    """The way in which a run of `config` sums gradients over shards; None where the two do not differ."""
+    """The choice for a run of `config`; None where both values do the same."""
     if not accumulates(config, degrees):
         return None
-    needs = {way: _needs(with_sync(config, way), degrees, vocab_size) for way in WAYS}
+    needs = {sync: _needs(with_sync(config, sync), degrees, vocab_size) for sync in SYNCS}
     asked, limit = config.parallel.sync_gradients, config.cluster.memory_gib
     if asked != "auto":
         return Settled(asked, "parallel.sync_gradients says so", needs)
@@ -53,7 +53,7 @@ def settle(config: Config, degrees: Degrees, vocab_size: int) -> Settled | None:
 def settled(config: Config, degrees: Degrees, vocab_size: int) -> Config:
     """`config` with once or each for auto."""
     found = settle(config, degrees, vocab_size)
-    return with_sync(config, "once" if found is None else found.way)
+    return with_sync(config, "once" if found is None else found.sync)
 
 
 def _needs(config: Config, degrees: Degrees, vocab_size: int) -> float:
@@ -62,9 +62,9 @@ def _needs(config: Config, degrees: Degrees, vocab_size: int) -> float:
 
 
 def fullest(config: Config, needs: list[float], world: int) -> tuple[str, float]:
-    """What `cluster.memory_gib` is the memory of, a rank or a node, and the most bytes that one of them needs.
+    """The owner of `cluster.memory_gib` ("rank", or "node" on CPU), and the most bytes that one of them needs.
 
-    `needs`: bytes of a rank of each pipeline rank, of which all are alike. Nodes are filled in the order of ranks.
+    `needs`: bytes of each pipeline rank; the ranks of a stage need the same. Nodes are filled in the order of ranks.
     """
     if config.cluster.device != "cpu":
         return "rank", max(needs)

@@ -81,7 +81,7 @@ def _split(logits_TV: Tensor, labels_T: Tensor, tokens: int, group: dist.Process
     total_T, target_T = torch.cat(parts, 1).unbind(0)
     # For each rank: log Σ exp of its slice, and the logit of the label where it lies there.
     found = torch.stack((total_T, target_T.where(mine_T, 0.0)))
-    total_RT, target_RT = comm.start_gather(found, group).wait().view(-1, *found.shape).unbind(1)
+    total_RT, target_RT = comm.start_all_gather(found, group).wait().view(-1, *found.shape).unbind(1)
     total_T, learnt_T = total_RT.logsumexp(0), labels_T != IGNORED
     if differentiate:
         scale_T = learnt_T.to(total_T.dtype) / tokens

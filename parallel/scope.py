@@ -11,14 +11,14 @@ from moesys.parallel import comm
 
 
 class WholeMicroBatch(MicroBatch):
-    """A micro-batch on one rank, while `data` ranks run others; None: no others."""
+    """A micro-batch on one rank, while the ranks of `data` run other ones; None: there are no others."""
 
     def __init__(self, data: dist.ProcessGroup | None):
         self.data = data
 
     def sum_global(self, x: Tensor) -> Tensor:
         x = self.sum(x)
-        return x if self.data is None else comm.total(x, self.data)
+        return x if self.data is None else comm.all_reduce(x, self.data)
 
 
 class SplitMicroBatch(WholeMicroBatch):
@@ -39,10 +39,10 @@ class SplitMicroBatch(WholeMicroBatch):
         self.size = group.size()
 
     def sum(self, x: Tensor) -> Tensor:
-        return comm.total(x, self.group)
+        return comm.all_reduce(x, self.group)
 
     def gather(self, x_T: Tensor) -> Tensor:
-        return comm.gather(x_T, self.group)
+        return comm.all_gather(x_T, self.group)
 
     def mine(self, rows: int) -> slice:
         return slice(self.group.rank() * rows, (self.group.rank() + 1) * rows)

@@ -6,6 +6,7 @@ import os
 import sysconfig
 from pathlib import Path
 
+import early as commands
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start many processes on few cores
@@ -14,6 +15,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests start many processes on f
 def pytest_addoption(parser: pytest.Parser) -> None:
     what = "write what steps do to tests/distributed/budgets.json, instead of comparing"
     parser.addoption("--write-budgets", action="store_true", help=what)
+
+
+EARLY = pytest.StashKey[commands.Early]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[EARLY] = commands.begin(session)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if EARLY in config.stash:
+        config.stash[EARLY].close()
+
+
+@pytest.fixture(scope="session")
+def early(pytestconfig: pytest.Config) -> commands.Early:
+    """The results of long commands, which run beside the tests; see `early.py`."""
+    return pytestconfig.stash[EARLY]
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moesys.moe import MoELayer, Routing, Tokens
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
-from moesys.moe.routing import Decision, MicroBatch
+from moesys.moe.routing import GateOutput, MicroBatch
 
 H, F = 16, 12
 M = TypeVar("M", bound=nn.Module)
@@ -34,23 +34,23 @@ def vectors(tokens: int, seed: int = 1, hidden: int = H) -> Tensor:
     return torch.randn(tokens, hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def passed(gate: Gate, x_TH: Tensor, tokens: Tokens, scope: MicroBatch | None = None) -> Decision:
+def passed(gate: Gate, x_TH: Tensor, tokens: Tokens, scope: MicroBatch | None = None) -> GateOutput:
     """What the gate decides, which it counts as in a layer's pass."""
-    decision = gate(x_TH, tokens, scope or MicroBatch())
-    if decision.counted is not None:
-        gate.count(decision.counted)
-    return decision
+    output = gate(x_TH, tokens, scope or MicroBatch())
+    if output.counted is not None:
+        gate.count(output.counted)
+    return output
 
 
 def routed(gate: Gate, x_TH: Tensor, tokens: Tokens | None = None, scope: MicroBatch | None = None) -> Tensor:
     """The gate's weights as a table [T, E]; NaN where it does not route."""
     tokens = tokens or Tokens(torch.arange(len(x_TH)))
-    decision = gate(x_TH, tokens, scope or MicroBatch())
-    assert isinstance(decision, Routing) and decision.load_E is not None
-    assert (decision.token_A.diff() >= 0).all()
-    table = torch.full((len(x_TH), gate.experts), torch.nan, dtype=decision.weight_A.dtype)
-    assert torch.equal(decision.load_E, decision.expert_A.bincount(minlength=gate.experts))
-    return table.index_put((decision.token_A, decision.expert_A), decision.weight_A)
+    output = gate(x_TH, tokens, scope or MicroBatch())
+    assert isinstance(output, Routing) and output.load_E is not None
+    assert (output.token_A.diff() >= 0).all()
+    table = torch.full((len(x_TH), gate.experts), torch.nan, dtype=output.weight_A.dtype)
+    assert torch.equal(output.load_E, output.expert_A.bincount(minlength=gate.experts))
+    return table.index_put((output.token_A, output.expert_A), output.weight_A)
 
 
 def feed_forward(experts: Experts, e: int, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "private-names.md"
-FOLDERS = ("moesys", "parallel", "kernels", "launchers")
+FOLDERS = ("moesys", "parallel", "kernels", "launchers", "benchmarks")
 
 
 def private(name: str) -> bool:

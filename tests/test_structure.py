@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,49 +23,59 @@ def test_floors_are_kept():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", ["parallel", "kernels", "launchers"])
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """All modules of a package by their full names; its links to folders are followed."""
+    found = {}
+    for folder, _, files in os.walk(root / package, followlinks=True):
+        for file in files:
+            name = ".".join(Path(folder, file).relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            if file.endswith(".py"):
+                found[name] = Path(folder, file)
+    return found
+
+
+def imports(source: str, known: set[str]) -> Iterator[str]:
+    """The modules among `known` that a source imports, inside functions and for types alone too."""
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in known else node.module for name in full]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        yield from (name for name in names if name in known)
+
+
+def circle(paths: dict[str, Path]) -> list[str]:
+    """Modules that import one another in a circle; [] if there is none."""
+    graph = {name: {n for n in imports(path.read_text(), set(paths)) if n != name} for name, path in paths.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    paths = modules(ROOT, "moesys")
+    assert len(paths) > 200 and circle(paths) == []
+
+
+def test_a_circle_through_lazy_and_type_only_imports_is_found(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.py").write_text("if TYPE_CHECKING:\n    from p.b import B\n")
+    (tmp_path / "p" / "b.py").write_text("def f():\n    from p import c\n")
+    (tmp_path / "p" / "c.py").write_text("import p.a\n")
+    (tmp_path / "p" / "d.py").write_text("import p.a, os\n")
+    assert set(circle(modules(tmp_path, "p"))) == {"p.a", "p.b", "p.c"}
+
+
+@pytest.mark.parametrize("name", ["parallel", "kernels", "launchers", "benchmarks"])
 def test_folders_are_imported_by_the_package_name_alone(name):
     result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
     assert f"import moesys.{name}, not {name}" in result.stderr
     subprocess.run([sys.executable, "-c", f"import moesys.{name}"], cwd=ROOT, check=True)
-
-
-def test_the_package_is_whole_in_a_wheel(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = subprocess.run(
-        [sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True, check=True
-    ).stdout
-    for module in (
-        "moesys/parallel/dispatchers/all_to_all.py",
-        "moesys/kernels/grouped_matmul.py",
-        "moesys/launchers/ray.py",
-        *(f"moesys/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")),
-        *(f"moesys/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "docs").glob("*.md")),
-    ):
-        assert module in names, module
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
-    code = f"""
-import sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; sys.path.insert(0, {str(tmp_path / "site")!r})
-from moesys import cli
-sys.exit(cli.main(["config", "configs/mixtral-8x7b-16x8gpu.yaml", "--check"]))
-"""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "mixtral-8x7b-16x8gpu: legal on 128 ranks; memory of the fullest rank" in done.stdout
 
 
 LACKING = ("torch", "ray", "megatron", "transformers", "triton")

@@ -77,7 +77,7 @@ def test_torchs_profiler_is_silent() -> None:
     """It otherwise prints lines of its own ("USDT: … profiler_start") between those of `moesys bench layer`."""
     code = (
         "from moesys.cli import main\nmain(['config', '--schema'])\n"
-        "import torch\nfrom moesys.measure.memory import peak_bytes\n"
+        "import torch\nfrom moesys.measure.peak_memory import peak_bytes\n"
         "print(peak_bytes(lambda: torch.ones(99) + 1, torch.device('cpu')))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

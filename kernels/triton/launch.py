@@ -1,4 +1,4 @@
-"""Where kernels are launched."""
+"""Launches of kernels on the right device."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-Given = ParamSpec("Given")
-Result = TypeVar("Result")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def on_its_device(launch: Callable[Given, Result]) -> Callable[Given, Result]:
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
     """`launch` with the device of its first tensor as the current one, on which Triton launches."""
 
     @wraps(launch)
-    def launched(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+    def launched(*args: P.args, **kwargs: P.kwargs) -> R:
         first = next(x for x in args if isinstance(x, Tensor))
         with torch.cuda.device_of(first):
             return launch(*args, **kwargs)

@@ -14,11 +14,11 @@ from moesys.kernels.triton.launch import on_its_device
 from moesys.kernels.triton.permute import wide
 
 ELEMENTS = 2048
-"""Pairs that a program turns at once."""
+"""Pairs that a program rotates at once."""
 
 
 @triton.jit
-def _turn_kernel(
+def _rotate_kernel(
     x_BShd, cos_Sd, sin_Sd, out_BShd, sequence, heads, half, stride_B, stride_S, stride_h,
     BACK: tl.constexpr, WIDE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -42,10 +42,10 @@ def _turn_kernel(
     tl.store(to + half, (second * cos + first * sin).to(out_BShd.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("moesys::turn", mutates_args=())
+@torch.library.custom_op("moesys::rotate", mutates_args=())
 @on_its_device
-def turn(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, back: bool) -> Tensor:
-    """x turned by the angles of the tables, or `back`: [B, S, h, d] in the type of x, contiguous.
+def rotate(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, back: bool) -> Tensor:
+    """x rotated by the angles of the tables, or `back`: [B, S, h, d] in the type of x, contiguous.
 
     Args:
         x_BShd: floating, d even.
@@ -58,13 +58,13 @@ def turn(x_BShd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, back: bool) -> Tensor:
     if out.numel():
         block_d = triton.next_power_of_2(size // 2)
         block_h = min(triton.next_power_of_2(heads), max(1, ELEMENTS // block_d))
-        _turn_kernel[batch * sequence, triton.cdiv(heads, block_h)](
+        _rotate_kernel[batch * sequence, triton.cdiv(heads, block_h)](
             x_BShd, cos_Sd, sin_Sd, out, sequence, heads, size // 2, *x_BShd.stride()[:3],
             BACK=back, WIDE=wide(x_BShd), BLOCK_H=block_h, BLOCK_D=block_d,
         )  # fmt: skip
     return out
 
 
-@turn.register_fake
+@rotate.register_fake
 def _(x_BShd, cos_Sd, sin_Sd, back):
     return x_BShd.new_empty(x_BShd.shape)

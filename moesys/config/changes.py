@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from moesys.config.legal import annotation, section_of
+from moesys.config.registry import GATES, MIXERS, Slot, kinds
 from moesys.config.schema import Config, Section
 
 SECRET = ("launch.env",)
@@ -53,17 +54,15 @@ EFFECTS = {
 _WORDS = {
     Kind.WEIGHTS: """
         model.vocab_size model.hidden model.layers model.ffn_hidden model.tie_embeddings
-        model.attention: kind heads kv_heads head_dim bias qk_norm q_lora_rank kv_lora_rank qk_nope_head_dim
-            qk_rope_head_dim v_head_dim
+        model.mixers
+        model.layers: count first repeat
         model.moe: experts ffn_hidden bias every first_dense zero_experts copy_experts constant_experts lora_rank
             shared_experts shared_ffn_hidden shared_mix
-        model.moe.gate: bias noise dim slots
         """,
     Kind.MEANT: """
         seed train.seq_len data.heldout
         model: norm_eps rope_theta
         model.moe: top_k activation normalize scale lora_alpha zero_variant
-        model.moe.gate: kind score groups groups_kept group_score causal table seed
         """,
     Kind.CONTENT: """
         data: kind path text_key split tokenizer
@@ -73,7 +72,6 @@ _WORDS = {
         model.moe: capacity_factor eval_capacity_factor min_capacity drop pad_to_capacity balance_loss
             sequence_balance_loss global_balance_loss balance_counts z_loss importance_loss load_loss bias_rate zero_tau
             cmr_budget cmr_loss
-        model.moe.gate: jitter second path force skew
         parallel.dispatch.payload
         train: steps global_batch micro_batch dtype freeze
         train.skips: consecutive total
@@ -109,7 +107,16 @@ def _table(words: Mapping[Kind, str]) -> Iterator[tuple[str, Kind]]:
                 yield (word if "." in word else section + word, kind)
 
 
-KINDS: dict[str, Kind] = dict(_table(_WORDS))
+def _described(slot: Slot) -> Iterator[tuple[str, Kind]]:
+    """The keys of a slot's kinds, as these say; what is not said of a key holds for the kind itself."""
+    for described in kinds(slot).values():
+        default = Kind[described.decides_by_default]
+        yield f"{slot.key}.kind", default
+        for key in described.keys.model_fields:
+            yield f"{slot.key}.{key}", Kind[described.decides[key]] if key in described.decides else default
+
+
+KINDS: dict[str, Kind] = {**dict(_table(_WORDS)), **dict(_described(MIXERS)), **dict(_described(GATES))}
 """Of every key of the schema that is no section."""
 
 

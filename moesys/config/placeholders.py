@@ -86,7 +86,10 @@ def _known(value: Any, kind: Any) -> Any:
 def _values(kind: Any, number: int) -> list[Any]:
     """Legal values of a type, as different as can be."""
     values: list[Any] = []
-    for each in legal.alternatives(kind):
+    members = legal.alternatives(kind)
+    if legal.accepts(kind, int):  # a number stands for the section beside it
+        members = [each for each in members if legal.section_of(each) is None]
+    for each in members:
         bare = get_args(each)[0] if get_origin(each) is Annotated else each
         if (section := legal.section_of(bare)) is not None:
             fields = {name: legal.annotation(field) for name, field in section.model_fields.items()}

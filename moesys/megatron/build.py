@@ -28,8 +28,8 @@ from moesys.moe.gates.projection import GateProjection
 from moesys.moe.layer import MoELayer
 from moesys.moe.shared import build_mix
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
+from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
 from moesys.parallel.dispatchers.build import KINDS, levels
-from moesys.parallel.dispatchers.travelling import TravellingDispatcher
 
 
 def build(m: MoEConfig, config: Any, groups: ProcessGroups, dispatch: DispatchConfig) -> MegatronMoE:
@@ -108,7 +108,9 @@ def build_megatron_gate(m: MoEConfig, config: Any) -> Gate:
     )
 
 
-def _dispatcher(experts: int, groups: ProcessGroups, d: DispatchConfig, device: torch.device) -> TravellingDispatcher:
+def _dispatcher(
+    experts: int, groups: ProcessGroups, d: DispatchConfig, device: torch.device
+) -> ExpertParallelDispatcher:
     more: dict[str, Any] = {"chunks": d.chunks, "overlap_shared": d.overlap_shared, "payload": d.payload}
     if d.kind == "hierarchical":
         names: list[Any] = [None] * groups.tp_ep.size()

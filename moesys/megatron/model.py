@@ -12,6 +12,7 @@ from torch import nn
 from moesys.config.schema import Config
 from moesys.megatron.mesh import MegatronRanks
 from moesys.megatron.native_layer import NativeLayer, PackedTokens
+from moesys.models.parts.model import mixers
 from moesys.parallel import pipeline
 from moesys.parallel.cost import Stage
 
@@ -21,11 +22,12 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     m, p, t, a = run.model, run.parallel, run.train, run.model.attention
+    heads, kv_heads, head_dim, _ = mixers(m)[0].head_sizes()
     on_cpu = ranks.device.type == "cpu"
     dtype = getattr(torch, t.dtype)
     given: dict[str, Any] = {
-        "num_layers": m.layers, "hidden_size": m.hidden, "ffn_hidden_size": m.ffn_hidden or m.hidden,
-        "num_attention_heads": a.heads, "num_query_groups": a.kv_heads or a.heads, "kv_channels": m.head_dim,
+        "num_layers": m.depth, "hidden_size": m.hidden, "ffn_hidden_size": m.ffn_hidden or m.hidden,
+        "num_attention_heads": heads, "num_query_groups": kv_heads, "kv_channels": head_dim,
         "qk_layernorm": a.qk_norm == "head", "normalization": "RMSNorm", "layernorm_epsilon": m.norm_eps,
         "gated_linear_unit": True, "activation_func": nn.functional.silu, "add_bias_linear": False,
         "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True,
@@ -53,7 +55,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
     if m.moe is not None:
         given |= {
             "num_moe_experts": m.moe.experts, "moe_router_topk": m.moe.top_k, "moe_ffn_hidden_size": m.moe.ffn_hidden,
-            "moe_layer_freq": [int(m.is_moe(i)) for i in range(m.layers)], "moe_router_load_balancing_type": "none",
+            "moe_layer_freq": [int(m.is_moe(i)) for i in range(m.depth)], "moe_router_load_balancing_type": "none",
             "moe_token_dispatcher_type": "alltoall",
         }  # fmt: skip
     with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from moesys.config.schema import ModelConfig
 from moesys.megatron.experts import own_name
 from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.weights import Place
+from moesys.models.parts.model import mixers
 from moesys.models.size import weights
 
 Cut = tuple[int, int, int]
@@ -151,9 +152,9 @@ class ParameterNames:
 
     def _attention(self, block: str) -> Iterator[Piece]:
         """Rows of each group: the queries of its heads, its key, its value."""
-        a, d, p = self.model.attention, self.model.head_dim, self.place
-        groups = a.kv_heads or a.heads
-        heads, mine, end = a.heads // groups, groups // p.tp, 0
+        p = self.place
+        every, groups, d, _ = mixers(self.model)[0].head_sizes()
+        heads, mine, end = every // groups, groups // p.tp, 0
         for group in range(p.tp_rank * mine, (p.tp_rank + 1) * mine):
             for kind, size in (("q", heads * d), ("k", d), ("v", d)):
                 rows, end = slice(end, end + size), end + size

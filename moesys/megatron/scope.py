@@ -58,15 +58,15 @@ class MegatronScope(MicroBatch):
 
     def sum(self, x: Tensor) -> Tensor:
         """`x`, any shape, summed over tensor and context ranks."""
-        return x if self.size == 1 else comm.total(x, self.groups.tp_cp)
+        return x if self.size == 1 else comm.all_reduce(x, self.groups.tp_cp)
 
     def sum_global(self, x: Tensor) -> Tensor:
         """`x`, any shape, summed over tensor, context and data ranks."""
-        return x if self.groups.tp_dp_cp.size() == 1 else comm.total(x, self.groups.tp_dp_cp)
+        return x if self.groups.tp_dp_cp.size() == 1 else comm.all_reduce(x, self.groups.tp_dp_cp)
 
     def gather(self, x_T: Tensor) -> Tensor:
         """x_T [T, …] of all tensor and context ranks, one after another."""
-        return x_T if self.size == 1 else comm.gather(x_T, self.groups.tp_cp)
+        return x_T if self.size == 1 else comm.all_gather(x_T, self.groups.tp_cp)
 
     def mine(self, rows: int) -> slice:
         """The slice of gathered tokens that is this rank's, which has `rows`."""

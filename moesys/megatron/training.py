@@ -20,6 +20,7 @@ from moesys.megatron.native_layer import NativeLayer, PackedTokens
 from moesys.megatron.quiet import quiet
 from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.step import step
+from moesys.models.size import by_name
 from moesys.moe.layer import MoELayer
 from moesys.parallel import pipeline
 from moesys.parallel.cost import counting_passes
@@ -71,11 +72,11 @@ class MegatronEngine:
             self.optimizer = self._optimizer()
 
     def _initialise(self, draw: bool) -> None:
-        std = self.config.model.init_std
+        std, described = self.config.model.init_std, by_name(self.config.model, self.vocab_size)
         with torch.no_grad():
             for _, piece, part in self.held():
                 if draw:
-                    part.copy_(initial(piece.shape, piece.index, piece.name, self.config.seed, std))
+                    part.copy_(initial(described[piece.name], piece.index, self.config.seed, std))
                 else:
                     part.fill_(torch.nan)
 

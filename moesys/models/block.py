@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from moesys.models.attention import GroupedQueryAttention, LatentAttention
-from moesys.models.layers import FeedForward, RMSNorm
-from moesys.models.moe import build_moe
+from moesys.models.layers import RMSNorm
+from moesys.models.parts.model import block as describe
 from moesys.moe import MoELayer
-from moesys.moe.layer import Decided, Once
+from moesys.moe.layer import Lazy, RoutedTokens
 
 Part = tuple[nn.Module, str]
 """A module and the name of one of its methods."""
@@ -25,20 +24,17 @@ class Block(nn.Module):
 
     `forward` runs `parts` one after another. Each is a function of its inputs and the weights: it changes nothing
     and never waits for the device, so that it can be one compiled graph, and be computed again in backward. What
-    lies between them has side effects, or must know sizes: a pass is counted, and tokens travel.
+    lies between them has side effects, or must know sizes: a pass is counted, and tokens are dispatched.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        parts = describe(config, layer)
         self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
-        kinds = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
-        self.attention = kinds[config.attention.kind](config)
+        self.attention = parts.mixer.build()
         self.ffn_norm = RMSNorm(config.hidden, config.norm_eps)
-        if config.moe is not None and config.is_moe(layer):
-            self.ffn: nn.Module = build_moe(config.moe, config.hidden, layer)
-        else:
-            assert config.ffn_hidden is not None
-            self.ffn = FeedForward(config.hidden, config.ffn_hidden)
+        self.ffn: nn.Module = parts.ffn.build()
+        self.rotary_dim = parts.mixer.rotary_dim
 
     def parts(self) -> list[Part]:
         """Methods to compile, and to compute again, each as a whole."""
@@ -52,22 +48,22 @@ class Block(nn.Module):
     @staticmethod
     def _apart(moe: MoELayer) -> bool:
         """Whether experts are never a part, but lie between two."""
-        return moe.apart or moe.dispatcher.travels
+        return moe.apart or moe.dispatcher.communicates
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
         moe = self.ffn
         if not isinstance(moe, MoELayer):
             return self.run_dense(x_BSH, cos, sin)
-        x_BSH, h_BSH, decided = self.route(x_BSH, cos, sin, tokens_BS2)
+        x_BSH, h_BSH, routed = self.route(x_BSH, cos, sin, tokens_BS2)
         # Graphs are made for sizes: one whose sizes change from step to step would be made anew.
-        whole = not self._apart(moe) and not decided.decision.ragged
-        decided = decided.kept()
-        moe.count(decided)
+        whole = not self._apart(moe) and not routed.output.ragged
+        routed = routed.compacted()
+        moe.count(routed)
         if whole:
-            return self.run_experts(x_BSH, h_BSH, decided)
-        dense = None if moe.shared is None else Once(partial(moe.run_shared, h_BSH))
-        routed_BSH = moe.run_experts(h_BSH, decided, dense)
-        return self.finish(x_BSH, h_BSH, routed_BSH, decided, None if dense is None else dense())
+            return self.run_experts(x_BSH, h_BSH, routed)
+        dense = None if moe.shared is None else Lazy(partial(moe.run_shared, h_BSH))
+        routed_BSH = moe.run_experts(h_BSH, routed, dense)
+        return self.finish(x_BSH, h_BSH, routed_BSH, routed, None if dense is None else dense())
 
     def _attend(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         out: Tensor = x_BSH + self.attention(self.attention_norm(x_BSH), cos, sin)
@@ -81,23 +77,23 @@ class Block(nn.Module):
 
     def route(
         self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None
-    ) -> tuple[Tensor, Tensor, Decided]:
-        """The stream after attention, what the MoE layer takes of it, and what its gate decided about that."""
+    ) -> tuple[Tensor, Tensor, RoutedTokens]:
+        """The stream after attention, the MoE layer's input, and its routed tokens."""
         assert isinstance(self.ffn, MoELayer)
         x_BSH = self._attend(x_BSH, cos, sin)
         h_BSH = self.ffn.enter(self.ffn_norm(x_BSH))
-        return x_BSH, h_BSH, self.ffn.decide(h_BSH, tokens_BS2)
+        return x_BSH, h_BSH, self.ffn.route(h_BSH, tokens_BS2)
 
-    def run_experts(self, x_BSH: Tensor, h_BSH: Tensor, decided: Decided) -> Tensor:
+    def run_experts(self, x_BSH: Tensor, h_BSH: Tensor, routed: RoutedTokens) -> Tensor:
         """All that follows `route`, where nothing comes between."""
         assert isinstance(self.ffn, MoELayer)
-        out: Tensor = x_BSH + self.ffn.leave(self.ffn.compute(h_BSH, decided))
+        out: Tensor = x_BSH + self.ffn.leave(self.ffn.compute(h_BSH, routed))
         return out
 
     def finish(
-        self, x_BSH: Tensor, h_BSH: Tensor, routed_BSH: Tensor, decided: Decided, dense_BSH: Tensor | None
+        self, x_BSH: Tensor, h_BSH: Tensor, routed_BSH: Tensor, routed: RoutedTokens, dense_BSH: Tensor | None
     ) -> Tensor:
         """What follows the routed experts, where these are no part."""
         assert isinstance(self.ffn, MoELayer)
-        out: Tensor = x_BSH + self.ffn.leave(self.ffn.join(h_BSH, routed_BSH, decided, dense_BSH))
+        out: Tensor = x_BSH + self.ffn.leave(self.ffn.join(h_BSH, routed_BSH, routed, dense_BSH))
         return out

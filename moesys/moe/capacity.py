@@ -1,4 +1,4 @@
-"""Capacity: how many tokens of a micro-batch one expert takes, and which assignments are dropped.
+"""Capacity: the most tokens of a micro-batch that one expert takes, and the choice of assignments to drop.
 
 T tokens of this device, E experts, k choices per token, A = T·k assignments, C the capacity.
 """
@@ -25,13 +25,13 @@ def capacity(factor: float, tokens: int, top_k: int, experts: float) -> int:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many tokens of a micro-batch one expert takes, and which go when there are more.
+    """The most tokens of a micro-batch that one expert takes, and the rule for dropping the others.
 
     Attributes:
         factor: see `capacity`; None routes every token (dropless).
         eval_factor: the same in evaluation; None for `factor`.
         minimum: least tokens per expert.
-        drop: who goes when an expert is full. "weight": the lowest weights; "position": the latest tokens;
+        drop: the assignments that a full expert drops. "weight": the lowest weights; "position": the latest tokens;
             "choice": last choices before first ones, then the latest (GShard, Switch); "priority": last
             choices before first ones, then tokens whose best score is lowest (V-MoE, arXiv 2106.05974).
         pad: give every expert exactly C rows of each device, fillers of weight 0 among them, such that no
@@ -50,7 +50,7 @@ class Capacity:
         return self.factor if training or self.eval_factor is None else self.eval_factor
 
     def unlimited(self, training: bool) -> bool:
-        """Whether experts take all tokens."""
+        """Whether experts take all tokens (dropless)."""
         return self._factor(training) is None
 
     def limit(self, training: bool, tokens: int, top_k: int, experts: float) -> int | None:
@@ -62,11 +62,11 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What tokens chose: `expert_Tk` int64, different ones per token, first choices first; `weight_Tk`.
+class TopKChoice:
+    """The top-k choice of tokens: `expert_Tk` int64, different ones per token, first choices first; `weight_Tk`.
 
-    A token's priority is by the best of its `scores_TE`. Choices not `wanted_Tk` (bool; None: all are) are no
-    assignments, and take nobody's place.
+    The best of a token's `scores_TE` is its priority. Choices that are not `wanted_Tk` (bool; None: all are) are no
+    assignments, and take no capacity.
     """
 
     expert_Tk: Tensor
@@ -76,7 +76,7 @@ class Wish:
 
 
 def assign(
-    wish: Wish,
+    choice: TopKChoice,
     number_T: Tensor,
     experts: int,
     limit: int | None,
@@ -84,17 +84,17 @@ def assign(
     scope: MicroBatch,
     rows: int | None = None,
 ) -> Routing:
-    """The assignments that fit, at most `limit` of the micro-batch per expert; counts those that do not.
+    """The assignments that fit, at most `limit` of the micro-batch per expert; the others are counted as dropped.
 
     Where `rule` pads, every expert gets `rows` of this device, `limit` by default, and at most all tokens.
     """
-    tokens, top_k = wish.expert_Tk.shape
+    tokens, top_k = choice.expert_Tk.shape
     token_A = torch.arange(tokens, device=number_T.device).repeat_interleave(top_k)
-    routing = Routing(token_A, wish.expert_Tk.flatten(), wish.weight_Tk.flatten())
-    keep_A = None if wish.wanted_Tk is None else wish.wanted_Tk.flatten()
+    routing = Routing(token_A, choice.expert_Tk.flatten(), choice.weight_Tk.flatten())
+    keep_A = None if choice.wanted_Tk is None else choice.wanted_Tk.flatten()
     if limit is not None:
         wanted_A = torch.ones_like(token_A, dtype=torch.bool) if keep_A is None else keep_A
-        keep_A = _fitting(wish, wanted_A, number_T, experts, limit, rule, scope)
+        keep_A = _fitting(choice, wanted_A, number_T, experts, limit, rule, scope)
         routing.dropped = wanted_A.sum() - keep_A.sum()
     if keep_A is not None and limit is not None and rule.pad:
         return _padded(routing, keep_A, tokens, experts, min(limit if rows is None else rows, tokens))
@@ -102,24 +102,24 @@ def assign(
 
 
 def _fitting(
-    wish: Wish, wanted_A: Tensor, number_T: Tensor, experts: int, limit: int, rule: Capacity, scope: MicroBatch
+    choice: TopKChoice, wanted_A: Tensor, number_T: Tensor, experts: int, limit: int, rule: Capacity, scope: MicroBatch
 ) -> Tensor:
-    """Which of this device's assignments fit into their expert: bool [A].
+    """Whether each of this device's assignments fits into its expert: bool [A].
 
-    Decided over the whole micro-batch, wherever its tokens lie.
+    The whole micro-batch counts, wherever its tokens lie.
     """
-    tokens, top_k = wish.expert_Tk.shape
+    tokens, top_k = choice.expert_Tk.shape
     choice_A = torch.arange(top_k, device=number_T.device).repeat(tokens)
     # The last of `keys` counts most; each is unique to a place in the micro-batch, not in this device's part.
     keys = [number_T.repeat_interleave(top_k) * top_k + choice_A]
     drop, compared = rule.drop, (lambda weight: weight) if rule.exact else rounded
     if drop == "weight":
-        keys.append(-compared(wish.weight_Tk.detach().flatten()))
+        keys.append(-compared(choice.weight_Tk.detach().flatten()))
     elif drop == "choice":
         keys.append(choice_A)
     elif drop == "priority":
-        keys += [-compared(wish.scores_TE.detach().amax(-1)).repeat_interleave(top_k), choice_A]
-    keys.append(torch.where(wanted_A, wish.expert_Tk.flatten(), experts))
+        keys += [-compared(choice.scores_TE.detach().amax(-1)).repeat_interleave(top_k), choice_A]
+    keys.append(torch.where(wanted_A, choice.expert_Tk.flatten(), experts))
     return (places([scope.gather(key) for key in keys]) < limit)[scope.mine(tokens * top_k)] & wanted_A
 
 
@@ -136,8 +136,8 @@ def places(keys: list[Tensor]) -> Tensor:
 def rounded(weight: Tensor) -> Tensor:
     """Weights to 12 significant bits.
 
-    Tokens that are alike (a run of spaces) differ by rounding alone, and which of them stays must not
-    depend on the layout of the run.
+    Equal tokens (a run of spaces) differ by rounding alone. The choice among them must not depend on the layout of
+    the run.
     """
     mantissa, exponent = torch.frexp(weight)
     return torch.ldexp((mantissa * 4096).round(), exponent)

@@ -1,19 +1,19 @@
-"""Moving tokens to experts and results back, on one device: a permutation."""
+"""Dispatch of tokens to experts and combine of the results, on one device: a permutation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from moesys.kernels.permute import Permutation, sort_by_expert
-from moesys.moe.routing import Routing
 
 
 class ExpertsFunction(Protocol):
-    """`Experts.forward`: rows sorted by expert, or tokens with their permutation, → outputs of the same shape."""
+    """The signature of `Experts.forward`: rows sorted by expert, or tokens and their permutation, → outputs alike."""
 
     def __call__(
         self,
@@ -25,6 +25,23 @@ class ExpertsFunction(Protocol):
     ) -> Tensor: ...
 
 
+@dataclass
+class Assignments:
+    """Assignments of tokens to experts.
+
+    `token_A` (ascending) and `expert_A` are int64 indices (the token's row in x [T, H]; the expert's
+    global number); `weight_A` (float32) multiplies the expert's output. One token may appear any number
+    of times, zero included: a token without assignments contributes nothing to the layer's output.
+
+    `rows`: the number of assignments of each expert on every device, where all are equal; None: that is not known.
+    """
+
+    token_A: Tensor
+    expert_A: Tensor
+    weight_A: Tensor
+    rows: int | None = field(default=None, kw_only=True)
+
+
 class Dispatcher:
     """Runs the experts on their tokens, and forms each token's weighted sum.
 
@@ -32,35 +49,35 @@ class Dispatcher:
     in the layer changes.
 
     Attributes:
-        travels: whether tokens are sent to other devices; the host must know how many, and no graph spans that.
-        meanwhile: work that needs nothing of what travels; a dispatcher that sends tokens may call it while
-            they are on their way.
+        communicates: whether tokens are sent to other devices; the host must know how many, and no graph spans that.
+        overlapped_work: work that needs no routed token; a dispatcher that communicates may call it while its
+            collectives run.
     """
 
-    travels = False
+    communicates = False
 
     def __init__(self, experts: int):
         self.experts = experts
-        self.meanwhile: Callable[[], object] | None = None
+        self.overlapped_work: Callable[[], object] | None = None
 
     @contextmanager
-    def beside(self, work: Callable[[], object] | None) -> Iterator[None]:
-        """Inside, `work` is what may be done meanwhile; nothing of it is kept, however this ends."""
-        self.meanwhile = work
+    def overlapping(self, work: Callable[[], object] | None) -> Iterator[None]:
+        """Let passes inside overlap their communication with `work`; it is forgotten afterwards."""
+        self.overlapped_work = work
         try:
             yield
         finally:
-            self.meanwhile = None
+            self.overlapped_work = None
 
-    def __call__(self, x_TH: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
+    def __call__(self, x_TH: Tensor, routing: Assignments, experts: ExpertsFunction) -> Tensor:
         """Σ over a token's assignments of weight · expert(x): [T, H] in the type of x."""
         p = sort_by_expert(routing.token_A, routing.expert_A, len(x_TH), self.experts)
-        # Gathered, weighed and summed by the experts themselves, rows need not be kept for backward.
+        # The experts gather, weigh and sum rows themselves, so that none is kept for backward.
         return experts(x_TH, p.counts_E, routing.weight_A.index_select(0, p.order_A), p)
 
     def run(self, rows_AH: Tensor, counts_E: Tensor, experts: ExpertsFunction, each: int | None = None) -> Tensor:
         """Outputs of the experts for rows [A, H] sorted by expert, `counts_E` int64 [E] of them each.
 
-        `each`: all of these, on every device, where the host knows it.
+        `each`: the count of every expert on every device, where all are equal and the host knows it.
         """
         return experts(rows_AH, counts_E)

@@ -19,13 +19,13 @@ from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate
 from moesys.moe.lora import LoRAExperts
 from moesys.moe.passes import recomputing
-from moesys.moe.routing import Decision, MicroBatch, Tokens
+from moesys.moe.routing import GateOutput, MicroBatch, Tokens
 from moesys.moe.shared import Mix, Mixture
 from moesys.moe.zero import ZeroExperts
 
 
 class LayerStatistics:
-    """Sums over the forward passes since the last reset, of this device's tokens, kept on the device.
+    """Sums over the forward passes since the last reset, of this device's tokens; they stay on the device.
 
     `load` [E] and `dropped` count assignments, `calls` forward passes; each loss is the sum of this
     device's shares, coefficient included. Recomputation in backward counts nothing again.
@@ -34,26 +34,26 @@ class LayerStatistics:
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
         self.owed: list[set[str]] = []
-        """Of training passes without gradients, the losses that arose: the others do when the pass is recomputed."""
+        """Losses of each training pass without gradients; the other losses arise when the pass is recomputed."""
 
-    def add(self, decision: Decision, device: torch.device, training: bool) -> None:
+    def add(self, output: GateOutput, device: torch.device, training: bool) -> None:
         """Count a forward pass, once however often it runs."""
-        losses = {name: loss.detach() for name, loss in decision.losses.items()}
+        losses = {name: loss.detach() for name, loss in output.losses.items()}
         if recomputing():
             counted = self.owed.pop() if self.owed else losses.keys()
             self._add({name: loss for name, loss in losses.items() if name not in counted})
             return
         if training and not torch.is_grad_enabled():
             self.owed.append(set(losses))
-        self._add(losses | self._counts(decision, device))
+        self._add(losses | self._counts(output, device))
 
-    def _counts(self, decision: Decision, device: torch.device) -> dict[str, Tensor]:
+    def _counts(self, output: GateOutput, device: torch.device) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
-        if decision.load_E is not None:
-            parts["load"] = decision.load_E
-        if decision.zero_load is not None:
-            parts["zero"] = decision.zero_load
-        dropped = decision.dropped
+        if output.load_E is not None:
+            parts["load"] = output.load_E
+        if output.zero_load is not None:
+            parts["zero"] = output.zero_load
+        dropped = output.dropped
         # Not as_tensor, which copies a number from the host and waits for that.
         parts["dropped"] = dropped if isinstance(dropped, Tensor) else torch.full((), dropped, device=device)
         parts["calls"] = torch.ones((), device=device)
@@ -64,13 +64,13 @@ class LayerStatistics:
             self.totals[name] = self.totals.get(name, 0) + value
 
     def take(self) -> dict[str, Tensor]:
-        """The sums, which start again from nothing."""
+        """The sums; they start again from zero."""
         totals, self.totals, self.owed = self.totals, {}, []
         return totals
 
 
-class Once:
-    """The result of `work`, computed when it is first asked for."""
+class Lazy:
+    """A lazy value: the result of `work`, computed at the first call."""
 
     def __init__(self, work: Callable[[], Tensor]):
         self.work = work
@@ -83,16 +83,16 @@ class Once:
 
 
 @dataclass
-class Decided:
-    """What a layer decided about a pass' tokens before anything is computed."""
+class RoutedTokens:
+    """The tokens of one pass with the outputs of the layer's gate and mix, before any expert runs."""
 
     tokens: Tokens
-    decision: Decision
+    output: GateOutput
     mixture: Mixture
 
-    def kept(self) -> Decided:
-        """The same with what a compiled graph left to the host done: it may wait for the device."""
-        self.decision = self.decision.kept()
+    def compacted(self) -> RoutedTokens:
+        """The same without masked assignments (`GateOutput.compacted`); this may wait for the device."""
+        self.output = self.output.compacted()
         return self
 
 
@@ -100,7 +100,7 @@ class MoELayer(nn.Module):
     """A feed-forward of routed experts, plus an optional shared one.
 
     Args:
-        gate: maps tokens to a `Decision`.
+        gate: maps tokens to a `GateOutput`.
         experts: the routed experts.
         shared: a module [B, S, H] → [B, S, H] that takes every token, or None.
         zero: the zero-computation experts that the gate names beside the routed ones, where any compute.
@@ -112,13 +112,12 @@ class MoELayer(nn.Module):
         loss_scale: factor on the auxiliary losses in backward, such that the objective is their mean
             over the micro-batches of the global batch; reported values are unscaled.
         statistics: what was routed where, for metrics.
-        apart: whether experts are run by themselves in any case: something else happens as they start and end.
-        watchers: are told of every decision once, and its tokens.
-        enter, leave: what makes this device's tokens of the model's stream, and the other way round; one device
-            has the same.
+        apart: whether experts always run between compiled graphs, because something happens as they start and end.
+        routing_hooks: functions that get the tokens and the gate's output of every pass, once.
+        enter, leave: modules from the model's stream to this device's tokens and back; identities on one device.
 
-    A pass is `decide`, `count`, then `compute`, which a block may run apart: the first and the last are functions
-    that a compiler takes and a checkpoint repeats; `count` is neither's.
+    A pass is `route`, `count`, then `compute`, which a block may run one by one: `torch.compile` takes the first and
+    the last, and a checkpoint repeats them; `count` is for neither.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class MoELayer(nn.Module):
         self.loss_scale = 1.0
         self.statistics = LayerStatistics()
         self.apart = False
-        self.watchers: list[Callable[[Tokens, Decision], None]] = []
+        self.routing_hooks: list[Callable[[Tokens, GateOutput], None]] = []
         self.enter, self.leave = nn.Identity(), nn.Identity()
 
     def forward(self, x_BSH: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
@@ -148,47 +147,47 @@ class MoELayer(nn.Module):
         number below 0 marks padding, which is routed to no expert; training knows none.
         """
         x_BSH = self.enter(x_BSH)
-        decided = self.decide(x_BSH, tokens_BS2).kept()
-        self.count(decided)
-        return self.leave(self.compute(x_BSH, decided))
+        routed = self.route(x_BSH, tokens_BS2).compacted()
+        self.count(routed)
+        return self.leave(self.compute(x_BSH, routed))
 
-    def decide(self, x_BSH: Tensor, tokens_BS2: Tensor | None) -> Decided:
-        """What gate and mix make of tokens x [B, S, H], their losses attached. Changes nothing."""
+    def route(self, x_BSH: Tensor, tokens_BS2: Tensor | None) -> RoutedTokens:
+        """The outputs of gate and mix for tokens x [B, S, H], their losses attached; no side effects."""
         batch, sequence, hidden = x_BSH.shape
         x_TH = x_BSH.reshape(-1, hidden)
         tokens = self.scope.mark(tokens_BS2, batch, sequence, x_BSH.device)
         if not self.training and tokens_BS2 is not None and tokens.real_T is None:
             tokens = tokens.marked()
-        decision, mixture = self.gate(x_TH, tokens, self.scope), self.mix(x_TH, self.scope)
-        decision.losses |= mixture.losses
-        if decision.losses:
-            decision.attach(self.objective(decision.losses))
-        return Decided(tokens, decision, mixture)
+        output, mixture = self.gate(x_TH, tokens, self.scope), self.mix(x_TH, self.scope)
+        output.losses |= mixture.losses
+        if output.losses:
+            output.attach(self.objective(output.losses))
+        return RoutedTokens(tokens, output, mixture)
 
-    def count(self, decided: Decided) -> None:
-        """Count a pass, once however often it runs; `decided` as `kept` returns it. The one side effect of a pass."""
-        decision = decided.decision
-        self.statistics.add(decision, decided.tokens.number_T.device, self.training)
+    def count(self, routed: RoutedTokens) -> None:
+        """Count a pass, once however often it runs: its only side effect. `routed` as `compacted` returns it."""
+        output = routed.output
+        self.statistics.add(output, routed.tokens.number_T.device, self.training)
         if recomputing():
             return
-        if decision.counted is not None:
-            self.gate.count(decision.counted)
-        for watch in self.watchers:
-            watch(decided.tokens, decision)
+        if output.counted is not None:
+            self.gate.count(output.counted)
+        for hook in self.routing_hooks:
+            hook(routed.tokens, output)
 
-    def compute(self, x_BSH: Tensor, decided: Decided) -> Tensor:
-        """The layer's output, of experts and what joins them."""
-        dense = None if self.shared is None else Once(partial(self.shared, x_BSH))
-        routed = self.run_experts(x_BSH, decided, dense)
-        return self.join(x_BSH, routed, decided, None if dense is None else dense())
+    def compute(self, x_BSH: Tensor, routed: RoutedTokens) -> Tensor:
+        """The layer's output [B, S, H]: routed, zero-computation and shared experts."""
+        dense = None if self.shared is None else Lazy(partial(self.shared, x_BSH))
+        routed_BSH = self.run_experts(x_BSH, routed, dense)
+        return self.join(x_BSH, routed_BSH, routed, None if dense is None else dense())
 
-    def run_experts(self, x_BSH: Tensor, decided: Decided, dense: Once | None = None) -> Tensor:
-        """The routed experts' sums [B, S, H]; a dispatcher that sends tokens may compute `dense` meanwhile."""
+    def run_experts(self, x_BSH: Tensor, routed: RoutedTokens, dense: Lazy | None = None) -> Tensor:
+        """The routed experts' sums [B, S, H]; a dispatcher that communicates may compute `dense` meanwhile."""
         x_TH, experts = x_BSH.reshape(-1, x_BSH.shape[-1]), cast(Experts, self.experts)
-        if not self.dispatcher.travels:
-            return decided.decision.run(x_TH, self.dispatcher, experts).view_as(x_BSH)
-        with self.dispatcher.beside(dense):
-            return decided.decision.run(x_TH, self.dispatcher, experts).view_as(x_BSH)
+        if not self.dispatcher.communicates:
+            return routed.output.run(x_TH, self.dispatcher, experts).view_as(x_BSH)
+        with self.dispatcher.overlapping(dense):
+            return routed.output.run(x_TH, self.dispatcher, experts).view_as(x_BSH)
 
     def run_shared(self, x_BSH: Tensor) -> Tensor:
         """The shared experts' output [B, S, H]."""
@@ -196,16 +195,16 @@ class MoELayer(nn.Module):
         out: Tensor = self.shared(x_BSH)
         return out
 
-    def join(self, x_BSH: Tensor, routed_BSH: Tensor, decided: Decided, dense_BSH: Tensor | None) -> Tensor:
+    def join(self, x_BSH: Tensor, routed_BSH: Tensor, routed: RoutedTokens, dense_BSH: Tensor | None) -> Tensor:
         """All branches' sum [B, S, H]: routed, zero-computation and shared experts."""
-        zero_TZ = decided.decision.zero_TZ
+        zero_TZ = routed.output.zero_TZ
         if self.zero is not None and zero_TZ is not None:
             x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
             routed_BSH = routed_BSH + self.zero(x_TH, zero_TZ).view_as(x_BSH)
-        return routed_BSH if dense_BSH is None else decided.mixture.join(routed_BSH, dense_BSH)
+        return routed_BSH if dense_BSH is None else routed.mixture.join(routed_BSH, dense_BSH)
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
-        """What this device's shares of the losses add to what is minimised: a scalar."""
+        """This device's share of the auxiliary losses in the objective: a scalar."""
         return torch.stack(list(losses.values())).sum() * self.loss_scale
 
 

@@ -17,7 +17,7 @@ from moesys.moe.start import like_linear
 
 
 class Frozen(nn.Linear):
-    """A linear map that is not trained, computed in the type of its input."""
+    """A frozen linear map, computed in the type of its input."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -35,8 +35,8 @@ class LoRAExperts(nn.Module):
     trained: fc1_lora_a [E, H, G, r] and fc1_lora_b [E, G, r, F], fc2_lora_a [E, F, r] and fc2_lora_b
     [E, r, H]. A starts as `nn.Linear`'s weights and B as zeros, so that every expert starts as the dense feed-forward.
 
-    W + A · B is never formed. What experts share is computed once per token where the tokens are at hand
-    (on one device), and once per row where rows have travelled.
+    W + A · B is never formed. The dense product is computed once per token on one device, and once per row where rows
+    come from other devices.
 
     Args:
         experts, hidden, ffn_hidden, rank: E, H, F, r.
@@ -77,7 +77,7 @@ class LoRAExperts(nn.Module):
         weight_N: Tensor | None = None,
         p: Permutation | None = None,
     ) -> Tensor:
-        """As `Experts.forward`."""
+        """Outputs as those of `Experts.forward`, without `share_GE`."""
         rows_NH = x_NH if p is None else permute(x_NH, p)
         dense = self.base["fc1"](x_NH)
         dense = dense if p is None else permute(dense, p)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moesys.moe.routing import MicroBatch
 
 LEAST_WIDTH = 1e-6
-"""Of noise, where chances are computed from it."""
+"""Least width of noise from which probabilities are computed."""
 
 Adjust = Callable[[Tensor], Tensor]
 """Changes the shares f [..., E] of assignments before they are multiplied with probabilities."""
@@ -63,7 +63,7 @@ def global_balancing(
 
 
 def _balance(f: Tensor, total: Tensor, tokens: int, adjust: Adjust | None) -> Tensor:
-    """Σ f · total · E / tokens, all that is constant multiplied first: nothing of it is differentiated."""
+    """Σ f · total · E / tokens; constants are multiplied first, so that autograd skips them."""
     f = f if adjust is None else adjust(f)
     return torch.dot((f * (total.shape[-1] / tokens)).flatten(), total.flatten())
 
@@ -107,13 +107,18 @@ def _variation(part_E: Tensor, scope: MicroBatch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What losses look at, of one device's tokens.
+class LossInputs:
+    """Inputs of the losses, of one device's tokens.
 
-    `logits_TE` without noise; `probabilities_TE` sum to 1 over a token's experts; `expert_Tk` and `weight_Tk`
-    before any drop; `counted_Tc` the experts of each token that balance losses count, and `load_E` how often each
-    is among them; `global_load_E` that of the whole global batch, where a loss needs it. With noise, `noisy_TE`
-    and its width.
+    Attributes:
+        logits_TE: without noise.
+        probabilities_TE: gate probabilities; they sum to 1 over a token's experts.
+        expert_Tk, weight_Tk: the chosen experts and their weights, before any drop.
+        counted_Tc: the experts of each token that balance losses count.
+        load_E: how often each expert is among them.
+        sequences: number of equal runs of tokens, one for each sequence.
+        global_load_E: `load_E` of the whole global batch, where a loss needs it.
+        noisy_TE, width_TE: logits with noise and its width, where there is noise.
     """
 
     logits_TE: Tensor
@@ -139,20 +144,20 @@ class Balance:
     importance: float = 0.0
     load_loss: float = 0.0
 
-    def shares(self, seen: Seen, scope: MicroBatch, adjust: Adjust | None = None) -> dict[str, Tensor]:
+    def shares(self, inputs: LossInputs, scope: MicroBatch, adjust: Adjust | None = None) -> dict[str, Tensor]:
         """This device's share of each loss that is on, coefficient included."""
-        p, found = seen.probabilities_TE, {}
+        p, found = inputs.probabilities_TE, {}
         if self.balance:
-            found["balance"] = load_balancing(p, seen.load_E, seen.counted_Tc.shape[1], scope, adjust)
+            found["balance"] = load_balancing(p, inputs.load_E, inputs.counted_Tc.shape[1], scope, adjust)
         if self.sequence_balance:
-            found["sequence_balance"] = sequence_balancing(p, seen.counted_Tc, seen.sequences, scope, adjust)
-        if self.global_balance and seen.global_load_E is not None:
-            found["global_balance"] = global_balancing(p, seen.global_load_E, scope, adjust)
+            found["sequence_balance"] = sequence_balancing(p, inputs.counted_Tc, inputs.sequences, scope, adjust)
+        if self.global_balance and inputs.global_load_E is not None:
+            found["global_balance"] = global_balancing(p, inputs.global_load_E, scope, adjust)
         if self.z:
-            found["z"] = router_z(seen.logits_TE, scope)
+            found["z"] = router_z(inputs.logits_TE, scope)
         if self.importance:
-            found["importance"] = importance(seen.weight_Tk, seen.expert_Tk, p.shape[1], scope)
-        if self.load_loss and seen.noisy_TE is not None and seen.width_TE is not None:
-            k = seen.expert_Tk.shape[1]
-            found["load_loss"] = smooth_load(seen.logits_TE, seen.noisy_TE, seen.width_TE, k, scope)
+            found["importance"] = importance(inputs.weight_Tk, inputs.expert_Tk, p.shape[1], scope)
+        if self.load_loss and inputs.noisy_TE is not None and inputs.width_TE is not None:
+            k = inputs.expert_Tk.shape[1]
+            found["load_loss"] = smooth_load(inputs.logits_TE, inputs.noisy_TE, inputs.width_TE, k, scope)
         return {name: getattr(self, name) * loss for name, loss in found.items()}

@@ -1,4 +1,4 @@
-"""Recording what gates decide, from outside of the layers."""
+"""Records of the routing of MoE layers, made from outside of the layers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from moesys.moe.layer import MoELayer
-from moesys.moe.routing import Decision, Routing, Tokens
+from moesys.moe.routing import GateOutput, Routing, Tokens
 
 
 @dataclass(frozen=True)
-class Recording:
-    """Where tokens went, by their numbers, ascending: `number_T` int64; `expert_TK` int16, −1 where a token
+class RoutingRecord:
+    """The experts of tokens, by their numbers, ascending: `number_T` int64; `expert_TK` int16, −1 where a token
     has fewer than K assignments; `weight_TK` float16, 0 there."""
 
     number_T: Tensor
@@ -23,7 +23,7 @@ class Recording:
     weight_TK: Tensor
 
 
-class Recorder:
+class RoutingRecorder:
     """Keeps the routings of MoE layers in training.
 
     A token counts once, though recomputation and counting ahead route it again.
@@ -33,31 +33,31 @@ class Recorder:
     """
 
     def __init__(self, layers: dict[str, MoELayer]):
-        self.kept: dict[str, list[Recording]] = {name: [] for name in layers}
+        self.kept: dict[str, list[RoutingRecord]] = {name: [] for name in layers}
         self.layers = layers
-        self.watchers = {name: partial(self._keep, name) for name in layers}
-        for name, watch in self.watchers.items():
-            layers[name].watchers.append(watch)
+        self._hooks = {name: partial(self._keep, name) for name in layers}
+        for name, hook in self._hooks.items():
+            layers[name].routing_hooks.append(hook)
 
-    def _keep(self, name: str, tokens: Tokens, decision: Decision) -> None:
-        if self.layers[name].training and isinstance(decision, Routing):
-            self.kept[name].append(record(tokens.number_T, decision))
+    def _keep(self, name: str, tokens: Tokens, output: GateOutput) -> None:
+        if self.layers[name].training and isinstance(output, Routing):
+            self.kept[name].append(record(tokens.number_T, output))
 
-    def take(self) -> dict[str, Recording]:
-        """What was routed since the last call, on the CPU."""
+    def take(self) -> dict[str, RoutingRecord]:
+        """Records since the last call, by layer, on the CPU."""
         taken = {name: joined(parts) for name, parts in self.kept.items() if parts}
         for parts in self.kept.values():
             parts.clear()
         return taken
 
     def close(self) -> None:
-        """Record no more."""
-        for name, watch in self.watchers.items():
-            self.layers[name].watchers.remove(watch)
+        """Stop recording."""
+        for name, hook in self._hooks.items():
+            self.layers[name].routing_hooks.remove(hook)
 
 
-def record(number_T: Tensor, routing: Routing) -> Recording:
-    """One routing, in the order of its tokens; fillers, whose weight is 0, are left out."""
+def record(number_T: Tensor, routing: Routing) -> RoutingRecord:
+    """The record of one routing, in the order of its tokens; fillers, whose weight is 0, are left out."""
     real = routing.weight_A.detach() != 0
     token_A, expert_A, weight_A = routing.token_A[real], routing.expert_A[real], routing.weight_A.detach()[real]
     place_A = torch.arange(len(token_A), device=token_A.device) - torch.searchsorted(token_A, token_A)
@@ -66,11 +66,11 @@ def record(number_T: Tensor, routing: Routing) -> Recording:
     weight_TK = weight_A.new_zeros(len(number_T), width, dtype=torch.float16)
     expert_TK[token_A, place_A] = expert_A.to(torch.int16)
     weight_TK[token_A, place_A] = weight_A.to(torch.float16)
-    return Recording(number_T, expert_TK, weight_TK)
+    return RoutingRecord(number_T, expert_TK, weight_TK)
 
 
-def joined(parts: Iterable[Recording]) -> Recording:
-    """All tokens of several recordings once, sorted by number."""
+def joined(parts: Iterable[RoutingRecord]) -> RoutingRecord:
+    """One record of all tokens of several, each token once, sorted by number."""
     parts = list(parts)
     width = max(part.expert_TK.shape[1] for part in parts)
 
@@ -83,4 +83,4 @@ def joined(parts: Iterable[Recording]) -> Recording:
     order = order[torch.cat([ranked.new_ones(1, dtype=torch.bool), ranked.diff() != 0])]
     expert = torch.cat([padded(part.expert_TK, -1) for part in parts])[order]
     weight = torch.cat([padded(part.weight_TK, 0) for part in parts])[order]
-    return Recording(number[order].cpu(), expert.cpu(), weight.cpu())
+    return RoutingRecord(number[order].cpu(), expert.cpu(), weight.cpu())

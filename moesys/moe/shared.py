@@ -1,7 +1,7 @@
-"""How the branch of shared experts, which takes every token, joins the routed one.
+"""Mixes: they join the branch of shared experts, which takes every token, with the routed one.
 
-T tokens, H hidden. Each mix is asked before tokens travel what it makes of them (`forward`), so that its
-loss can enter backward with the gate's; the two outputs are joined later.
+T tokens, H hidden. A mix computes its factors before tokens are dispatched (`forward`), so that its loss can enter
+backward with the gate's; the two outputs are joined later.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from moesys.moe.routing import MicroBatch
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a mix decided: float32 factors [T, 1] of the two branches, None for 1.
+    """The output of a mix: float32 factors [T, 1] of the two branches, None for 1.
 
-    `losses` are this device's shares, coefficients included, as in `Decision`.
+    `losses` are this device's shares, coefficients included, as in `GateOutput`.
     """
 
     routed_T1: Tensor | None = None
@@ -39,7 +39,7 @@ class Mix(nn.Module):
     """`routed + dense`: shared experts as DeepSeekMoE has them (arXiv 2401.06066)."""
 
     def forward(self, x_TH: Tensor, scope: MicroBatch) -> Mixture:
-        """What to make of tokens x [T, H]; `scope` is the micro-batch that they are part of."""
+        """The factors for tokens x [T, H]; `scope` is their micro-batch."""
         return Mixture()
 
 

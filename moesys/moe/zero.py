@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ZeroRule:
-    """How a gate treats its zero-computation experts beside the `true` ones, `count` of them.
+    """The rule of a gate for its `count` zero-computation experts beside the `true` ones.
 
     "moe++" (arXiv 2410.07348): they share in a token's normalised weights, and count by `tau` in the
     load-balancing losses; a true expert's capacity is γ·τ·T·k / (τ·E + Z). "adamoe" (arXiv 2406.13233,
@@ -52,7 +52,7 @@ class ZeroRule:
 
 
 class ZeroExperts(nn.Module):
-    """The sum of what a token's zero-computation experts give, computed where the token is (MoE++).
+    """The sum of the outputs of a token's zero-computation experts, computed on the token's device (MoE++).
 
     A copy gives x; constant expert j gives α₀·x + α₁·v_j with (α₀, α₁) = softmax(x · W_jᵀ). Parameters: of
     `constant` the vectors v, [H, constants]; of `mix` the W_j, [2 · constants, H].

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.files import json_text, read_json, write_json
-from moesys.measure import bench_a2a
-from moesys.measure.bench_a2a import Options
-from moesys.measure.bench_result import Result
+from moesys.measure.a2a_benchmark import run as benchmark
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
+from moesys.measure.a2a_benchmark.result import CollectiveResult
 from moesys.parallel import nodes
 from moesys.train import native, worker
 
@@ -30,11 +30,11 @@ def _measure(config: Config, run_dir: Path) -> None:
     asked = read_json(run_dir / "bench.json", "run the benchmark again")
     follow = (run_dir / "follow.jsonl").open("w", buffering=1) if mesh.rank == 0 else None
 
-    def tell(result: Result) -> None:
+    def tell(result: CollectiveResult) -> None:
         if follow is not None:
             follow.write(json_text(result.as_json()) + "\n")
 
-    results = bench_a2a.run(config, mesh, Options(**asked), names, tell)
+    results = benchmark.run(config, mesh, BenchmarkOptions(**asked), names, tell)
     if mesh.rank == 0:
         facts = {"hosts": names, "backend": dist.get_backend(), "device": _device(mesh.device), "ranks": len(names)}
         found = {"results": [asdict(result) for result in results], "facts": facts}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moesys.parallel import comm
-from moesys.parallel.gates_check import IGNORES
 from moesys.train.engine import Engine, Update
 
 LOSSES = {
@@ -71,7 +70,7 @@ class Backlog:
     def __init__(self, engine: Engine):
         self.engine = engine
         moe = engine.config.model.moe
-        self._layers = [i for i in range(engine.config.model.layers) if engine.config.model.is_moe(i)]
+        self._layers = engine.config.model.moe_blocks
         self._shape = (len(self._layers), (moe.experts if moe else 0) + len(COUNTS) + len(LOSSES))
         self._waiting: list[_Waiting] = []
 
@@ -103,7 +102,7 @@ class Backlog:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return []
-        total = comm.total(torch.stack([w.own for w in waiting]), way=comm.STEP)
+        total = comm.all_reduce(torch.stack([w.own for w in waiting]), tag=comm.STEP)
         rows = torch.cat([torch.stack([w.shared for w in waiting]), total], 1).cpu().numpy()
         return [self._measured(w, row) for w, row in zip(waiting, rows, strict=True)]
 
@@ -133,7 +132,7 @@ def _routing(table: np.ndarray, moe: Any, degrees: Any) -> dict[str, Any]:
         zero = counted["zero"].sum()
         values["zero_share"] = float(zero / (zero + load.sum()))
     for name, key in LOSSES.items():
-        if (factor := getattr(moe, key)) and key not in IGNORES[moe.gate.kind]:
+        if (factor := getattr(moe, key)) and key not in moe.router.ignores:
             values[name] = _mean(counted[name] / micro_batches) / factor
     return values
 

@@ -23,9 +23,6 @@ NEAR = 0.95
 imbalance, largest / mean load, is then at least this share of the largest one possible, E / k. Where that is below 2,
 as with k = 3 of 4, a much-liked expert is no fault."""
 
-EXEMPT = ("dense", "soft", "smear", "expert_choice")
-"""Gates that are not watched: all their experts take part, or experts choose their tokens."""
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -68,19 +65,19 @@ class BalanceWatch:
     def __init__(self, config: Config):
         model, t = config.model, config.train
         moe = model.moe
-        self.layers = [f"layers.{i}" for i in range(model.layers) if model.is_moe(i)]
+        self.layers = [f"layers.{i}" for i in model.moe_blocks]
         self.active = bool(
             moe is not None
             and self.layers
-            and moe.gate.kind not in EXEMPT
+            and not moe.router.even
             and moe.gate.force == "none"
-            and moe.experts > moe.choices
+            and moe.experts > moe.router.choices
         )
         if moe is None:
             return
         shape = (len(self.layers), moe.experts)
         self.steps, self.warmup, self.window = t.steps, t.schedule.warmup, min(WINDOW, t.steps)
-        self.tokens, self.choices = t.global_batch * t.seq_len, moe.choices
+        self.tokens, self.choices = t.global_batch * t.seq_len, moe.router.choices
         self.step = 0
         # First steps from which experts get nothing, or everything; the next step if they do not.
         self.silent_LE, self.full_LE = np.ones(shape, np.int64), np.ones(shape, np.int64)

@@ -22,11 +22,11 @@ import torch.distributed as dist
 
 from moesys.config.schema import Config
 from moesys.files import write_json
-from moesys.measure import simulate
-from moesys.measure.explain import explain
-from moesys.measure.interleave import alone, interleave, ratio
-from moesys.measure.recorder import Recorder
-from moesys.measure.summary import Summary
+from moesys.measure import simulated_recording
+from moesys.measure.explain.averages import explain
+from moesys.measure.explain.step_summary import Summary
+from moesys.measure.interleaved_timing import alone, interleave, ratio
+from moesys.measure.record.recorder import StepRecorder
 from moesys.parallel import comm
 from moesys.train import spawn
 from moesys.train.guard import demand_numbers
@@ -103,13 +103,13 @@ SIMULATED_STEPS = 20
 """About as many as `launch --measure` records."""
 
 
-def simulated(config: Config, world: int) -> simulate.Result:
+def simulated(config: Config, world: int) -> simulated_recording.SimulationResult:
     """The simulated cost of gathering records on rank 0 of `world` ranks with the configuration's layers.
 
     Experts are shared by 64 neighbours, or by all where there are fewer.
     """
-    layers = sum(config.model.is_moe(i) for i in range(config.model.layers))
-    return simulate.run(simulate.Load(world, layers, SIMULATED_STEPS, min(64, world)))
+    layers = len(config.model.moe_blocks)
+    return simulated_recording.run(simulated_recording.SimulatedRun(world, layers, SIMULATED_STEPS, min(64, world)))
 
 
 def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:
@@ -117,7 +117,7 @@ def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder
 
     with spawn.process_group(rank, world, config, folder) as mesh:
         trainer = Trainer(config, mesh, open_corpus(config))
-        recorders = [Recorder(_every(config, n), mesh, Path(folder), 0) for n in (config.measure.every, 1)]
+        recorders = [StepRecorder(_every(config, n), mesh, Path(folder), 0) for n in (config.measure.every, 1)]
         seconds = interleave(_sides(trainer, recorders, steps), rounds, alone(mesh.device), warmup=1)
         if rank == 0:
             write_json(Path(folder) / "seconds.json", seconds)
@@ -128,7 +128,7 @@ def _every(config: Config, steps: int) -> Config:
     return config.model_copy(update={"measure": measure})
 
 
-def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str, Callable[[], object]]:
+def _sides(trainer: Trainer, recorders: list[StepRecorder], steps: int) -> dict[str, Callable[[], object]]:
     def off() -> None:
         for _ in range(steps):
             demand_numbers(trainer.train_step(), "bench measure")
@@ -138,7 +138,7 @@ def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str,
         with patch.object(comm, "record", _nothing):
             off()
 
-    def recorded(recorder: Recorder) -> None:
+    def recorded(recorder: StepRecorder) -> None:
         for _ in range(steps):
             with recorder.step(trainer.step + 1) as recording:
                 demand_numbers(trainer.train_step(), "bench measure")
@@ -155,5 +155,5 @@ def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str,
 
 
 @contextmanager
-def _nothing(audit: bool = False) -> Iterator[list[comm.Event]]:
+def _nothing(audit: bool = False) -> Iterator[list[comm.CollectiveRecord]]:
     yield []

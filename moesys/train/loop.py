@@ -72,7 +72,7 @@ class Trainer:
         self.backlog = Backlog(self.engine)
         self.reports: list[StepReport] = []
         """The steps that the last call of `train_step` read, in their order."""
-        self.events: list[comm.Event] = []
+        self.events: list[comm.CollectiveRecord] = []
         """The recorded collectives of the last step's passes through the model, on this rank."""
         self.load: list[list[float]] | None = None
         """Assignments of the last step that was read, over all ranks: per MoE layer and expert."""

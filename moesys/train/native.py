@@ -89,7 +89,7 @@ class NativeEngine:
     ):
         self.config, self.mesh, self.dtype = config, mesh, dtype or torch.float32
         self.model = compose(config, mesh, vocab_size, dtype, draw)
-        self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
+        self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters(), self.model.decays)
         self._loss = torch.zeros((), device=mesh.device)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import cos, pi
 from typing import Any
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import OptimizerConfig, TrainConfig
-from moesys.models.size import kind
 from moesys.train.apex_adam import ApexAdam
 from moesys.train.validate import decay_steps
 
 
-def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only (see `moesys.models.size.kind`).
+def build(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], decays: Callable[[str], bool]
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with decay on those parameters whose names it `decays`: matrices.
 
     `parameters`, by their layout-independent names, may be plain or DTensors of any mesh; their states are laid out
     alike. Parameters that need no gradient are left out.
@@ -25,9 +26,8 @@ def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> to
     # One group per kind and mesh: the fused update takes tensors of one mesh at a time.
     groups: dict[tuple[bool, Any], dict[str, Any]] = {}
     for name, p in ((name, p) for name, p in parameters.items() if p.requires_grad):
-        decays = kind(name) == "matrix"
-        decay = config.weight_decay if decays else 0.0
-        key = (decays, p.device_mesh if isinstance(p, DTensor) else None)
+        decay = config.weight_decay if decays(name) else 0.0
+        key = (decays(name), p.device_mesh if isinstance(p, DTensor) else None)
         groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(p)
     if not groups:  # a pipeline stage whose parameters are all frozen
         groups[False, None] = {"params": [], "weight_decay": 0.0}

@@ -118,7 +118,7 @@ def recording(config: Config) -> list[Problem]:
         return []
     if moe is None:
         rule = "needs MoE layers, and model.moe is absent"
-    elif moe.gate.kind in ("soft", "smear"):
+    elif not moe.router.counted:
         rule = f"gate {moe.gate.kind} sends no token to an expert: there is nothing to record"
     else:
         return []
@@ -130,7 +130,7 @@ def replay(config: Config) -> list[Problem]:
     model = config.model
     if model.moe is None or model.moe.gate.kind != "replay" or model.moe.gate.path is None:
         return []
-    layers = [layer for layer in range(model.layers) if model.is_moe(layer)]
+    layers = model.moe_blocks
     rule = routing_files.wrong(Path(model.moe.gate.path), layers, model.moe.experts)
     remedy = "record a run of this model with output.record_routing"
     return [Problem("model.moe.gate.path", rule, remedy)] if rule else []

@@ -22,11 +22,11 @@ from moesys.data.corpus import Corpus, open_corpus
 from moesys.data.ngram import cross_entropies
 from moesys.errors import DataError, FileError
 from moesys.files import json_objects, read_json, write_json
-from moesys.measure.explain import explain
-from moesys.measure.recorder import Recorder
+from moesys.measure.explain.averages import explain
+from moesys.measure.explain.step_summary import Summary
+from moesys.measure.record.recorder import StepRecorder
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
-from moesys.measure.summary import Summary
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, heartbeat, manifest, resume, run_folder
@@ -74,7 +74,7 @@ def _train(config: Config, run_dir: Path) -> None:
     if mesh.rank == 0:
         run_folder.accept(run_dir)
     routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
-    recorder = Recorder(config, mesh, run_dir, trainer.step)
+    recorder = StepRecorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
         summary = _steps(trainer, log, routing, recorder, folder)
         part()  # the other ranks need not wait for rank 0's last work
@@ -126,7 +126,9 @@ def _agree(corpus: Corpus) -> None:
         raise DataError(f"{rule}: {tokens:,} training tokens there; put the same files on every node")
 
 
-def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Recorder, folder: Path) -> dict[str, Any]:
+def _steps(
+    trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: StepRecorder, folder: Path
+) -> dict[str, Any]:
     t, o = trainer.config.train, trainer.config.output
     begin, first = perf_counter(), trainer.step
     pace = Throughput(trainer)

@@ -1,1 +1,1 @@
-"""Dispatchers of expert parallelism: how tokens travel to experts and results back."""
+"""Dispatchers of expert parallelism: they send tokens to the ranks of their experts and bring results back."""

@@ -12,21 +12,21 @@ from moesys.kernels.choose import choose
 from moesys.kernels.permute import Permutation, permute, sort_by_expert, unpermute
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
-from moesys.parallel.dispatchers.travelling import Journey, TravellingDispatcher, aloft, bounds, chunk_of, cut
-from moesys.parallel.flight import fly
+from moesys.parallel.async_collectives import all_to_all_autograd
+from moesys.parallel.dispatchers.base import ChunkSteps, ExpertParallelDispatcher, bounds, chunk_of, cut, in_progress
 
 Blocks = Sequence[Sequence[int]]
 """Rows from each rank for each of this rank's experts."""
 
 
-class AllToAllDispatcher(TravellingDispatcher):
+class AllToAllDispatcher(ExpertParallelDispatcher):
     """Sends each row to the ranks that hold its expert (GShard, arXiv 2006.16668).
 
-    Routing weights travel with the rows, so that experts weigh their results before they return, and
-    nothing that returned need be kept for the weights' gradients.
+    Routing weights are sent with the rows, so that experts weigh their outputs before they return. Returned rows
+    need not be kept for the weights' gradients.
     """
 
-    def journeys(
+    def chunk_steps(
         self,
         x_TH: Tensor,
         token_A: Tensor,
@@ -35,14 +35,14 @@ class AllToAllDispatcher(TravellingDispatcher):
         chunks: int,
         experts: ExpertsFunction,
         each: int | None = None,
-    ) -> list[Journey]:
+    ) -> list[ChunkSteps]:
         tokens, ranks = len(x_TH), self.group.size()
         key_A = place_A if chunks == 1 else chunk_of(token_A, tokens, chunks) * self.places + place_A
         p = sort_by_expert(token_A, key_A, tokens, chunks * self.places)
         sent_RCE = p.counts_E.view(chunks, ranks, self.local).transpose(0, 1)
         sizes = self._even(each) if chunks == 1 else []
-        counts = None if sizes else comm.start_counts(sent_RCE, self.group, self.way("dispatch"))
-        # What can be done meanwhile; the rows of chunks are not known yet.
+        counts = None if sizes else comm.start_all_to_all_counts(sent_RCE, self.group, self.tag("dispatch"))
+        # This overlaps with the counts; the rows of several chunks are not known yet.
         weight_A = None if weight_A is None else weight_A.index_select(0, p.order_A)
         whole = permute(x_TH, p) if chunks == 1 else None
         received_RCE = sent_RCE if counts is None else counts.wait()
@@ -57,15 +57,15 @@ class AllToAllDispatcher(TravellingDispatcher):
         pieces = cut(p, starts, [0, *accumulate(rows)])
         weights = [None] * chunks if weight_A is None else weight_A.split(rows)
         return [
-            self._journey(x[c], whole, pieces[c], weights[c], send[c], blocks[c], received_RCE[:, c], experts)
+            self._chunk(x[c], whole, pieces[c], weights[c], send[c], blocks[c], received_RCE[:, c], experts)
             for c in range(chunks)
         ]
 
     def _even(self, each: int | None) -> list[list[list[int]]]:
-        """For each source of the one chunk: rows that go there, and that come for each expert; [] if nobody knows."""
+        """Rows to each source of the one chunk, and rows from it for each expert; [] if unknown."""
         return [] if each is None else [[[self.local * each, *[each] * self.local]] * self.group.size()]
 
-    def _journey(
+    def _chunk(
         self,
         x_TH: Tensor,
         rows_AH: Tensor | None,
@@ -75,37 +75,37 @@ class AllToAllDispatcher(TravellingDispatcher):
         blocks: list[list[int]],
         received_RE: Tensor,
         experts: ExpertsFunction,
-    ) -> Journey:
+    ) -> ChunkSteps:
         rows_AH = permute(x_TH, p) if rows_AH is None else rows_AH
-        way, receive = self.way("dispatch"), [sum(source) for source in blocks]
-        rows = fly(rows_AH, send, receive, self.group, way=way, codec=self.codec(x_TH))
+        tag, receive = self.tag("dispatch"), [sum(source) for source in blocks]
+        rows = all_to_all_autograd(rows_AH, send, receive, self.group, tag=tag, codec=self.codec(x_TH))
         del rows_AH
         weights = None
         if weight_A is not None:
-            weights = fly(weight_A, send, receive, self.group, "all_to_all_weights", way)
+            weights = all_to_all_autograd(weight_A, send, receive, self.group, "all_to_all_weights", tag)
         by_index = self.local > 1 and choose(x_TH, "permute") == "triton"
         order = by_expert(received_RE, sum(receive)) if by_index else None
-        yield from aloft(rows, weights)
+        yield from in_progress(rows, weights)
         weight = None if weights is None else weights.wait()
         if order is not None:
             weight = None if weight is None else weight.index_select(0, order.token_A)
             out = experts(rows.wait(), received_RE.sum(0), weight, order)
         else:
-            # Where nothing gathers rows as it multiplies, whole blocks are moved faster than one row at a time.
-            weight = None if weight is None else turned(weight, blocks)
-            out = experts(turned(rows.wait(), blocks), received_RE.sum(0), weight)
-            out = turned(out, list(zip(*blocks, strict=True)))
-        back = fly(out, receive, send, self.group, way=self.way("combine"))
-        yield from aloft(back)
+            # No kernel here gathers rows as it multiplies: moving whole blocks is faster than one row at a time.
+            weight = None if weight is None else transpose_blocks(weight, blocks)
+            out = experts(transpose_blocks(rows.wait(), blocks), received_RE.sum(0), weight)
+            out = transpose_blocks(out, list(zip(*blocks, strict=True)))
+        back = all_to_all_autograd(out, receive, send, self.group, tag=self.tag("combine"))
+        yield from in_progress(back)
         return unpermute(back.wait(), p)
 
 
-def turned(rows: Tensor, blocks: Blocks) -> Tensor:
-    """Rows in blocks of these sizes, a matrix of blocks row by row, with the blocks of its transpose."""
-    return rows if min(len(blocks), len(blocks[0])) == 1 else _Turned.apply(rows, blocks)
+def transpose_blocks(rows: Tensor, blocks: Blocks) -> Tensor:
+    """Block transpose: rows that lie in a matrix of blocks of these sizes, row by row, in the order of its columns."""
+    return rows if min(len(blocks), len(blocks[0])) == 1 else _TransposeBlocks.apply(rows, blocks)
 
 
-class _Turned(torch.autograd.Function):
+class _TransposeBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, blocks):  # type: ignore[override]
         ctx.back = list(zip(*blocks, strict=True))
@@ -114,11 +114,11 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        return _Turned.apply(grad, ctx.back), None
+        return _TransposeBlocks.apply(grad, ctx.back), None
 
 
 def by_expert(received_RE: Tensor, rows: int) -> Permutation:
-    """Sorts by expert what arrived by source rank, then expert: whole blocks change places."""
+    """The permutation that sorts by expert the rows that were received by source rank, then expert."""
     blocks_ER = received_RE.t().contiguous()
     here_RE = _starts(received_RE)
     there_ER = _starts(blocks_ER)
@@ -134,6 +134,6 @@ def by_expert(received_RE: Tensor, rows: int) -> Permutation:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """Where each block begins when all lie one after another."""
+    """First row of each block when all lie one after another."""
     flat = counts.flatten()
     return (flat.cumsum(0) - flat).view_as(counts)

@@ -10,16 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from moesys.config.schema import Config
+from moesys.config.schema import ClusterConfig, Config
 from moesys.parallel import nodes
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
+from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
 from moesys.parallel.dispatchers.hierarchical import HierarchicalDispatcher
-from moesys.parallel.dispatchers.hop import Level
-from moesys.parallel.dispatchers.travelling import TravellingDispatcher
+from moesys.parallel.dispatchers.level import Level
 from moesys.parallel.mesh import Ranks
 
-KINDS: dict[str, type[TravellingDispatcher]] = {
+KINDS: dict[str, type[ExpertParallelDispatcher]] = {
     "all_to_all": AllToAllDispatcher,
     "all_gather": AllGatherDispatcher,
     "hierarchical": HierarchicalDispatcher,
@@ -30,7 +30,7 @@ _LEVELS: WeakKeyDictionary[Ranks, dict[tuple[str, ...], list[Level]]] = WeakKeyD
 """All layers on a mesh share their groups: by the nodes of the expert group's ranks."""
 
 
-def builder(config: Config, mesh: Ranks) -> Callable[[int], TravellingDispatcher] | None:
+def builder(config: Config, mesh: Ranks) -> Callable[[int], ExpertParallelDispatcher] | None:
     """Makes the dispatcher of a layer of so many experts; None where experts are whole on this rank.
 
     Collective over the ranks of this rank's expert group.
@@ -43,6 +43,19 @@ def builder(config: Config, mesh: Ranks) -> Callable[[int], TravellingDispatcher
     if d.kind == "hierarchical":
         more["levels"] = _shared_levels(config, mesh, group)
     return lambda experts: KINDS[d.kind](experts, group, mesh.degrees.ep, mesh.degrees.etp, **more)
+
+
+def dispatchers(
+    group: dist.ProcessGroup, kind: str, device: torch.device, timeout_s: float = 1800.0, **options: Any
+) -> Callable[[int], ExpertParallelDispatcher]:
+    """Makes the dispatcher of a layer of so many experts, which the ranks of `group` share. Collective over it."""
+    if kind == "hierarchical":
+        names: list[Any] = [None] * group.size()
+        world = dist.get_world_size()
+        one_machine = ClusterConfig(nodes=1, ranks_per_node=world)
+        dist.all_gather_object(names, nodes.here(dist.get_rank(), world, one_machine), group=group)
+        options["levels"] = levels(group, names, device, timedelta(seconds=timeout_s))
+    return lambda experts: KINDS[kind](experts, group, group.size(), 1, **options)
 
 
 def _shared_levels(config: Config, mesh: Ranks, group: dist.ProcessGroup) -> list[Level]:

@@ -28,8 +28,8 @@ def _steps(config: Config, run_dir: Path) -> None:
     for overlap in (True, False):
         layer.dispatcher.overlap_shared = overlap
         trainer.train_step()
-        events = [event for event in trainer.events if event.level and not event.way.backward]
-        facts = [{"part": e.way.part, "begin": e.begin, "waited": e.waited, "sent": e.sent} for e in events]
+        events = [event for event in trainer.events if event.level and not event.tag.backward]
+        facts = [{"part": e.tag.part, "begin": e.begin, "waited": e.waited, "sent": e.sent} for e in events]
         found[str(overlap)] = {"events": facts, "starts": starts.copy()}
         starts.clear()
     write_json(run_dir / f"rank-{mesh.rank}.json", found)

@@ -20,7 +20,7 @@ def test_every_key_of_the_schema_is_decided_about() -> None:
     keys = list(legal.keys())
     single = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
     assert single - KINDS.keys() == set(), "without a kind"
-    assert KINDS.keys() - single == set(), "not in the schema"
+    assert KINDS.keys() - single == {"model.layers"}, "all in the schema; this one is a number or a section"
     assert set(SECRET) <= single
 
 

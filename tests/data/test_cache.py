@@ -209,9 +209,9 @@ def test_of_several_processes_one_tokenizes(library, configure):
     processes = [context.Process(target=build, args=(config, barrier, results, 0.3)) for _ in range(6)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=600) for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join(600)
     assert sorted(made for made, *_ in found) == [0, 0, 0, 0, 0, 1]
     assert len({tuple(facts) for _, *facts in found}) == 1
 
@@ -222,12 +222,12 @@ def test_a_builder_that_is_killed_stops_nobody(library, configure):
     alone, results = context.Barrier(1), context.Queue()
     victim = context.Process(target=build, args=(config, alone, results, 600))
     victim.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not list(Path(config.data.cache).glob("*.tmp")) and time.monotonic() < end:
         time.sleep(0.02)
     assert victim.is_alive() and list(Path(config.data.cache).glob("*.tmp"))
     os.kill(victim.pid, signal.SIGKILL)
-    victim.join(60)
+    victim.join(600)
     expected = tokens(open_corpus(configure(kind="text", path=library, cache=library.parent / "other")))
     assert tokens(open_corpus(config)) == expected
     assert not list(Path(config.data.cache).glob("*.tmp"))

@@ -31,8 +31,16 @@ class Case:
     parallel: dict = field(hash=False)
     model: dict = field(default_factory=dict, hash=False)
     train: dict = field(default_factory=dict, hash=False)
-    batch: int = 4
-    """Sequences of a step, over all ranks."""
+    batch: int | None = None
+    """Sequences of a step, over all ranks; None: two for each data rank, of which there may be four with one each."""
+
+    @property
+    def size(self) -> dict:
+        """Changes to the configuration that make it as small as it can be and still show what it is to show."""
+        p = self.parallel
+        data = self.world // (p.get("tp", 1) * p.get("cp", 1) * p.get("pp", 1))
+        layers = 4 if p.get("pp", 1) > 1 else 2  # a dense and an MoE layer, in every stage
+        return {"model": {"layers": layers}, "train": {"global_batch": self.batch or max(data, min(4, 2 * data))}}
 
 
 FULL = {"dp_shard": "full"}

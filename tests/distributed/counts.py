@@ -46,7 +46,7 @@ def _work(rank: int, world: int, cases: dict[str, Config], work: Callable[[Confi
 
 def _observe(config: Config) -> dict[str, Any]:
     from moesys.data.corpus import open_corpus
-    from moesys.moe.record import Recorder
+    from moesys.moe.record import RoutingRecorder
     from moesys.train.loop import Trainer
 
     config, mesh = connected(config)
@@ -58,7 +58,7 @@ def _observe(config: Config) -> dict[str, Any]:
         gates.update({n: float(layer.gate.load.sum()) for n, layer in layers if layer.gate.load is not None})
 
     trainer.before_update = look
-    recorder = Recorder(trainer.engine.moe_layers())
+    recorder = RoutingRecorder(trainer.engine.moe_layers())
     record = trainer.train_step()
     recorded = {n: r.expert_TK.ge(0).sum().item() for n, r in recorder.take().items()}
     everyone: list[Any] = [None] * dist.get_world_size()

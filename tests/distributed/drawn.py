@@ -11,12 +11,12 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from journeys import PlainExperts
+from dispatcher_ranks import PlainExperts
 from torch import Tensor
 
 from moesys.moe.routing import Routing
+from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
 from moesys.parallel.dispatchers.build import KINDS, levels
-from moesys.parallel.dispatchers.travelling import TravellingDispatcher
 
 F = 8
 
@@ -135,7 +135,7 @@ def computed(rank: int, case: Case) -> dict[str, Tensor]:
     return found if case.rows else found | {"weight": weight.grad}
 
 
-def dispatcher(case: Case) -> TravellingDispatcher:
+def dispatcher(case: Case) -> ExpertParallelDispatcher:
     group = dist.group.WORLD
     assert group is not None
     more = {"levels": levels_of(case.nodes)} if case.kind == "hierarchical" else {}

@@ -75,10 +75,10 @@ def alone(world: int) -> Iterator[None]:
     """Inside, this process is rank 0 of `world`, of whom the others are as this one: what it sends comes to it."""
     start = comm._start
 
-    def answered(kind: str, way: Any, op: Any, x: Tensor, *arguments: Any, **options: Any) -> comm.Pending:
+    def answered(kind: str, tag: Any, op: Any, x: Tensor, *arguments: Any, **options: Any) -> comm.Work:
         if kind.startswith("all_to_all"):
-            return comm.Pending(x.clone(), None)
-        return start(kind, way, op, x, *arguments, **options)
+            return comm.Work(x.clone(), None)
+        return start(kind, tag, op, x, *arguments, **options)
 
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     comm._start = answered

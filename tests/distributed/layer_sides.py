@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from moesys.measure import bench_ranks
-from moesys.measure.bench_layer import Shape
+from moesys.measure.layer_benchmark import many_ranks
+from moesys.measure.layer_benchmark.one_device import LayerShape
 from moesys.megatron.own_layer import peers
 
 
@@ -19,13 +19,13 @@ def gradients(module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> l
     return [out.detach(), x.grad]
 
 
-def agree(rank: int, shape: Shape, folder: str) -> None:
+def agree(rank: int, shape: LayerShape, folder: str) -> None:
     """Output and input gradient of every side, but those with weights of their own, are equal."""
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     x, grad = torch.randn(1, 24, 16), torch.randn(1, 24, 16)
-    with bench_ranks.sides(shape, torch.float32, peers) as layers:
+    with many_ranks.sides(shape, torch.float32, peers) as layers:
         whole = {name: gradients(layer, x, grad) for name, layer in layers.items() if name not in ("deepspeed",)}
     expected = whole.pop("moesys all_to_all")
     assert set(whole) == {"moesys all_gather", "megatron alltoall", "megatron allgather"}

@@ -71,7 +71,7 @@ def _observe(config: Config, folder: Path) -> dict[str, Any]:
             # Nothing is gathered, and no number shared, for the sake of steps that are not finite.
             with comm.record() as events, patch.object(guard, "gathered", side_effect=AssertionError):
                 reference.train_step()
-            found["shared"] = sum(event.way.part == "step" for event in events)
+            found["shared"] = sum(event.tag.part == "step" for event in events)
     found["equal"] = _equal(trainer.engine.weights(), reference.engine.weights())
     found["moved"] = not _equal(before, trainer.engine.weights())
     found["state"] = _poisoned_state(trainer, folder)

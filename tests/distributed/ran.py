@@ -84,7 +84,7 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        for name in ("moesys", "parallel", "kernels", "launchers", "tests"):
+        for name in ("moesys", "parallel", "kernels", "launchers", "benchmarks", "tests"):
             if name in path.parts and "site-packages" not in path.parts and path.name != Path(__file__).name:
                 return "/".join(path.parts[len(path.parts) - 1 - path.parts[::-1].index(name) :])
         frame = frame.f_back  # type: ignore[assignment]
@@ -112,11 +112,11 @@ def waits_counted() -> Iterator[Counter[str]]:
 
 def observe(trainer: Any) -> Ran | None:
     """What the next step of all ranks does, on rank 0; None elsewhere. Collective."""
-    from moesys.measure.watch import watched
+    from moesys.measure.record.torch_collectives import record_torch_collectives
     from moesys.parallel import comm
 
     compiled = trainer.config.train.compile
-    with watched(not compiled), comm.record() as events, waits_counted() as waits:
+    with record_torch_collectives(not compiled), comm.record() as events, waits_counted() as waits:
         trainer.train_step()
     mesh = trainer.mesh
     axes: dict[str, tuple[str, ...]] = {}
@@ -143,7 +143,7 @@ def observe(trainer: Any) -> Ran | None:
 def _name(event: Any, axes: dict[str, tuple[str, ...]]) -> str:
     if event.kind in ("send", "recv"):
         return f"{event.kind} over pp"
-    way = event.way
-    members = "world" if way.part == "step" else "·".join(axes.get(event.group, ("world",)))
-    words = (event.kind, "over", members, way.part, way.level, "backward" if way.backward else "")
+    tag = event.tag
+    members = "world" if tag.part == "step" else "·".join(axes.get(event.group, ("world",)))
+    words = (event.kind, "over", members, tag.part, tag.level, "backward" if tag.backward else "")
     return " ".join(word for word in words if word)

@@ -84,7 +84,7 @@ def _observe(config: Config) -> dict[str, Any]:
     """Of the second step: collectives and marks in order; elements of the units that FSDP gathers; whether all weights
     lie on their shards after steps and evaluation; and what sums of gradients cost beside these (`_sums`)."""
     from moesys.data.corpus import open_corpus
-    from moesys.measure.watch import watched
+    from moesys.measure.record.torch_collectives import record_torch_collectives
     from moesys.parallel import comm
     from moesys.train.loop import Trainer
     from moesys.train.native import connect
@@ -97,11 +97,11 @@ def _observe(config: Config) -> dict[str, Any]:
     after_evaluation = _sharded(parts)
     if not config.train.compile:
         _mark(parts)
-    with comm.record() as events, watched():
+    with comm.record() as events, record_torch_collectives():
         trainer.train_step()
     return {
         "events": [
-            (e.kind, e.bytes, len(e.ranks), e.way.layer if e.kind in (RUNS, BACK) else e.way.part) for e in events
+            (e.kind, e.bytes, len(e.ranks), e.tag.layer if e.kind in (RUNS, BACK) else e.tag.part) for e in events
         ],
         "sharded": (after_step, after_evaluation, _sharded(parts)),
         "units": _units(parts),
@@ -111,7 +111,7 @@ def _observe(config: Config) -> dict[str, Any]:
 
 def _sums(model: Any) -> tuple[int, int]:
     """Bytes of all gradients; and at the fullest moment of their sum, with what is beside them then."""
-    from moesys.measure.memory import peak_bytes
+    from moesys.measure.peak_memory import peak_bytes
     from moesys.parallel.gradients import local
 
     gradients = model.gradients
@@ -186,4 +186,4 @@ def _watch(out: torch.Tensor, name: str) -> None:
 def _note(kind: str, layer: str) -> None:
     from moesys.parallel import comm
 
-    comm.note(comm.Event(kind, 0, 0.0, 0.0, 0.0, comm.Way(layer=layer)))
+    comm.add(comm.CollectiveRecord(kind, 0, 0.0, 0.0, 0.0, comm.Tag(layer=layer)))

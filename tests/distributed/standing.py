@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-ANSWER_S = 120.0
+ANSWER_S = 600.0
+"""After which ranks count as hung."""
 
 
 class RankError(AssertionError):
@@ -94,7 +95,7 @@ def _serve(rank: int, world: int, store: str, ends: list[Connection]) -> None:
         if other != rank:
             end.close()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=timedelta(seconds=ANSWER_S))
     while (question := ends[rank].recv()) is not None:
         ends[rank].send(_answer(rank, *question))
     dist.barrier()

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 from all_gates import traces
+from dispatcher_ranks import KINDS_OF_LAYOUTS, LAYOUTS, ROUTINGS, TYPES, E, F, H, everything, routing, whole
 from drawn import Case
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from journeys import KINDS_OF_WAYS, ROUTINGS, TYPES, WAYS, E, F, H, everything, routing, whole
 from ran import Ran
 from standing import Standing
 from support import changed
@@ -21,7 +21,7 @@ from support import changed
 from moesys import cli
 from moesys.config import Config
 from moesys.parallel import dimension
-from moesys.parallel.dispatchers.all_to_all import by_expert, turned
+from moesys.parallel.dispatchers.all_to_all import by_expert, transpose_blocks
 from moesys.parallel.dispatchers.build import KINDS
 from moesys.train import verify
 
@@ -39,10 +39,10 @@ def found(ranks) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind,count", ROUTINGS)
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_computes_the_definition(found, name, kind, count):
     expected = whole(4, count, kind)
-    _, _, ep, etp = WAYS[name]
+    _, _, ep, etp = LAYOUTS[name]
     for chunks in (1, 3):
         fc1, fc2 = torch.zeros_like(expected["fc1"]), torch.zeros_like(expected["fc2"])
         for rank, every in enumerate(found):
@@ -66,11 +66,11 @@ def test_rows_come_into_the_experts_order_alike_by_index_and_by_blocks(blocks):
     order = by_expert(received, len(rows))
     assert torch.equal(order.counts_E, received.sum(0))
     weight = torch.rand(len(rows), dtype=torch.float64)
-    for moved in (rows[order.token_A], turned(rows, blocks)):
+    for moved in (rows[order.token_A], transpose_blocks(rows, blocks)):
         assert torch.equal(moved, expected)
         (grad,) = torch.autograd.grad(moved, rows, weight)
         assert torch.equal(grad, weight[order.row_A])
-    assert torch.equal(turned(expected, list(zip(*blocks, strict=True))), rows)
+    assert torch.equal(transpose_blocks(expected, list(zip(*blocks, strict=True))), rows)
 
 
 FEW = settings(
@@ -164,7 +164,7 @@ def test_a_token_crosses_between_nodes_once_per_node(found, node):
 
 
 def bytes_of(kinds: Counter[str]) -> dict[str, int]:
-    """Bytes of all-to-alls; nothing else may have travelled."""
+    """Bytes of all-to-alls; nothing else may be sent."""
     names = {"all_to_all_counts": "counts", "all_to_all_weights": "weights", "all_to_all": "rows"}
     return {names[kind]: size for kind, size in kinds.items()}
 
@@ -186,26 +186,26 @@ def test_a_gathered_token_goes_to_every_rank(found, node):
 
 @pytest.mark.parametrize("payload", ["model", "fp8"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("name", KINDS_OF_WAYS)
+@pytest.mark.parametrize("name", KINDS_OF_LAYOUTS)
 def test_rows_travel_in_the_type_of_the_model_or_in_eight_bits_with_scales(found, name, dtype, payload):
-    """Of the way to experts alone: results and gradients keep the type of the model."""
+    """Dispatch alone is encoded: results and gradients keep the type of the model."""
     plain = dtype.itemsize * H
     seen = set()
     for every in found:
         events = zip(every["types"][name, dtype, payload], every["events"][name], strict=True)
         for event, in_float32 in events:
             if event.kind in ("all_to_all", "all_gather", "reduce_scatter"):
-                there = event.way.part == "dispatch" and not event.way.backward
+                there = event.tag.part == "dispatch" and not event.tag.backward
                 row = H + 4 if there and payload == "fp8" else plain
                 assert event.sent == tuple(n // (4 * H) * row for n in in_float32.sent)
-                seen.add((event.way.part, event.way.backward, sum(event.sent) > 0))
+                seen.add((event.tag.part, event.tag.backward, sum(event.sent) > 0))
             else:  # counts, names and weights do not depend on it
                 assert event.sent == in_float32.sent
     assert seen == {(part, backward, True) for part in ("dispatch", "combine") for backward in (False, True)}
 
 
 def test_levels_are_named_by_where_rows_go(found):
-    names = {name: Counter(e.way.level for e in found[0]["events"][name] if e.kind == "all_to_all") for name in WAYS}
+    names = {name: Counter(e.tag.level for e in found[0]["events"][name] if e.kind == "all_to_all") for name in LAYOUTS}
     assert names["all_to_all"] == names["uneven nodes"] == {"flat": 4}
     assert names["2 nodes of 2"] == names["slices on 2 nodes"] == {"inter": 4, "intra": 4}
     assert names["4 nodes"] == {"inter": 4} and names["1 node"] == {"intra": 4}
@@ -215,11 +215,11 @@ def test_levels_are_named_by_where_rows_go(found):
 
 def test_counts_are_exchanged_once_per_level_whatever_the_chunks(found):
     for every in found:
-        _, kinds, _, _ = every["air"]["2 nodes of 2"]
+        _, kinds, _, _ = every["unwaited"]["2 nodes of 2"]
         assert kinds.count("all_to_all_counts") == 2 * 2, "two levels, forward and recomputed"
 
 
-@pytest.mark.parametrize("name", KINDS_OF_WAYS)
+@pytest.mark.parametrize("name", KINDS_OF_LAYOUTS)
 def test_shared_work_runs_while_rows_travel_in_both_directions(found, name):
     for every in found:
         beside, after = every["shared"][name][True], every["shared"][name][False]
@@ -232,17 +232,17 @@ def test_shared_work_runs_while_rows_travel_in_both_directions(found, name):
         assert not [kind for kind, begin, waited in after["spans"] if begin < after["times"][0] < waited]
 
 
-@pytest.mark.parametrize("name", KINDS_OF_WAYS)
+@pytest.mark.parametrize("name", KINDS_OF_LAYOUTS)
 def test_recomputation_that_ends_early_leaves_nothing_in_the_air(found, name):
     expected = whole(4, 13, "top_k")
     for rank, every in enumerate(found):
-        left, _, x, fc1 = every["air"][name]
+        left, _, x, fc1 = every["unwaited"][name]
         assert left == 0
         torch.testing.assert_close(x, expected[f"x {rank}"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(fc1, expected["fc1"][rank * E // 4 : (rank + 1) * E // 4], rtol=1e-12, atol=1e-12)
 
 
-def test_eight_bits_change_results_by_little_and_alike_on_every_way(found):
+def test_eight_bits_change_results_by_little_and_alike_in_every_layout(found):
     for every in found:
         exact = every["fp8"]["all_to_all"]["model"]
         flat = every["fp8"]["all_to_all"]["fp8"]

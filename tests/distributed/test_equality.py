@@ -33,9 +33,8 @@ Compared = dict[str, tuple[verify.Trace, verify.Trace]]
 
 
 def configuration(small: dict, case: Case) -> Config:
-    cluster = {"ranks_per_node": case.world}
-    small = changed(small, {"train": {"global_batch": case.batch}})
-    raw = changed(small, {"model": case.model, "train": case.train, "parallel": case.parallel, "cluster": cluster})
+    more = {"model": case.model, "train": case.train, "parallel": case.parallel}
+    raw = changed(small, case.size, more, {"cluster": {"ranks_per_node": case.world}})
     config = Config.model_validate(raw)
     assert dimension.check(config) == []
     return config
@@ -96,7 +95,7 @@ def test_a_gather_and_a_wait_too_many_are_found(small, tmp_path):
         Budgets().check(case.name, ran[case.name])
     text = str(failure.value)
     assert f"and the budget is {budget['all_gather over dp_shard']}" in text
-    assert "tests/distributed/sabotage.py: 3, and the budget is none" in text
+    assert "tests/distributed/sabotage.py: 1, and the budget is none" in text
 
 
 def test_the_matrix_covers_every_pair_of_dimensions():

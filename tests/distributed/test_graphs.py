@@ -10,7 +10,7 @@ from graphs import alone, compiled
 from torch import Tensor
 
 from moesys.models.attention import CausalCore
-from moesys.moe.layer import Decided, MoELayer
+from moesys.moe.layer import MoELayer, RoutedTokens
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),  # torch.compile's own, in graphs after graphs
@@ -109,14 +109,14 @@ def test_a_graph_that_breaks_is_found(monkeypatch: pytest.MonkeyPatch, recompute
 
 
 def test_a_side_effect_in_a_part_loses_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    decide = MoELayer.decide
+    route = MoELayer.route
 
-    def counting(self: MoELayer, x: Tensor, tokens: Tensor | None) -> Decided:
-        decided = decide(self, x, tokens)
-        self.count(decided)
-        return decided
+    def counting(self: MoELayer, x: Tensor, tokens: Tensor | None) -> RoutedTokens:
+        routed = route(self, x, tokens)
+        self.count(routed)
+        return routed
 
-    monkeypatch.setattr(MoELayer, "decide", counting)
+    monkeypatch.setattr(MoELayer, "route", counting)
     with alone(1):
         graphs, _, _ = compiled({"model": PLAIN, "train": {"recompute": "selective"}}, 1)
     assert "route" not in graphs.made

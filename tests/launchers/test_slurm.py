@@ -124,7 +124,7 @@ def run_script(spec: RunSpec, tmp_path: Path, worker: str, **more: str) -> subpr
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "RANKS": "4", "SLURM_CPUS_ON_NODE": "6"}
     env |= {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "node-[7-8]", **more}
     text = slurm.script(spec, str(python))
-    return subprocess.run(["bash"], input=text, text=True, env=env, capture_output=True, timeout=60)
+    return subprocess.run(["bash"], input=text, text=True, env=env, capture_output=True, timeout=600)
 
 
 WORKER = """
@@ -161,7 +161,7 @@ def test_a_job_leaves_a_folder_alone_that_is_in_use(spec, tmp_path):
     run = spec()
     with locked(run.run_dir):
         text = slurm.script(run).replace("--wait 60", "--wait 0")
-        done = subprocess.run(["bash"], input=text, text=True, env={**os.environ}, capture_output=True, timeout=60)
+        done = subprocess.run(["bash"], input=text, text=True, env={**os.environ}, capture_output=True, timeout=600)
     holder = f"another launch of this run (process {os.getpid()}) has not ended"
     assert (done.returncode, done.stderr) == (1, f"{run.run_dir} is in use: {holder}\n")
     assert not (run.run_dir / "config.yaml").exists()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from journeys import together
+from dispatcher_ranks import together
 from megatron_ranks import ALONE, JOURNEYS, OPTIONS, SIZES, everything
 
 from moesys.megatron.weights import whole

@@ -135,5 +135,5 @@ def test_thresholds_stay_float32_and_begin_by_themselves():
 def test_evaluation_has_no_losses():
     gate = drawn(ExpertChoiceGate(H, E, 2, z_loss=0.1))
     for training, names in ((True, {"z"}), (False, set())):
-        decision = gate.train(training)(vectors(8), Tokens(torch.arange(8)), MicroBatch())
-        assert set(decision.losses) == names
+        output = gate.train(training)(vectors(8), Tokens(torch.arange(8)), MicroBatch())
+        assert set(output.losses) == names

@@ -16,9 +16,9 @@ IDS = torch.arange(3000) % 500
 
 
 def chosen(gate, tokens):
-    decision = gate(torch.zeros(len(tokens.number_T), 1), tokens, MicroBatch())
-    assert torch.equal(decision.weight_A, torch.full_like(decision.weight_A, 1 / K))
-    return decision.expert_A.view(-1, K)
+    output = gate(torch.zeros(len(tokens.number_T), 1), tokens, MicroBatch())
+    assert torch.equal(output.weight_A, torch.full_like(output.weight_A, 1 / K))
+    return output.expert_A.view(-1, K)
 
 
 @pytest.mark.parametrize("gate", [HashGate(E, K, 7), RandomGate(E, K, 7)], ids=lambda gate: type(gate).__name__)

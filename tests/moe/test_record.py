@@ -12,7 +12,7 @@ from moesys.moe.capacity import Capacity
 from moesys.moe.gates import TopKGate
 from moesys.moe.gates.expert_choice import ExpertChoiceGate
 from moesys.moe.gates.soft import SoftGate
-from moesys.moe.record import Recorder
+from moesys.moe.record import RoutingRecorder
 
 E = 6
 
@@ -33,7 +33,7 @@ def marked(numbers: torch.Tensor) -> torch.Tensor:
 )
 def test_what_was_routed_is_what_was_recorded(gate):
     built = layer(gate)
-    recorder = Recorder({"a": built})
+    recorder = RoutingRecorder({"a": built})
     x, number = vectors(20), torch.arange(20) + 40
     # Two micro-batches, the later tokens first, and recomputed in backward.
     for part in (slice(10, 20), slice(0, 10)):
@@ -63,6 +63,6 @@ def test_what_was_routed_is_what_was_recorded(gate):
 
 def test_what_sends_no_token_anywhere_is_not_recorded():
     built = layer(SoftGate(H, E, 2))
-    recorder = Recorder({"a": built})
+    recorder = RoutingRecorder({"a": built})
     built(vectors(4)[None])
     assert recorder.take() == {}

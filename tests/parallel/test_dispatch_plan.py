@@ -11,9 +11,9 @@ from support import changed
 from moesys.config import Config
 from moesys.parallel import dimension, nodes
 from moesys.parallel.degrees import resolve
+from moesys.parallel.dispatchers.base import bounds, chunk_of
 from moesys.parallel.dispatchers.payload import Fp8Rows
 from moesys.parallel.dispatchers.plan import reached
-from moesys.parallel.dispatchers.travelling import bounds, chunk_of
 
 
 def config(small: dict, dispatch: dict, parallel: dict, nodes: int, per_node: int, moe: dict | None = None) -> Config:

@@ -1,4 +1,4 @@
-"""Which way `parallel.sync_gradients: auto` is, what the dry run tells of it, and where `each` is refused."""
+"""The value that `parallel.sync_gradients: auto` chooses, what the dry run says of it, and where `each` is refused."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def large(small: dict, *changes: dict) -> tuple[Config, Degrees]:
     return config, degrees
 
 
-def needed(config: Config, degrees: Degrees, way: Any) -> float:
-    return estimate(step_shape(with_sync(config, way), degrees, VOCABULARY, 0)).total
+def needed(config: Config, degrees: Degrees, sync: Any) -> float:
+    return estimate(step_shape(with_sync(config, sync), degrees, VOCABULARY, 0)).total
 
 
 def test_auto_is_once_unless_that_does_not_fit(small):
     config, degrees = large(small)
-    once, each = (needed(config, degrees, way) for way in ("once", "each"))
+    once, each = (needed(config, degrees, sync) for sync in ("once", "each"))
     # Whole gradients of four micro-batches in float32, against an eighth of them.
     whole = sum(s.held(unsharded=True) for s in step_shape(config, degrees, VOCABULARY, 0))
     sharded = sum(s.held() for s in step_shape(config, degrees, VOCABULARY, 0))
     assert once - each == pytest.approx(4 * (whole - sharded)) and whole > 7 * sharded
-    for limit, way, why in (
+    for limit, sync, why in (
         (None, "once", "cluster.memory_gib is not given"),
         (once / GIB * 1.01, "once", "it fits with"),
         (once / GIB * 0.99, "each", "once does not fit with"),
@@ -55,16 +55,16 @@ def test_auto_is_once_unless_that_does_not_fit(small):
     ):
         given, _ = large(small, {"cluster": {"memory_gib": limit}})
         found = settle(given, degrees, VOCABULARY)
-        assert found is not None and (found.way, found.needs) == (way, {"once": once, "each": each})
+        assert found is not None and (found.sync, found.needs) == (sync, {"once": once, "each": each})
         assert why in found.why
-        assert settled(given, degrees, VOCABULARY).parallel.sync_gradients == way
+        assert settled(given, degrees, VOCABULARY).parallel.sync_gradients == sync
 
 
 def test_what_is_asked_for_is_done(small):
-    for way in ("once", "each"):
-        config, degrees = large(small, {"parallel": {"sync_gradients": way}, "cluster": {"memory_gib": 0.01}})
+    for sync in ("once", "each"):
+        config, degrees = large(small, {"parallel": {"sync_gradients": sync}, "cluster": {"memory_gib": 0.01}})
         found = settle(config, degrees, VOCABULARY)
-        assert found is not None and (found.way, found.why) == (way, "parallel.sync_gradients says so")
+        assert found is not None and (found.sync, found.why) == (sync, "parallel.sync_gradients says so")
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_on_cpu_a_node_must_hold_its_ranks(small):
     cpu = {"cluster": {"device": "cpu"}}
     config, degrees = large(small, cpu)
     once = 8 * needed(config, degrees, "once")
-    for factor, way in ((1.01, "once"), (0.99, "each")):
+    for factor, sync in ((1.01, "once"), (0.99, "each")):
         given, _ = large(small, cpu, {"cluster": {"memory_gib": once / GIB * factor}})
         found = settle(given, degrees, VOCABULARY)
-        assert found is not None and found.way == way and found.needs["once"] == pytest.approx(once)
+        assert found is not None and found.sync == sync and found.needs["once"] == pytest.approx(once)
 
 
 def test_the_dry_run_shows_both_and_why(small):

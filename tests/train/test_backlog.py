@@ -74,11 +74,11 @@ def test_the_host_waits_for_no_step_that_is_not_due(trainer, change):
         with waits_counted() as waits, comm.record() as events:
             assert run.train_step(due=False) == {}
         assert not waits
-        assert sum(event.way == comm.STEP for event in events) == 1, "the norm alone is shared"
+        assert sum(event.tag == comm.STEP for event in events) == 1, "the norm alone is shared"
     with waits_counted() as waits, comm.record() as events:
         assert run.train_step()["step"] == 4
     assert waits == {"moesys/train/backlog.py": 2}, "one copy to the host, seen as an array"
-    assert sum(event.way == comm.STEP for event in events) == 2
+    assert sum(event.tag == comm.STEP for event in events) == 2
 
 
 def test_nothing_is_recorded_in_a_step_that_is_not_due(trainer, monkeypatch):

@@ -46,7 +46,7 @@ def exporter(port: int) -> Iterator[Exporter]:
 
 
 def read(port: int) -> dict[str, Family]:
-    text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=300).read().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 

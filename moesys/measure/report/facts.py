@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from moesys.files import json_objects
-from moesys.measure.run_files import is_number
+from moesys.measure.report.run_files import is_number
 
 Row = tuple[str, str]
 

@@ -1,4 +1,4 @@
-"""Gates: one file each, all from tokens x [T, H] to a `Decision`."""
+"""Gates: one file each, all from tokens x [T, H] to a `GateOutput`."""
 
 from moesys.moe.gates.gate import Gate as Gate
 from moesys.moe.gates.prototype import PrototypeGate as PrototypeGate

@@ -1,4 +1,4 @@
-"""From tokens x [T, H] to logits [T, E], in float32 or wider whatever the model's precision."""
+"""The projection of tokens x [T, H] to logits [T, E], in float32 or wider whatever the model's precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from moesys.kernels import recycle
+from moesys.kernels.cpu import memory_pool
 
 
 class GateProjection(nn.Linear):
@@ -28,7 +28,7 @@ class GateProjection(nn.Linear):
 
 
 TOKENS = 512
-"""Tokens that are widened at once on CPU: their wide copy stays in the cache."""
+"""Tokens that are widened at once on CPU, so that their wide copy stays in the cache."""
 
 
 class _Widened(torch.autograd.Function):
@@ -47,7 +47,7 @@ class _Widened(torch.autograd.Function):
         x_TH, weight_EH = ctx.saved_tensors
         if _all_at_once(x_TH):
             return (grad_TE @ weight_EH).to(x_TH.dtype), grad_TE.t() @ x_TH.to(weight_EH.dtype)
-        grad_x, grad_weight = recycle.empty(x_TH.shape, x_TH.dtype), torch.zeros_like(weight_EH)
+        grad_x, grad_weight = memory_pool.empty(x_TH.shape, x_TH.dtype), torch.zeros_like(weight_EH)
         for x, grad, out in zip(*map(_pieces, (x_TH, grad_TE, grad_x)), strict=True):
             out.copy_(grad @ weight_EH)
             grad_weight.addmm_(grad.t(), x.to(weight_EH.dtype))

@@ -1,4 +1,4 @@
-"""What gates share that compute one logit per token and expert."""
+"""The base class of gates that compute one logit per token and expert."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from moesys.moe import losses
 from moesys.moe.gates.gate import Gate
 from moesys.moe.gates.projection import GateProjection
-from moesys.moe.routing import Decision, MicroBatch
+from moesys.moe.routing import GateOutput, MicroBatch
 
-D = TypeVar("D", bound=Decision)
+D = TypeVar("D", bound=GateOutput)
 
 
 class ScoredGate(Gate):
@@ -28,8 +28,8 @@ class ScoredGate(Gate):
         self.projection = GateProjection(hidden, experts)
         self.experts, self.z_loss = experts, z_loss
 
-    def with_losses(self, decision: D, logits_TE: Tensor, scope: MicroBatch) -> D:
-        """`decision` with the losses on its logits, in training."""
+    def with_losses(self, output: D, logits_TE: Tensor, scope: MicroBatch) -> D:
+        """`output` with the losses on its logits, in training."""
         if self.z_loss and self.training:
-            decision.losses["z"] = self.z_loss * losses.router_z(logits_TE, scope)
-        return decision
+            output.losses["z"] = self.z_loss * losses.router_z(logits_TE, scope)
+        return output

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moesys.moe.dispatch import Dispatcher
+from moesys.moe.experts import Experts
 from moesys.moe.gates.gate import Gate
 from moesys.moe.gates.projection import GateProjection
-from moesys.moe.routing import Decision, MicroBatch, Tokens, attach_loss
-
-if TYPE_CHECKING:
-    from moesys.moe.dispatch import Dispatcher
-    from moesys.moe.experts import Experts
+from moesys.moe.routing import GateOutput, MicroBatch, Tokens, attach_loss
 
 
 @dataclass
-class Merge(Decision):
-    """For each of B sequences one feed-forward, whose weights are Σ_e share_BE · weights of expert e."""
+class Merge(GateOutput):
+    """One merged feed-forward for each of B sequences; its weights are Σ_e share_BE · weights of expert e."""
 
     share_BE: Tensor
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moesys.moe.dispatch import Dispatcher
+from moesys.moe.experts import Experts
 from moesys.moe.gates.gate import Gate
 from moesys.moe.gates.projection import GateProjection
-from moesys.moe.routing import Decision, MicroBatch, Tokens, attach_loss
-
-if TYPE_CHECKING:
-    from moesys.moe.dispatch import Dispatcher
-    from moesys.moe.experts import Experts
+from moesys.moe.routing import GateOutput, MicroBatch, Tokens, attach_loss
 
 
 @dataclass
-class Slots(Decision):
+class Slots(GateOutput):
     """Mixtures of each of B sequences' S tokens, P of them, P / E per expert, in the order of experts.
 
     `dispatch_BSP` are the shares of tokens in slots, `combine_BSP` of slots in tokens; both float32.

@@ -1,0 +1,1 @@
+# What exists only because it is fast on CPUs; torch and Triton do this themselves on GPUs.

@@ -1,0 +1,81 @@
+"""What `moesys bench layer` is asked for, checked, and run."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+import torch
+
+from moesys.errors import MoesysError
+from moesys.measure.layer_benchmark import many_ranks, one_device
+from moesys.measure.layer_benchmark.one_device import SHAPES, LayerShape
+
+Result = one_device.LayerTimes | many_ranks.ShardedLayerTimes
+
+
+class LayerBenchError(MoesysError):
+    """A benchmark that was asked for cannot be run."""
+
+    exit_code = 2
+
+
+def run(arguments: argparse.Namespace, peers: many_ranks.OtherLayers) -> list[Result]:
+    """Run the benchmark that the command line asks for, and print each result as it comes.
+
+    Raises:
+        LayerBenchError: what is asked for cannot be run.
+    """
+    shape = shape_of(arguments)
+    device = device_of(arguments.device)
+    results: list[Result] = []
+    print(one_device.describe(device), flush=True)
+    # Ranks run on the host's cores, whatever else is there.
+    for name in types_of(arguments.dtype, device if arguments.ranks == 1 else torch.device("cpu")):
+        dtype = getattr(torch, name)
+        if arguments.ranks > 1:
+            results.append(many_ranks.run(shape, dtype, arguments.ranks, arguments.rounds, peers))
+        else:
+            results.append(alone(shape, dtype, device, arguments.rounds))
+        print("\n".join(results[-1].lines()), flush=True)
+    return results
+
+
+def types_of(name: str | None, device: torch.device) -> tuple[str, ...]:
+    """The types to run in: the one that is named, or those that the device is trained in."""
+    if name:
+        return (name,)
+    return ("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16")
+
+
+def alone(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
+    """`one_device.run`, whose lack of memory is told in the user's words."""
+    try:
+        return one_device.run(shape, dtype, device, rounds)
+    except torch.OutOfMemoryError:
+        size = 3 * shape.experts * shape.hidden * shape.ffn_hidden * dtype.itemsize / 1e9
+        rule = f"a layer of this shape does not fit {one_device.describe(device)}: {size:.1f} GB of weights, as much"
+        raise LayerBenchError(f"{rule} of gradients, and its tokens; choose fewer --experts or --tokens") from None
+
+
+def shape_of(arguments: argparse.Namespace) -> LayerShape:
+    """The shape that is named, with what is given in its place."""
+    name = arguments.shape or ("two-ranks" if arguments.ranks > 1 else "laptop")
+    if name not in SHAPES:
+        raise LayerBenchError(f"--shape {name}: there is no such shape; one of {', '.join(SHAPES)}")
+    given = {key: getattr(arguments, key) for key in asdict(SHAPES[name]) if getattr(arguments, key) is not None}
+    shape = LayerShape(**(asdict(SHAPES[name]) | given))
+    if min(asdict(shape).values()) < 1 or arguments.ranks < 1:
+        raise LayerBenchError("every size and --ranks must be at least 1")
+    if shape.top_k > shape.experts:
+        raise LayerBenchError(f"--top-k {shape.top_k} must be at most --experts {shape.experts}")
+    if shape.experts % arguments.ranks:
+        raise LayerBenchError(f"--ranks {arguments.ranks} must divide --experts {shape.experts}")
+    return shape
+
+
+def device_of(name: str) -> torch.device:
+    """The device to run on; auto: a GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LayerBenchError("--device cuda: torch finds no GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
