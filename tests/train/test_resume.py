@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, Te
 
 from moesys import cli
 from moesys.config import Config
-from moesys.config.changes import saved_form
+from moesys.config.differences import saved_form
 from moesys.errors import CheckpointError, ConfigError, FileError
 from moesys.models.size import weights
 from moesys.train import manifest, metrics, resume, run_folder, saved_shapes
