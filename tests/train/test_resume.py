@@ -18,7 +18,7 @@ from moesys.config import Config
 from moesys.config.differences import saved_form
 from moesys.errors import CheckpointError, ConfigError, FileError
 from moesys.models.size import weights
-from moesys.train import manifest, metrics, resume, run_folder, saved_shapes
+from moesys.train import manifest, metrics, resume, run_folder, saved_shapes, validate
 from moesys.train.validate import load_checked
 
 RAW: dict = {
@@ -213,6 +213,18 @@ def test_keys_of_another_version_are_refused_unless_they_change_no_number(tmp_pa
         "\n  train.echo: saved 3, now absent (unknown to this version)"
         "\n    remedy: go on with moesys 9.9, which wrote it, or choose another run: name=NAME"
     )
+
+
+def test_a_key_of_a_named_mixer_may_change_if_it_is_named(tmp_path: Path) -> None:
+    pattern = {"model": {"layers": {"count": 1, "repeat": ["local moe"]}, "mixers": {"local": {"heads": 4}}}}
+    path, change = write(tmp_path, config=saved_form(config(pattern))), {"model": {"mixers": {"local": {"window": 8}}}}
+    with pytest.raises(CheckpointError, match=r"add 'train.resume_changed=\[model\.mixers\.local\.window\]'"):
+        judged(path, pattern, change)
+    named = {"train": {"resume_changed": ["model.mixers.local.window"]}}
+    assert judged(path, pattern, change, named) == ["model.mixers.local.window: null → 8"]
+    assert validate.training(config(pattern, named).train) == []
+    (problem,) = validate.training(config({"train": {"resume_changed": ["model.mixers.local.widow"]}}).train)
+    assert problem.key == "train.resume_changed"
 
 
 def test_a_key_that_decides_weights_may_change_where_all_fit_if_it_is_named(tmp_path: Path) -> None:
