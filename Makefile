@@ -7,7 +7,10 @@ INSTALLED := $(VENV)/.installed
 # Python than it needs, and lies in a folder of its own: tests/megatron/test_newest.py puts that first.
 NEWEST := $(VENV)/megatron-core-0.19.2
 
-.PHONY: quickstart test lint bench gpu-check clean
+# What builds the site is installed by `make docs` alone.
+SITE := $(VENV)/.site
+
+.PHONY: quickstart test lint bench docs gpu-check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/moesys launch configs/quickstart.yaml
@@ -22,6 +25,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/moesys bench train configs/quickstart.yaml
+
+# Builds the site into build/site; a broken link or an undocumented public name fails.
+docs: $(INSTALLED) $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
 
 # Needs torch alone: where another Python has the right one, `python -m moesys.measure.gpu_check` does the same.
 gpu-check: $(INSTALLED)
@@ -38,6 +46,10 @@ $(NEWEST): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 		--ignore-requires-python --python-version 3.12 --target $@.part megatron-core==0.19.2
 	mv $@.part $@
+	touch $@
+
+$(SITE): docs/requirements.txt $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
 	touch $@
 
 clean:

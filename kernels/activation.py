@@ -1,7 +1,7 @@
 """Activations of experts, multiplied by the routing weight in the same pass.
 
-N rows, G = 2 (gate and linear part) or 1, F inner size. Keeping h alone for backward, and applying
-the routing weight here rather than to the outputs, spares keeping the experts' outputs.
+N rows, G = 2 (gate and linear part) or 1, F inner size. Backward needs h alone: the routing weight multiplies the
+activation, not the outputs, so that the experts' outputs are not kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 class Kind:
     """An activation `value(g)`, times `linear(u)` if `gated`; each with its backward(gradient, input).
 
-    Those that end in `_out` write into memory that is there.
+    Functions that end in `_out` write into given memory.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -194,7 +194,7 @@ class Recomputed:
             self.value = self.kind.value(h_NGF[:, 0])
             self.inner.copy_(self.value)
             return
-        # It waits where the gradient of the other part will be.
+        # It is kept in the memory of the other part's gradient.
         self.value = dh[:, 1]
         if self.kind.value_out is not None:
             self.kind.value_out(h_NGF[:, 0], out=self.value)

@@ -1,7 +1,7 @@
-"""Which version of an operation runs: the one place that decides, by device, shape and type.
+"""The choice of an operation's implementation, by device, shape and type; nothing else chooses.
 
-"reference" is the plain definition, "torch" what is fast with torch alone (and the only fast one on
-CPU), "triton" the kernels in `moesys.kernels.triton`.
+"reference" is the plain definition, "torch" the fast implementation with torch alone (the only one on CPU), "triton"
+the kernels in `moesys.kernels.triton`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ VARIABLE = "MOESYS_KERNELS"
 
 
 class KernelChoiceError(MoesysError, ValueError):
-    """An implementation was forced that does not exist, or cannot run here."""
+    """The environment forces an implementation that does not exist or cannot run here."""
 
     exit_code = 2
 
 
 def choose(x: Tensor, operation: Operation, w: Tensor | None = None) -> Implementation:
-    """How to compute `operation` on x: any shape, floating type and device.
+    """The implementation of `operation` for x: any shape, floating type and device.
 
     Without `MOESYS_KERNELS`: on CPU torch; on CUDA Triton where it is installed, save for float64 (the
     kernels are written for float32 and narrower) and for the products of groups that torch has a kernel
@@ -103,7 +103,7 @@ def forced() -> Implementation | None:
 
 
 def forget() -> None:
-    """Let `forced` read the environment again."""
+    """Make `forced` read the environment again."""
     _Forced.read = False
 
 

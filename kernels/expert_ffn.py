@@ -1,8 +1,8 @@
-"""The whole feed-forward of a layer's experts as one operation.
+"""The feed-forward of all experts of a layer as one operation.
 
 T tokens, N rows sorted by expert, E experts with counts_E rows of each, H hidden, G · F inner (G = 2
-with a gated activation). On CPU experts go one by one, on a core each (`expert_ffn_blocked`), on GPU all together
-(`expert_ffn_grouped`). Either keeps its inputs and the products of fc1 alone for backward.
+with a gated activation). A CPU computes experts one by one, on a core each (`cpu.expert_ffn_blocked`), a GPU all
+together (`expert_ffn_grouped`). Both keep only the inputs and the products of fc1 for backward.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def expert_ffn(
     index = row = offsets = None
     if p is not None:
         index, row, offsets = p.token_A, p.row_A, p.offsets_T1
-        if _in_blocks(x_TH):  # which add to their tokens: nothing that is not used is kept
+        if _in_blocks(x_TH):  # blocks add to their tokens, and need neither
             row = offsets = None
     return _ExpertFFN.apply(x_TH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, index, row, offsets, kind)
 
 
 def _in_blocks(x: Tensor) -> bool:
-    """Whether experts go one after another, or some to a core, rather than all together."""
+    """Whether experts run in blocks on CPU rather than all together."""
     return not x.is_cuda and choose(x, "expert_ffn") == "torch"
 
 
@@ -90,15 +90,15 @@ _LIBRARY.define(
 
 
 def _forward(*inputs) -> tuple[Tensor, Tensor]:
-    """(output, in the shape of x; h [N, G, F]) of the inputs of `Arguments`."""
+    """Output, in the shape of x, and h [N, G, F], for the inputs of `Arguments`."""
     args = Arguments(*inputs)
     return (blocked if _in_blocks(args.x_TH) else grouped).forward(args)
 
 
 def _backward(grad_TH: Tensor, *inputs) -> tuple[Tensor, ...]:
-    """Gradients of x, fc1, fc2, weight and bias1, of the inputs of `Arguments`, h and what is asked for.
+    """Gradients of x, fc1, fc2, weight and bias1, from the inputs of `Arguments`, h, `of_fc1` and `of_fc2`.
 
-    The last two are empty without their inputs, those of fc1 and fc2 where they are not asked for.
+    Those of weight and bias1 are empty without these inputs, those of fc1 and fc2 if `of_fc1` or `of_fc2` is false.
     """
     *args, h_NGF, of_fc1, of_fc2 = inputs
     implementation = blocked if _in_blocks(args[0]) else grouped
@@ -106,7 +106,7 @@ def _backward(grad_TH: Tensor, *inputs) -> tuple[Tensor, ...]:
 
 
 def _with_empty(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An empty tensor in place of each None: an operation cannot return that."""
+    """The tensors with an empty one in place of each None, which an operation cannot return."""
     return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
 
@@ -130,14 +130,14 @@ def _(grad_TH, *inputs):
 
 
 def _fresh(x: Tensor) -> Tensor:
-    """What the results look like: contiguous, however x lies in memory."""
+    """A new tensor of the shape of x, contiguous as results are."""
     return x.new_empty(x.shape)
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """Derivative of the operation. Registered with it instead, it would cost more than small products.
+    """The derivative of the operation; registered with the operation it would cost more than small products.
 
-    Wider weights are cast here, and again in backward: a narrow copy of all of them is not kept meanwhile.
+    Forward and backward each cast wider weights, so that no narrow copy is kept between them.
     """
 
     @staticmethod
@@ -170,7 +170,7 @@ def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)
 def _flops(x_shape, fc1_shape, fc2_shape, counts_shape, weight, bias, index, *args, out_shape=None, **kwargs) -> int:
-    """So that torch's FlopCounterMode sees through the operation."""
+    """FLOPs of the operation, for torch's FlopCounterMode."""
     rows = x_shape[0] if index is None else index[0]
     return 2 * rows * x_shape[1] * fc2_shape[1] * (fc1_shape[2] + 1)
 
@@ -188,4 +188,4 @@ PRODUCTS = (
     torch.ops.moesys.grouped_mm.default,
     torch.ops.moesys.expert_ffn.default,
 )
-"""The operations whose results are products: selective recomputation keeps them."""
+"""Operations whose results are products; selective recomputation keeps them."""

@@ -1,8 +1,8 @@
 """`expert_ffn` on GPU: the rows of all experts at once, by gathering, grouped products and the fused activation.
 
-For backward it keeps what the CPU's version keeps, its inputs and the products of fc1: rows are gathered and inner
-activations computed once more, as DeepSeek-V3 does with SwiGLU (arXiv 2412.19437): a pass over memory spares
-keeping up to twice as much. Nothing waits for the device.
+For backward it keeps its inputs and the products of fc1, as on CPU. Backward gathers rows and computes inner
+activations once more, as DeepSeek-V3 does with SwiGLU (arXiv 2412.19437): one pass over memory in place of up to twice
+the kept memory. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moesys.kernels.permute import gather, gather_sum
 
 
 def forward(args: Arguments) -> tuple[Tensor, Tensor]:
-    """As the operation `moesys::expert_ffn`: (output, h [N, G, F])."""
+    """Output and h [N, G, F] of the operation `moesys::expert_ffn`."""
     fc1, starts_E1 = args.fc1, starts(args.counts_E)
     h = product(_rows(args.x_TH, args.index_N), fc1.flatten(2), starts_E1).unflatten(1, fc1.shape[2:])
     if args.bias1 is not None:
@@ -27,7 +27,10 @@ def forward(args: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad_TH: Tensor, args: Arguments, h_NGF: Tensor, of_fc1: bool, of_fc2: bool) -> tuple[Tensor | None, ...]:
-    """As `moesys::expert_ffn_backward`, None for empty, the gradient contiguous; frees each result after its use."""
+    """Gradients of `moesys::expert_ffn_backward`, None in place of empty ones; `grad_TH` contiguous.
+
+    Frees each intermediate result after its use.
+    """
     fc1, fc2, kind, weight_N, starts_E1 = args.fc1, args.fc2, args.kind, args.weight_N, starts(args.counts_E)
     dy = _rows(grad_TH, args.index_N)
     grad2 = matrix_gradients(activation.activated(h_NGF, kind, weight_N), dy, starts_E1) if of_fc2 else None
@@ -54,5 +57,5 @@ def _sums(rows_NH: Tensor, args: Arguments) -> Tensor:
 
 
 def _sums_by_expert(rows: Tensor, starts_E1: Tensor) -> Tensor:
-    """Always in the same order and in float32, which adding to what is repeated would not be."""
+    """Sums [E, …] of each expert's rows, always in the same order and in float32."""
     return gather_sum(rows, torch.arange(len(rows), device=rows.device), starts_E1, None)

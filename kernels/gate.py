@@ -16,14 +16,14 @@ from moesys.kernels.choose import choose
 Score = Literal["softmax", "sigmoid"]
 
 EPSILON = 1e-20
-"""Keeps the sum of chosen sigmoids, which may all underflow, from being 0: as DeepSeek-V3's code does."""
+"""Added to the sum of chosen sigmoids, which may all underflow, as in DeepSeek-V3's code."""
 
 FEW = 2**12
-"""Logits that a CPU sorts sooner than the dozen small operations begin that a faster choice takes."""
+"""Most logits that a CPU sorts directly: a faster algorithm pays only for more."""
 
 
 class GateResult(NamedTuple):
-    """What a gate computes from its logits.
+    """The result of a gate on its logits.
 
     `weight_Tk` and `probabilities_TE` (every expert's score) are differentiable and of the logits' type,
     at least float32; `expert_Tk` int64, best first; `load_E` int64, how often each expert was chosen.
@@ -101,10 +101,10 @@ def _sorted(scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 def _best(logits_TE: Tensor, top_k: int) -> Tensor:
-    """The k best experts [T, k] of float32 logits: where there are many, in a third of a stable sort's time.
+    """The k best experts [T, k] of float32 logits; for many logits in a third of a stable sort's time.
 
-    topk leaves the order of ties open, so it is given integers without any: the logit's bits, which after
-    a flip of the negative ones' order compare as the numbers do, followed by the expert's, descending.
+    topk does not define the order of ties, so it gets integers without ties: the bits of the logit, mapped so that they
+    compare as the numbers do, followed by the expert's number, descending.
     """
     if logits_TE.numel() <= FEW and not logits_TE.is_cuda:
         return _sorted(logits_TE, top_k)

@@ -1,8 +1,7 @@
 """Matrix products of consecutive groups of rows, each with its own matrix.
 
-`reference` is the definition; `grouped_matmul` chooses what is fast on the device: on GPU torch's
-grouped_mm where it is one kernel, else Triton; on CPU one product per group that writes into the shared
-result, which spares the copies of a split and a concatenation.
+`reference` is the definition. `grouped_matmul` chooses by device: on GPU torch's grouped_mm where it is one kernel,
+else Triton; on CPU one product per group, which writes into the shared result without copies.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ _grouped.register_autograd(_backward, setup_context=lambda ctx, inputs, output: 
 
 @register_flop_formula(torch.ops.moesys.grouped_matmul)
 def _flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
-    """So that torch's FlopCounterMode sees through the operation."""
+    """FLOPs of the operation, for torch's FlopCounterMode."""
     return 2 * x_shape[0] * x_shape[1] * w_shape[2]
 
 
@@ -80,7 +79,7 @@ def _flops_grouped_weight_grad(x_shape, grad_shape, *args, out_shape=None, **kwa
 
 @torch.library.custom_op("moesys::grouped_mm", mutates_args=())
 def _grouped_mm(x_NK: Tensor, w_GKM: Tensor, offsets_G1: Tensor) -> Tensor:
-    """By Triton; known to torch without importing it, so that selective recomputation can name it."""
+    """The product by Triton; registered before Triton is imported, so that selective recomputation can name it."""
     from moesys.kernels.triton.grouped_matmul import grouped_mm
 
     return grouped_mm(x_NK, w_GKM, offsets_G1)
@@ -144,7 +143,7 @@ def grouped_matmul(x_NK: Tensor, w_GKM: Tensor, rows_per_group: Tensor) -> Tenso
 
 
 def starts(rows_per_group: Tensor) -> Tensor:
-    """Where each group's rows start, and the last ones end: int32 [G + 1]. Nothing waits for the device."""
+    """First row of each group, and the end of the last: int32 [G + 1]. Nothing waits for the device."""
     return torch.nn.functional.pad(rows_per_group.cumsum(0, dtype=torch.int32), (1, 0))
 
 

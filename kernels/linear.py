@@ -12,9 +12,9 @@ from torch.nn import functional
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x · Wᵀ + bias`: x [..., K] → [..., M], in the type of x; weight [M, K] and bias [M] of any floating type.
 
-    Autograd would keep the narrow copy of a wider weight, half its size, for every micro-batch that is on its way
-    through a pipeline. Here backward casts again: that reads and writes W once, little beside the product. A
-    DTensor's copy, a slice of the weight, is kept.
+    Autograd would keep the narrow copy of a wider weight, half its size, for every micro-batch of a pipeline. Here
+    backward casts again, which reads and writes W once: little beside the product. The copy of a DTensor, a slice of
+    the weight, is kept.
     """
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype == x.dtype or isinstance(weight, DTensor):

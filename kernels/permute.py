@@ -1,8 +1,8 @@
 """Gathering rows by expert and summing them back by token: encode and decode of the MoE layer.
 
-T tokens, A assignments, H hidden. Both directions are the same two operations, each the other's
-backward: `gather` copies rows, `gather_sum` sums a run of rows per token. Neither scatters, so the
-sums are deterministic and parallel over tokens.
+T tokens, A assignments, H hidden. Both directions use the same two operations, each the other's backward: `gather`
+copies rows, `gather_sum` sums a run of rows per token. Neither scatters, so sums are deterministic and run in parallel
+over tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moesys.kernels.choose import choose
 
 @dataclass(frozen=True)
 class Permutation:
-    """Where assignments go when rows are sorted by expert; all int64.
+    """The order of assignments whose rows are sorted by expert; all int64.
 
     token_A: source token of each sorted row. row_A: sorted row of each assignment, assignments in
     the order of their tokens. offsets_T1 [T + 1]: token t's assignments are row_A[offsets[t] : offsets[t+1]].

@@ -19,15 +19,15 @@ from moesys.files import read_json, write_json
 from moesys.launchers.launch import run, workers
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import StopRequests
-from moesys.measure.a2a_benchmark.command_options import BenchError, options_of
+from moesys.measure.a2a_benchmark.command_options import A2ABenchError, options_of
 from moesys.measure.a2a_benchmark.fitted_links import lines
-from moesys.measure.a2a_benchmark.options import Options
-from moesys.measure.a2a_benchmark.result import Result
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
+from moesys.measure.a2a_benchmark.result import CollectiveResult
 from moesys.measure.a2a_benchmark.table import LARGER, as_json, progress_line, show
 from moesys.measure.a2a_benchmark.traffic import Matrix
 from moesys.measure.predict.links import Profile
 from moesys.train import routing_files
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 from moesys.words import plural
 
 WIDTH = 112
@@ -41,24 +41,24 @@ def command(arguments: argparse.Namespace) -> int:
         overrides.append(f"launch.launcher={arguments.launcher}")
     config = load_checked(arguments.config, overrides, with_data=False)
     if config.cluster.nodes * config.cluster.ranks_per_node < 2:
-        raise BenchError("one rank has nobody to send to: set cluster.ranks_per_node or cluster.nodes to more")
+        raise A2ABenchError("one rank has nobody to send to: set cluster.ranks_per_node or cluster.nodes to more")
     options = options_of(arguments, config, routed)
     found = measured(config, options)
     if isinstance(found, int):
         return found
-    results = [Result(**result) for result in found["results"]]
+    results = [CollectiveResult(**result) for result in found["results"]]
     show(results, found["facts"], Console(width=max(WIDTH, Console().width)))
     if arguments.json is not None:
         write_json(arguments.json, as_json(results, found["facts"], options))
     if arguments.profile is not None:
         facts = {"date": date.today().isoformat(), **found["facts"]}
         if not lines(results):
-            raise BenchError(f"{arguments.profile} is not written: no link could be fitted\n    remedy: {LARGER}")
+            raise A2ABenchError(f"{arguments.profile} is not written: no link could be fitted\n    remedy: {LARGER}")
         Profile(lines(results), facts).save(arguments.profile)
     return 1 if any(result.wrong for result in results) else 0
 
 
-def measured(config: Config, options: Options) -> dict[str, Any] | int:
+def measured(config: Config, options: BenchmarkOptions) -> dict[str, Any] | int:
     """The results that the ranks wrote; the exit code of a run that failed."""
     base = Path(config.output.runs).expanduser()
     base.mkdir(parents=True, exist_ok=True)
@@ -80,14 +80,14 @@ def routed(folder: Path, config: Config) -> Matrix:
     """Rows that each rank sent to each rank in a recorded run, over its layers and steps.
 
     Raises:
-        BenchError: the run had another number of ranks or experts.
+        A2ABenchError: the run had another number of ranks or experts.
     """
     world, ep = config.cluster.nodes * config.cluster.ranks_per_node, max(1, config.parallel.ep)
     matrix = [[0] * world for _ in range(world)]
     for rank, experts, chosen in routing_files.assignments(folder):
         if rank >= world or experts % ep or config.parallel.etp > 1:
             rule = f"was recorded with at least {plural(rank + 1, 'rank')} and {plural(experts, 'expert')}"
-            raise BenchError(f"--routing {folder} {rule}: give the configuration it was recorded with, without etp")
+            raise A2ABenchError(f"--routing {folder} {rule}: give the configuration it was recorded with, without etp")
         first = rank // ep * ep
         for expert, rows in enumerate(chosen):
             matrix[rank][first + expert // (experts // ep)] += rows

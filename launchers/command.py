@@ -1,4 +1,4 @@
-"""The command that the user gave, and how a run that has ended early goes on."""
+"""The command that the user gave, and the one with which a run that ended early goes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moesys.config.schema import Config
 from moesys.config.secret import is_secret, reference
-from moesys.train.resume import newest
+from moesys.train.manifest import newest
 
 
 def command_line(words: Sequence[str] | None = None) -> str:

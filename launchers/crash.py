@@ -1,4 +1,4 @@
-"""The cause of an end that left no error: from exit code or signal, the end of the log, the kernel's counts."""
+"""The cause of a worker's death that left no error: from exit code or signal, its log, and the kernel's counters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 import signal
 from pathlib import Path
 
-from moesys.launchers.failure import log_tail, log_text
-from moesys.launchers.processes import Ended
-from moesys.train.ending import BACKEND, Failure, Kind, kind_of_text
+from moesys.launchers.outcome import log_tail, log_text
+from moesys.launchers.processes import ExitStatus
+from moesys.train.failure import BACKEND, Failure, FailureKind, kind_of_text
 
 VMSTAT = Path("/proc/vmstat")
 
@@ -34,23 +34,23 @@ WATCHDOG = re.compile(r".*Watchdog caught collective operation timeout.*")
 FATAL = re.compile(r"^Fatal Python error: (.*)", re.MULTILINE)
 
 
-def failure(rank: int, ended: Ended, run_dir: Path, killed_before: int | None) -> Failure:
-    """The failure of a worker that ended without telling one.
+def failure(rank: int, ended: ExitStatus, run_dir: Path, killed_before: int | None) -> Failure:
+    """The failure of a worker that ended without reporting one.
 
     `killed_before`: what `kills` returned when the run started.
     """
-    said = last_words(log_text(run_dir, rank))
+    last_line = last_words(log_text(run_dir, rank))
     aborted = ended.signal is signal.SIGABRT
-    kind = Kind.EXIT if ended.signal is None or aborted else Kind.CRASH
-    if aborted and said and BACKEND.search(said):
-        told = kind_of_text(said)
-        kind = told if told in (Kind.LOST, Kind.TIMEOUT) else kind
+    kind = FailureKind.EXIT if ended.signal is None or aborted else FailureKind.CRASH
+    if aborted and last_line and BACKEND.search(last_line):
+        kind_in_log = kind_of_text(last_line)
+        kind = kind_in_log if kind_in_log in (FailureKind.LOST, FailureKind.TIMEOUT) else kind
     hint = reason(ended, killed_before)
-    sentence = f"{ended}{f' ({hint})' if hint else ''}{f': {said}' if said else ''}"
+    sentence = f"{ended}{f' ({hint})' if hint else ''}{f': {last_line}' if last_line else ''}"
     return Failure(rank, kind, sentence, log_tail(run_dir, rank), ended.code)
 
 
-def reason(ended: Ended, killed_before: int | None) -> str:
+def reason(ended: ExitStatus, killed_before: int | None) -> str:
     """The sender of the signal, as far as it can be known; "" if there was none."""
     if ended.signal is signal.SIGKILL:
         return _killer(killed_before, kills())

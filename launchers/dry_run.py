@@ -1,4 +1,4 @@
-"""What a run would be, without starting anything: ranks, meshes, groups, parameters, memory, traffic."""
+"""The plan of a run, without starting it: ranks, meshes, groups, parameters, memory, traffic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 from moesys.config.schema import Config
 from moesys.data.corpus import vocab_size
 from moesys.launchers import placement
-from moesys.models.size import active_share, parameters
+from moesys.models.size import active_parameters, parameters
 from moesys.parallel.cost import Stage, StepShape
 from moesys.parallel.data import summed_over_shards
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
@@ -25,7 +25,7 @@ SHOWN = 4
 """Groups and nodes listed of each kind before the rest is only counted."""
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "gathered")
-"""Of `parallel.memory.Memory`, in the order of the table."""
+"""Fields of `parallel.memory.Memory`, in the order of the table."""
 
 GROUPS = {
     "pipeline": (("pp",), DENSE_AXES),
@@ -40,7 +40,7 @@ GROUPS = {
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """The same facts as `show`, for JSON. `config` must be legal."""
+    """The plan as JSON: the facts that `show` prints. `config` must be legal."""
     degrees, problems = resolve(config)
     assert degrees is not None, problems
     vocabulary = vocab_size(config)
@@ -66,7 +66,8 @@ def plan(config: Config) -> dict[str, Any]:
 def _sync_gradients(config: Config, degrees: Degrees, vocabulary: int, found: Settled) -> dict[str, Any]:
     """Both ways to sum gradients over shards, and which of them is chosen.
 
-    Of each value: the most that a rank holds and sends of gradients, and the most memory of a rank (on CPU: of a node).
+    For each way: the most bytes of gradients that a rank holds and sends, and the most memory of a rank (on CPU: of a
+    node).
     """
     facts: dict[str, Any] = {"chosen": found.sync, "why": found.why}
     for sync in SYNCS:
@@ -81,10 +82,10 @@ def _sync_gradients(config: Config, degrees: Degrees, vocabulary: int, found: Se
 
 
 def verdict(config: Config, facts: dict[str, Any]) -> str:
-    """Whether the memory that `config` says there is suffices: "memory of the fullest rank: 43% of 80 GiB"."""
+    """A sentence that compares the memory needed and given: "memory of the fullest rank: 43% of 80 GiB"."""
     limit = config.cluster.memory_gib
     if limit is None:
-        return "cluster.memory_gib is not given, so nobody knows whether it fits"
+        return "cluster.memory_gib is not given: it is unknown whether the run fits"
     what, size = _fullest(config, facts)
     text = f"memory of the fullest {what}: {size / 2**30 / limit:.0%} of {limit:g} GiB"
     return text if facts["fits"] else f"{text}: DOES NOT FIT"
@@ -94,7 +95,7 @@ def groups(degrees: Degrees) -> dict[str, list[list[int]]]:
     """All process groups with more than one rank, by kind."""
     found = {}
     for kind, (along, axes) in GROUPS.items():
-        # Context ranks share the shards of weights, where weights are sharded at all.
+        # Context ranks share the shards of weights, if weights are sharded at all.
         unused = kind == "data shards" and degrees.dp_shard == 1
         if prod(degrees.sizes(along)) > 1 and not unused:
             found[kind] = degrees.groups(along, axes)
@@ -102,7 +103,7 @@ def groups(degrees: Degrees) -> dict[str, list[list[int]]]:
 
 
 def _rank(shapes: list[StepShape]) -> dict[str, Any]:
-    """What every rank of one pipeline rank holds and moves; ranks of a stage are alike."""
+    """Memory and traffic of each rank at one pipeline rank; ranks of a stage are alike."""
     memory = estimate(shapes)
     moved: dict[str, dict[str, float]] = {}
     for shape in shapes:
@@ -124,7 +125,8 @@ def _rank(shapes: list[StepShape]) -> dict[str, Any]:
 def _active(shape: StepShape) -> float:
     model, d = shape.config.model, shape.degrees
     ways = {w.name: shape.model_shards(w, d) * shape.data_shards(w, d) for w in shape.weights()}
-    return sum(w.numel / ways[w.name] * active_share(model, w) for w in shape.weights())
+    every = active_parameters(model, shape.vocab_size)
+    return sum(active / ways[w.name] for w, active in every if w.name in ways)
 
 
 def _stage(stage: Stage) -> str:
@@ -214,7 +216,7 @@ def _size(size: float) -> str:
 
 
 def _ranks(config: Config, facts: dict[str, Any]) -> Group:
-    """What the ranks of each stage hold; stages that are alike share a row."""
+    """A table of what the ranks of each stage hold; stages that are alike share a row."""
     holds = Table("pp rank", "stages", "parameters", "active", title="held by each rank", title_justify="left")
     # One unit for all, in the title: the table of a large model fits in 80 columns.
     unit, scale = _unit(max(rank["memory_bytes"]["total"] for rank in facts["pipeline_ranks"]))
@@ -232,7 +234,7 @@ def _ranks(config: Config, facts: dict[str, Any]) -> Group:
 
 
 def _fullest(config: Config, facts: dict[str, Any]) -> tuple[str, float]:
-    """What `cluster.memory_gib` is the memory of, and the most bytes that one of them needs."""
+    """The unit whose memory `cluster.memory_gib` gives ("rank", "node"), and the most bytes that one of them needs."""
     needs = [rank["memory_bytes"]["total"] for rank in facts["pipeline_ranks"]]
     return fullest(config, needs, facts["world_size"])
 

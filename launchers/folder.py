@@ -1,4 +1,4 @@
-"""The folder of a run: whether all that belongs into it can be written, told before anything starts."""
+"""Makes the folder of a run, and checks that everything in it can be written before anything starts."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def make(run_dir: Path) -> None:
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise FileError(f"{run_dir}: this user may not write there{remedy}")
     state = os.statvfs(run_dir)
-    if state.f_blocks and (free := state.f_bavail * state.f_frsize) < LEAST:  # without blocks it does not say
+    if state.f_blocks and (free := state.f_bavail * state.f_frsize) < LEAST:  # 0 blocks: unknown
         raise FileError(f"{run_dir}: the disk is full, {free:,} bytes are free{remedy}, or free some space")

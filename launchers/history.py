@@ -12,7 +12,7 @@ from moesys.files import json_text
 from moesys.launchers.command import command_line
 
 PACKAGES = ("torch", "ray", "megatron-core")
-"""Whose versions are noted, where they are installed."""
+"""Packages whose versions are noted, if they are installed."""
 
 
 def note(run_dir: Path) -> None:

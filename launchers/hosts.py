@@ -1,7 +1,7 @@
-"""Pretended hosts: the nodes of a cluster as network namespaces of this machine, joined by links of a given rate.
+"""Emulated hosts: the nodes of a cluster as network namespaces of this machine, joined by links of a given rate.
 
-A rehearsal of several nodes where there is one: what travels inside a host is as fast as this machine,
-what travels between hosts crosses a bridge, through links that the kernel slows down. Linux, root.
+This rehearses several nodes on one machine. Traffic inside a host is as fast as this machine; traffic between hosts
+crosses a bridge, through links that the kernel slows down. It needs Linux and root.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moesys.launchers.spec import RunSpec
 from moesys.words import plural
 
 INTERFACE = "eth0"
-"""Of a host, inside its namespace."""
+"""The network interface of a host, inside its namespace."""
 
 MTU = 9000
 """Bytes of a packet, as on the networks of clusters: headers then take less than a hundredth of the rate."""
@@ -29,7 +29,7 @@ BURST_S = 2e-3
 """Seconds of the rate that may pass at once: the kernel's timer is no finer."""
 
 WINDOW = 2**19
-"""Bytes that a connection may have under way: what queues before a slow link delays what comes back through it."""
+"""Bytes that a connection may have in flight: a queue before a slow link delays the answers that come back."""
 
 INSIDE = ["sh", "-c", 'exec ip netns exec "$MOESYS_NETNS" "$@"', "--"]
 """Before a command: run it on the host that the environment names."""
@@ -38,13 +38,13 @@ _numbers = itertools.count()
 
 
 def unavailable() -> str | None:
-    """Why this machine cannot pretend hosts; None if it can."""
+    """The reason why this machine cannot emulate hosts; None if it can."""
     if sys.platform != "linux":
-        return "pretended hosts are network namespaces, which only Linux has"
+        return "emulated hosts are network namespaces, which only Linux has"
     if os.geteuid() != 0:
-        return "pretended hosts need root"
+        return "emulated hosts need root"
     if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
-        return f"pretended hosts need {' and '.join(missing)} (package iproute2)"
+        return f"emulated hosts need {' and '.join(missing)} (package iproute2)"
     probe = f"moesys{os.getpid()}probe"
     done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "delete", probe], capture_output=True)
@@ -54,7 +54,7 @@ def unavailable() -> str | None:
 class Hosts:
     """`count` hosts on one bridge; each sends, and each receives, `gbit` · 10⁹ bits per second at most.
 
-    They exist inside a `with`. What a killed process left behind is removed by the next one.
+    They exist inside a `with`. The next process removes what a killed one left behind.
 
     Raises:
         LaunchError: this machine cannot have them.
@@ -63,12 +63,12 @@ class Hosts:
     def __init__(self, count: int, gbit: float | None = None):
         self.count, self.gbit = count, gbit
         self._name = f"ms{os.getpid()}x{next(_numbers)}"
-        self._owned: leftovers.Owned | None = None
+        self._owned: leftovers.OwnedResources | None = None
 
     def __enter__(self) -> Hosts:
         if why := unavailable():
             raise LaunchError(why)
-        self._owned = leftovers.Owned("hosts")
+        self._owned = leftovers.OwnedResources("hosts")
         self._owned.network(self._name)
         try:
             _run(f"ip link add {self._name} mtu {MTU} type bridge")
@@ -92,7 +92,7 @@ class Hosts:
         return f"10.213.0.{host + 1}"
 
     def environment(self, host: int) -> dict[str, str]:
-        """Of a process that `INSIDE` starts on the host."""
+        """The environment of a process that `INSIDE` starts on the host."""
         return {
             "MOESYS_NETNS": self.namespace(host),
             "MOESYS_NODE_IP": self.address(host),
@@ -124,7 +124,7 @@ class Hosts:
 
 
 class HostWorkers(LocalWorkers):
-    """The workers of a run on pretended hosts, one for each of the nodes of its cluster."""
+    """The workers of a run on emulated hosts, one for each node of its cluster."""
 
     def __init__(self, spec: RunSpec, command: Sequence[str] | None = None):
         super().__init__(spec, command)
@@ -132,19 +132,21 @@ class HostWorkers(LocalWorkers):
         self.hosts = Hosts(spec.config.cluster.nodes, spec.config.launch.link_gbit)
 
     def start(self, phase: Callable[[str], None]) -> None:
-        """As `LocalWorkers.start`, once the hosts are there."""
+        """Make the hosts, then start the workers as `LocalWorkers` does."""
         phase(f"making {plural(self.hosts.count, 'host')}")
         self.hosts.__enter__()
         super().start(phase)
 
     def stop(self) -> None:
+        """End the workers and remove the hosts."""
         super().stop()
         self.hosts.close()
 
     def refuse(self) -> None:
-        """Any number of nodes will do."""
+        """Accept any number of nodes."""
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
+        """The environment of the worker of `rank` on its host; rank 0 will listen on `port`."""
         per_host = self.spec.config.cluster.ranks_per_node
         host, place = divmod(rank, per_host)
         own = {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": str(per_host), "MASTER_ADDR": self.hosts.address(0)}
@@ -155,4 +157,4 @@ def _run(command: str | list[str]) -> None:
     words = command.split() if isinstance(command, str) else command
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise LaunchError(f"pretended hosts: `{' '.join(words)}` failed: {done.stderr.strip()}")
+        raise LaunchError(f"emulated hosts: `{' '.join(words)}` failed: {done.stderr.strip()}")

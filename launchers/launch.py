@@ -1,4 +1,4 @@
-"""From a run to its exit code: start the workers, show how they get on, stop them when asked to."""
+"""Launches a run: starts the workers, shows their progress, stops them on request, and returns an exit code."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Protocol
 from rich.console import Console
 
 from moesys.errors import LaunchError
-from moesys.launchers import history, placement, prepare, slurm, summary
+from moesys.launchers import history, placement, preflight, slurm, summary
 from moesys.launchers.command import command_line, going_on
-from moesys.launchers.failure import Outcome, read_ranks
-from moesys.launchers.progress import Progress
-from moesys.launchers.pulse import Pulse
+from moesys.launchers.liveness import LivenessMonitor
+from moesys.launchers.outcome import Outcome, read_ranks
+from moesys.launchers.progress import LiveDisplay
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import STOPPED, StopRequests
 from moesys.parallel.degrees import resolve
@@ -25,28 +25,28 @@ POLL_S = 0.1
 
 
 class Watcher(Protocol):
-    """Who is told how a run gets on."""
+    """Receives the progress of a run."""
 
     failed: bool
 
     def phase(self, text: str) -> None:
-        """What is being waited for."""
+        """Show what the run waits for."""
 
     def tell(self, lines: Iterable[str]) -> None:
-        """Lines for the user."""
+        """Print lines for the user."""
 
     def refresh(self) -> None:
         """Show what is new."""
 
 
 class Workers(Protocol):
-    """What a launcher is to `watch`: something that starts, is asked how it goes, and can be stopped."""
+    """The workers of a run, which `watch` starts, polls and stops. Every launcher has its own."""
 
     def start(self, phase: Callable[[str], None]) -> None:
-        """Start the workers, or raise `LaunchError`; `phase` is told what is being waited for."""
+        """Start the workers, or raise `LaunchError`; calls `phase` with what is being waited for."""
 
     def poll(self) -> Outcome | None:
-        """None while the run goes on; else how it ended, with no worker left running."""
+        """The outcome of the run once it has ended, with no worker left running; None before."""
 
     def stop(self) -> None:
         """End all workers and what was started for them; returns when none is left. Harmless twice."""
@@ -59,11 +59,11 @@ def launch(spec: RunSpec, launcher: str, console: Console | None = None) -> int:
     returns 130. Raises `MoesysError` if the workers cannot be started, or the data cannot be read.
     """
     history.note(spec.run_dir)
-    prepare.port(spec.config, launcher)
+    preflight.port(spec.config, launcher)
     if launcher == "slurm":
         return slurm.submit(spec)
     started = workers(spec, launcher)
-    prepare.data(spec.config, launcher)
+    preflight.data(spec.config, launcher)
     return watch(started, spec, console or Console())
 
 
@@ -95,7 +95,7 @@ def workers(spec: RunSpec, launcher: str, program: str = "moesys.train.worker") 
 def watch(started: Workers, spec: RunSpec, console: Console) -> int:
     """Start workers, show their progress until they end or are asked to stop; returns the exit code."""
     spec.run_dir.mkdir(parents=True, exist_ok=True)
-    with StopRequests() as stop, Progress(spec.run_dir, console) as progress:
+    with StopRequests() as stop, LiveDisplay(spec.run_dir, console) as progress:
         outcome = run(started, spec, progress, stop)
     if outcome.message:
         print(f"moesys: {outcome.message}", file=sys.stderr)
@@ -109,8 +109,8 @@ def watch(started: Workers, spec: RunSpec, console: Console) -> int:
 
 
 def run(started: Workers, spec: RunSpec, progress: Watcher, stop: StopRequests) -> Outcome:
-    """The loop of `watch`; whatever happens in it, no worker is left running."""
-    placed, pulse = False, Pulse(spec.run_dir, spec.world, spec.config.launch.timeout_s)
+    """The loop of `watch`. However it ends, no worker is left running."""
+    placed, liveness = False, LivenessMonitor(spec.run_dir, spec.world, spec.config.launch.timeout_s)
     try:
         started.start(progress.phase)
         stop.install()
@@ -118,9 +118,9 @@ def run(started: Workers, spec: RunSpec, progress: Watcher, stop: StopRequests) 
             outcome = started.poll()
             if outcome is not None:
                 progress.failed = outcome.exit_code != 0
-                return pulse.explain(outcome)
+                return liveness.explain(outcome)
             progress.refresh()
-            progress.tell(pulse.look())
+            progress.tell(liveness.poll())
             if not placed and (ranks := read_ranks(spec.run_dir)):
                 placed = True
                 progress.tell(misplaced(spec, ranks))
@@ -132,9 +132,9 @@ def run(started: Workers, spec: RunSpec, progress: Watcher, stop: StopRequests) 
 
 
 def misplaced(spec: RunSpec, ranks: Mapping[int, Mapping[str, object]]) -> list[str]:
-    """What is to be said of where the ranks of a started run really lie.
+    """Lines about groups that cross nodes in a started run.
 
-    Tensor groups across nodes in any case, expert groups where the plan had them inside one.
+    They name every tensor group across nodes, and expert groups that the plan had inside one.
     """
     degrees, _ = resolve(spec.config, spec.world)
     if degrees is None or len(ranks) != spec.world:

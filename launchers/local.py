@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from moesys.errors import LaunchError
-from moesys.launchers import crash, foreign
-from moesys.launchers.failure import Outcome, clear_traces, first_cause, log_file, name, outcome
+from moesys.launchers import crash, inherited_env
+from moesys.launchers.outcome import Outcome, clear_traces, first_cause, log_file, name, outcome
 from moesys.launchers.port import ReservedPort
-from moesys.launchers.processes import Ended, Processes
+from moesys.launchers.processes import ExitStatus, Processes
 from moesys.launchers.spec import RunSpec
 from moesys.loopback import LOOPBACK
 from moesys.train import device
-from moesys.train.ending import Failure, Kind
+from moesys.train.failure import Failure, FailureKind
 from moesys.words import plural
 
 HOST = "127.0.0.1"
 SETTLE_S = 2.0
-"""Seconds after a failure in which workers that told one may end by themselves."""
+"""Seconds after a failure in which workers that reported one may end by themselves."""
 ATTEMPTS = 3
 """Starts, at most, when the rendezvous port turns out to be taken."""
 
@@ -40,9 +40,9 @@ class LocalWorkers:
         self._port: ReservedPort | None = None
 
     def start(self, phase: Callable[[str], None]) -> None:
-        """Start all workers; `phase` is told what is being waited for.
+        """Start all workers; calls `phase` with what is being waited for.
 
-        Raises `LaunchError` where the run does not fit on this machine.
+        Raises `LaunchError` if the run does not fit on this machine.
         """
         self.refuse()
         phase(f"starting {plural(self.spec.world, 'worker')}")
@@ -70,11 +70,11 @@ class LocalWorkers:
             "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world,
             "MASTER_ADDR": HOST, "MASTER_PORT": port, "MOESYS_NODE_IP": HOST,
         }  # fmt: skip
-        inherited = {**LOOPBACK, **foreign.without(os.environ), **self.spec.env, **device.hide_gpus(chosen)}
+        inherited = {**LOOPBACK, **inherited_env.cleaned(os.environ), **self.spec.env, **device.hide_gpus(chosen)}
         return {**inherited, **{key: str(value) for key, value in own.items()}}
 
     def poll(self) -> Outcome | None:
-        """None while the run goes on; else how it ended, with no worker left running."""
+        """The outcome of the run once it has ended, with no worker left running; None before."""
         ended = self._processes.ended()
         if any(end.code for end in ended.values()):
             return self._failed()
@@ -94,14 +94,14 @@ class LocalWorkers:
         self.stop()
         failures = self._failures(ended)
         cause = first_cause(failures)
-        if cause.kind is Kind.PORT and self._attempts < ATTEMPTS:
+        if cause.kind is FailureKind.PORT and self._attempts < ATTEMPTS:
             self.start(lambda phase: None)
             return None
         who = name(cause.rank, self.spec.run_dir, self._processes.pids[cause.rank], os.uname().nodename)
         return outcome(cause, who, self.spec.run_dir)
 
-    def _settled(self) -> dict[int, Ended]:
-        """The workers that ended, once those that told a failure have ended too."""
+    def _settled(self) -> dict[int, ExitStatus]:
+        """The workers that ended, once those that reported a failure have ended too."""
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline:
             time.sleep(0.05)
@@ -110,15 +110,15 @@ class LocalWorkers:
                 break
         return ended
 
-    def _failures(self, ended: Mapping[int, Ended]) -> list[Failure]:
-        """The failures that workers told, and those of workers that `ended` without a word."""
-        told = self._processes.failures()
-        silent = {rank: end for rank, end in ended.items() if rank not in told}
-        failures = list(told.values())
+    def _failures(self, ended: Mapping[int, ExitStatus]) -> list[Failure]:
+        """The failures that workers reported, and those of workers that ended without a report."""
+        reported = self._processes.failures()
+        silent = {rank: end for rank, end in ended.items() if rank not in reported}
+        failures = list(reported.values())
         for rank, end in silent.items():
             if end.code:
                 failures.append(crash.failure(rank, end, self.spec.run_dir, self._killed_before))
-        if first_cause(failures).kind in (Kind.TIMEOUT, Kind.LOST):
+        if first_cause(failures).kind in (FailureKind.TIMEOUT, FailureKind.LOST):
             early = "ended with exit code 0 before the run was at its end"
-            failures += [Failure(rank, Kind.EXIT, early) for rank, end in silent.items() if not end.code]
+            failures += [Failure(rank, FailureKind.EXIT, early) for rank, end in silent.items() if not end.code]
         return failures

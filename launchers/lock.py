@@ -15,7 +15,7 @@ from moesys.launchers import folder
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Make `run_dir` and hold it; whatever ends this process releases it. What killed runs left is removed first.
+    """Make `run_dir` and hold its lock, which the end of this process releases. Removes what killed runs left.
 
     Raises:
         LaunchError: another process holds it.
@@ -34,7 +34,7 @@ def locked(run_dir: Path) -> Iterator[None]:
                 "    remedy: wait for it or stop it, or give this run another name=NAME"
             ) from None
         except OSError:
-            pass  # a file system without locks, as some of clusters are: nobody can be asked
+            pass  # some clusters' file systems have no locks
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -1,4 +1,4 @@
-"""Lines that libraries print for their own authors: they stay in logs, and are not shown."""
+"""Lines that libraries print for their own authors. They stay in logs and are not shown."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ NOISE = re.compile(
 
 
 def is_noise(line: str) -> bool:
-    """Whether a line of a worker's output is of no use to whoever launched it."""
+    """True if a line of a worker's output is of no use to the user."""
     return NOISE.match(line) is not None

@@ -1,4 +1,4 @@
-"""The ranks on their nodes, and what it costs when a group that talks much does not lie inside one node.
+"""Places ranks on nodes, and finds groups with much traffic that do not lie inside one node.
 
 Ranks are laid out in order, `ranks_per_node` to a node; the meshes (`moesys.parallel.degrees`) put
 tensor groups and then expert groups on neighbouring ranks, so that both fit in a node if their size does.
@@ -18,8 +18,8 @@ from moesys.words import plural
 class Crossing:
     """Groups of one kind that span nodes.
 
-    `severity` is "warning" where every layer waits for the slow link several times (tensor groups), and
-    "note" where it is common practice at scale (expert groups).
+    `severity` is "warning" for tensor groups, since every layer waits for the slow link several times, and "note" for
+    expert groups, which often span nodes at scale.
     """
 
     severity: str
@@ -36,15 +36,15 @@ def place(degrees: Degrees, cluster: ClusterConfig) -> list[list[int]]:
 
 
 def check(degrees: Degrees, cluster: ClusterConfig) -> list[Crossing]:
-    """Which tensor or expert groups cross nodes when ranks are placed as planned (`place`)."""
+    """The tensor and expert groups that cross nodes when ranks are placed as planned (`place`)."""
     node_of = [rank // cluster.ranks_per_node for rank in range(degrees.world)]
     return crossings(degrees, node_of)
 
 
 def verify_map(degrees: Degrees, hosts: Sequence[str]) -> list[Crossing]:
-    """Which tensor or expert groups cross nodes in a started run; `hosts[rank]` names a rank's node.
+    """The tensor and expert groups that cross nodes in a started run; `hosts[rank]` names a rank's node.
 
-    Beside `check`: a scheduler may have placed ranks otherwise than planned.
+    A scheduler may have placed ranks otherwise than `check` assumes.
     """
     if len(hosts) != degrees.world:
         raise ValueError(f"{plural(len(hosts), 'host')} for a world of {plural(degrees.world, 'rank')}")

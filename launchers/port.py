@@ -1,4 +1,4 @@
-"""A TCP port for the rendezvous of workers on this machine that nobody else takes meanwhile.
+"""A TCP port for the rendezvous of workers on this machine, reserved until they meet.
 
 The usual way, to bind port 0 and release it, leaves a gap in which the kernel may give the same port to
 any connection. Instead the port lies below the kernel's range for such, and a lock that lives as long as
@@ -52,7 +52,7 @@ def lock(port: int) -> socket.socket | None:
 
 
 def is_free(port: int) -> bool:
-    """Whether nothing listens on `port` on any address of this machine."""
+    """True if nothing listens on `port` on any address of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,8 +1,8 @@
 """Worker processes of one machine: started together, ended together, none left behind.
 
-Every worker leads a process group of its own, so that what it started ends with it, and is tethered to
-this process (tether.py). An ended worker is not reaped before its group is gone: until then the kernel
-cannot give the group's number to a stranger.
+Every worker leads its own process group, so that its children end with it, and dies with this process
+(die_with_parent.py). An ended worker is not reaped before its group is gone: until then the kernel cannot give the
+group's number to another process.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from moesys.train.ending import PIPE, Failure
+from moesys.train.failure import PIPE, Failure
 
-TETHER = str(Path(__file__).with_name("tether.py"))
+DIE_WITH_PARENT = str(Path(__file__).with_name("die_with_parent.py"))
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a process ended: its exit code, or the signal that killed it."""
+class ExitStatus:
+    """The end of a process: its exit code, or the signal that killed it."""
 
     code: int
     signal: signal.Signals | None = None
@@ -54,15 +54,15 @@ class Processes:
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Sequence[Path]):
         self._popen: list[subprocess.Popen[bytes]] = []
         self._pipes: list[int] = []
-        self._told: list[bytes] = []
-        self._ended: dict[int, Ended] = {}
-        tethered = [sys.executable, "-I", "-S", TETHER, str(os.getpid()), *command]
+        self._reported: list[bytes] = []
+        self._ended: dict[int, ExitStatus] = {}
+        with_parent = [sys.executable, "-I", "-S", DIE_WITH_PARENT, str(os.getpid()), *command]
         try:
             for environment, log in zip(environments, logs, strict=True):
-                process, pipe = spawn(tethered, environment, log)
+                process, pipe = spawn(with_parent, environment, log)
                 self._popen.append(process)
                 self._pipes.append(pipe)
-                self._told.append(b"")
+                self._reported.append(b"")
         except BaseException:
             self.end(grace_s=0)
             raise
@@ -72,23 +72,23 @@ class Processes:
         """Process numbers in rank order."""
         return [process.pid for process in self._popen]
 
-    def ended(self) -> dict[int, Ended]:
-        """Rank → how it ended, for every process that has ended by now, in the order of noticing it."""
+    def ended(self) -> dict[int, ExitStatus]:
+        """Rank → exit status of every process that has ended by now, in the order in which this was noticed."""
         for rank in range(len(self._popen)):
             if rank not in self._ended:
                 self._note(rank, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         return dict(self._ended)
 
     def failures(self) -> dict[int, Failure]:
-        """Rank → the failure that its process has told, see `moesys.train.ending`."""
+        """Rank → the failure that its process has reported, see `moesys.train.failure`."""
         for rank, pipe in enumerate(self._pipes):
             with suppress(BlockingIOError):
                 while part := os.read(pipe, 2**16):
-                    self._told[rank] += part
-        return {rank: Failure.parse(told.decode()) for rank, told in enumerate(self._told) if told.endswith(b"\n")}
+                    self._reported[rank] += part
+        return {rank: Failure.parse(line.decode()) for rank, line in enumerate(self._reported) if line.endswith(b"\n")}
 
     def end(self, grace_s: float = 5.0) -> None:
-        """SIGTERM to all that still run, SIGKILL to what is left of every group after `grace_s` seconds."""
+        """Send SIGTERM to all that still run, and SIGKILL to what is left of every group after `grace_s` seconds."""
         for rank in self._running():
             self._signal(rank, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
@@ -118,7 +118,7 @@ class Processes:
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """Start one process as leader of its own group, its output appended to `log`; and the pipe of its failure."""
+    """Start one process as leader of its own group, its output appended to `log`; returns it and its failure pipe."""
     log.parent.mkdir(parents=True, exist_ok=True)
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
@@ -142,9 +142,9 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
     return process, reading
 
 
-def from_status(state: os.waitid_result) -> Ended:
-    """From what `waitid` reports to an exit code (128 + n for signal n, as shells do)."""
+def from_status(state: os.waitid_result) -> ExitStatus:
+    """The exit status in a result of `waitid`; its code is 128 + n for signal n, as in shells."""
     if state.si_code == os.CLD_EXITED:
-        return Ended(state.si_status)
+        return ExitStatus(state.si_status)
     number = signal.Signals(state.si_status)
-    return Ended(128 + number, number)
+    return ExitStatus(128 + number, number)

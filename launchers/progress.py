@@ -1,7 +1,7 @@
-"""The live display of a run: what is being waited for, then loss, speed and balance, and rank 0's own output.
+"""The live display of a run: its phase, then loss, speed and balance, and the output of rank 0.
 
-Everything is read from files in the run's folder that rank 0 writes (metrics.jsonl, logs/rank-0.log, its sign
-of life), so the display costs the workers nothing and is the same for every launcher.
+It reads files that rank 0 writes in the run's folder (metrics.jsonl, logs/rank-0.log, its heartbeat). So it costs the
+workers nothing and is the same for every launcher.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from rich.table import Table
 from rich.text import Text
 
 from moesys.files import json_objects
-from moesys.launchers.failure import log_file
-from moesys.launchers.follow import Tail
-from moesys.train.beat import beat_file
-from moesys.train.rank import OURS
+from moesys.launchers.outcome import log_file
+from moesys.launchers.tail import Tail
+from moesys.train.heartbeat import heartbeat_file
+from moesys.train.rank import LOG_ONLY
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
-"imbalance", "all_to_all_share" and "eta_s"; an evaluation "step" and "heldout_loss"; what a user should see "step"
-and "warning"."""
+"imbalance", "all_to_all_share" and "eta_s"; an evaluation has "step" and "heldout_loss"; a warning "step" and
+"warning"."""
 
 FIELDS = (
     ("loss", "loss", "{:.4f}"),
@@ -44,10 +44,10 @@ FAULTS = (("skipped", "skipped"), ("dead_experts", "dead experts"), ("collapsed_
 """Key and label of counts that are shown where there are any."""
 
 LOST, NOT_FINITE = ("loss", "grad_norm"), "not finite"
-"""Figures that every step has: one that is null in its record, as JSON has no NaN, is shown in these words."""
+"""Figures that every step has. JSON has no NaN: a null in a record is shown in these words."""
 
 
-class Progress:
+class LiveDisplay:
     """Shows a run while it goes on; call `refresh` several times a second.
 
     On a terminal a bar that is redrawn in place; elsewhere a plain line for the first and the last step,
@@ -58,7 +58,7 @@ class Progress:
         self.console = console or Console()
         self.interval_s = interval_s
         self._metrics = Tail(run_dir / "metrics.jsonl")
-        self._beat = beat_file(run_dir, 0)
+        self._heartbeat = heartbeat_file(run_dir, 0)
         self._output = Tail(log_file(run_dir, 0))
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._phase, self._since = "", time.monotonic()
@@ -69,9 +69,9 @@ class Progress:
         self.step = 0
         """The last step that was logged."""
         self.failed = False
-        """Set when the run has failed: the rest of rank 0's output, mostly of lost peers, stays in its log."""
+        """True once the run has failed. The rest of rank 0's output, mostly about lost peers, then stays in its log."""
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> LiveDisplay:
         if self.console.is_terminal:
             self._live.start()
         return self
@@ -80,15 +80,15 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.failed:
-            self._hear(self._output.last())
-        self._follow()
+            self._show_output(self._output.last())
+        self._show_metrics()
         if self.console.is_terminal:
             self._live.stop()
             if self._last:
                 self._print(line_of(self._last))
 
     def phase(self, text: str) -> None:
-        """Name what is being waited for; shown until the next phase or the first step."""
+        """Show what the run waits for, until the next phase or the first step."""
         if text == self._phase:
             return
         self._phase, self._since, self._latest = text, time.monotonic(), None
@@ -104,26 +104,26 @@ class Progress:
 
     def refresh(self) -> None:
         """Show what has been written since the last call."""
-        self._hear(self._output.lines())
-        self._follow()
-        said = next(json_objects(self._beat), {})
-        if said.get("shown"):
-            self.phase(said["at"])
+        self._show_output(self._output.lines())
+        self._show_metrics()
+        heartbeat = next(json_objects(self._heartbeat), {})
+        if heartbeat.get("shown"):
+            self.phase(heartbeat["at"])
         if self.console.is_terminal:
             self._draw()
 
-    def _hear(self, lines: Iterable[str]) -> None:
-        """Rank 0's output, without the lines of its log that the launcher tells by itself."""
-        self.tell(line for line in lines if not line.startswith(OURS))
+    def _show_output(self, lines: Iterable[str]) -> None:
+        """Print rank 0's output, without the lines that are for its log alone."""
+        self.tell(line for line in lines if not line.startswith(LOG_ONLY))
 
-    def _follow(self) -> None:
+    def _show_metrics(self) -> None:
         for line in self._metrics.lines():
             try:
-                self._take(json.loads(line))
+                self._show_record(json.loads(line))
             except ValueError:
                 self._print(line)
 
-    def _take(self, metrics: Metrics) -> None:
+    def _show_record(self, metrics: Metrics) -> None:
         if "warning" in metrics:
             self._print(f"step {metrics['step']}: {metrics['warning']}")
         elif "heldout_loss" in metrics:
@@ -151,7 +151,7 @@ class Progress:
 
 
 def bar(metrics: Metrics) -> Group:
-    """Two lines: how far the run is, and its figures."""
+    """Two lines: the progress bar, and the figures of the latest step."""
     step, steps = metrics["step"], metrics["steps"]
     line = Table.grid(padding=(0, 1))
     done = ProgressBar(total=steps, completed=step, width=40)

@@ -1,7 +1,7 @@
-"""Workers on Ray: Ray Train's TorchTrainer starts them, gives them ranks and a rendezvous, and restarts them.
+"""Workers on Ray: Ray Train's TorchTrainer starts them, gives them ranks, and restarts them.
 
-What is ours is around that: where workers may be placed, what environment they get, which of their errors
-is shown, and how everything ends.
+This project adds the placement of workers, their environment, the choice of the error that is shown, and an orderly
+end.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from moesys import leftovers
 from moesys.errors import LaunchError
-from moesys.launchers import foreign
+from moesys.launchers import inherited_env
 from moesys.launchers.address import ray_address
-from moesys.launchers.failure import Outcome, clear_traces
-from moesys.launchers.ray_worker import Task
+from moesys.launchers.outcome import Outcome, clear_traces
+from moesys.launchers.ray_worker import WorkerTask
 from moesys.launchers.spec import RunSpec, default_threads
 from moesys.loopback import LOOPBACK
 from moesys.train import device
@@ -65,12 +65,12 @@ class RayWorkers:
         self._closing = ExitStack()
 
     def start(self, phase: Callable[[str], None]) -> None:
-        """Start or join Ray, check that it has the nodes, start the workers; `phase` is told what goes on.
+        """Start or join Ray, check that it has the nodes, start the workers; calls `phase` with what goes on.
 
-        Raises `LaunchError` where there is no Ray or it is too small.
+        Raises `LaunchError` if there is no Ray or it is too small.
         """
         clear_traces(self.spec.run_dir)
-        foreign.forget()  # Ray's processes inherit this one's environment
+        inherited_env.clear()  # Ray's processes inherit this one's environment
         job_env = job_environment(self.spec)
         phase("starting Ray")
         try:
@@ -83,7 +83,7 @@ class RayWorkers:
         self._check_nodes(address)
         log = self.spec.run_dir / "logs" / "ray.log"
         self._closing.enter_context(ray_cluster.deaths_to(log))
-        owned = leftovers.Owned("ray")
+        owned = leftovers.OwnedResources("ray")
         self._closing.callback(owned.remove)
         if address is None:
             self._ray = ray_cluster.EmbeddedRay(self.spec.world, owned)
@@ -104,7 +104,7 @@ class RayWorkers:
         self._start_fit()
 
     def poll(self) -> Outcome | None:
-        """None while the run goes on; else how it ended."""
+        """The outcome of the run once it has ended; None before."""
         if self._fit.is_alive():
             return None
         if self._error is None:
@@ -138,7 +138,7 @@ class RayWorkers:
 
         spec, config = self.spec, self.spec.config
         placement = ray_placement.choose(config, spec.world, ray_cluster.living_nodes(), self._ray.where)
-        task = Task(config=config, run_dir=str(spec.run_dir), cwd=str(Path.cwd()), worker=self.worker)
+        task = WorkerTask(config=config, run_dir=str(spec.run_dir), cwd=str(Path.cwd()), worker=self.worker)
         return ray_trainer.make(
             task,
             placement,
@@ -164,7 +164,7 @@ class RayWorkers:
         self._fit.start()
 
     def _run_fit(self) -> None:
-        """In a thread, so that the main thread can show progress and take signals."""
+        """Run in a thread, so that the main thread can show progress and take signals."""
         try:
             self._trainer.fit()
         except BaseException as error:

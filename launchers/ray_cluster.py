@@ -1,6 +1,6 @@
-"""Ray underneath a run: started on this machine for the run alone, or a cluster that is there already.
+"""The Ray under a run: started on this machine for the run alone, or an existing cluster.
 
-Never calls `ray stop`, which ends every Ray process of a machine, whosever it is.
+Nothing here calls `ray stop`, which ends every Ray process of a machine, those of other users too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ray.exceptions import AuthenticationError
 
 from moesys.errors import LaunchError
 from moesys.launchers.address import host_and_port
-from moesys.leftovers import Owned
+from moesys.leftovers import OwnedResources
 
 CONNECT_S = 5.0
 
@@ -37,7 +37,7 @@ ATTEMPTS = 3
 """Starts of Ray on this machine, at most: it gives its processes 30 seconds, which a busy machine exceeds."""
 
 TOKEN = secrets.token_hex(32)
-"""Of every embedded Ray of this process: Ray keeps the first that it reads."""
+"""The token of every embedded Ray of this process: Ray keeps the first that it reads."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Node:
     cpus: float
     gpus: int
     free: bool
-    """Whether nothing of these is in use."""
+    """True if none of its resources is in use."""
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def _set(variables: Mapping[str, str | None]) -> None:
 def output_to(log: Path) -> Iterator[None]:
     """Append to `log` what this process prints meanwhile, from C++ as well.
 
-    Ray asks its users to report what it prints there. What it raises is enough for ours.
+    Ray asks its users to report what it prints there. Its exceptions are enough for ours.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -99,7 +99,7 @@ def output_to(log: Path) -> Iterator[None]:
 
 @contextmanager
 def deaths_to(log: Path) -> Iterator[None]:
-    """Append to `log` what threads of this process die of meanwhile: Ray's do, when what they talk to is gone."""
+    """Append to `log` the exceptions that end threads of this process: Ray's threads die when their peer is gone."""
     before = threading.excepthook
 
     def append(death: threading.ExceptHookArgs) -> None:
@@ -118,21 +118,21 @@ def deaths_to(log: Path) -> Iterator[None]:
 class EmbeddedRay:
     """Ray started on this machine, with one logical CPU per worker, its files in the folder of `owned`.
 
-    Nobody else gets at it: that folder is this user's alone, Ray's processes listen on the loopback interface,
-    and they serve only who knows a token that is made for them and written nowhere.
+    Nobody else can use it: the folder is private to this user, and Ray's processes listen on the loopback interface and
+    serve only callers with a token that is made for them and written nowhere.
     """
 
     where = "this machine"
     single_machine = True
 
-    def __init__(self, world: int, owned: Owned):
+    def __init__(self, world: int, owned: OwnedResources):
         self.world, self._owned = world, owned
         self._closing = ExitStack()
 
     def start(self, job_env: Mapping[str, str]) -> None:
         """Start Ray; `job_env` is meant for its processes and inherited by them."""
-        # Ray enables its tokens by itself unless RAY_AUTH_MODE says something. Its name for the other variable
-        # comes from where it is the default: there Ray is for one machine, and stays on loopback.
+        # Ray enables its tokens by default unless RAY_AUTH_MODE is set. The last variable turns multi-node clusters
+        # off: Ray then serves one machine, and stays on loopback.
         private = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": TOKEN, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
         self._closing.enter_context(environment(self._owned.environment | private))
         self._closing.enter_context(on_loopback())
@@ -183,7 +183,7 @@ class EmbeddedRay:
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """Let a Ray that starts meanwhile take 127.0.0.1 for this machine's address, and listen there alone.
+    """Make a Ray that starts inside take 127.0.0.1 for this machine's address, and listen there alone.
 
     Its variable for that was read when Ray was imported, which may have been before; `_node_ip_address` of
     `ray.init` would not do, as Ray replaces a loopback address.
@@ -207,7 +207,7 @@ class ExistingRay:
     def start(self, job_env: Mapping[str, str]) -> None:
         """Connect; `job_env` reaches every process that Ray starts for this job.
 
-        Raises `LaunchError` where no cluster answers, or this machine is not one of its nodes.
+        Raises `LaunchError` if no cluster answers, or this machine is not one of its nodes.
         """
         check_reachable(self.address)
         authenticate(self.address)
@@ -226,7 +226,7 @@ class ExistingRay:
         silence_driver()
 
     def keep_logs(self, folder: Path) -> None:
-        """Nothing to do: the cluster keeps its logs."""
+        """Do nothing: the cluster keeps its logs."""
 
     def stop(self) -> None:
         """Leave the cluster; it then ends this job's workers."""
@@ -236,15 +236,15 @@ class ExistingRay:
 def authenticate(address: str) -> None:
     """Show the cluster at HOST:PORT the token that it asks for, if it asks for one and this user has it.
 
-    A Ray started by `ray start` asks for one where its user had one already. Ray itself would try twenty times,
-    and then speak of something else.
+    A Ray started by `ray start` asks for one if its user had one already. Ray itself would try twenty times, and then
+    report another error.
 
     Raises:
         LaunchError: the cluster does not accept what this user has.
     """
     if not address.rpartition(":")[2].isdigit() or _accepts_us(address):
         return
-    # Ray asks this itself, privately, when it starts a cluster; joining one it looks for no token.
+    # Ray calls this private function when it starts a cluster, but not when it joins one.
     with suppress(AuthenticationError):  # RAY_AUTH_TOKEN_PATH names no file
         if maybe_enable_token_auth_if_token_available(warn_if_disabled=False) and _accepts_us(address):
             return
@@ -269,13 +269,13 @@ def _accepts_us(address: str) -> bool:
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first line of what Ray says, without its advice to report it."""
+    """The first line of Ray's message, without its advice to report it."""
     lines = [line for line in str(error).strip().splitlines() if "github.com" not in line and line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
 
 def silence_driver() -> None:
-    """Keep Ray from printing every worker's death and its advice between ours; there is no public switch."""
+    """Keep Ray from printing every worker's death and its advice; there is no public switch."""
     ray._private.worker._worker_logs_enabled = False
 
 
@@ -286,7 +286,7 @@ def import_slow_libraries() -> None:
 
 
 def check_reachable(address: str) -> None:
-    """Raise `LaunchError` if nothing answers at `address` (HOST:PORT); Ray itself would try for a minute."""
+    """Raise `LaunchError` if nothing answers at `address` (HOST:PORT). Ray itself would try for a minute."""
     if address.startswith("ray://"):
         raise LaunchError(
             f"{address} is an address of Ray Client, which Ray Train does not work through"
@@ -300,7 +300,7 @@ def check_reachable(address: str) -> None:
         raise LaunchError(f"{address!r} is no address of a Ray cluster\n    remedy: {remedy}")
     try:
         socket.create_connection(parts, CONNECT_S).close()
-    except (OSError, OverflowError, ValueError) as error:  # ports above 65535; names that are none
+    except (OSError, OverflowError, ValueError) as error:  # ports above 65535; invalid names
         remedy = "\n    remedy: check launch.ray_address, or leave it out to start Ray on this machine"
         raise LaunchError(f"no Ray cluster answers at {address}: {error}{remedy}") from error
 
@@ -313,7 +313,7 @@ def living_nodes() -> list[Node]:
 
 
 def as_node(node: dict[str, Any], available: Mapping[str, float]) -> Node:
-    """From an entry of `ray.nodes()` and what of its resources is not in use."""
+    """The node in an entry of `ray.nodes()`, with its resources that are not in use."""
     total = {key: node["Resources"].get(key, 0.0) for key in ("CPU", "GPU")}
     free = all(available.get(key, 0.0) >= amount for key, amount in total.items())
     return Node(node["NodeID"], node["NodeManagerAddress"], total["CPU"], int(total["GPU"]), free)

@@ -1,4 +1,4 @@
-"""From what Ray Train raises to the one message that the user needs."""
+"""Turns an exception of Ray Train into the one message that the user needs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from moesys.launchers.failure import Outcome, first_cause, log_tail, name, outcome
-from moesys.train.ending import Failure, Kind
+from moesys.launchers.outcome import Outcome, first_cause, log_tail, name, outcome
+from moesys.train.failure import Failure, FailureKind
 
 NODE_LOST = re.compile(r"node (\S+ )?(has )?(died|failed|was terminated|is dead)", re.IGNORECASE)
 
 
 def outcome_of(error: BaseException, run_dir: Path, where: str, timeout_s: float) -> Outcome:
-    """How the run ended, told by the worker whose failure came first, without Ray's own tracebacks.
+    """The outcome of the run by the worker that failed first, without Ray's own tracebacks.
 
-    `where` names the cluster, `timeout_s` is how long workers were given to start.
+    `where` names the cluster; `timeout_s` is the time that workers had to start.
     """
     if isinstance(error, WorkerGroupError):
         return worker_outcome(error.worker_failures, run_dir)
@@ -39,13 +39,13 @@ def worker_outcome(failures: dict[int, Exception], run_dir: Path) -> Outcome:
     raised = {rank: Failure.parse(error.args[1]) for rank, error in failures.items() if is_own(error)}
     gone = [rank for rank in failures if rank not in raised]
     if gone:
-        return Outcome(1, describe_death(gone[0], failures[gone[0]], run_dir), Kind.CRASH)
+        return Outcome(1, describe_death(gone[0], failures[gone[0]], run_dir), FailureKind.CRASH)
     cause = first_cause(raised.values())
     return outcome(cause, name(cause.rank, run_dir), run_dir)
 
 
 def is_own(error: Exception) -> bool:
-    """Whether `error` is what a worker's program raised (ray_worker.py)."""
+    """True if a worker's program raised `error` (ray_worker.py)."""
     return type(error) is RuntimeError and len(error.args) == 2
 
 
@@ -58,7 +58,7 @@ def describe_death(rank: int, error: Exception, run_dir: Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why Ray says a worker's process is gone, in a sentence."""
+    """The reason that Ray gives for the death of a worker's process, in a sentence."""
     failure = getattr(error, "health_check_failure", error)
     text = str(failure)
     if isinstance(failure, OutOfMemoryError):

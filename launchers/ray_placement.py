@@ -1,4 +1,4 @@
-"""Where Ray may put the workers of a run: which nodes, and how much of each a worker takes."""
+"""The placement that Ray is asked for: nodes, and each worker's share of their resources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NODE_ID_LABEL = "ray.io/node-id"
 
 @dataclass(frozen=True)
 class Placement:
-    """What Ray is asked for.
+    """A request to Ray.
 
     `resources` are one worker's; `labels`, one entry per rank, pins ranks to nodes (None: they are free);
     `cores` are those of the smallest node.
@@ -34,8 +34,8 @@ def choose(config: Config, world: int, nodes: Sequence[Node], where: str) -> Pla
     """The placement of `world` ranks on `nodes`, ranks_per_node neighbouring ranks on each.
 
     Ray packs as many workers on a node as its logical resources allow, which need not be ranks_per_node;
-    so on several nodes each rank is pinned. Only where restarts are allowed the ranks are free, because a
-    restart may have to do without a node. Raises `LaunchError` if there are too few nodes.
+    so on several nodes each rank is pinned. Ranks are free only if restarts are allowed, because a restart may have to
+    do without a node. Raises `LaunchError` if there are too few nodes.
     """
     cluster = config.cluster
     per_node = math.ceil(world / cluster.nodes)

@@ -1,8 +1,8 @@
-"""The meeting place of the workers of Ray Train, and what they are told only once they run.
+"""The rendezvous of the workers of Ray Train, and the variables that they get only once they run.
 
-Ray Train's own backend for torch looks for a free port, lets it go again, and has the store of rank 0 listen there
-on every interface. Here rank 0's process itself listens, on its node's address alone, and keeps that socket for the
-store; ranks join in the worker's own code, as those of every other launcher.
+Ray Train's own backend for torch finds a free port, releases it, and lets the store of rank 0 listen there on every
+interface. Here rank 0's process listens on its node's address alone, and keeps that socket for the store. Ranks join in
+the worker's own code, as with every other launcher.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
-from moesys.launchers.ray_worker import Task, node_address, train_loop
+from moesys.launchers.ray_worker import WorkerTask, node_address, train_loop
 
 
 class Rendezvous(TorchConfig):
-    """In place of Ray Train's way to a process group."""
+    """Replaces Ray Train's way to a process group."""
 
     @property
     def backend_cls(self) -> type[Backend]:
+        """The backend that Ray Train starts."""
         return RendezvousBackend
 
 
@@ -43,16 +44,16 @@ def set_environment(variables: Mapping[str, str]) -> None:
 
 def listen_here() -> dict[str, str]:
     """Called in the worker of rank 0: the variables that name its address and the port it listens on."""
-    from moesys.parallel.rendezvous import reserve  # here, for the launching process needs no torch for it
+    from moesys.parallel.rendezvous import reserve  # the launching process must not import torch
 
     address = node_address()
     return {"MASTER_ADDR": address, "MASTER_PORT": str(reserve(address))}
 
 
-def loop(late: Mapping[str, str], task: Task) -> None:
+def loop(late: Mapping[str, str], task: WorkerTask) -> None:
     """Called in each worker: `train_loop(task)` with its rank and `late` in the environment.
 
-    What is in `late` is written nowhere: Ray logs the environment that it is asked for.
+    Nothing writes `late` down, whereas Ray logs the environment that it is asked for.
     """
     from ray.train import get_context
 

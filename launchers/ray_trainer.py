@@ -17,8 +17,8 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from moesys.launchers.ray_placement import Placement
 from moesys.launchers.ray_rendezvous import Rendezvous, loop
-from moesys.launchers.ray_worker import Task
-from moesys.launchers.spec import told_late
+from moesys.launchers.ray_worker import WorkerTask
+from moesys.launchers.spec import late_variables
 
 NEEDLESS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 """Parts of Ray Train that each start one more process. The cleaner fills its log on a Ray without dashboard
@@ -27,7 +27,7 @@ splits data sets of Ray Data, which we do not use."""
 
 
 class AtOnce(FixedScalingPolicy):
-    """Workers on nodes that are there already: nobody is asked for more.
+    """Places workers on existing nodes, and requests no others.
 
     Ray Train asks a coordinator, which is one more process whose start is waited for: ten seconds on two cores.
     """
@@ -39,7 +39,7 @@ class AtOnce(FixedScalingPolicy):
         """No request to repeat."""
 
 
-class Trainer(TorchTrainer):
+class LeanTorchTrainer(TorchTrainer):
     """TorchTrainer without the parts that a run of ours does not need."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -57,7 +57,7 @@ class Trainer(TorchTrainer):
 
 
 def make(
-    task: Task,
+    task: WorkerTask,
     placement: Placement,
     *,
     world: int,
@@ -67,15 +67,15 @@ def make(
 ) -> TorchTrainer:
     """A trainer of `world` workers that do `task` with environment `env`.
 
-    Ray writes the environment of processes that it is to start into its logs, so only what a process needs from its
-    first moment takes this way.
+    Ray logs the environment of processes that it starts. So only variables that a process needs from its first moment
+    are passed that way.
 
     `max_failures` restarts of all workers; Ray's own failures to start them are counted apart, up to the
     same number. Nothing is reported through Ray, so `storage` stays empty but for its bookkeeping.
     """
-    late = told_late(env)
+    late = late_variables(env)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    return Trainer(
+    return LeanTorchTrainer(
         partial(loop, late, task),  # not train_loop_config, which Ray Train may export
         torch_config=Rendezvous(backend="nccl" if placement.device == "cuda" else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]

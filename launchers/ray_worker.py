@@ -1,7 +1,7 @@
-"""What runs inside a worker of Ray Train: it makes the worker look like one of the other launchers.
+"""Runs inside a worker of Ray Train, and makes it look like a worker of the other launchers.
 
-Same working folder, same log file, same error file. Nothing is reported through Ray Train: its report is
-a barrier over all workers.
+It has the same working folder, log file and error file. Nothing is reported through Ray Train, whose report is a
+barrier over all workers.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import TypedDict
 
 from moesys.config.schema import Config
-from moesys.launchers.failure import log_file
-from moesys.train import beat
-from moesys.train.ending import Failure, Kind, error_file
+from moesys.launchers.outcome import log_file
+from moesys.train import heartbeat
+from moesys.train.failure import Failure, FailureKind, error_file
 from moesys.train.rank import header
 
 HEAD_START_S = 2.0
-"""How long an error that only says that a peer is gone is held back: Ray shall see the peer's end first."""
+"""Seconds for which the error of a lost peer is held back, so that Ray sees the peer's end first."""
 
 Worker = Callable[[Config, Path], None]
 
 
-class Task(TypedDict):
-    """What a worker is told: its configuration and run folder (absolute), the working folder of the
-    launching process, and what to call, as "module:function"."""
+class WorkerTask(TypedDict):
+    """A worker's task: its configuration and run folder (absolute), the working folder of the launching process, and
+    the function to call, as "module:function"."""
 
     config: Config
     run_dir: str
@@ -37,30 +37,32 @@ class Task(TypedDict):
     worker: str
 
 
-def train_loop(task: Task) -> None:
+def train_loop(task: WorkerTask) -> None:
     """Call the worker function; its error becomes a file and a `RuntimeError(text, failure as JSON)`.
 
-    A plain error, because Ray must be able to send it: an exception whose constructor takes anything but
-    a text arrives as a failure to unpickle.
+    The error is plain, because Ray must be able to send it: an exception whose constructor takes more than a text
+    cannot be unpickled.
     """
     rank, run_dir = int(os.environ["RANK"]), Path(task["run_dir"])
     if Path(task["cwd"]).is_dir():
         os.chdir(task["cwd"])
     if not run_dir.is_dir():
         rule = f"{run_dir} of the launching node is not on node {socket.gethostname()}"
-        failure = Failure(rank, Kind.USER, f"{rule}\n    remedy: set output.runs to a folder that all nodes share")
+        failure = Failure(
+            rank, FailureKind.USER, f"{rule}\n    remedy: set output.runs to a folder that all nodes share"
+        )
         raise RuntimeError(failure.text, failure.json)
     redirect_output(log_file(run_dir, rank))
     os.environ["MOESYS_NODE_IP"] = node_address()
-    error_file(run_dir, rank).unlink(missing_ok=True)  # of the attempt before a restart
+    error_file(run_dir, rank).unlink(missing_ok=True)  # left by the attempt before a restart
     try:
         print(header(log_file(run_dir, rank)), flush=True)
-        with beat.Beat(run_dir, rank, beat.interval(task["config"].launch.timeout_s)):
+        with heartbeat.Heartbeat(run_dir, rank, heartbeat.interval(task["config"].launch.timeout_s)):
             resolve(task["worker"])(task["config"], run_dir)
     except BaseException as error:
         failure = Failure.of(error, rank, run_dir)
         failure.write(run_dir)
-        if failure.kind is Kind.LOST:
+        if failure.kind is FailureKind.LOST:
             time.sleep(HEAD_START_S)
         raise RuntimeError(failure.text, failure.json) from None
     finally:
@@ -70,7 +72,7 @@ def train_loop(task: Task) -> None:
 
 def node_address() -> str:
     """This node's address, as Ray knows it."""
-    from ray.util import get_node_ip_address  # here, for the driver must be able to say that there is no Ray
+    from ray.util import get_node_ip_address  # the driver must be able to report that Ray is missing
 
     return get_node_ip_address()
 

@@ -1,4 +1,4 @@
-"""`moesys report`: of a run, of two runs, of a benchmark of collectives, or of traces; on screen and as files."""
+"""`moesys report`: reports on one run, two runs, a benchmark of collectives, or traces, on screen and in files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moesys.files import write_json, write_whole
 from moesys.measure.explain.explanation import Explanation
-from moesys.measure.explain.step_selection import newest
+from moesys.measure.explain.step_selection import newest_layout
 from moesys.measure.record.step_files import read_steps
 from moesys.measure.report import compare, run
 from moesys.measure.report.run import ReportError, Run
@@ -19,7 +19,7 @@ from moesys.measure.step import Step
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Write and show what is asked for."""
+    """Write and show the report that the command line asks for."""
     if arguments.trace:
         return _traces(arguments)
     if not 1 <= len(arguments.runs) <= 2:
@@ -101,7 +101,7 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
 
 def _recorded(folder: Path) -> list[Step]:
     """The steps of the layout that recorded last, those that warm up included."""
-    choice = newest(read_steps(folder))
+    choice = newest_layout(read_steps(folder))
     if not choice.steps:
         raise ReportError(f"{folder} recorded no steps: launch it with --measure")
     return choice.steps

@@ -1,9 +1,9 @@
 """A run as a Slurm batch script, and its submission.
 
-The script starts the workers with plain srun, not with Ray inside Slurm (`ray symmetric-run`). Slurm does
-already what Ray would add: it places and starts one process per rank, ends all when one fails, and leaves
-nothing behind. Ray would bring a head node to wait for (30 s and no longer), ports that clash with those
-of other users on shared nodes, and a `ray stop` at the end that takes every Ray process of the node along.
+The script starts the workers with plain srun, not with Ray inside Slurm (`ray symmetric-run`). Slurm already does
+what Ray would add: it places and starts one process per rank, ends all when one fails, and leaves nothing behind. Ray
+would need a head node (for which it waits 30 s at most), ports that clash with those of other users on shared nodes,
+and a final `ray stop` that ends every Ray process of the node.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TEMPLATE = """\
 # Run {name}: {world} ranks, {per_node} on each of {nodes} nodes.
 #
 # One srun task per rank. srun ends all tasks when one fails (--kill-on-bad-exit), and puts neighbouring
-# ranks on the same node (--distribution=block). Ray is not involved: Slurm itself does what it would do.
+# ranks on the same node (--distribution=block). Ray is not involved: Slurm does its work.
 set -uo pipefail
 
 run_dir={quoted_run_dir}
 mkdir -p "$run_dir/logs" "$run_dir/errors"
-# One launch at a time for each run folder, as `moesys launch` has it; where there are no locks, nothing is asked.
+# One launch at a time for each run folder, as with `moesys launch`, unless the file system has no locks.
 exec 9>> "$run_dir/launch.lock"
 flock --exclusive --wait 60 --conflict-exit-code 75 9 2> /dev/null
 if [ $? -eq 75 ]; then
@@ -47,7 +47,7 @@ if [ $? -eq 75 ]; then
     exit 1
 fi
 echo "$$ of Slurm job $SLURM_JOB_ID" > "$run_dir/launch.lock"
-# The configuration of a run with checkpoints comes back, unless the workers accept this one.
+# The previous configuration of a run with checkpoints is restored unless the workers accept this one.
 before="$run_dir/{before}"
 if compgen -G "$run_dir/checkpoints/step-*/moesys.json" > /dev/null && [ ! -e "$before" ]; then
     mv "$run_dir/config.yaml" "$before" 2> /dev/null
@@ -57,14 +57,14 @@ cat > "$run_dir/config.yaml" << 'END_OF_CONFIG'
 {config}END_OF_CONFIG
 {exports}
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"
-# Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch: without this all tasks share few cores.
+# Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch: without this all tasks share few cores.
 [ -n "${{SLURM_CPUS_PER_TASK:-}}" ] && export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 
 code=1
 for attempt in $(seq 0 {max_failures}); do
     rm -f "$run_dir"/errors/rank-*.txt
-    # Below the kernel's own ports, and another one for each job and attempt.
+    # A port below the kernel's own range, different for each job and attempt.
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + attempt) % 12000))
     srun --nodes={nodes} --ntasks={world} --ntasks-per-node={per_node} --distribution=block \\
         --kill-on-bad-exit=1 --open-mode=append --output={log_pattern} \\
@@ -146,7 +146,7 @@ def _option(key: str, value: str | int | None) -> str:
 
 
 def _asked(given: Mapping[str, object], names: set[str]) -> bool:
-    """Whether `launch.slurm` says anything of the options `names`; false: that moesys must not either."""
+    """True if `launch.slurm` sets one of the options `names`; a value of false keeps moesys from setting them."""
     return not names.isdisjoint(given)
 
 

@@ -1,4 +1,4 @@
-"""What a launcher needs to know of a run: configuration, folder, size and the environment of its workers."""
+"""The specification of a run for launchers: configuration, folder, size and the environment of its workers."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def worker_environment(config: Config, caller: Mapping[str, str] | None = None) 
     return env | resolved(config.launch.env, caller)
 
 
-def told_late(env: Mapping[str, str]) -> dict[str, str]:
-    """The part of `env` that is handed to workers that run already, and not to the system that starts them.
+def late_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """The part of `env` that workers get only once they run: secrets, and variables that only their libraries read.
 
-    Such a system may write down what it is given, as Ray does: secrets, and what only libraries of the worker read.
+    The system that starts them may log its environment, as Ray does.
     """
     return {name: value for name, value in env.items() if is_secret(name, value) or name.startswith(LATE)}
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and termination requests, noted instead of raised, so that workers can be stopped in order."""
+"""Notes Ctrl-C and termination requests instead of raising, so that workers can be stopped in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run in one table: how good the model is beside simple ones, how fast, where things lie."""
+"""The summary of a run in one table: its loss beside simple models', its speed, and its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moesys.files import read_json
 from moesys.measure.report.facts import results
 
 PLACES = ("checkpoint", "metrics", "report")
-"""Keys of summary.json that say where things lie."""
+"""Keys of summary.json that name files."""
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:

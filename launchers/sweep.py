@@ -25,7 +25,7 @@ from moesys.launchers.launch import launch
 from moesys.launchers.lock import locked
 from moesys.launchers.spec import RunSpec
 from moesys.train import resume, run_folder
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 COLUMNS = (
     ("held-out loss", "heldout_loss", "{:.3f}"),
@@ -82,7 +82,7 @@ class Sweep:
 
 
 def run(sweep: Sweep, console: Console) -> int:
-    """Train what is not trained yet, then write and print the table; the exit code of a run that fails.
+    """Train the missing runs, then write and print the table; returns the exit code of a run that fails.
 
     Raises:
         CheckpointError: the folder of a run holds figures of other settings; names each, before any starts.
@@ -102,13 +102,13 @@ def run(sweep: Sweep, console: Console) -> int:
 
 
 def _require_same(sweep: Sweep) -> None:
-    """A figure of the table is of one configuration from the first step to the last."""
+    """Raise CheckpointError if a run was trained with other settings: each row of the table is one configuration."""
     rows, folders = [], []
     for config in sweep.configs.values():
         spec = RunSpec.of(config)
         run_folder.check(spec.run_dir)
         found = resume.trained_with(spec.run_dir, spec.config)
-        # Where the data lie may change: workers compare what lies there.
+        # The place of the data may change: workers compare their content.
         if changed := [change for change in found if change.kind is not Kind.CONTENT]:
             folders.append(shlex.quote(str(spec.run_dir)))
             rows += [f"  {spec.run_dir}", *(f"    {change}" for change in changed)]
@@ -119,14 +119,15 @@ def _require_same(sweep: Sweep) -> None:
 
 
 def _train(config: Config, console: Console) -> int:
-    """Train one run to its end, unless its summary is there: whatever is in its folder has these settings."""
+    """Train one run to its end, unless its summary is there. Its folder holds figures of these settings alone."""
     spec = RunSpec.of(config)
     found = summary.read(spec.run_dir) or {}
     if found.get("steps") == config.train.steps and not resume.trained_with(spec.run_dir, spec.config):
         console.print(f"  already trained: {spec.run_dir}")
         return 0
     with locked(spec.run_dir):
-        resume.check(spec.run_dir, spec.config)
+        for line in resume.check(spec.run_dir, spec.config):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         with run_folder.proposed(spec.run_dir, dump(spec.config)):
             return launch(spec, config.launch.launcher, console)
 

@@ -1,4 +1,4 @@
-"""`moesys what-if`: predictions from a recorded run, and, where asked for, runs that tell how good they are."""
+"""`moesys what-if`: predictions from a recorded run and, if asked for, runs that show how good they are."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moesys.errors import FileError
 from moesys.files import read_json, write_json
 from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
-from moesys.measure.explain.step_selection import Recorded, explained
+from moesys.measure.explain.step_selection import RecordedStep, steps_to_explain
 from moesys.measure.predict.links import Profile
 from moesys.measure.predict.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
 from moesys.measure.record import step_files as records
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -61,7 +61,7 @@ def _words(change: str) -> list[str]:
         raise WhatIfError(f"--change {change!r}: {error}\n    remedy: write 'key=value key=value'") from None
 
 
-def recorded(run_dir: Path) -> tuple[Config, list[Recorded]]:
+def recorded(run_dir: Path) -> tuple[Config, list[RecordedStep]]:
     """A run's configuration, and its recorded steps that are explained.
 
     Raises:
@@ -69,7 +69,7 @@ def recorded(run_dir: Path) -> tuple[Config, list[Recorded]]:
     """
     if not (run_dir / "summary.json").exists():
         raise WhatIfError(f"{run_dir} is no finished run: give the folder that moesys launch made")
-    choice = explained(records.recorded(run_dir))
+    choice = steps_to_explain(records.recorded(run_dir))
     if not choice.steps:
         raise WhatIfError(f"{run_dir} recorded no steps: launch it with --measure")
     if choice.note:

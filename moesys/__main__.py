@@ -26,7 +26,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return STOPPED
     except Exception:
-        if _asked:  # while libraries are imported they make errors of their own of it
+        if _asked:  # libraries that are being imported turn it into errors of their own
             return STOPPED
         raise
     finally:
@@ -39,15 +39,15 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Ctrl-C in a place that cannot raise it is told by nobody."""
+    """Print nothing for a Ctrl-C in a place that cannot raise it."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
 
 
 def _read_utf8() -> None:
-    """Start again in Python's UTF-8 mode where the locale has files in another encoding, as ours never are.
+    """Restart in Python's UTF-8 mode if the locale has another encoding: this project's files are UTF-8.
 
-    The terminal keeps the encoding that it has.
+    The terminal keeps its encoding.
     """
     import locale
 

@@ -19,7 +19,7 @@ from moesys import terminal
 from moesys.command_line import parser, strange
 from moesys.errors import ConfigError, MoesysError
 from moesys.files import write_json
-from moesys.launchers import foreign
+from moesys.launchers import inherited_env
 from moesys.words import plural
 
 DOES_NOT_FIT = 3
@@ -30,7 +30,7 @@ def launch(arguments: argparse.Namespace) -> int:
     """Train a configuration, or show what would be started."""
     from rich.console import Console
 
-    from moesys.train.checked import load_checked
+    from moesys.train.validate import load_checked
 
     if arguments.json is not None and not arguments.dry_run:
         arguments.parser.error("--json goes with --dry-run; a run writes its figures to summary.json in its folder")
@@ -67,7 +67,8 @@ def launch(arguments: argparse.Namespace) -> int:
 
     spec = RunSpec.of(config)
     with locked(spec.run_dir):
-        resume.check(spec.run_dir, spec.config)
+        for line in resume.check(spec.run_dir, spec.config):
+            print(line, flush=True)
         with run_folder.proposed(spec.run_dir, dump(spec.config)):
             return start(spec, config.launch.launcher)
 
@@ -103,7 +104,7 @@ def show_config(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.config is None:
         arguments.parser.error("give a configuration file, --schema, or --list")
-    from moesys.train.checked import load_checked
+    from moesys.train.validate import load_checked
 
     config = load_checked(arguments.config, arguments.overrides, with_data=False)
     if not arguments.check:
@@ -118,7 +119,7 @@ def show_config(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Prove that a configuration computes what one process computes."""
-    from moesys.train.checked import load_checked
+    from moesys.train.validate import load_checked
 
     config = load_checked(arguments.config, arguments.overrides)
     world = config.cluster.nodes * config.cluster.ranks_per_node
@@ -168,7 +169,7 @@ def _compare(name: str, arguments: argparse.Namespace) -> int:
 
 def bench_measure(arguments: argparse.Namespace) -> int:
     """Compare training steps with and without recording."""
-    from moesys.train.checked import load_checked
+    from moesys.train.validate import load_checked
 
     config = load_checked(arguments.config, arguments.overrides, with_data=arguments.simulate is None)
     from moesys.train import bench_measure
@@ -250,11 +251,11 @@ def main(words: Sequence[str] | None = None) -> int:
     if wrong := strange(arguments.parser, rest, arguments.takes_overrides):
         arguments.parser.error(wrong)
     arguments.overrides = [*arguments.overrides, *rest]
-    foreign.forget()
-    # OpenMP's idle threads spin for some ten milliseconds before they sleep, on cores that experts' own threads
-    # need; it is told how long when torch loads it.
+    inherited_env.clear()
+    # OpenMP's idle threads spin for about ten milliseconds before they sleep, on cores that the experts' threads
+    # need. OpenMP reads this limit when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all levels: its profiler tells of every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all levels: its profiler prints every start and stop
     try:
         return COMMANDS[arguments.run](arguments)
     except MoesysError as error:
@@ -263,7 +264,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever reads the output has enough of it, as `| head` has; Python's last flush must not fail on it either.
+        # The reader, such as `| head`, has closed the pipe; Python's last flush must not fail on it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

@@ -37,9 +37,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors say what may have been meant."""
+    """A parser with errors that suggest the intended word."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the error, the closest legal word and a pointer to --help; exit with code 2."""
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         near = suggest.choice(wrong[1], re.findall(r"'([^']*)'", wrong[2])) if wrong else None
         if near:
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def strange(parser: Parser, words: Sequence[str], overrides: bool) -> str | None:
-    """The error in `words` that `parser` does not know; None if all of them are overrides, which may be given."""
+    """The error in `words`, which `parser` does not know; None if all are overrides and these are allowed."""
     for number, word in enumerate(words):
         if overrides and "=" in word and not word.startswith("-"):
             continue
@@ -128,7 +129,7 @@ def _launch(sub: Parser) -> None:
     sub.add_argument("--launcher", choices=LAUNCHERS, help="default: launch.launcher")
     sub.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster (default: launch.ray_address)")
     sub.add_argument("--measure", action="store_true", help="record about twenty steps, unless measure says which")
-    text = "tell metrics to Prometheus here (default: measure.metrics_port)"
+    text = "serve metrics for Prometheus on this port (default: measure.metrics_port)"
     sub.add_argument("--metrics-port", type=int, metavar="PORT", help=text)
     text = "show ranks, meshes, memory; start nothing; exit code 3 where memory does not fit"
     sub.add_argument("--dry-run", action="store_true", help=text)
@@ -221,7 +222,7 @@ def _bench(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _rounds(sub: Parser, steps: int, what: str) -> None:
-    sub.add_argument("--rounds", type=count, default=7, help="repetitions, of which the median is told")
+    sub.add_argument("--rounds", type=count, default=7, help="repetitions; their median is printed")
     sub.add_argument("--steps", type=count, default=steps, help=what)
     _json(sub, "the figures")
 

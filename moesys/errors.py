@@ -1,7 +1,7 @@
-"""The errors a user can meet, in the user's words.
+"""Errors with a message for the user.
 
-A command that ends in one of these prints its text and exits with `exit_code`; nothing else is ever
-printed for bad input. Anything that is not a `MoesysError` is a bug of ours and keeps its traceback.
+A command that ends in one of these prints its text and exits with `exit_code`; bad input prints nothing else. Any
+other exception is a bug of this project and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ class MoesysError(Exception):
 class Problem:
     """One thing wrong with a configuration.
 
-    `key` is dotted ("parallel.tp"); `rule` says what is legal, with the arithmetic; `remedy` what to
-    do about it. `given` and `where` ("file.yaml:12") are filled in by the loader where the rule
-    itself does not know them.
+    `key` is dotted ("parallel.tp"); `rule` is the rule with its arithmetic; `remedy` says what to do. The loader
+    fills in `given` and `where` ("file.yaml:12") if the rule itself does not know them.
     """
 
     key: str
@@ -63,7 +62,7 @@ class CheckpointError(MoesysError):
 
 
 class TrainingError(MoesysError):
-    """Training whose numbers are not finite and cannot go on."""
+    """Training that cannot go on because its numbers are not finite."""
 
 
 class FileError(MoesysError):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON that any parser reads."""
+"""Writes files that are whole or absent, and JSON that any parser reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moesys.errors import FileError
 def write_whole(path: Path, text: str) -> None:
     """Replace a file at once: readers see the old text or the new, never a part.
 
-    A path that is no regular file, as /dev/stdout, is written to as it is.
+    A path that is no regular file, such as /dev/stdout, is written to directly.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -68,7 +68,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def json_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file of one JSON object a line; lines that are damaged or cut short are left out.
+    """The objects in a file of one JSON object per line, without lines that are damaged or cut short.
 
     A file that does not exist has none.
     """

@@ -1,9 +1,9 @@
-"""Belongings of a process that must not outlive it: folders, pretended hosts, processes.
+"""Removes what killed processes left: folders, emulated hosts, child processes.
 
-A process that ends in order removes its own. One that is killed by SIGKILL cannot; so whatever is made is first
-written down, beside who owns it, in /tmp/moesys-UID, and every start removes what belongs to the dead. Nothing else
-is touched: a process number alone proves nothing, as it may be another's by now, so the mark has the time at which
-the owner started, the boot of the machine, and the namespace in which the number counts.
+A process that ends in order removes its own resources. One that is killed by SIGKILL cannot. So each resource is noted
+beforehand, with its owner, in /tmp/moesys-UID, and every start removes the resources of dead owners. Nothing else is
+touched: a process number may belong to another process by now, so the note has the start time of the owner, the boot of
+the machine, and the namespace of process numbers.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from moesys.errors import FileError
 from moesys.files import read_json, write_json
 
 MARK = "owner.json"
-"""In every folder below `root()`: its owner, and what else belongs to it."""
+"""The file in every folder below `root()` that names its owner and its other resources."""
 
 CLAIM = ".owner"
-"""In a claimed folder elsewhere: the name of the folder below `root()` that it belongs to."""
+"""The file in a claimed folder elsewhere that names the folder below `root()` that it belongs to."""
 
 VARIABLE = "MOESYS_OWNED"
-"""In the environment of processes that belong to a folder below `root()`: its path."""
+"""The variable of processes that belong to a folder below `root()`: its path."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, told apart from every other that has or had its number."""
+    """A process, distinct from every other that has or had its number."""
 
     pid: int
     start: str | None
-    """Clock ticks from the machine's boot to the process's start; None where the system does not say."""
+    """Clock ticks from the machine's boot to the process's start; None if the system does not say."""
     boot: str | None
     space: str | None
     """The namespace of process numbers."""
@@ -54,7 +54,7 @@ class Owner:
         return cls(pid, _started(pid), _boot(), _space(), os.uname().nodename)
 
     def is_dead(self) -> bool:
-        """Whether it certainly runs no more; False where that cannot be known from here."""
+        """True if it certainly runs no more; False if that cannot be known on this machine."""
         if self.host != os.uname().nodename:
             return False
         if None not in (self.boot, boot := _boot()) and self.boot != boot:
@@ -100,8 +100,8 @@ def _space() -> str | None:
 def root() -> Path:
     """The folder of this user, made if need be, that nobody else can read.
 
-    Not under $TMPDIR: whoever starts next must find it, and the paths of Unix sockets inside must stay below
-    107 characters.
+    It is not under $TMPDIR: the next process must find it, and the paths of Unix sockets inside must stay below 107
+    characters.
 
     Raises:
         FileError: something of another user has its name.
@@ -122,10 +122,10 @@ def _root() -> Path:
     return base / f"moesys-{os.getuid()}"
 
 
-class Owned:
-    """A folder of this process, `path`, and what else it will leave if it is killed.
+class OwnedResources:
+    """A folder of this process, `path`, and the other resources that it would leave if it were killed.
 
-    `kind` begins the folder's name. What the dead left is removed first.
+    `kind` begins the folder's name. Resources of dead processes are removed first.
     """
 
     def __init__(self, kind: str):
@@ -138,7 +138,7 @@ class Owned:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For processes that belong to this one."""
+        """Variables for processes that belong to this one."""
         return {VARIABLE: str(self.path)}
 
     def claim(self, folder: Path) -> None:
@@ -148,11 +148,11 @@ class Owned:
         (folder / CLAIM).write_text(self.path.name)
 
     def network(self, name: str) -> None:
-        """Note pretended hosts that will be made: a bridge `name` and namespaces whose names begin with it."""
+        """Note emulated hosts that will be made: a bridge `name`, and namespaces with names that begin with it."""
         self._note("networks", name)
 
     def end_processes(self) -> None:
-        """SIGKILL to every process that was started with `environment`, and to what it started."""
+        """Send SIGKILL to every process that was started with `environment`, and to its children."""
         _end_processes(self.path)
 
     def remove(self) -> None:
@@ -167,7 +167,7 @@ class Owned:
 @contextmanager
 def temporary(prefix: str, folder: Path | None = None) -> Iterator[Path]:
     """A new folder inside `folder` (default: this user's own), removed at the end, or after this process's death."""
-    owned = Owned(prefix.rstrip("-"))
+    owned = OwnedResources(prefix.rstrip("-"))
     try:
         if folder is None:
             yield owned.path
@@ -180,7 +180,7 @@ def temporary(prefix: str, folder: Path | None = None) -> Iterator[Path]:
 
 
 def remove() -> None:
-    """Remove what dead processes of this user left. Never fails: what cannot be removed stays."""
+    """Remove the resources of this user's dead processes. It never fails: what cannot be removed stays."""
     with suppress(OSError):
         if _root().lstat().st_uid == os.getuid():
             for path in sorted(_root().iterdir()):
@@ -192,7 +192,7 @@ def _remove_if_dead(path: Path) -> None:
         mark = read_json(path / MARK, "")
         owner = Owner(**mark["owner"])
     except (FileError, KeyError, TypeError):
-        return  # it is being made, or removed by another
+        return  # another process makes or removes it
     if owner.is_dead():
         _clear(path, mark)
 
@@ -220,7 +220,7 @@ def _remove_tree(path: Path) -> None:
 
 
 def _end_processes(path: Path) -> None:
-    """SIGKILL to every process that belongs to `path`."""
+    """Send SIGKILL to every process that belongs to `path`."""
     for process in Path("/proc").glob("[0-9]*"):
         if int(process.name) != os.getpid() and _belongs(process, path):
             with suppress(OSError):
@@ -228,9 +228,9 @@ def _end_processes(path: Path) -> None:
 
 
 def _belongs(process: Path, path: Path) -> bool:
-    """Tell whether a process, given by its folder in /proc, was started for `path` or has a file open inside.
+    """True if a process, given by its folder in /proc, was started for `path` or has a file open inside.
 
-    Ray's agents write their titles over their environment.
+    Open files are needed as a sign because Ray's agents overwrite their environment with their titles.
     """
     with suppress(OSError):
         if f"{VARIABLE}={path}".encode() in (process / "environ").read_bytes().split(b"\0"):
@@ -250,7 +250,7 @@ def remove_network(name: str) -> None:
     for namespace in (line.split()[0] for line in listed.stdout.splitlines() if line.strip()):
         if namespace.startswith(f"{name}h"):
             subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
-    # A namespace's end of a link goes a moment after the namespace.
+    # The end of a link in a namespace disappears a moment after the namespace.
     shown = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
     for link in re.findall(rf"^\d+: ({re.escape(name)}(?:v\d+)?)[@:]", shown, re.MULTILINE):
         subprocess.run(["ip", "link", "delete", link], capture_output=True)

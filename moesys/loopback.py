@@ -1,4 +1,4 @@
-"""Processes that talk to each other on this machine alone."""
+"""Keeps the communication of processes on this machine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import os
 import sys
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-"""For workers of one machine: their libraries listen where other machines do not reach. gloo else looks the
-host's name up, and where that leads is anybody's guess; NCCL takes any interface but this one."""
+"""Variables for workers of one machine: their libraries then listen on the loopback interface alone. By default gloo
+looks up the host's name, which may resolve to any address, and NCCL takes any other interface."""
 
 
 def stay_here() -> None:
-    """Let this process and its children talk on this machine alone, and keep torch's hints off the terminal.
+    """Let this process and its children communicate on this machine alone, and keep torch's hints off the terminal.
 
-    For processes that the terminal shows, of proofs and benchmarks; to be called before they connect. What the
-    caller has set stays.
+    Proofs and benchmarks call it before their processes connect. Variables that are set already stay.
     """
     for key, value in (LOOPBACK | {"TORCH_CPP_LOG_LEVEL": "ERROR"}).items():
         os.environ.setdefault(key, value)

@@ -1,4 +1,4 @@
-"""Types of what is given on the command line: a wrong value ends in a message before anything starts."""
+"""Types of command-line options: a wrong value ends in a message before anything starts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def finite(text: str) -> float:
 
 
 def output(text: str) -> Path:
-    """A file that can be written: what took minutes to measure must not be lost for want of a folder."""
+    """The path of a file that can be written: results of minutes must not be lost because a folder is missing."""
     path = Path(text)
     if "\0" in text or len(path.name) > 255:
         raise argparse.ArgumentTypeError(f"{text[:40]!r}… is no name that a file can have")

@@ -21,11 +21,11 @@ def _about(path: Path) -> str:
 
 
 def config(text: str) -> Path:
-    """The configuration that `text` names: a file; or where there is none, a shipped one (configs/quickstart.yaml)."""
+    """The path of the configuration `text`: a file or, if there is none, a shipped one (configs/quickstart.yaml)."""
     path = Path(text)
     if path.is_absolute() or path.parts[:1] != ("configs",) or ".." in path.parts or "\0" in text:
         return path
     try:
         return path if path.exists() or not (FOLDER / path).is_file() else FOLDER / path
-    except OSError:  # a name that no file can have: whoever opens it says so
+    except OSError:  # no file can have this name: opening it gives the message
         return path

@@ -1,4 +1,4 @@
-"""Output of the `moesys` command to a terminal or pipe, whatever characters that takes."""
+"""Lets the output of the `moesys` command reach any terminal or pipe, whatever its encoding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PLAIN = {
     "±": "+-", "µ": "u", "μ": "u", "α": "alpha", "β": "beta", "∝": "~", "²": "2", "³": "3", "⁹": "9", "°": "deg",
     "‘": "'", "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
-"""Stand-ins for characters that the other end cannot show."""
+"""Substitutes for characters that the other end cannot show."""
 
 
 def degrade(error: UnicodeError) -> tuple[str, int]:
-    """The handler of encoding errors `moesys`: near characters of ASCII, else a question mark."""
+    """The handler of encoding errors `moesys`: similar ASCII characters, else a question mark."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(map(plain, error.object[error.start : error.end])), error.end
@@ -31,7 +31,7 @@ def plain(character: str) -> str:
 
 
 def forgive() -> None:
-    """Let standard output and error degrade what their encoding lacks, instead of ending the command."""
+    """Let standard output and error replace characters that their encoding lacks, instead of raising."""
     codecs.register_error("moesys", degrade)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from moesys.parallel import comm
 
 BUCKET_BYTES = 64 * 2**20
-"""Most bytes of a bucket of several gradients: large messages, bounded copies. A larger gradient is a bucket alone."""
+"""Most bytes of a bucket of several gradients: messages stay large, copies bounded. A larger one is a bucket alone."""
 
 
 def local(x: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def divided(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 class Bucket:
     """Gradients of `params`, summed over `group` in one all-reduce.
 
-    Gradients become views of the bucket's memory: they are copied once, and a copy lives no longer than that. A
-    gradient that is alone in its bucket is summed where it lies.
+    Gradients become views of the bucket's memory, so that each is copied once. A gradient that is alone in its bucket
+    is summed in place.
 
     Attributes:
         awaited: ids of the parameters whose gradients backward has not completed.
@@ -51,7 +51,7 @@ class Bucket:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Start the sum. A gradient that backward left out is zero."""
+        """Start the sum; a missing gradient is zero."""
         grads = [local(completed(p)) for p in self.params]
         if len(grads) == 1 and grads[0].is_contiguous():
             flat = grads[0].view(-1)
@@ -72,7 +72,7 @@ class Bucket:
 
 
 def completed(p: nn.Parameter) -> Tensor:
-    """The gradient of p, zeros if there is none, laid out as p is unless it is a partial sum of what p holds whole."""
+    """The gradient of p, zeros if there is none; with the placements of p, unless it is partial and p is replicated."""
     if p.grad is None:
         p.grad = torch.zeros_like(p)
     elif (
@@ -83,14 +83,14 @@ def completed(p: nn.Parameter) -> Tensor:
 
 
 def _partial(p: nn.Parameter) -> bool:
-    """Whether each rank of p's mesh holds p whole, and a term of its gradient."""
+    """Whether p is replicated over its mesh, and its gradient a partial sum."""
     if not isinstance(p, DTensor) or not isinstance(p.grad, DTensor) or p.device_mesh.ndim > 1:
         return False
     return p.placements[0].is_replicate() and p.grad.placements[0].is_partial("sum")
 
 
 def _replace(p: nn.Parameter, grad: Tensor) -> None:
-    """Make `grad` this rank's part of the gradient of p, laid out as p is."""
+    """Make `grad` this rank's part of the gradient of p, with the placements of p."""
     if isinstance(p, DTensor):
         grad = DTensor.from_local(grad, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
     p.grad = grad
@@ -98,7 +98,7 @@ def _replace(p: nn.Parameter, grad: Tensor) -> None:
 
 @torch.no_grad()
 def sum_partial(params: Iterable[nn.Parameter]) -> None:
-    """Sum gradients over the ranks that hold their parameters whole and a term of the gradient each."""
+    """Sum partial gradients over the ranks that replicate their parameters."""
     found: dict[str, tuple[dist.ProcessGroup, list[nn.Parameter]]] = {}
     for p in params:
         if _partial(p) and isinstance(p, DTensor):

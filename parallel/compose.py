@@ -61,6 +61,10 @@ class Composed:
         tied = self.config.model.tie_embeddings
         return {canonical(n, tied): p for part in self.parts for n, p in part.named_parameters()}
 
+    def decays(self, name: str) -> bool:
+        """Whether the weights of this parameter decay: those of matrices do."""
+        return self.parts[0].described[name].kind == "matrix"
+
     def moe_layers(self) -> dict[str, MoELayer]:
         """All MoE layers of this rank by their layout-independent names."""
         return {canonical(n + ".", False)[:-1]: m for part in self.parts for n, m in moe_layers(part).items()}

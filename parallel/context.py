@@ -7,15 +7,17 @@ attends to equally many keys. Keys and values are gathered, each rank attends wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
-from moesys.models.size import Weight
+from moesys.models.parts.axes import Weight
+from moesys.models.parts.mixer import Mixer
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees
 
 if TYPE_CHECKING:
+    from moesys.models.attention import CausalCore
     from moesys.models.decoder import Decoder
     from moesys.parallel.mesh import ParallelMesh
 
@@ -43,17 +45,15 @@ def shards(weight: Weight, degrees: Degrees) -> int:
 
 def cost(shape: StepShape) -> list[Collective]:
     """Keys and values gathered in every layer, their gradients scattered."""
-    a, d = shape.config.model.attention, shape.degrees
-    if a.kind == "mla":
-        elements = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
-    else:
-        elements = 2 * (a.kv_heads or a.heads) * shape.config.model.head_dim
-    size = shape.sequence_tokens * elements / d.tp * shape.width
-    calls = shape.layers * shape.micro_batches
-    return [
-        Collective("all_gather", ("cp",), size, calls * shape.forwards),
-        Collective("reduce_scatter", ("cp",), size, calls),
-    ]
+    d, calls = shape.degrees, shape.micro_batches
+    moves = []
+    for mixer in (placed.part for placed in shape.blocks if isinstance(placed.part, Mixer)):
+        for axis in mixer.gathered():
+            ways = d.tp if axis.split_by == "tp" else 1
+            size = shape.sequence_tokens * axis.size / ways * shape.width
+            moves.append(Collective("all_gather", ("cp",), size, calls * shape.forwards))
+            moves.append(Collective("reduce_scatter", ("cp",), size, calls))
+    return moves
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
@@ -67,6 +67,6 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     model.positions = torch.cat([torch.arange(r.start, r.stop) for r in held]).to(mesh.device)
     group = mesh.group("cp")
     if group is not None:
-        for attention in (block.get_submodule("attention") for block in model.layers.values()):
-            attention.core = GatheredCore(group, config.train.seq_len)
+        for attention in (block.attention for block in model.blocks()):
+            attention.core = GatheredCore(group, config.train.seq_len, cast("CausalCore", attention.core).window)
     return model

@@ -11,7 +11,9 @@ from functools import cached_property
 from math import prod
 
 from moesys.config.schema import Config
-from moesys.models.size import Weight, frozen, weights
+from moesys.models.parts.axes import Weight
+from moesys.models.parts.model import Placed, parts
+from moesys.models.size import frozen
 from moesys.parallel.degrees import Degrees
 
 
@@ -78,6 +80,8 @@ class StepShape:
     """Ways that all dimensions but data split a weight."""
     data_shards: Callable[[Weight, Degrees], int]
     """Ways that data parallelism splits what is left."""
+    kept_rows: Callable[[StepShape], float]
+    """Rows that the dispatcher leaves with the experts, per token of a rank."""
 
     @property
     def micro_batches(self) -> int:
@@ -101,6 +105,11 @@ class StepShape:
         return 1 + recomputed + counting_passes(self.config, self.degrees.dp)
 
     @property
+    def arrived_rows(self) -> float:
+        """Rows that experts keep for backward because they travelled, per token of a rank."""
+        return self.kept_rows(self)
+
+    @property
     def width(self) -> int:
         """Bytes of one element of activations and communicated weights."""
         return 2 if self.config.train.dtype == "bfloat16" else 4
@@ -116,8 +125,14 @@ class StepShape:
     @cached_property
     def _weights(self) -> list[Weight]:
         tied = self.config.model.tie_embeddings
-        every = weights(self.config.model, self.vocab_size)
+        every = (w for placed in parts(self.config.model, self.vocab_size) for w in placed.weights())
         return [w for w in every if self.stage.holds(w, tied)]
+
+    @cached_property
+    def blocks(self) -> list[Placed]:
+        """The parts of the stage's blocks."""
+        every = parts(self.config.model, self.vocab_size)
+        return [placed for placed in every if placed.layer in self.stage.layers]
 
     def held(
         self,
@@ -133,7 +148,7 @@ class StepShape:
         """
         total = 0.0
         for weight in self.weights():
-            if not where(weight) or (trained and frozen(weight.name, self.config.train.freeze)):
+            if not where(weight) or (trained and frozen(weight, self.config.train.freeze)):
                 continue
             if routed in (None, weight.routed) and layer in (None, weight.layer):
                 ways = self.model_shards(weight, self.degrees)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
-from moesys.models.size import Weight
+from moesys.models.parts.axes import Weight
 from moesys.parallel.cost import Collective, StepShape, counting_passes
 from moesys.parallel.degrees import Degrees
 
@@ -56,7 +56,7 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
 
 def shards(weight: Weight, degrees: Degrees) -> int:
     """Ways that FSDP splits a weight."""
-    return 1 if weight.routing else optimizer_shards(weight, degrees)
+    return 1 if weight.router else optimizer_shards(weight, degrees)
 
 
 def optimizer_shards(weight: Weight, degrees: Degrees) -> int:
@@ -70,9 +70,9 @@ def cost(shape: StepShape) -> list[Collective]:
     whole = shape.config.engine == "native" and d.dp_shard > 1  # what routes is replicated beside shards
     dense_axes = ("dp_replicate", "dp_shard", "cp")
     spans: tuple[tuple[Callable[[Weight], bool], bool, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
-        (lambda w: whole and w.routing, False, dense_axes, (), ()),
+        (lambda w: whole and w.router, False, dense_axes, (), ()),
         (
-            lambda w: not w.routed and not (whole and w.routing),
+            lambda w: not w.routed and not (whole and w.router),
             d.dp_shard > 1,
             dense_axes,
             dense_axes[1:],

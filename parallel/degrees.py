@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd, isqrt, prod
+from math import gcd, prod
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
-from moesys.words import plural
+from moesys.words import divisors, plural
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the mesh for dense layers, outermost first: the groups that talk most are neighbours."""
@@ -105,9 +105,3 @@ def resolve(config: Config, world: int | None = None) -> tuple[Degrees | None, l
     # Experts are sharded over the ranks that shard the dense layers, as far as ep leaves any of them.
     edp_shard = gcd(edp, max(1, dp_shard * p.cp * p.tp // (p.ep * p.etp))) if dp_shard > 1 else 1
     return Degrees(p.pp, dp // dp_shard, dp_shard, p.cp, p.tp, p.ep, p.etp, edp // edp_shard, edp_shard), []
-
-
-def divisors(n: int) -> list[int]:
-    """All divisors of n, ascending."""
-    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
-    return low + [n // d for d in reversed(low) if d * d != n]

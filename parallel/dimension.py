@@ -12,10 +12,12 @@ from typing import Protocol, cast
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
-from moesys.models.size import Weight
-from moesys.parallel import context, data, engine_check, expert, freeze, pipeline, tensor
+from moesys.models.parts.axes import Weight
+from moesys.models.parts.model import mixers
+from moesys.parallel import context, data, engine_check, expert, freeze, pattern_check, pipeline, tensor
 from moesys.parallel.cost import Collective, StepShape
-from moesys.parallel.degrees import Degrees, divisors, resolve
+from moesys.parallel.degrees import Degrees, resolve
+from moesys.parallel.dispatchers.plan import kept_rows
 
 
 class Dimension(Protocol):
@@ -41,6 +43,8 @@ DIMENSIONS: dict[str, Dimension] = {
 def check(config: Config, world: int | None = None) -> list[Problem]:
     """Every rule between keys that `config` breaks on `world` ranks (default: the cluster's)."""
     problems = _model(config)
+    if any(problem.key.startswith(("model.layers", "model.mixers")) for problem in problems):
+        return problems  # nobody knows which blocks there are
     degrees, unresolved = resolve(config, world)
     if degrees is not None:
         return problems + _layout(config, degrees)
@@ -57,20 +61,12 @@ def _layout(config: Config, degrees: Degrees) -> list[Problem]:
 
 
 def _model(config: Config) -> list[Problem]:
-    m, problems = config.model, []
-    a = m.attention
-    if a.kind == "gqa":
-        if a.head_dim is None and m.hidden % a.heads:
-            rule = f"must divide model.hidden({m.hidden}) unless model.attention.head_dim is given"
-            problems.append(Problem("model.attention.heads", rule, f"one of {divisors(m.hidden)}"))
-        if a.kv_heads is not None and a.heads % a.kv_heads:
-            rule = f"must divide model.attention.heads({a.heads})"
-            problems.append(Problem("model.attention.kv_heads", rule, f"one of {divisors(a.heads)}"))
-    if not problems and m.rotary_dim % 2:
-        key = "qk_rope_head_dim" if a.kind == "mla" else "head_dim"
-        rule = f"rotary positions turn pairs: the size {m.rotary_dim} must be even"
-        problems.append(Problem(f"model.attention.{key}", rule, "use an even size"))
-    if m.ffn_hidden is None and not all(m.is_moe(i) for i in range(m.layers)):
+    m = config.model
+    problems = pattern_check.check(m)
+    if problems:
+        return problems
+    problems += [problem for mixer in mixers(m) for problem in mixer.check()]
+    if m.ffn_hidden is None and len(m.moe_blocks) < m.depth:
         rule = "is needed: some layers are dense"
         problems.append(Problem("model.ffn_hidden", rule, "set it, or make every layer MoE"))
     return problems + freeze.check(config)
@@ -85,7 +81,7 @@ def step_shape(config: Config, degrees: Degrees, vocab_size: int, rank: int) -> 
     """One training step as pipeline rank `rank` sees it: one entry per stage that it holds."""
     stages = pipeline.stages(config, vocab_size)[rank :: degrees.pp]
     shards = data.shards if config.engine == "native" else data.optimizer_shards
-    return [StepShape(config, degrees, vocab_size, stage, model_shards, shards) for stage in stages]
+    return [StepShape(config, degrees, vocab_size, stage, model_shards, shards, kept_rows) for stage in stages]
 
 
 def traffic(shape: StepShape) -> list[Collective]:

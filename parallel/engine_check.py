@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moesys.config.schema import Config
 from moesys.errors import Problem
+from moesys.models.parts.model import mixers
 from moesys.parallel.degrees import Degrees
 
 NATIVE = "set engine: native"
@@ -37,16 +40,12 @@ def _layout(config: Config, degrees: Degrees) -> list[Problem]:
 
 
 def _model(config: Config, degrees: Degrees) -> list[Problem]:
-    a, moe, problems = config.model.attention, config.model.moe, []
-    if a.kind == "mla":
-        rule = "latent attention is not in engine: megatron"
-        problems.append(Problem("model.attention.kind", rule, f"set it to gqa, or {NATIVE}"))
-    if a.bias:
-        rule = "Megatron has no attention with a bias on every projection and none on the rest"
-        problems.append(Problem("model.attention.bias", rule, f"set it to false, or {NATIVE}"))
-    if a.qk_norm == "full":
-        rule = "Megatron's norm of queries and keys is per head"
-        problems.append(Problem("model.attention.qk_norm", rule, f"set it to head, or {NATIVE}"))
+    moe = config.model.moe
+    refused = [problem for mixer in mixers(config.model) for problem in mixer.megatron()]
+    problems = [replace(problem, remedy=f"{problem.remedy}, or {NATIVE}") for problem in refused]
+    if not isinstance(config.model.layers, int):
+        rule = "a pattern of layers is not in engine: megatron"
+        problems.append(Problem("model.layers", rule, f"give a number, or {NATIVE}"))
     if moe is not None and moe.lora_rank is not None:
         rule = "LoRA experts are not in engine: megatron"
         problems.append(Problem("model.moe.lora_rank", rule, f"remove it, or {NATIVE}"))

@@ -5,24 +5,21 @@ The ranks are those of data, context and tensor parallelism, folded: see `moesys
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
-from moesys.models.size import Weight
+from moesys.models.parts.axes import Weight
 from moesys.parallel import experts_check, gates_check
 from moesys.parallel.cost import Collective, StepShape
-from moesys.parallel.degrees import Degrees, divisors
+from moesys.parallel.degrees import Degrees
 from moesys.parallel.dispatchers import plan
+from moesys.words import divisors
 
 if TYPE_CHECKING:
     from moesys.models.decoder import Decoder
     from moesys.parallel.mesh import ParallelMesh
-
-WEIGHT_DIMS = {"fc1": (0, 3), "fc2": (0, 1), "fc1_bias": (0, 2), "fc2_bias": (0, 1)} | {
-    f"fc{n}_lora_{factor}": (0, None) for n in (1, 2) for factor in "ab"
-}
-"""Of each weight of the experts, the dims that ep and etp split; None: never split."""
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
@@ -43,15 +40,15 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
     if moe.bias and config.model.hidden % degrees.etp:
         rule = f"etp({degrees.etp}) must divide model.hidden({config.model.hidden}): it splits the experts' output bias"
         problems.append(Problem("parallel.etp", rule, "choose a divisor"))
-    if moe.first_dense >= config.model.layers:
-        rule = f"must be less than model.layers({config.model.layers}), or no layer is MoE"
+    if moe.first_dense >= config.model.depth:
+        rule = f"must be less than model.layers({config.model.depth}), or no layer is MoE"
         problems.append(Problem("model.moe.first_dense", rule))
     return problems + experts_check.check(config, degrees) + plan.check(config, degrees)
 
 
 def shards(weight: Weight, degrees: Degrees) -> int:
     """Ways that ep and etp split a weight."""
-    return degrees.ep * degrees.etp if weight.routed else 1
+    return prod(getattr(degrees, axis) for axis in ("ep", "etp") if weight.split_by(axis) is not None)
 
 
 def cost(shape: StepShape) -> list[Collective]:
@@ -62,7 +59,7 @@ def cost(shape: StepShape) -> list[Collective]:
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     """Shard the experts of every MoE layer and let their tokens travel."""
     import torch
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     from moesys.moe.layer import moe_layers
     from moesys.parallel.dispatchers.build import builder
@@ -81,8 +78,8 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
         layer.dispatcher = dispatcher = make(layer.gate.experts)
         dispatcher.layer = name.rpartition(".")[0]
         for key, weight in list(layer.experts.named_parameters(recurse=False)):
-            dims = zip(("ep", "etp"), WEIGHT_DIMS[key], strict=True)
-            placements = [Shard(dim) for axis, dim in dims if axis in active and dim is not None]
+            dims = [model.described[f"{name}.experts.{key}"].split_by(axis) for axis in active]
+            placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
             setattr(layer.experts, key, torch.nn.Parameter(distribute_tensor(weight.data, experts_mesh, placements)))
         share = config.model.hidden // mesh.degrees.etp
         layer.experts.fc2_bias_start = mesh.expert_place["etp"] * share

@@ -43,8 +43,8 @@ def _lora(moe: MoEConfig, hidden: int, degrees: Degrees) -> list[Problem]:
     if moe.bias:
         rule = "true has no meaning with lora_rank: LoRA experts change matrices, and have no biases"
         problems.append(Problem("model.moe.bias", rule, "set it to false, or remove lora_rank"))
-    if moe.gate.kind == "smear":
-        rule = f"smear mixes whole experts: a mixture of changes of rank {moe.lora_rank} has a higher rank"
+    if "ep" in moe.router.whole:
+        rule = f"{moe.gate.kind} mixes whole experts: a mixture of changes of rank {moe.lora_rank} has a higher rank"
         problems.append(Problem("model.moe.lora_rank", rule, "remove it, or choose another gate"))
     if degrees.etp > 1:
         rule = (

@@ -34,13 +34,14 @@ def check(config: Config) -> list[Problem]:
 
 def frozen_names(model: ModelConfig, patterns: Sequence[str]) -> set[str]:
     """The names of all parameters of the model that are frozen."""
-    return {w.name for w in weights(model, 1) if frozen(w.name, patterns)}
+    return {w.name for w in weights(model, 1) if frozen(w, patterns)}
 
 
 def apply(model: Module, config: Config) -> None:
     """Let no gradient be computed for the frozen parameters of a part of the model."""
     from moesys.parallel.initialise import canonical
 
+    names = frozen_names(config.model, config.train.freeze)
     for name, parameter in model.named_parameters():
-        if frozen(canonical(name, config.model.tie_embeddings), config.train.freeze):
+        if canonical(name, config.model.tie_embeddings) in names:
             parameter.requires_grad_(False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from moesys.models.attention import attend
+from moesys.models.attention import attend, attend_window
 from moesys.parallel.async_collectives import gather_rows
 from moesys.parallel.comm import CONTEXT
 
@@ -15,10 +15,11 @@ from moesys.parallel.comm import CONTEXT
 class GatheredCore(nn.Module):
     """`CausalCore` for a rank that holds chunks r and 2·cp−1−r of 2·cp (`moesys.parallel.context`)."""
 
-    def __init__(self, group: dist.ProcessGroup, seq_len: int):
-        """`seq_len`: tokens S of a whole sequence."""
+    def __init__(self, group: dist.ProcessGroup, seq_len: int, window: int | None = None):
+        """`seq_len`: tokens S of a whole sequence; `window`: tokens that a token sees; None: all before it."""
         super().__init__()
         self.group, self.seq_len = group, seq_len
+        self.window = window if window is not None and window < seq_len else None
         rank, cp = group.rank(), group.size()
         size = seq_len // (2 * cp)
         self.ends = [(chunk + 1) * size for chunk in (rank, 2 * cp - 1 - rank)]
@@ -37,8 +38,17 @@ class GatheredCore(nn.Module):
             raise ValueError(f"{rule}: it must have {self.seq_len // cp}")
         keys, values = self._whole(k_BSgd), self._whole(v_BSgd)
         parts = zip(q_BShd.chunk(2, dim=1), self.ends, self.biases, strict=True)
-        out = [attend(q, keys.narrow(1, 0, end), values.narrow(1, 0, end), bias) for q, end, bias in parts]
+        out = [self._attend(q, keys, values, end, bias) for q, end, bias in parts]
         return torch.cat(out, dim=1)
+
+    def _attend(self, q_BShd: Tensor, keys_BSgd: Tensor, values_BSgd: Tensor, end: int, bias: CausalBias) -> Tensor:
+        """One chunk of queries, the last of which stands at `end - 1`."""
+        if self.window is None:
+            return attend(q_BShd, keys_BSgd.narrow(1, 0, end), values_BSgd.narrow(1, 0, end), bias)
+        first = end - q_BShd.shape[1]
+        before = min(first, self.window - 1)
+        keys, values = (x.narrow(1, first - before, end - first + before) for x in (keys_BSgd, values_BSgd))
+        return attend_window(q_BShd, keys, values, self.window, before)
 
     def _whole(self, x_BSgd: Tensor) -> Tensor:
         """The whole sequence in its own order, from every rank's two chunks."""

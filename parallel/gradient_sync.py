@@ -1,4 +1,4 @@
-"""What `parallel.sync_gradients: auto` stands for; needs no torch."""
+"""The choice of `parallel.sync_gradients: auto`; needs no torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def accumulates(config: Config, degrees: Degrees) -> bool:
 
 
 def settle(config: Config, degrees: Degrees, vocab_size: int) -> Settled | None:
-    """How a run of `config` sums gradients over shards; None where the two do not differ."""
+    """The choice for a run of `config`; None where both values do the same."""
     if not accumulates(config, degrees):
         return None
     needs = {sync: _needs(with_sync(config, sync), degrees, vocab_size) for sync in SYNCS}
@@ -62,9 +62,9 @@ def _needs(config: Config, degrees: Degrees, vocab_size: int) -> float:
 
 
 def fullest(config: Config, needs: list[float], world: int) -> tuple[str, float]:
-    """What `cluster.memory_gib` is the memory of, a rank or a node, and the most bytes that one of them needs.
+    """The owner of `cluster.memory_gib` ("rank", or "node" on CPU), and the most bytes that one of them needs.
 
-    `needs`: bytes of a rank of each pipeline rank, of which all are alike. Nodes are filled in the order of ranks.
+    `needs`: bytes of each pipeline rank; the ranks of a stage need the same. Nodes are filled in the order of ranks.
     """
     if config.cluster.device != "cpu":
         return "rank", max(needs)

@@ -27,8 +27,8 @@ class Gradients:
     """The gradients of the parts of a model on this rank; frozen parameters have none.
 
     Every rank of a group starts the same buckets in the same order, whatever its tokens: a bucket waits for those
-    before it. Two kinds of parameters are left for the end. Those of routers may get no gradient at all, where routing
-    is forced, and all others would wait. Those that tensor ranks hold whole may have partial sums as gradients.
+    before it. Two kinds of parameters come last. Routers get no gradient where routing is forced, and all others would
+    wait for them. Parameters that are replicated over tensor ranks may have partial sums as gradients.
 
     Args:
         parts: the model's stages on this rank, after `compose`.
@@ -48,17 +48,17 @@ class Gradients:
         copies = [self._copies_of(p) for p in self.parameters]
         self._copies_P = torch.tensor(copies, device=mesh.device, dtype=torch.float64)
         self.norms = torch.zeros(0, device=mesh.device)
-        """Of this rank's parts of the gradients, in the parameters' order, as `norm` found them: [P]."""
+        """Norms [P] of this rank's parts of the gradients, in the parameters' order, as `norm` found them."""
         routing = {id(p) for part in parts for p in routers(part)}
         groups = self._groups(parts, routing)
         late = [p for p in self.parameters if id(p) in routing or _whole_over_tensor_ranks(p)]
         early = {id(p) for p in self.parameters} - set(map(id, late))
         orders = [_backwards(part, early) for part in parts]
-        orders[0] += late  # beside what backward completes last
+        orders[0] += late  # backward completes the first part last
         of_parts = [_buckets(params, groups) for params in orders]
         self._early = [[b for b in buckets if b.awaited <= early] for buckets in of_parts]
         self._late = [b for b in of_parts[0] if not b.awaited <= early]
-        # Of several stages the last is the first that backward completes.
+        # Backward completes the last of several stages first.
         self._queue = [bucket for buckets in reversed(self._early) for bucket in buckets]
         self._started, self._completing = 0, False
         for bucket in self._queue:
@@ -66,7 +66,7 @@ class Gradients:
                 p.register_post_accumulate_grad_hook(partial(self._complete, bucket))
 
     def _groups(self, parts: Sequence[nn.Module], routing: set[int]) -> dict[int, dist.ProcessGroup]:
-        """By the id of each parameter that FSDP does not sum: the ranks that hold the same of it for other tokens."""
+        """Group of the ranks that hold the same slice for other tokens, by the id of each parameter that FSDP skips."""
         layers = (layer for part in parts for layer in moe_layers(part).values())
         experts = {id(p) for layer in layers for p in layer.experts.parameters()}
         d = self.mesh.degrees
@@ -92,9 +92,9 @@ class Gradients:
 
     @contextmanager
     def last_backward(self, part: int) -> Iterator[None]:
-        """Inside, backward completes the gradients of this part, and their sums start one by one.
+        """Context of the backward pass that completes the gradients of this part; their sums start one by one.
 
-        With a pipeline's split backward: the last that computes gradients of weights.
+        With a pipeline's split backward it is the last pass that computes gradients of weights.
         """
         self._completing = True
         yield
@@ -104,7 +104,7 @@ class Gradients:
         self._advance()
 
     def _complete(self, bucket: Bucket, p: nn.Parameter) -> None:
-        """Called by autograd when it has added to the gradient of p."""
+        """Start the sums that are due; autograd calls it after it has added to the gradient of p."""
         if self._completing:
             bucket.awaited.discard(id(p))
             self._advance()
@@ -115,7 +115,7 @@ class Gradients:
             self._started += 1
 
     def reduce(self) -> None:
-        """Complete the sums of what is spread: partial sums over tp, replicas, and a weight tied across stages.
+        """Complete all sums: partial sums over tp, over replicas, and of a weight that two stages share.
 
         Every parameter has a gradient afterwards.
         """
@@ -163,12 +163,12 @@ def _whole_over_tensor_ranks(p: nn.Parameter) -> bool:
 
 
 def _backwards(part: nn.Module, ids: set[int]) -> list[nn.Parameter]:
-    """Those of the parameters of `part`, the last first: about the order in which backward completes gradients."""
+    """The parameters of `part` among `ids`, the last first: about the order in which backward completes gradients."""
     return [p for p in reversed(list(part.parameters())) if id(p) in ids]
 
 
 def _buckets(params: Iterable[nn.Parameter], groups: dict[int, dist.ProcessGroup]) -> list[Bucket]:
-    """Buckets of those parameters that a group sums, in the order in which they are full."""
+    """Buckets of the parameters that a group sums, in the order in which they are complete."""
     by_group: dict[dist.ProcessGroup, list[nn.Parameter]] = {}
     place = {}
     for number, p in enumerate(params):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from moesys.models.size import kind
-from moesys.moe.gates import cosine
+from moesys.models.decoder import Decoder
+from moesys.models.parts.axes import Weight
 from moesys.moe.layer import moe_layers
 from moesys.parallel.normals import Normals
 
@@ -23,8 +23,8 @@ def canonical(name: str, tied: bool) -> str:
     return "embed.weight" if tied and name == "head.weight" else name
 
 
-def initialise(part: nn.Module, seed: int, std: float, tied: bool, draw: bool = True) -> None:
-    """Fill every parameter of `part` and reset its gates.
+def initialise(part: Decoder, seed: int, std: float, tied: bool, draw: bool = True) -> None:
+    """Fill every parameter of `part` as its description says, and reset its gates.
 
     Norms get ones, biases and LoRA's second factors zeros, temperatures their start, all others N(0, std²). Without
     `draw` all get NaN: a checkpoint is to overwrite them, and what it leaves is then told by its name.
@@ -32,42 +32,34 @@ def initialise(part: nn.Module, seed: int, std: float, tied: bool, draw: bool = 
     with torch.no_grad():
         for name, param in part.named_parameters():
             if draw:
-                _fill(param, canonical(name, tied), seed, std)
+                _fill(param, part.described[canonical(name, tied)], seed, std)
             else:
                 (param.to_local() if isinstance(param, DTensor) else param).fill_(torch.nan)
         for layer in moe_layers(part).values():
             layer.gate.reset_state()
 
 
-def _fill(param: nn.Parameter, name: str, seed: int, std: float) -> None:
+def _fill(param: nn.Parameter, weight: Weight, seed: int, std: float) -> None:
     target: Tensor = param
     slices = tuple(slice(0, size) for size in param.shape)
     if isinstance(param, DTensor):
         shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
         target, slices = param.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
     if target.numel():
-        target.copy_(initial(tuple(param.shape), slices, name, seed, std))
+        target.copy_(initial(weight, slices, seed, std))
 
 
-def initial(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: int, std: float) -> Tensor:
-    """The part `slices` of the parameter `name` of this `shape`, float32; values that are all the same in any shape."""
-    what = kind(name)
-    if what == "norm":
-        return torch.ones(())
-    if what == "bias" or name.endswith("_lora_b"):
-        return torch.zeros(())
-    if what == "temperature":
-        return torch.full((), cosine.START)
-    return _draw(shape, slices, name, seed, std)
-
-
-def _draw(shape: tuple[int, ...], slices: tuple[slice, ...], name: str, seed: int, std: float) -> Tensor:
-    if name.split(".")[-2] != "experts":  # of these each expert has its own, whatever their number and slices
-        return Normals(shape, f"{seed}/{name}", std).part(slices)
-    numbers = range(*slices[0].indices(shape[0]))
+def initial(weight: Weight, slices: tuple[slice, ...], seed: int, std: float) -> Tensor:
+    """The part `slices` of the initial values of a parameter, float32; values that are all the same in any shape."""
+    if weight.initial is not None:
+        return torch.full((), weight.initial)
+    if not weight.routed:
+        return Normals(weight.shape, f"{seed}/{weight.name}", std).part(slices)
+    # Each expert has its own, whatever their number and slices.
+    numbers = range(*slices[0].indices(weight.shape[0]))
     out: Tensor | None = None
     for place, expert in enumerate(numbers):
-        part = Normals(shape[1:], f"{seed}/{name}/{expert}", std).part(slices[1:])
+        part = Normals(weight.shape[1:], f"{seed}/{weight.name}/{expert}", std).part(slices[1:])
         out = part.new_empty(len(numbers), *part.shape) if out is None else out
         out[place] = part
     return torch.empty(0) if out is None else out

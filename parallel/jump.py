@@ -1,4 +1,4 @@
-"""Moving torch's CPU generator forward without drawing what lies between.
+"""Jumps of torch's CPU generator: it moves forward without drawing the numbers between.
 
 The generator is MT19937 (Matsumoto and Nishimura 1998, doi 10.1145/272991.272995): words s_k of 32 bits, of which 624
 are its state, by a recurrence that is linear over GF(2). With φ its characteristic polynomial and
@@ -38,7 +38,7 @@ def advance(generator: torch.Generator, words: int) -> None:
 
 @cache
 def works() -> bool:
-    """Whether this torch's generator is the one that is meant here: asked by a jump that can be checked by drawing."""
+    """Whether a jump of this torch's generator equals drawing, checked once on a short jump."""
     words, found = 3 * N + 5, []
     for jump in (advance, draw):
         generator = torch.Generator().manual_seed(1)
@@ -48,7 +48,7 @@ def works() -> bool:
 
 
 BLOCK = 2**20
-"""Words that are drawn at once where nothing but a place behind them is wanted."""
+"""Words that `draw` skips at once."""
 
 
 def draw(generator: torch.Generator, words: int) -> None:

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from moesys.config.schema import Config
+from moesys.models.parts.axes import SPLIT_BY
+from moesys.models.parts.model import block
 from moesys.parallel.cost import StepShape
-from moesys.parallel.dispatchers.plan import kept_rows
 from moesys.parallel.pipeline import MULTI
 
 EDGES = ("embed.weight", "head.weight")
@@ -110,42 +111,17 @@ def _stage(shape: StepShape) -> float:
 
 def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> float:
     """Bytes that a block keeps for backward of `tokens` tokens of this context rank."""
-    m, a, tp = config.model, config.model.attention, shape.degrees.tp
-    stream = m.hidden / (tp if config.parallel.sp else 1)
+    m, tp, sp = config.model, shape.degrees.tp, config.parallel.sp
     selective = config.train.recompute == "selective"
-    if a.kind == "mla":
-        query = a.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
-        core = 2 * query + 2 * a.heads * a.v_head_dim
-    else:
-        # Flash attention alone takes grouped heads: on CPU, and in float32, each query head gets its copy of a key.
-        repeated = config.cluster.device == "cpu" or config.train.dtype == "float32"
-        keys = a.heads if repeated else a.kv_heads or a.heads
-        core = (2 * a.heads + 2 * keys) * m.head_dim
+    ways = {"stream": tp if sp else 1, "tokens": tp}
     # A norm keeps its input alone, on the sequence's shards also what it scaled.
-    streams = 3 if tp > 1 and config.parallel.sp else 2
-    attention = streams * stream + (core + (a.heads * m.head_dim if not selective else 0)) / tp
-    elements = attention + (stream if selective else streams * stream) + _ffn(shape, layer, tp, selective)
+    streams = 3 if tp > 1 and sp else 2
+    elements = (streams + (1 if selective else streams)) * m.hidden / ways["stream"]
+    both = block(m, layer)
+    for kept in (*both.mixer.kept(config, shape), *both.ffn.kept(config, shape)):
+        if kept.selective or not selective:
+            elements += kept.elements / ways.get(kept.axis, tp if SPLIT_BY.get(kept.axis) == "tp" else 1)
     return tokens * elements * shape.width
-
-
-def _ffn(shape: StepShape, layer: int, tp: int, selective: bool) -> float:
-    m = shape.config.model
-    inner = 2 if selective else 4
-    if m.moe is None or not m.is_moe(layer):
-        return inner * (m.ffn_hidden or 0) / tp
-    moe = m.moe
-    # Of each row the experts keep the products of fc1; where rows travel, also what arrived.
-    parts = 2 if moe.gated else 1
-    kept = parts * moe.ffn_hidden
-    if moe.lora_rank is not None:
-        # Also the rows, what the second product takes, and both products of low rank.
-        kept += m.hidden + moe.ffn_hidden + (parts + 1) * moe.lora_rank
-    routed = moe.mean_choices * kept + kept_rows(shape) * m.hidden
-    routed *= moe.rows_per_token(shape.config.train.seq_len)
-    if moe.shared_experts:
-        # The outputs of the branches that a mix has factors for.
-        routed += {"add": 0, "gate": 1, "residual": 2, "cmr": 2}[moe.shared_mix] * m.hidden
-    return (routed + 4 * moe.experts + inner * (1 if moe.gated else 0.5) * moe.shared_width) / tp
 
 
 def _head(shape: StepShape) -> float:

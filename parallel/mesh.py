@@ -1,4 +1,4 @@
-"""The process groups of a run: two meshes over the same ranks, and what is flattened from them."""
+"""The process groups of a run: two meshes over the same ranks, and axes flattened from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moesys.parallel.timeout import set_timeout
 
 
 class Ranks:
-    """Where this rank lies on both meshes of `degrees`."""
+    """The place of this rank on both meshes of `degrees`."""
 
     def __init__(self, degrees: Degrees, device: torch.device):
         self.degrees, self.device = degrees, device
@@ -24,7 +24,7 @@ class Ranks:
         self.expert_place = degrees.coordinates(self.rank, EXPERT_AXES)
 
     def active(self, *axes: str) -> tuple[str, ...]:
-        """Those of `axes` with more than one rank."""
+        """The axes among `axes` with more than one rank."""
         return tuple(axis for axis in axes if getattr(self.degrees, axis) > 1)
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
@@ -37,10 +37,10 @@ class Ranks:
 
 
 class ParallelMesh(Ranks):
-    """Both meshes of `degrees`, every group of which is connected when this returns.
+    """Both meshes of `degrees`; all their groups are connected when this returns.
 
-    Collective over the world. `timeout_s` holds for all groups: an axis' group does not inherit the
-    default group's timeout (Megatron-LM #2238), and a group that connects on first use fails late.
+    Collective over the world. `timeout_s` holds for all groups: the group of an axis does not inherit the default
+    group's timeout (Megatron-LM #2238), and a group that connects on first use fails late.
     """
 
     def __init__(self, degrees: Degrees, device: torch.device, timeout_s: float):

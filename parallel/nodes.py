@@ -1,4 +1,4 @@
-"""Which node every rank of a group runs on, and how the group divides among nodes. Needs no torch."""
+"""The node of every rank of a group, and the division of the group among nodes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from moesys.config.schema import ClusterConfig
 
 OVERRIDE = "MOESYS_NODES"
-"""Names this variable gives the nodes: one number per rank, as in "0,0,1,1". For experiments on one machine."""
+"""Environment variable that names the node of each rank, as in "0,0,1,1", for experiments on one machine."""
 
 
 def planned(ranks: Sequence[int], cluster: ClusterConfig) -> list[int]:
@@ -21,7 +21,7 @@ def planned(ranks: Sequence[int], cluster: ClusterConfig) -> list[int]:
 def here(rank: int, world: int, cluster: ClusterConfig) -> str:
     """A name of this rank's node that no other node has.
 
-    Where all ranks run on this machine, the nodes that the configuration speaks of are only played.
+    If all ranks run on this machine, the nodes of the configuration are only simulated.
     """
     if OVERRIDE in os.environ:
         return os.environ[OVERRIDE].split(",")[rank]
@@ -31,7 +31,7 @@ def here(rank: int, world: int, cluster: ClusterConfig) -> str:
 
 
 def members(nodes: Sequence[object]) -> list[list[int]]:
-    """The places in the group that lie on each node, in order of the nodes' first."""
+    """Places in the group on each node; nodes are in the order of their first place."""
     found: dict[object, list[int]] = {}
     for place, node in enumerate(nodes):
         found.setdefault(node, []).append(place)
@@ -39,5 +39,5 @@ def members(nodes: Sequence[object]) -> list[list[int]]:
 
 
 def even(nodes: Sequence[object]) -> bool:
-    """Whether every node has as many of the group."""
+    """Whether every node has the same number of ranks."""
     return len(set(Counter(nodes).values())) == 1

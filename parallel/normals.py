@@ -1,8 +1,8 @@
-"""Slices of random tensors that are drawn without the rest of them.
+"""Slices of random tensors, drawn without the rest of the tensor.
 
 torch fills a float32 tensor of n ≥ 16 numbers on the CPU in blocks: word i of the generator belongs to element i, and
-16 words make 16 normal numbers. Where 16 does not divide n, the last 16 elements are made again of 16 words more. So
-the elements from a block's first on are what a generator draws that was moved there.
+16 words make 16 normal numbers. If 16 does not divide n, 16 further words replace the last 16 elements. So a generator
+that is moved to the first word of a block draws the elements from there on.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ BLOCK = 16
 """Elements that torch makes at once."""
 
 CHUNK = 2**20
-"""Elements, at most, that are drawn beside the slice (more only where one row has more): 4 MiB."""
+"""Most elements that are drawn beside the slice (4 MiB), unless one row has more."""
 
 FAR = 2**22
-"""Elements that are drawn as fast as a jump over them takes (15 ms)."""
+"""Number of elements from which a jump (15 ms) is faster than drawing."""
 
 
 class Normals:
@@ -64,7 +64,7 @@ class Normals:
 
 
 class _Drawn:
-    """The elements of `normals`, in order; those that were drawn and not asked for yet are kept."""
+    """The elements of `normals`, in order; it keeps elements that are drawn but not returned yet."""
 
     def __init__(self, normals: Normals):
         self.normals = normals

@@ -13,7 +13,8 @@ import numpy as np
 
 from moesys.config.schema import Config, ModelConfig
 from moesys.errors import Problem
-from moesys.models.size import Weight, flops_per_token
+from moesys.models.parts.axes import Weight
+from moesys.models.size import flops_per_token
 from moesys.parallel.cost import Collective, Stage, StepShape
 from moesys.parallel.degrees import Degrees
 from moesys.words import plural
@@ -31,15 +32,20 @@ def stages(config: Config, vocab_size: int) -> list[Stage]:
     return [Stage(i, count, range(end - size, end)) for i, (size, end) in enumerate(zip(sizes, ends, strict=True))]
 
 
-@cache
 def balanced(model: ModelConfig, vocab_size: int, seq_len: int, count: int) -> tuple[int, ...]:
     """Layers per stage such that the largest estimated cost of a stage is least; at least one each.
 
     Cost is FLOPs: the head's weigh on the last stage, so that it gets fewer layers.
     """
     flops = flops_per_token(model, vocab_size, seq_len)
-    layers = model.layers
-    prefix = np.array([0.0, *accumulate(flops[f"layers.{i}"] for i in range(layers))])
+    return divided(tuple(flops[f"layers.{i}"] for i in range(model.depth)), flops["head"], count)
+
+
+@cache
+def divided(block_costs: tuple[float, ...], head_cost: float, count: int) -> tuple[int, ...]:
+    """Blocks in each of `count` consecutive stages such that the costliest stage costs least."""
+    layers = len(block_costs)
+    prefix = np.array([0.0, *accumulate(block_costs)])
     # Of the first n layers in the stages so far: the least possible cost of the costliest stage, and the place of the
     # division that has it among those of all n, in the order of their sizes (smaller first stages come first).
     cost, place = np.full(layers + 1, np.inf), np.full(layers + 1, layers + 1)
@@ -50,7 +56,7 @@ def balanced(model: ModelConfig, vocab_size: int, seq_len: int, count: int) -> t
         following = np.full(layers + 1, np.inf)
         order = []
         for end in [layers] if last else range(stage + 1, layers - (count - stage - 1) + 1):
-            costs = np.maximum(cost[stage:end], prefix[end] - prefix[stage:end] + (flops["head"] if last else 0.0))
+            costs = np.maximum(cost[stage:end], prefix[end] - prefix[stage:end] + (head_cost if last else 0.0))
             equal = stage + np.flatnonzero(costs == costs.min())
             begin = begins[stage, end] = equal[place[equal].argmin()]
             following[end] = costs.min()
@@ -66,7 +72,7 @@ def balanced(model: ModelConfig, vocab_size: int, seq_len: int, count: int) -> t
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
-    p, layers, problems = config.parallel, config.model.layers, []
+    p, layers, problems = config.parallel, config.model.depth, []
     count = p.pp * p.pp_virtual
     if p.pp_virtual > 1 and p.pp == 1:
         problems.append(Problem("parallel.pp_virtual", "needs pipeline stages, and pp is 1", "set pp_virtual: 1"))

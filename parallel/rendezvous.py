@@ -1,7 +1,7 @@
-"""The meeting of the ranks of a run: a store that rank 0 keeps, reachable where it must be and nowhere else.
+"""The rendezvous of the ranks of a run: a store on rank 0 that listens on one address alone.
 
-torch's own `env://` lets rank 0's store listen on every interface of its machine: anybody who reaches the port may
-read and write what the ranks agree on. Here it listens on the one address that the ranks are told, MASTER_ADDR.
+With torch's own `env://` rank 0's store listens on every interface of its machine, and anybody who reaches the port may
+read and write it. Here it listens on the one address that the ranks use, MASTER_ADDR.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moesys.errors import MoesysError
 
 EVERYWHERE = ""
-"""In place of an address: all interfaces."""
+"""The address of all interfaces."""
 
 _held: list[socket.socket] = []
 
@@ -43,9 +43,9 @@ def listen(host: str, port: int = 0) -> socket.socket:
 
 
 def reserve(host: str) -> int:
-    """Listen on `host` for the store that this process will keep later; returns the port.
+    """Listen on `host` for the store that this process will open later; returns the port.
 
-    Nobody can take the port in between, as when a free one is looked for and let go again.
+    So no other process can take the port in between.
     """
     while _held:
         _held.pop().close()
@@ -57,8 +57,8 @@ def reserve(host: str) -> int:
 def address_to_bind(host: str, several_nodes: bool) -> str:
     """The address of this machine on which the store of a run with MASTER_ADDR `host` listens.
 
-    A name may lead to loopback on its own machine (Debian's 127.0.1.1); on several nodes such a store would be
-    out of the others' reach, so there, and where the name is unknown or another machine's, it listens everywhere.
+    A name may resolve to loopback on its own machine (Debian's 127.0.1.1), which other nodes cannot reach. So with
+    several nodes, or if the name is unknown or another machine's, the store listens on all interfaces.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -98,7 +98,7 @@ def join(device: str, timeout: timedelta, env: Mapping[str, str] | None = None) 
 
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
-"""What carries the tensors of a device."""
+"""Backend of the process groups, by type of device."""
 
 
 def enter(device: str, store: dist.Store, rank: int, world: int, timeout: timedelta) -> None:
@@ -119,10 +119,10 @@ def enter(device: str, store: dist.Store, rank: int, world: int, timeout: timede
 
 
 def claim(store: dist.Store, gpu: str, rank: int) -> None:
-    """Say at `store` that this rank alone computes on a GPU, which is known by its name in the whole world.
+    """Claim a GPU, named by its UUID, for this rank at `store`.
 
     Raises:
-        MoesysError: another rank has said so of the same.
+        MoesysError: another rank has claimed it.
     """
     if store.add(f"moesys/gpu/{gpu}", 1) > 1:
         place = os.environ.get("CUDA_VISIBLE_DEVICES", "all")

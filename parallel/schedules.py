@@ -26,7 +26,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits of one micro-batch, labels) → this rank's share of the loss, a scalar."""
 
 LastBackward = Callable[[int], AbstractContextManager[None]]
-"""Entered for the last backward pass of a step through the part of this number (`Gradients.last_backward`)."""
+"""Context of the last backward pass of a step through the part of a number (`Gradients.last_backward`)."""
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -76,9 +76,9 @@ class Whole:
 
 
 class TorchStage(PipelineStage):
-    """A stage that tells of its last backward pass.
+    """A stage that enters `last_backward` for its last backward pass.
 
-    `each` as for `Whole`. torch's stages ask FSDP for one sum at the end of a step: they are not heard.
+    `each` as for `Whole`: torch's stages ask FSDP for one sum at the end of a step, and this class overrides them.
     """
 
     def __init__(self, part: nn.Module, *arguments: Any, last_backward: Callable[[], Any], each: bool, **more: Any):
@@ -90,7 +90,7 @@ class TorchStage(PipelineStage):
             vars(part)["set_requires_gradient_sync"] = lambda *_, **__: None
 
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict, last_backward: bool = False) -> Any:
-        """As torch's: backward of one micro-batch, the last one if `last_backward`."""
+        """Backward of one micro-batch, as torch's; the last one if `last_backward`."""
         if self.summing is not None:
             self.summing.set_requires_all_reduce(last_backward)
         with self.last_backward() if last_backward else nullcontext():
@@ -98,9 +98,9 @@ class TorchStage(PipelineStage):
 
 
 def gathered_once(actions: list[Any]) -> list[Any]:
-    """A rank's actions, in which each stage's weights are gathered when they are first needed and kept to the end.
+    """A rank's actions, in which each stage's weights are gathered once, when first needed, and kept to the end.
 
-    torch keeps those of three stages at a time and gathers the others again and again: there is no option for it.
+    torch keeps the weights of three stages at a time and gathers the others repeatedly; it has no option for this.
     """
     gathers: dict[int, int] = {}
     frees: dict[int, int] = {}
@@ -153,7 +153,7 @@ class Pipelined:
                 orders[made.rank] = gathered_once(orders[made.rank])
             return made
 
-        # Of each its own: stages that change between training and evaluation ask each other anew every time.
+        # One schedule each: stages that switch between training and evaluation negotiate shapes at every switch.
         self._training, self._evaluation = make(), make()
 
     def _run(self, step: Callable, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -166,10 +166,10 @@ class Pipelined:
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=tokens.device)
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """As `Whole.train`; zero on ranks without the last stage."""
+        """The sum of the losses, as `Whole.train`; zero on ranks without the last stage."""
         return self._run(self._training.step, tokens, labels)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """As `Whole.evaluate`; zero on ranks without the last stage."""
+        """The sum of the losses, as `Whole.evaluate`; zero on ranks without the last stage."""
         return self._run(self._evaluation.eval, tokens, labels)

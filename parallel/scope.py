@@ -11,7 +11,7 @@ from moesys.parallel import comm
 
 
 class WholeMicroBatch(MicroBatch):
-    """A micro-batch on one rank, while `data` ranks run others; None: no others."""
+    """A micro-batch on one rank, while the ranks of `data` run other ones; None: there are no others."""
 
     def __init__(self, data: dist.ProcessGroup | None):
         self.data = data

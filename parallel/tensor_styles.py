@@ -17,8 +17,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from moesys.models.attention import LatentAttention
 from moesys.models.decoder import Decoder
+from moesys.models.parts.mixer import Mixer
+from moesys.models.parts.model import BlockParts
+from moesys.models.parts.model import block as describe
+from moesys.models.parts.moe import MoEFeedForward
+from moesys.models.parts.part import Part
 from moesys.moe import MoELayer
 
 
@@ -54,7 +58,8 @@ def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
         if sp:
             plan["norm"] = SequenceParallel()
     for name, block in model.layers.items():
-        plan |= {f"layers.{name}.{key}": style for key, style in _block(block, stream, sp).items()}
+        styles = _block(block, describe(model.config, int(name)), stream, sp)
+        plan |= {f"layers.{name}.{key}": style for key, style in styles.items()}
     tied = model.embed is not None and model.head is not None and model.head.weight is model.embed.weight
     parallelize_module(model, axis, plan)
     if model.embed is not None:
@@ -65,15 +70,14 @@ def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
     return model
 
 
-def _block(block: Any, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
+def _block(block: Any, parts: BlockParts, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
     whole = (Replicate(), None, None)
     plan: dict[str, ParallelStyle] = {
         "attention": PrepareModuleInput(input_layouts=(stream, None, None), desired_input_layouts=whole),
-        "attention.o_proj": RowwiseParallel(output_layouts=stream),
+        **{f"attention.{key}": style for key, style in _mixer(parts.mixer, stream).items()},
     }
     if sp:
         plan |= {"attention_norm": SequenceParallel(), "ffn_norm": SequenceParallel()}
-    plan |= {f"attention.{key}": style for key, style in _projections(block.attention).items()}
     ffn = block.ffn
     if isinstance(ffn, MoELayer):
         plan |= {
@@ -83,10 +87,11 @@ def _block(block: Any, stream: Placement, sp: bool) -> dict[str, ParallelStyle]:
             "ffn.leave": PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=stream),
             **{name: _over_tokens() for name in _used_by_tokens(ffn)},
         }
-        if ffn.shared is not None:
-            plan |= _feed_forward("ffn.shared", ffn.shared, Shard(1))
+        assert isinstance(parts.ffn, MoEFeedForward)
+        if parts.ffn.shared is not None:
+            plan |= _feed_forward("ffn.shared", parts.ffn.shared, Shard(1))
     else:
-        plan |= _feed_forward("ffn", ffn, stream)
+        plan |= _feed_forward("ffn", parts.ffn, stream)
     return plan
 
 
@@ -112,30 +117,29 @@ def _used_by_tokens(layer: MoELayer) -> list[str]:
     ]
 
 
-def _projections(attention: Any) -> dict[str, ParallelStyle]:
-    if isinstance(attention, LatentAttention):
-        latent = ["kv_a_proj", "kv_a_norm"]
-        whole = ["kv_b_proj"]
-        if attention.compress_query:
-            latent, whole = [*latent, "q_a_proj", "q_a_norm"], [*whole, "q_b_proj"]
-        else:
-            whole.append("q_proj")
-        return {
-            **{key: Replicated() for key in latent},
-            **{key: ColwiseParallel() for key in whole},
-            "shared_key": UsedByLocalHeads(),
-        }
-    plan: dict[str, ParallelStyle] = {key: ColwiseParallel() for key in ("q_proj", "k_proj", "v_proj")}
-    if attention.q_norm is not None:
-        # Heads [B, S, h, d] are split over the axis.
-        plan |= {key: SequenceParallel(sequence_dim=2, use_local_output=True) for key in ("q_norm", "k_norm")}
+def _from_axes(part: Part, stream: Placement) -> dict[str, ParallelStyle]:
+    """By module: split output features, split input features, or whole, as the axes of its weight say."""
+    plan: dict[str, ParallelStyle] = {}
+    for weight in part.weights():
+        module, _, leaf = weight.name.rpartition(".")
+        if leaf == "weight":
+            styles = {0: ColwiseParallel(), 1: RowwiseParallel(output_layouts=stream), None: Replicated()}
+            plan[module] = styles[weight.split_by("tp")]
     return plan
 
 
-def _feed_forward(name: str, module: nn.Module, stream: Placement) -> dict[str, ParallelStyle]:
-    inner = [child for child, _ in module.named_children() if child in ("gate_proj", "up_proj")]
+def _mixer(mixer: Mixer, stream: Placement) -> dict[str, ParallelStyle]:
+    exceptions: dict[str, ParallelStyle] = {
+        # Heads [B, S, h, d] are split over the axis.
+        "heads": SequenceParallel(sequence_dim=2, use_local_output=True),
+        "summed": UsedByLocalHeads(),
+    }
+    plan = _from_axes(mixer, stream)
+    return plan | {name: exceptions[style] for name, style in mixer.styles.items() if name in plan or style == "summed"}
+
+
+def _feed_forward(name: str, part: Part, stream: Placement) -> dict[str, ParallelStyle]:
     return {
         name: PrepareModuleInput(input_layouts=stream, desired_input_layouts=Replicate()),
-        **{f"{name}.{child}": ColwiseParallel() for child in inner},
-        f"{name}.down_proj": RowwiseParallel(output_layouts=stream),
+        **{f"{name}.{child}": style for child, style in _from_axes(part, stream).items()},
     }

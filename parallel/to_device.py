@@ -1,4 +1,4 @@
-"""Copies from the host to the device that nobody waits for."""
+"""Asynchronous copies from the host to the device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`; its stream copies when it gets there, and the host goes on at once.
+    """A copy of a host's tensor on `device`; the host does not wait for it.
 
-    A copy from memory that may be paged out makes the host wait for all that the stream has still to do.
+    A copy from pageable memory would make the host wait for all earlier work of the stream.
     """
     if device.type != "cuda":
         return x.to(device)

@@ -15,14 +15,14 @@ from moesys import leftovers
 from moesys.errors import FileError
 from moesys.files import read_json, write_json
 from moesys.launchers.lock import locked
-from moesys.leftovers import Owned, Owner
+from moesys.leftovers import OwnedResources, Owner
 
 OWNER = """
 import subprocess, sys
 from pathlib import Path
 from moesys import leftovers
 leftovers._root = lambda: Path(sys.argv[1])
-owned = leftovers.Owned("ray")
+owned = leftovers.OwnedResources("ray")
 owned.claim(Path(sys.argv[2]))
 child = subprocess.Popen(["sleep", "600"], env=owned.environment)
 print(owned.path, child.pid, flush=True)
@@ -51,7 +51,7 @@ def test_the_next_start_removes_what_sigkill_left_and_nothing_else(tmp_path: Pat
     killed = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     path, child = killed.stdout.readline().split()
     (claimed / "kept.txt").touch()
-    living = Owned("bench")
+    living = OwnedResources("bench")
     leftovers.remove()
     assert Path(path).is_dir() and claimed.is_dir() and runs(int(child))
     killed.send_signal(signal.SIGKILL)
@@ -68,7 +68,7 @@ def test_the_next_start_removes_what_sigkill_left_and_nothing_else(tmp_path: Pat
 
 
 def test_folders_are_private(tmp_path: Path) -> None:
-    owned = Owned("ray")
+    owned = OwnedResources("ray")
     assert stat.S_IMODE(owned.path.stat().st_mode) == stat.S_IMODE(leftovers.root().stat().st_mode) == 0o700
     leftovers.root().chmod(0o777)
     assert stat.S_IMODE(leftovers.root().stat().st_mode) == 0o700
@@ -102,7 +102,7 @@ def test_who_cannot_be_looked_at_is_not_called_dead(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_that_another_took_over_is_left_to_it(tmp_path: Path) -> None:
-    first, second = Owned("ray"), Owned("ray")
+    first, second = OwnedResources("ray"), OwnedResources("ray")
     first.claim(tmp_path / "shared")
     second.claim(tmp_path / "shared")
     first.remove()
@@ -112,7 +112,7 @@ def test_a_folder_that_another_took_over_is_left_to_it(tmp_path: Path) -> None:
 
 
 def test_damaged_marks_are_left_alone(tmp_path: Path) -> None:
-    owned = Owned("ray")
+    owned = OwnedResources("ray")
     mark = owned.path / leftovers.MARK
     dead = read_json(mark, "") | {"owner": {}}
     for text in ("", "[]", "{}", '{"owner": 3}', '{"owner": {"pid": 1}}'):

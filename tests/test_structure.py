@@ -123,7 +123,7 @@ LACKING = ("torch", "ray", "megatron", "transformers", "triton")
 """What a machine need not have that only reads configurations and data, plans and submits."""
 
 WITHOUT_TORCH = ("config", "data", "launchers.launch", "launchers.slurm", "launchers.dry_run", "launchers.what_if")
-WITHOUT_TORCH += ("parallel.dimension", "parallel.cost", "parallel.memory", "models.size", "train.checked", "cli")
+WITHOUT_TORCH += ("parallel.dimension", "parallel.cost", "parallel.memory", "models.size", "train.validate", "cli")
 
 
 def test_what_needs_no_torch_runs_without_it():

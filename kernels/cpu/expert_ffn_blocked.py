@@ -1,7 +1,7 @@
-"""`expert_ffn` on CPU: each expert, on a core of its own where that is even, one after another or some together.
+"""`expert_ffn` on CPU by blocks of experts, each on a core of its own where that balances, else one after another.
 
-An expert gathers its rows, passes them through both products while they are in the cache and adds its results to
-their tokens. Where a layer has few rows in all, see `expert_ffn_small`.
+A block gathers its rows, passes them through both products while they are in the cache, and adds its results to their
+tokens. `expert_ffn_small` is for layers with few rows in all.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from moesys.kernels.cpu.workers import Finish, each
 from moesys.kernels.expert_ffn_arguments import Arguments
 
 BLOCK = 2**18
-"""Elements of the inner activation that are worked on at once: fits a core's second-level cache."""
+"""Elements of the inner activation of one block: they fit a core's second-level cache."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Consecutive experts that are worked on together."""
+    """Consecutive experts that one core computes together."""
 
     experts: slice
     rows: slice
@@ -34,7 +34,7 @@ class _Block:
 
 
 def _blocks(counts: list[int], width: int) -> Iterator[_Block]:
-    """All experts, grouped until their inner activations fill the cache; a larger one stands alone."""
+    """All experts in blocks whose inner activations fill the cache; a larger expert is a block alone."""
     first = start = end = 0
     for expert, count in enumerate([*counts, None]):
         if count is None or (end > start and (end + count - start) * width > BLOCK):
@@ -73,7 +73,7 @@ def _target(out: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forward(args: Arguments) -> tuple[Tensor, Tensor]:
-    """As the operation `moesys::expert_ffn`: (output, h [N, G, F])."""
+    """Output and h [N, G, F] of the operation `moesys::expert_ffn`."""
     if small.fits(args, BLOCK):
         return small.forward(args)
     x_TH, fc1, fc2, counts_E, weight_N, bias1, index_N, *_, kind = args
@@ -102,7 +102,7 @@ def forward(args: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _by_block(x: Tensor | None, blocks: list[_Block]) -> Sequence[Any]:
-    """The rows of each block: views made here, rather than by threads that wait for each other's Python."""
+    """The rows of each block, as views that are made here: worker threads would wait for each other's Python."""
     return [None] * len(blocks) if x is None else x.split([sum(block.counts) for block in blocks])
 
 
@@ -143,7 +143,7 @@ def _give(out: Tensor, y: Tensor, block: _Block, index: Tensor | None) -> None:
 
 
 def _not_zero(weight: Tensor) -> Tensor:
-    """Routing weights to divide by: one of zero becomes too small to matter, and keeps its own gradient."""
+    """Routing weights to divide by: a zero becomes so small that only its own gradient sees it."""
     return weight.masked_fill(weight == 0, 1e-30)
 
 
@@ -177,7 +177,7 @@ def _add_bias(h: Tensor, bias_EGF: Tensor, counts: list[int]) -> None:
 
 
 def backward(grad_TH: Tensor, args: Arguments, h_NGF: Tensor, of_fc1: bool, of_fc2: bool) -> tuple[Tensor | None, ...]:
-    """As `moesys::expert_ffn_backward`, None for empty; the gradient contiguous."""
+    """Gradients of `moesys::expert_ffn_backward`, None in place of empty ones; `grad_TH` contiguous."""
     if args.weight_N is not None:
         args = args._replace(weight_N=_not_zero(args.weight_N))
     if small.fits(args, BLOCK):

@@ -1,6 +1,6 @@
 """`expert_ffn` for few rows on CPU: torch's grouped products, all rows at once.
 
-Where a layer's rows fit into the cache together, looping over experts in Python costs more than it spares.
+If all rows of a layer fit into the cache, a loop over experts in Python costs more than it saves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _product = torch_grouped_mm
 
 
 def fits(args: Arguments, most: int) -> bool:
-    """Whether torch's grouped products take it, and its inner activations have at most `most` elements.
+    """Whether torch's grouped products take `args`, and its inner activations have at most `most` elements.
 
     They need float32 and rows whose size is a multiple of 16 bytes, in memory too.
     """
@@ -28,7 +28,7 @@ def fits(args: Arguments, most: int) -> bool:
 
 
 def forward(args: Arguments) -> tuple[Tensor, Tensor]:
-    """As the operation `moesys::expert_ffn`: (output, h [N, G, F])."""
+    """Output and h [N, G, F] of the operation `moesys::expert_ffn`."""
     fc1, counts_E = args.fc1, args.counts_E
     ends = counts_E.cumsum(0).to(torch.int32)
     h = _product(_rows(args.x_TH, args), fc1.flatten(2), offs=ends).unflatten(1, fc1.shape[2:])
@@ -39,7 +39,10 @@ def forward(args: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad_TH: Tensor, args: Arguments, h_NGF: Tensor, of_fc1: bool, of_fc2: bool) -> tuple[Tensor | None, ...]:
-    """As `moesys::expert_ffn_backward`, None for empty; routing weights without zeros, the gradient contiguous."""
+    """Gradients of `moesys::expert_ffn_backward`, None in place of empty ones.
+
+    Routing weights have no zeros, `grad_TH` is contiguous.
+    """
     fc1, counts_E, weight_N = args.fc1, args.counts_E, args.weight_N
     ends = counts_E.cumsum(0).to(torch.int32)
     x, dy = _rows(args.x_TH, args), _rows(grad_TH, args)

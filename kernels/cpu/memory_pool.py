@@ -1,8 +1,7 @@
-"""Memory for large results on CPU that is used again, as CUDA's caching allocator does on GPU.
+"""A pool of memory for large results on CPU, as CUDA's caching allocator on GPU.
 
-The C library gives large blocks back to the system as soon as they are free, and gets fresh pages for the
-next ones: at the first touch of each page it is zeroed, which takes several times as long as writing a
-result into memory that is there.
+The C library returns large blocks to the system as soon as they are free, and gets fresh pages for the next ones. The
+system zeroes each page at its first use, which takes several times as long as writing a result into used memory.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ import torch
 from torch import Tensor, UntypedStorage
 
 SMALLEST = 2**18
-"""Bytes from which on memory is kept: less than this the C library keeps itself."""
+"""Smallest block of the pool in bytes; the C library keeps smaller blocks itself."""
 
 
 class Pool:
-    """Blocks of memory, each lent to one tensor and its views at a time. Never holds more than was lent at once.
+    """Blocks of memory, each lent to one tensor and its views at a time. It never holds more than was lent at once.
 
-    Any thread may ask, and any thread may drop a tensor last: a block is free when nothing but the pool refers
-    to its storage, which torch counts, so that no Python runs where a tensor ends.
+    Any thread may ask for memory or free a tensor. A block is free when only the pool refers to its storage; torch
+    counts the references, so that no Python runs when a tensor is freed.
     """
 
     def __init__(self) -> None:
@@ -72,7 +71,7 @@ class Pool:
         return block
 
     def _drop(self, excess: int) -> None:
-        """Give back the smallest free block of at least `excess` bytes, or the largest that there is."""
+        """Return the smallest free block of at least `excess` bytes, or the largest free one, to the system."""
         free = {size: place for size, blocks in self._blocks.items() if (place := _first_free(blocks)) is not None}
         size = min((size for size in free if size >= excess), default=max(free))
         self._forget(size, free[size])
@@ -94,7 +93,7 @@ def _first_free(blocks: Sequence[UntypedStorage]) -> int | None:
 
 
 def _noted(events: list[tuple[int, int]], size: int) -> Tensor:
-    """Bytes of memory of their own, whose begin and end are noted."""
+    """A tensor of `size` bytes outside of the pool, whose allocation and release are noted."""
     owner = (ctypes.c_char * size)()
     _note(events, size)
     # The tensor's storage holds `owner`: it ends with the last view of the tensor.
@@ -107,33 +106,33 @@ def _note(events: list[tuple[int, int]], bytes_: int) -> None:
 
 
 def _rounded(size: int) -> int:
-    """Up to a sixteenth of its power of two more, so that sizes that differ little share blocks."""
+    """`size` rounded up by at most a sixteenth of its power of two, so that similar sizes share blocks."""
     step = 1 << (size.bit_length() - 5)
     return -(-size // step) * step
 
 
 _POOL = Pool()
 
-# A fork has none of its parent's threads, so that a lock which one of them holds would stay held in it.
+# A forked process has no threads of its parent: a lock that one of them holds would never be released there.
 _held = _POOL._lock
 os.register_at_fork(before=_held.acquire, after_in_parent=_held.release, after_in_child=_held.release)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`torch.empty` on CPU, in memory that earlier large tensors have left."""
+    """`torch.empty` on CPU; large tensors come from the pool."""
     return _POOL.empty(shape, dtype)
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`torch.zeros` on CPU, in memory that earlier large tensors have left."""
+    """`torch.zeros` on CPU; large tensors come from the pool."""
     return empty(shape, dtype).zero_()
 
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[int, int]]]:
-    """Within, large results have memory of their own, noted in the list, whichever thread asks for it.
+    """Record every large allocation inside, of all threads; results then come from outside of the pool.
 
-    Each entry is the time in nanoseconds since the epoch, and the bytes: negative where they are given back.
+    Each entry is (time in nanoseconds since the epoch, bytes); bytes are negative where memory is released.
     """
     before = _POOL.events
     events: list[tuple[int, int]] = []

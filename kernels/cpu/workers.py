@@ -1,7 +1,7 @@
-"""Work of uneven pieces on CPU, each piece on one core.
+"""Worker threads for uneven pieces of work on CPU, one core for each piece.
 
-A product of some hundred rows loses a tenth of its speed when two cores share it: they pack the same matrix
-and wait for each other. Pieces that fill the cores evenly are better done by one core each.
+A product of some hundred rows loses a tenth of its speed when two cores share it: both pack the same matrix and wait
+for each other. Pieces that fill the cores evenly run faster on one core each.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import TypeVar
 import torch
 
 UNEVEN = 1.08
-"""How much longer than their share the last core may work before the largest pieces are shared instead."""
+"""Most that the last core may work, in units of the mean; beyond it all cores share the largest pieces."""
 
 LEAST = 2**28
-"""Multiply-adds of a piece, on average, from which on handing it to a thread costs less than it saves."""
+"""Fewest multiply-adds of a piece, on average, for which a thread of its own pays."""
 
 Piece = TypeVar("Piece")
 Finish = Callable[[], None]
 
 
 def each(pieces: Sequence[Piece], sizes: Sequence[int], work: Callable[[Piece], Finish]) -> None:
-    """`work(piece)()` of all pieces, the largest first.
+    """Call `work(piece)()` for all pieces, the largest first.
 
-    What `work` returns is called for one piece at a time and in that order, so that sums it adds to are
-    the same in every run; `work` itself runs for several at once, in threads in which torch uses one core.
+    `work` runs for several pieces at once, in threads in which torch uses one core. The functions that it returns run
+    one at a time and in that order, so that their sums are the same in every run.
 
     Args:
         sizes: multiply-adds of each piece.
@@ -53,9 +53,9 @@ def each(pieces: Sequence[Piece], sizes: Sequence[int], work: Callable[[Piece], 
 
 
 def to_share(sizes: Sequence[int], threads: int) -> int:
-    """How many of the first pieces all threads should work at together; `sizes` from the largest down.
+    """Number of first pieces that all threads should share; `sizes` from the largest down.
 
-    So many that the others, handed to whichever thread is free first, keep all threads busy to the end.
+    It is the least number for which the other pieces, each given to the next free thread, keep all threads busy.
     """
     for shared in range(min(len(sizes), threads) + 1):
         loads = [0] * threads
@@ -67,7 +67,7 @@ def to_share(sizes: Sequence[int], threads: int) -> int:
 
 
 class _Turns:
-    """Calls what is handed in one after another, by its number."""
+    """Calls functions one at a time, in the order of their numbers."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -88,15 +88,15 @@ def _threads(number: int) -> ThreadPoolExecutor:
     all_there = Barrier(number)
     for _ in pool.map(lambda _: all_there.wait(), range(number)):
         pass
-    # What a thread sets is also what threads that begin later start with.
+    # A thread's setting is also the start value of later threads.
     torch.set_num_threads(number)
     return pool
 
 
 def _use_one_core() -> None:
-    torch.get_num_threads()  # a thread takes the process's number at its first use: not after what is set here
+    torch.get_num_threads()  # reads the process's number now, not after the line below
     torch.set_num_threads(1)
 
 
-# A fork has none of its parent's threads.
+# A forked process has no threads of its parent.
 os.register_at_fork(after_in_child=_threads.cache_clear)

@@ -162,7 +162,7 @@ def grouped_mm_weight_grad(x_NK: Tensor, grad_NM: Tensor, offsets_G1: Tensor) ->
 
 
 def _depth(x: Tensor) -> int:
-    """How much of the sum is loaded at once."""
+    """Terms of the sum that are loaded at once."""
     return 16 if interpreted() else 128 // x.element_size()
 
 

@@ -1,4 +1,4 @@
-"""Where kernels are launched."""
+"""Launches of kernels on the right device."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from moesys.config.legal import annotation, section_of
+from moesys.config.registry import GATES, MIXERS, Slot, kinds
 from moesys.config.schema import Config, Section
 
 SECRET = ("launch.env",)
@@ -19,36 +20,49 @@ SECRET = ("launch.env",)
 
 
 class Kind(Enum):
-    """Kinds of keys: what hangs on one, and what follows when it changes between a checkpoint and its resumption."""
+    """What a key decides, and what follows when it changes between a checkpoint and its resumption."""
 
     WEIGHTS = "decides the weights"
-    """Their shapes, or what they mean: it cannot change."""
+    """It decides names, shapes or the meaning of weights. A change is refused where a weight does not fit; where all
+    fit, `train.resume_changed` must name it."""
     MEANT = "changes what the run is"
-    """The model computes something else, or sees other samples: it may change where `train.resume_changed` names it."""
+    """The model computes something else, or sees other samples: `train.resume_changed` must name it."""
     CONTENT = "says where the data lie"
-    """It may change, and is told; what lies there is compared by content."""
+    """It may change, and is printed; the data are compared by content."""
     TRAINING = "decides the steps to come"
-    """It may change, and is told."""
+    """It may change, and is printed."""
     RUNNING = "decides how it is computed"
-    """The numbers of training hang on it to rounding only, or not at all: it may change, and is told."""
+    """It changes the numbers of training by rounding at most: it may change, and is printed."""
     FREE = "decides no number"
-    """It may change, and nothing is said."""
+    """It may change, and nothing is printed."""
+    UNKNOWN = "is unknown to this version"
+    """A checkpoint of another version has it, with a value that may change numbers: it is refused."""
+
+
+EFFECTS = {
+    Kind.WEIGHTS: "cannot fit",
+    Kind.MEANT: "changes numbers",
+    Kind.CONTENT: "harmless",
+    Kind.TRAINING: "changes numbers",
+    Kind.RUNNING: "harmless",
+    Kind.FREE: "harmless",
+    Kind.UNKNOWN: "unknown to this version",
+}
+"""The effect of a change on a run that resumes, in words for the user."""
 
 
 _WORDS = {
     Kind.WEIGHTS: """
         model.vocab_size model.hidden model.layers model.ffn_hidden model.tie_embeddings
-        model.attention: kind heads kv_heads head_dim bias qk_norm q_lora_rank kv_lora_rank qk_nope_head_dim
-            qk_rope_head_dim v_head_dim
+        model.mixers
+        model.layers: count first repeat
         model.moe: experts ffn_hidden bias every first_dense zero_experts copy_experts constant_experts lora_rank
             shared_experts shared_ffn_hidden shared_mix
-        model.moe.gate: bias noise dim slots
         """,
     Kind.MEANT: """
         seed train.seq_len data.heldout
         model: norm_eps rope_theta
         model.moe: top_k activation normalize scale lora_alpha zero_variant
-        model.moe.gate: kind score groups groups_kept group_score causal table seed
         """,
     Kind.CONTENT: """
         data: kind path text_key split tokenizer
@@ -58,7 +72,6 @@ _WORDS = {
         model.moe: capacity_factor eval_capacity_factor min_capacity drop pad_to_capacity balance_loss
             sequence_balance_loss global_balance_loss balance_counts z_loss importance_loss load_loss bias_rate zero_tau
             cmr_budget cmr_loss
-        model.moe.gate: jitter second path force skew
         parallel.dispatch.payload
         train: steps global_batch micro_batch dtype freeze
         train.skips: consecutive total
@@ -94,8 +107,29 @@ def _table(words: Mapping[Kind, str]) -> Iterator[tuple[str, Kind]]:
                 yield (word if "." in word else section + word, kind)
 
 
-KINDS: dict[str, Kind] = dict(_table(_WORDS))
+def _described(slot: Slot) -> Iterator[tuple[str, Kind]]:
+    """The keys of a slot's kinds, as these say; what is not said of a key holds for the kind itself."""
+    for described in kinds(slot).values():
+        default = Kind[described.decides_by_default]
+        yield f"{slot.key}.kind", default
+        for key in described.keys.model_fields:
+            yield f"{slot.key}.{key}", Kind[described.decides[key]] if key in described.decides else default
+
+
+KINDS: dict[str, Kind] = {**dict(_table(_WORDS)), **dict(_described(MIXERS)), **dict(_described(GATES))}
 """Of every key of the schema that is no section."""
+
+
+HARMLESS_SECTIONS = ("launch.", "output.", "measure.", "cluster.")
+"""Prefixes of sections whose keys change no number, those of other versions included."""
+
+
+def harmless(key: str, value: Any) -> bool:
+    """True if a key that this version does not know changes no number: its section has none that do, or it is off.
+
+    A feature that is off is null, false, 0, "none" or empty, here and in every other version.
+    """
+    return key.startswith(HARMLESS_SECTIONS) or not value or value == "none"
 
 
 @dataclass(frozen=True)
@@ -109,12 +143,23 @@ class Change:
 
     @property
     def kind(self) -> Kind:
-        """The kind of the key. One that this version does not know decides, for all it knows, the steps to come."""
-        unknown = Kind.WEIGHTS if self.key.startswith("model") else Kind.TRAINING
-        return self.given or KINDS.get(self.key, unknown)
+        """The kind of the key."""
+        if self.given is not None:
+            return self.given
+        known = KINDS.get(self.key) or (Kind.WEIGHTS if GIVEN in (self.saved, self.now) else None)
+        return known or (Kind.FREE if harmless(self.key, self.saved) else Kind.UNKNOWN)
+
+    @property
+    def effect(self) -> str:
+        """ "harmless", "changes numbers", "cannot fit" or "unknown to this version"."""
+        return EFFECTS[self.kind]
 
     def __str__(self) -> str:
         return f"{self.key}: saved {_shown(self.saved)}, now {_shown(self.now)}"
+
+    def row(self) -> str:
+        """ "model.moe.experts: saved 4, now 8 (cannot fit)"."""
+        return f"{self} ({self.effect})"
 
     def arrow(self) -> str:
         """ "train.optimizer.lr: 0.003 → 0.5"."""
@@ -122,9 +167,9 @@ class Change:
 
 
 ABSENT = "absent"
-"""Stands for the value of a key that another version alone knows."""
+"""The value of a key that another version alone knows."""
 GIVEN = "given"
-"""Stands for the value of a section that is there, where the other one is null."""
+"""The value of a section that is there, where the other one is null."""
 
 
 def _shown(value: Any) -> str:
@@ -143,14 +188,17 @@ def saved_form(config: Config) -> dict[str, Any]:
 
 
 def defaults(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
-    """The default of every key that has one and is no section, by its dotted name."""
+    """The default of every key that has one, by its dotted name; of a section only null, before its keys."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
+        key = prefix + name
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
         if (inner := section_of(annotation(field))) is not None:
-            found |= defaults(inner, f"{prefix}{name}.")
+            found |= {} if field.is_required() or value is not None else {key: None}
+            found |= defaults(inner, f"{key}.")
+            found |= flat(value.model_dump(mode="json"), f"{key}.") if value is not None else {}
         elif not field.is_required():
-            value = field.get_default(call_default_factory=True)
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+            found[key] = list(value) if isinstance(value, tuple) else value
     return found
 
 
@@ -164,33 +212,65 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def known(
+    tree: Mapping[str, Any], section: type[Section] = Config, prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """The keys of a `saved_form` that this version knows, and the dotted names of others that may change numbers."""
+    found: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in tree.items():
+        key = prefix + name
+        if name not in section.model_fields:
+            rest = flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+            unknown += [inner for inner, setting in rest.items() if not harmless(inner, setting)]
+            continue
+        inner_section = section_of(annotation(section.model_fields[name]))
+        if inner_section is None or not isinstance(value, Mapping):
+            found[name] = value
+        else:
+            found[name], more = known(value, inner_section, f"{key}.")
+            unknown += more
+    return found, unknown
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Every key that differs between two `saved_form`s, but those that decide nothing; the gravest first.
+    """Every key that differs between two `saved_form`s, except those of no effect; the gravest first.
 
     A key that one of them lacks, written by an older version, has its default there. A derived value (as many
     key heads as heads) equals the same one written out.
     """
-    given, default = (flat(saved), flat(now)), defaults()
+    default = defaults()
+    given = [_completed(flat(tree), default) for tree in (saved, now)]
     old, new = (_meant(values) for values in given)
     found = []
     for key in [*KINDS, *sorted((old.keys() | new.keys()) - KINDS.keys())]:
         if not (_present(key, old) and _present(key, new)):
             continue
-        change = Change(key, *(_value(key, values, default) for values in given))
-        meant = [_value(key, values, default) for values in (old, new)]
+        change = Change(key, *(_value(key, values) for values in given))
+        meant = [_value(key, values) for values in (old, new)]
         if change.saved != change.now and meant[0] != meant[1] and change.kind is not Kind.FREE:
             found.append(change)
     return found
 
 
-def _value(key: str, values: Mapping[str, Any], default: Mapping[str, Any]) -> Any:
+def _completed(values: dict[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the default of every key that they lack."""
+    found = dict(values)
+    for key, value in default.items():
+        given = value is None and any(other.startswith(f"{key}.") for other in values)
+        if key not in found and not given and _present(key, found):
+            found[key] = value
+    return found
+
+
+def _value(key: str, values: Mapping[str, Any]) -> Any:
     if key not in values and any(other.startswith(f"{key}.") for other in values):
         return GIVEN
-    return values.get(key, default.get(key, ABSENT))
+    return values.get(key, ABSENT)
 
 
 def _present(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether no section around the key is null (then the section itself is what differs)."""
+    """True if no section around the key is null: then the section itself is what differs."""
     parts = key.split(".")
     return not any(".".join(parts[:n]) in values for n in range(1, len(parts)))
 

@@ -6,179 +6,41 @@ the dimension of parallelism that they concern (`moesys.parallel`). Nothing here
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import Field
 
+from moesys.config.registry import GATES, MIXERS, kinds, section
+from moesys.config.section import (
+    LONGEST_RUN_NAME,
+    AtMost,
+    Batch,
+    Dim,
+    Experts,
+    Factor,
+    FewExperts,
+    Fraction,
+    Kinds,
+    Layers,
+    LongestText,
+    NonNegative,
+    NonNegativeFloat,
+    Pieces,
+    Positive,
+    PositiveFloat,
+    Ranks,
+    Section,
+    Seed,
+    SlurmOption,
+    Variable,
+)
 
-@dataclass(frozen=True)
-class AtMost:
-    """An upper bound beyond any real use, of numbers that are looped over, allocated by, or added up.
-
-    Messages name it where a number is above it, and nowhere else.
-    """
-
-    most: float
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        return {**handler(source), "le": self.most}
-
-
-@dataclass(frozen=True)
-class LongestText:
-    """A text's most characters: file systems allow 255 in a name, to which endings are added."""
-
-    most: int
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        return {**handler(source), "max_length": self.most}
-
-
-LONGEST_RUN_NAME = 200
-
-LARGEST = 10**15
-"""Of every whole number: a product of some still fits in 64 bits of a counter."""
-
-Positive = Annotated[int, Field(ge=1), AtMost(LARGEST)]
-NonNegative = Annotated[int, Field(ge=0), AtMost(LARGEST)]
-Seed = Annotated[int, Field(ge=0), AtMost(2**63 - 1)]
-Layers = Annotated[int, Field(ge=1), AtMost(1024)]
-"""Blocks of a model; stages are chosen among all their divisions."""
-Dim = Annotated[int, Field(ge=1), AtMost(2**24)]
-"""Size of one dim of a tensor."""
-Experts = Annotated[int, Field(ge=1), AtMost(2**15)]
-"""Experts of a layer: recordings hold their numbers in 16 bits."""
-FewExperts = Annotated[int, Field(ge=0), AtMost(2**15)]
-Ranks = Annotated[int, Field(ge=1), AtMost(2**18)]
-"""Processes along one axis, or in all."""
-Pieces = Annotated[int, Field(ge=1), AtMost(2**15)]
-"""Parts that one computation is cut into, one after another."""
-Batch = Annotated[int, Field(ge=1), AtMost(2**24)]
-"""Sequences of a step: a pipeline's schedule lists their micro-batches."""
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Factor = Annotated[float, Field(gt=0), AtMost(2**15)]
-"""Of a capacity; as many as there can be experts drops nothing."""
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-"""Name of an environment variable."""
-SlurmOption = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
-"""A long option of sbatch without its dashes."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced, nothing changes later."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-    title: ClassVar[str] = "a section"
-    """What the section is called in messages, where it is a whole file."""
-
-
-class Kinds(Section):
-    """Base of sections whose kind alone, as a word, stands for the section."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _word(cls, given: Any) -> Any:
-        return {"kind": given} if isinstance(given, str) else given
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        section = handler(core)
-        words = handler.resolve_ref_schema(section)["properties"]["kind"]["enum"]
-        return {"anyOf": [{"enum": words, "type": "string"}, section]}
-
-
-class AttentionConfig(Section):
-    kind: Literal["gqa", "mla"] = "gqa"
-    """gqa: grouped-query attention; mla: multi-head latent attention (DeepSeek-V2)."""
-    heads: Dim = 4
-    """Query heads."""
-    kv_heads: Dim | None = None
-    """Key and value heads of gqa; default: as many as query heads."""
-    head_dim: Dim | None = None
-    """Size of one head of gqa; default: hidden / heads."""
-    bias: bool = False
-    """A bias on the query, key, value and output projections of gqa."""
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMSNorm of queries and keys: none, per head (Qwen3) or over all heads together (OLMoE)."""
-    q_lora_rank: Dim | None = None
-    """mla: rank of the query's compression; default: queries are not compressed."""
-    kv_lora_rank: Dim = 512
-    """mla: rank of the joint compression of keys and values."""
-    qk_nope_head_dim: Dim = 128
-    """mla: size of a head's part without rotary position."""
-    qk_rope_head_dim: Dim = 64
-    """mla: size of a head's part with rotary position, shared by all heads of the key."""
-    v_head_dim: Dim = 128
-    """mla: size of a head's value."""
-
-
-class GateConfig(Kinds):
-    """How tokens are routed; the kind alone, as a word, stands for the section."""
-
-    kind: Literal[
-        "top_k",
-        "cosine",
-        "prototype",
-        "expert_choice",
-        "sinkhorn",
-        "base",
-        "hash",
-        "random",
-        "dense",
-        "soft",
-        "smear",
-        "replay",
-    ] = "top_k"
-    """top_k: each token goes to its k best experts. cosine: the same by cosines in a low dimension, with a
-    learned temperature (X-MoE). prototype: the experts in top_k groups, the best of each is used (M6-T; its
-    weights are those of normalize: false). expert_choice: each expert takes its best tokens of the micro-batch.
-    sinkhorn: k experts per token, balanced by Sinkhorn's algorithm in training (Megatron-Core). base: one expert
-    per token, the best balanced assignment in training (BASE). hash: by the token's id. random: by the token's
-    number. dense: every expert. soft: experts compute mixtures of a sequence's tokens (Soft MoE). smear: one
-    expert per sequence, merged from all (SMEAR). replay: as recorded by output.record_routing. Not causal, thus not
-    for autoregressive models but for comparison: soft, smear, and expert_choice unless `causal`."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """top_k, cosine: what makes logits scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
-    is softmax with normalize: true."""
-    bias: bool = False
-    """top_k, prototype: a learned bias on the logits (GPT-OSS)."""
-    noise: Literal["none", "gaussian"] = "none"
-    """top_k, cosine, prototype: in training add N(0, 1) times a learned width per expert to the logits (noisy
-    top-k, Shazeer et al. 2017)."""
-    jitter: Fraction = 0.0
-    """top_k, cosine, prototype: in training multiply the gate's input by uniform numbers from 1 ± jitter (Switch)."""
-    groups: Experts = 1
-    """top_k, cosine: equal groups of experts of which each token uses `groups_kept`, the best."""
-    groups_kept: Experts = 1
-    """top_k, cosine: groups that a token uses."""
-    group_score: Literal["max", "top2"] = "max"
-    """top_k, cosine: a group's score is its best expert's (DeepSeek-V2) or the sum of its two best (DeepSeek-V3)."""
-    second: Literal["always", "random"] = "always"
-    """top_k, cosine, with top_k 2. random: in training keep the second expert with probability min(1, 2·g), g its
-    share of the two weights (GShard)."""
-    dim: Dim | None = None
-    """cosine: the low dimension; default: half the number of experts, at least 2."""
-    causal: bool = False
-    """expert_choice: experts take the tokens above a threshold that follows the quantile of earlier steps, so that
-    no token's routing depends on later tokens; load is balanced on average."""
-    table: Literal["random", "balanced"] = "random"
-    """hash: ids to experts at random, or such that each expert has as many of the training data's tokens."""
-    slots: Dim = 1
-    """soft: slots per expert and sequence."""
-    path: str | None = None
-    """replay: the folder of the recording, runs/NAME/routing; relative to the working directory."""
-    force: Literal["none", "balanced", "skewed"] = "none"
-    """For benchmarks, gates that send each token to top_k experts: balanced chooses them in turn, skewed at random
-    with expert e's chance ∝ 1 / (e + 1)^skew, both by the token's number. Weights stay the gate's own."""
-    skew: Annotated[float, Field(ge=0), AtMost(64)] = 1.0
-    """force skewed: Zipf's exponent."""
-    seed: Seed = 0
-    """hash, random, force skewed: another seed chooses other experts."""
+if TYPE_CHECKING:
+    AttentionConfig: TypeAlias = Any
+    GateConfig: TypeAlias = Any
+else:
+    AttentionConfig = section(MIXERS, "gqa", "AttentionConfig")
+    GateConfig = section(GATES, "top_k", "GateConfig")
 
 
 class MoEConfig(Section):
@@ -276,19 +138,9 @@ class MoEConfig(Section):
         return self.zero_experts + self.copy_experts + self.constant_experts
 
     @property
-    def choices(self) -> int:
-        """Candidates that each row is sent to."""
-        return {"dense": self.experts, "soft": 1, "smear": 1}.get(self.gate.kind, self.top_k)
-
-    @property
-    def mean_choices(self) -> float:
-        """Routed experts that compute for one row: k, or on average what balance leaves of it beside Z."""
-        factor = (self.capacity_factor or 1.0) if self.gate.kind == "expert_choice" else 1.0
-        return factor * self.choices * self.experts / (self.experts + self.zero_computation)
-
-    def rows_per_token(self, seq_len: int) -> float:
-        """Rows per token: 1, for a row is a token; but soft's experts get slots, as many for every sequence."""
-        return self.experts * self.gate.slots / seq_len if self.gate.kind == "soft" else 1.0
+    def router(self) -> Any:
+        """The description of the gate (`moesys.models.parts.gate.GateKind`)."""
+        return kinds(GATES)[self.gate.kind](self)
 
     @property
     def cmr_coefficient(self) -> float:
@@ -301,16 +153,43 @@ class MoEConfig(Section):
         return self.shared_experts * (self.shared_ffn_hidden or self.ffn_hidden)
 
 
+MixerName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+"""Word for a mixer in a pattern."""
+BlockWords = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]* (dense|moe)$")]
+"""The mixer and the feed-forward of a block."""
+
+
+class PatternConfig(Section):
+    """Which mixer and which feed-forward each block has: "attention moe", "local dense"."""
+
+    count: Layers
+    """Decoder blocks in all."""
+    first: Annotated[tuple[BlockWords, ...], Field(strict=False)] = ()
+    """The first blocks, once: each a mixer (attention, or a name in model.mixers) and a feed-forward (dense or moe)."""
+    repeat: Annotated[tuple[BlockWords, ...], Field(strict=False, min_length=1)]
+    """The blocks after these, again and again; the last repetition may be cut short."""
+
+    def block(self, layer: int) -> tuple[str, str]:
+        """The words for block `layer`, from 0."""
+        after = layer - len(self.first)
+        words = self.first[layer] if after < 0 else self.repeat[after % len(self.repeat)]
+        mixer, _, ffn = words.partition(" ")
+        return mixer, ffn
+
+
 class ModelConfig(Section):
     vocab_size: Dim | None = None
     """Entries of the embedding; default: the tokenizer's, rounded up to a multiple of 64."""
     hidden: Dim
     """Size of the residual stream."""
-    layers: Layers
-    """Decoder blocks."""
+    layers: Layers | PatternConfig
+    """Decoder blocks: their number, or a pattern that says which mixer and which feed-forward each has."""
     ffn_hidden: Dim | None = None
     """Inner size of the feed-forward of dense layers."""
     attention: AttentionConfig = AttentionConfig()
+    """The mixer of every block; in a pattern, that of the word attention."""
+    mixers: dict[MixerName, AttentionConfig] = {}
+    """More mixers, by the words that a pattern in `layers` has for them."""
     moe: MoEConfig | None = None
     """The MoE layers; null: every layer is dense."""
     tie_embeddings: bool = False
@@ -320,20 +199,29 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of all matrices."""
 
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return self.layers if isinstance(self.layers, int) else self.layers.count
+
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` (from 0) is an MoE block."""
+        if isinstance(self.layers, PatternConfig):
+            return self.layers.block(layer)[1] == "moe"
         m = self.moe
         return m is not None and layer >= m.first_dense and (layer - m.first_dense + 1) % m.every == 0
 
     @property
-    def head_dim(self) -> int:
-        """Size of one head of gqa."""
-        return self.attention.head_dim or self.hidden // self.attention.heads
+    def moe_blocks(self) -> list[int]:
+        """The numbers of the MoE blocks."""
+        return [layer for layer in range(self.depth) if self.is_moe(layer)]
 
-    @property
-    def rotary_dim(self) -> int:
-        """Size of the part of a head that carries rotary positions."""
-        return self.attention.qk_rope_head_dim if self.attention.kind == "mla" else self.head_dim
+    def mixer(self, layer: int) -> tuple[AttentionConfig, str]:
+        """The section of the mixer of block `layer`, and its dotted key."""
+        name = "attention" if isinstance(self.layers, int) else self.layers.block(layer)[0]
+        if name == "attention":
+            return self.attention, "model.attention"
+        return self.mixers[name], f"model.mixers.{name}"
 
 
 class DispatchConfig(Kinds):
@@ -475,10 +363,10 @@ class ClusterConfig(Section):
 
 class LaunchConfig(Section):
     launcher: Literal["ray", "local", "hosts", "slurm"] = "ray"
-    """ray; local: plain processes on this machine; hosts: the cluster's nodes pretended on this machine, as
+    """ray; local: plain processes on this machine; hosts: the cluster's nodes emulated on this machine, as
     network namespaces (Linux, root); slurm: a batch job."""
     link_gbit: PositiveFloat | None = None
-    """hosts: 10⁹ bits per second that each pretended host sends, and receives, at most; default: no limit."""
+    """hosts: 10⁹ bits per second that each emulated host sends, and receives, at most; default: no limit."""
     ray_address: str | None = None
     """Address of a running Ray cluster; default: start Ray on this machine."""
     timeout_s: Annotated[float, Field(gt=0), AtMost(10**8)] = 300.0

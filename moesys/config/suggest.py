@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from moesys.config import legal
+from moesys.config.registry import GATES, MIXERS, kinds
 from moesys.config.schema import Config, Section
 
 ELSEWHERE: dict[str, str] = {
@@ -96,14 +97,8 @@ SAME: tuple[tuple[str, ...], ...] = (
     ("fp8", "float8", "float8_e4m3", "e4m3", "fp8_e4m3"),
     ("adamw", "adam", "fused_adam", "adam_w"),
     ("apex", "fusedadam"),
-    ("top_k", "switch", "token_choice", "gshard", "mixtral", "noisy_top_k"),
-    ("expert_choice", "ec"),
-    ("cosine", "x_moe"),
-    ("soft", "soft_moe"),
     ("swiglu", "silu", "swish"),
     ("relu2", "squared_relu", "relu_squared"),
-    ("gqa", "mha", "mqa", "multi_head"),
-    ("mla", "latent", "multi_latent"),
     ("all_to_all", "alltoall", "a2a", "all2all"),
     ("all_gather", "allgather"),
     ("hierarchical", "two_level", "2dh"),
@@ -121,7 +116,6 @@ SAME: tuple[tuple[str, ...], ...] = (
     ("gaussian", "normal"),
     ("none", "off", "no", "false", "never"),
     ("full", "all", "block"),
-    ("replay", "record", "recorded"),
     ("balanced", "uniform"),
 )
 """Words of our choices, each with other words for the same thing."""
@@ -140,7 +134,8 @@ def choice(word: str, words: Iterable[str]) -> str | None:
         return bare[asked]
     if asked in ("on", "yes", "true"):
         return None  # no word of ours in particular
-    meant = [ours for ours, *others in SAME if ours in words and asked in (o.replace("_", "") for o in others)]
+    known = [*SAME, *((kind, *d.aliases) for slot in (MIXERS, GATES) for kind, d in kinds(slot).items())]
+    meant = [ours for ours, *others in known if ours in words and asked in (o.replace("_", "") for o in others)]
     return meant[0] if meant else nearest(word, words, 0.5)
 
 

@@ -19,7 +19,9 @@ def problems_of(
     """The problems in `tree`, which pydantic refused as a `root`; or all but its missing keys."""
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
-        path = [str(part) for part in detail["loc"]]
+        path = _keys([str(part) for part in detail["loc"]], root)
+        if _other_member(detail, path, tree, root):
+            continue
         if detail["type"] == "extra_forbidden":
             problem = _unknown(path, tree, root)
         elif detail["type"] == "missing" and legal.type_at(path, root) is not None:
@@ -30,6 +32,28 @@ def problems_of(
             problem = _illegal(detail, path, tree, root)
         found.setdefault(problem.key, problem)
     return list(found.values())
+
+
+def _keys(loc: list[str], root: type[Section]) -> list[str]:
+    """The keys in pydantic's place of a mistake, which also names the sections of unions."""
+    path: list[str] = []
+    for part in loc:
+        section = legal.section_of(legal.type_at(path, root)) if legal.type_at(path, root) is not None else None
+        if section is None or part != section.__name__:
+            path.append(part)
+    return path
+
+
+def _other_member(detail: Any, path: list[str], tree: Entry, root: type[Section]) -> bool:
+    """Whether a mapping was refused as a number or a word, where it could be a section, of which more is said."""
+    while len(path) > 1 and legal.type_at(path, root) is None:
+        path = path[:-1]
+    kind, entry = legal.type_at(path, root), find(tree, path)[0]
+    union = legal.section_of(kind) is not None and legal.accepts(kind, int)
+    within = (
+        entry is not None and isinstance(entry.value, dict) and detail["type"] not in ("missing", "extra_forbidden")
+    )
+    return union and within
 
 
 def _illegal(detail: Any, path: list[str], tree: Entry, root: type[Section]) -> Problem:

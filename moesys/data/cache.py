@@ -1,8 +1,8 @@
-"""Tokenized text on disk: made once per machine, read by all its processes.
+"""Caches tokenized text on disk: written once per machine, read by all its processes.
 
-An entry is three files: KEY.train.npy, KEY.heldout.npy and, written last, KEY.json with their lengths
-and checksums. All are complete or absent. Whatever is wrong with an entry, it is made again; whatever
-is wrong with the folder, there is no cache and the run goes on.
+An entry is three files: KEY.train.npy, KEY.heldout.npy and, written last, KEY.json with their lengths and checksums.
+All are complete or absent. A damaged entry is written again; if the folder cannot be used, the run goes on without a
+cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moesys.data.progress import Progress
 from moesys.data.tokenized import from_memory
 
 FORMAT = 1
-"""Part of every key: an entry of another format is another entry."""
+"""A part of every key: an entry of another format has another key."""
 SIDES = ("train", "heldout")
 BLOCK, BLOCKS = 1 << 20, 256
 """The checksum reads this many blocks of this many bytes at most."""
@@ -43,21 +43,21 @@ def default_folder() -> Path:
 
 
 def key(facts: object) -> str:
-    """The name of the entry for `facts`, JSON that says all that the tokens depend on."""
+    """The name of the entry for `facts`, JSON of everything that the tokens depend on."""
     return blake2b(json.dumps([FORMAT, facts]).encode(), digest_size=16).hexdigest()
 
 
 def open_or_make(folder: Path, name: str, dtype: np.dtype, write: Write) -> tuple[np.ndarray, np.ndarray]:
-    """The entry's two arrays, memory-mapped and read-only; made first if they are not there.
+    """The entry's two arrays, memory-mapped and read-only; written first if they are missing.
 
-    Of several processes one makes them, while the others wait.
+    One process writes them while the others wait.
 
     Args:
         folder: of the cache, made if absent.
         name: from `key`.
         dtype: of the tokens.
-        write: writes the two arrays as .npy to the two files. What it raises, other than OSError of
-            these files, passes through.
+        write: writes the two arrays as .npy to the two files. Its exceptions pass through, except OSError of these
+            files.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def _read(folder: Path, name: str, dtype: np.dtype) -> tuple[np.ndarray, np.ndar
     """The entry, or None if it is absent, incomplete or damaged."""
     try:
         facts = json.loads((folder / f"{name}.json").read_bytes())
-        # Without the detour through asarray every slice would be a memmap object of its own.
+        # asarray keeps slices from being memmap objects of their own.
         train, heldout = (np.asarray(np.load(path, mmap_mode="r")) for path in _paths(folder, name))
     except Exception:  # whatever a damaged file makes the readers raise
         return None
@@ -114,7 +114,7 @@ def checksum(tokens: np.ndarray) -> int:
 
 
 def _make(folder: Path, name: str, write: Write) -> None:
-    for leftover in folder.glob(f"{name}.*.tmp"):  # of a process that was killed; we hold the lock
+    for leftover in folder.glob(f"{name}.*.tmp"):  # left by a killed process; this one holds the lock
         leftover.unlink(missing_ok=True)
     targets = [*_paths(folder, name), folder / f"{name}.json"]
     temporary = [target.with_name(f"{target.name}.{os.getpid()}.tmp") for target in targets]
@@ -136,7 +136,7 @@ def _make(folder: Path, name: str, write: Write) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold the file's lock; it ends with the process, however that ends."""
+    """Hold the file's lock, which the end of the process releases."""
     progress = Progress("waiting for another process that tokenizes the text")
     with path.open("ab") as file:
         while True:

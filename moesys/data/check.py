@@ -1,7 +1,7 @@
-"""Everything about the data that can be wrong and found in a moment, before anything starts.
+"""Checks the data before anything starts, as far as that is quick.
 
-Packages that take long to import are looked for, not imported, and text is not read through: what
-shows only then (the seventeenth line of a .jsonl file, say) is a DataError when the corpus is opened.
+Slow packages are looked for, not imported, and text is not read to its end. Later faults (in the seventeenth line of a
+.jsonl file, for example) raise DataError when the corpus is opened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moesys.words import plural
 
 
 def check(config: Config) -> list[Problem]:
-    """What is wrong with the section `data`, and between it and the model and the sequence length."""
+    """Problems of the section `data`, and of its combination with the model and the sequence length."""
     data = config.data
     source = megatron_indexed.check(data) if data.kind == "megatron" else SOURCES[data.kind].check(data)
     tokenizer = tokenizers.check(data)
@@ -31,7 +31,7 @@ def check(config: Config) -> list[Problem]:
 
 
 def _vocabulary(config: Config) -> list[Problem]:
-    """Not for Megatron's data: no tokenizer is applied to them; their ids are checked when read."""
+    """Problems of a vocabulary below the tokenizer's. Ids of Megatron's data are checked when they are read."""
     given = config.model.vocab_size
     if given is None or config.data.kind == "megatron":
         return []
@@ -43,7 +43,7 @@ def _vocabulary(config: Config) -> list[Problem]:
 
 
 def _size(config: Config) -> list[Problem]:
-    """Whether each side has one sequence, as far as that is known without reading the text."""
+    """Problems if a side has less than one sequence, as far as that is known without reading the text."""
     data, needed = config.data, config.train.seq_len + 1
     if data.kind == "megatron":
         return _least(megatron_indexed.count_tokens(data), needed)
@@ -54,7 +54,7 @@ def _size(config: Config) -> list[Problem]:
     if any(file.name.endswith(".jsonl") for file in files):
         return _least(int(sizes.sum()), needed)  # the text of a line is no longer than the line
     division = divide(sizes - 1, hashed_names((file.name for file in files), data.heldout), data.heldout)
-    # A file that is cut gets a second end, and is cut between characters.
+    # A cut file gets a second end, and is cut between characters.
     slack = 4 if division.cut else 0
     for side, tokens in zip(("training", "held-out"), division.totals(sizes), strict=True):
         if tokens + slack < needed and (rule := too_small(side, tokens, config)) is not None:

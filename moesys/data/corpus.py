@@ -1,4 +1,4 @@
-"""The tokens of a run: what the trainer reads, from whichever source."""
+"""The tokens of a run, from any source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moesys.errors import DataError
 class Corpus:
     """Tokens for training and held-out tokens, each [T]; ids are below `vocab_size`.
 
-    `tokenized`: the tokens are the tokenizer's. Those of a file that another tool wrote may be of any other.
+    `tokenized`: True if the tokens are the tokenizer's. A file of another tool may hold tokens of any tokenizer.
     """
 
     train: Tokens
@@ -33,7 +33,7 @@ class Corpus:
     tokenized: bool = True
 
     def bytes_per_token(self, pieces: Iterable[np.ndarray]) -> float | None:
-        """Bytes of UTF-8 text / tokens, of pieces of tokens, each [T]; None unless the tokens are the tokenizer's.
+        """Bytes of UTF-8 text / tokens in `pieces`, each [T]; None unless the tokens are the tokenizer's.
 
         The end of a document is a token without bytes.
         """
@@ -47,7 +47,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """train_tokens, heldout_tokens, and a digest that other tokens do not have; of long texts it sees a part."""
+        """train_tokens, heldout_tokens, and a digest of the tokens; a part of them represents a long text."""
         digest = blake2b(digest_size=16)
         for tokens in (self.train, self.heldout):
             begins = np.linspace(0, max(0, len(tokens) - PIECE), PIECES, dtype=np.int64)
@@ -100,7 +100,7 @@ TOO_SMALL_REMEDY = "use more text, a shorter train.seq_len, or another data.held
 
 
 def too_small(side: str, tokens: int, config: Config) -> str | None:
-    """What is wrong if `tokens` are fewer than one sequence."""
+    """The rule that is broken if `tokens` are fewer than one sequence; None if they are enough."""
     needed = config.train.seq_len + 1
     if tokens >= needed:
         return None

@@ -1,13 +1,12 @@
-"""Which documents are held out from training.
+"""Divides documents into training and held-out ones.
 
-A document is held out when a hash of its name, or of its number for token files, falls below the
-share asked for: whoever adds documents to a corpus moves none of the others, and neither the seed nor
-the order of the files matters.
+A document is held out if a hash of its name, or of its number in a token file, falls below the share. So adding
+documents to a corpus moves none of the others, and neither the seed nor the order of files matters.
 
-With few documents, or sizes far apart, the hash cannot meet the share. When it gives either side less
-than a quarter of its share of the corpus, the end of the corpus is held out instead: from the
-document boundary nearest to the share if that leaves both sides a quarter of theirs, else (a single
-file, say) from the exact share, inside a document.
+The hash cannot meet the share with few documents, or very different sizes. If it gives either side less than a quarter
+of its share of the corpus, the end of the corpus is held out instead: from the document boundary nearest to the share
+if that leaves both sides a quarter of theirs, else (with a single file, for example) from the exact share, inside a
+document.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ ENOUGH = 0.25
 class Division:
     """Documents for training and held-out documents.
 
-    `heldout`: bool [documents]. `cut`: when positive, only what follows the first `cut` units of the
-    first held-out document is held out; what is before belongs to training.
+    `heldout`: bool [documents]. `cut`: if positive, the first `cut` units of the first held-out document
+    belong to training.
     """
 
     heldout: np.ndarray
@@ -49,13 +48,13 @@ class Division:
 
 
 def hashed_names(names: Iterable[str], share: float) -> np.ndarray:
-    """Whether each name's hash is below `share`: bool [names]."""
+    """True for each name with a hash below `share`: bool [names]."""
     digests = (blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest() for name in names)
     return np.fromiter((int.from_bytes(d, "big") < share * 2**64 for d in digests), bool)
 
 
 def hashed_numbers(count: int, share: float) -> np.ndarray:
-    """Whether the hash of each number 0 … count - 1 is below `share`: bool [count].
+    """True for each number 0 … count - 1 with a hash below `share`: bool [count].
 
     SplitMix64 (Steele et al. 2014): token files have too many documents for a cryptographic hash.
     """

@@ -1,4 +1,4 @@
-"""What every source of text yields, and the files that most of them read."""
+"""Documents, which every source of text yields, and the files that most sources read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOTHING_THERE = "no such file or folder"
 class Document(NamedTuple):
     """A piece of text that stands alone.
 
-    `name` is unique in its source and the same on every machine; the held-out split hangs on it.
+    `name` is unique in its source and the same on every machine; it decides the held-out split.
     """
 
     name: str
@@ -36,14 +36,14 @@ class File(NamedTuple):
 def located(given: str) -> Path:
     """The place that a path in the configuration means: `~` is the user's home.
 
-    Never fails: a home that nobody has stays as written, and so does a NUL, which no name can hold, so
-    that either is answered as any place where nothing is.
+    It never fails: an unknown home stays as written, and so does a NUL, which no name can hold. Both then count as
+    missing files.
     """
     return Path(os.path.expanduser(given.replace("\0", "\\0")))
 
 
 def absent(path: Path) -> str | None:
-    """None if something is at `path`; else `NOTHING_THERE`, or why this user cannot know."""
+    """`NOTHING_THERE` if `path` does not exist, or the error if this user cannot look; None if it exists."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -79,7 +79,7 @@ def listing(root: Path, wanted: Callable[[str], bool], skip: Callable[[str], boo
 
 
 def identity(root: Path, files: list[File]) -> list[object]:
-    """What changes when `files` do, as JSON."""
+    """JSON that changes when `files` do."""
     return [str(root.resolve()), *([f.name, f.size, f.mtime_ns] for f in files)]
 
 
@@ -118,7 +118,7 @@ def _walk(root: Path, skip: Callable[[str], bool]) -> Iterator[tuple[Path, list[
 
     seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        # Changed in place, as os.walk wants it; sorted, so that of two links to a folder the same one wins.
+        # os.walk needs a change in place; sorting makes the same one of two links to a folder win.
         kept = [name for name in sorted(folders) if not skip(name)]
         folders[:] = []
         for name in kept:
@@ -130,7 +130,7 @@ def _walk(root: Path, skip: Callable[[str], bool]) -> Iterator[tuple[Path, list[
 
 
 def _file(path: Path, name: str) -> File | None:
-    """None if it is no regular file: opening a pipe would wait for ever."""
+    """The file at `path`; None if it is no regular file, such as a pipe, which would block."""
     try:
         status = path.stat()
     except OSError as error:

@@ -17,13 +17,13 @@ from moesys.data.documents import Document
 from moesys.errors import DataError, Problem
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-"""Of single files: the loader of `datasets` by suffix."""
+"""The loader of `datasets` for a single file, by suffix."""
 NO_PACKAGE = "needs the package datasets, which is not installed"
 INSTALL = "pip install datasets, or use data.kind text"
 
 
 def check(data: DataConfig) -> list[Problem]:
-    """Whether the package and a local dataset are there; a dataset's name can only be asked for later."""
+    """Problems of a missing package or a local dataset; a dataset's name can only be tried later."""
     problems = []
     if importlib.util.find_spec("datasets") is None:
         problems.append(Problem("data.kind", NO_PACKAGE, INSTALL))
@@ -43,7 +43,7 @@ def check(data: DataConfig) -> list[Problem]:
 
 
 def identity(data: DataConfig) -> object:
-    """What changes when the dataset does, as JSON: files with sizes and times."""
+    """JSON that changes when the dataset does: files with sizes and times."""
     path = _path(data)
     if files.absent(path) is None:
         listed = files.listing(path, lambda name: True, _hidden)
@@ -102,7 +102,7 @@ def _load(data: DataConfig) -> Any:
     """The dataset's split, a `datasets.Dataset`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other packages, and nothing a user could act on
+            warnings.simplefilter("ignore")  # from other packages; a user cannot act on them
             import datasets
     except ImportError:
         raise DataError(f"data.kind huggingface {NO_PACKAGE}; {INSTALL}") from None
@@ -128,7 +128,7 @@ def _failure(data: DataConfig, verb: str, error: Exception) -> DataError:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Without the package's progress bars and log lines; what goes wrong is raised anyway."""
+    """Turn off the package's progress bars and log lines; errors are raised anyway."""
     shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

@@ -1,7 +1,7 @@
 """Megatron's indexed datasets: tokens in PREFIX.bin, their documents in PREFIX.idx.
 
-Read by megatron-core, memory-mapped, and never copied: training and held-out tokens are views that
-gather documents when asked. Held out by document number.
+megatron-core reads them, memory-mapped. They are never copied: training and held-out tokens are views that gather
+documents on demand. Document numbers decide the held-out split.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def open_tokens(data: DataConfig, vocab_size: int) -> tuple[IndexedTokens, Index
 
 
 def check(data: DataConfig) -> list[Problem]:
-    """Whether both files are there and the index is one, as long as it says."""
+    """Problems if a file is missing, or the index is damaged or shorter than it says."""
     problems = []
     if not _installed():
         problems.append(Problem("data.kind", NO_PACKAGE, INSTALL))
@@ -156,7 +156,7 @@ def _count(idx: Path, bin_: Path, index: tuple[int, int], tokens: tuple[int, int
     if (wrong := np.flatnonzero(lengths < 0)).size:
         at = int(wrong[0])
         raise DataError(f"{idx} is damaged: sequence {at} has the length {lengths[at]}")
-    # Whoever writes such files writes sequences one after another: an offset that says otherwise is damage.
+    # All writers write sequences one after another: another offset is damage.
     ends = np.cumsum(sizes)
     if (wrong := np.flatnonzero(offsets != ends - sizes)).size:
         at = int(wrong[0])
@@ -194,7 +194,7 @@ def _read_index(idx: Path, size: int) -> tuple[int, int, np.ndarray, np.ndarray,
 
 
 def _prefix(data: DataConfig) -> str:
-    """The files' common path; a name of one of the two files is understood too."""
+    """The files' common path; the name of one of the two files is accepted too."""
     return str(located(data.path or "")).removesuffix(".bin").removesuffix(".idx")
 
 
@@ -208,7 +208,7 @@ def _installed() -> bool:
 def _open(prefix: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other packages, and nothing a user could act on
+            warnings.simplefilter("ignore")  # from other packages; a user cannot act on them
             from megatron.core.datasets.indexed_dataset import IndexedDataset
     except ImportError as error:
         raise DataError(f"data.kind megatron {NO_PACKAGE} ({error}); {INSTALL}") from None

@@ -1,4 +1,4 @@
-"""Unigram and bigram models: what a language model must beat to have learnt anything.
+"""Unigram and bigram models: the baselines that a language model must beat.
 
 With N training tokens, c(w) the count of w, V the vocabulary, c(h w) the count of the pair, c(h) of pairs
 that begin with h and T(h) of different tokens after h:
@@ -60,7 +60,7 @@ def _count(train: Tokens, vocab_size: int) -> tuple[np.ndarray, tuple[np.ndarray
 
 
 def _blocks(train: Tokens) -> Iterator[tuple[np.ndarray, bool]]:
-    """int64 blocks, each with the first token of the next; and whether there is no next."""
+    """int64 blocks, each with the first token of the next, and True for the last one."""
     count = max(1, -(-(len(train) - 1) // BLOCK))
     chosen = range(count) if count * BLOCK <= FIT else np.linspace(0, count - 1, FIT // BLOCK, dtype=np.int64)
     for number in chosen:

@@ -1,4 +1,4 @@
-"""A line on stderr about work that takes long."""
+"""Shows the progress of long work in a line on stderr."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from time import monotonic
 
 PATIENCE = 2.0
-"""Seconds that work may take in silence; and between two updates of the line."""
+"""Seconds before the line appears, and between two updates."""
 
 
 class Progress:
-    """Says what is going on and how far it is, once it has taken `PATIENCE` seconds.
+    """Shows the name of the work and its progress, once it has taken `PATIENCE` seconds.
 
     On a terminal the line is updated; elsewhere it is written once.
     """
@@ -21,7 +21,7 @@ class Progress:
         self._shown = False
 
     def advance(self, amount: int = 0) -> None:
-        """`amount` more of `total` is done."""
+        """Count `amount` more of `total` as done."""
         self.done += amount
         if monotonic() < self._next:
             return

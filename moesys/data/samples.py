@@ -1,7 +1,7 @@
 """Sequences in the order of training.
 
-A sample hangs on the seed and its global number alone: not on the layout of ranks, the batch size or
-where a run was resumed.
+The seed and the global number alone decide a sample: neither the layout of ranks, nor the batch size, nor a resumption
+matters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Samples:
     """Windows of `seq_len + 1` tokens, neighbours sharing the one token that is label only.
 
     Sample n is window p(n mod W) of epoch n // W, where W is the number of windows and p a permutation
-    made from (seed, epoch). What is left after the last whole window is not used.
+    made from (seed, epoch). Tokens after the last whole window are not used.
 
     Args:
         tokens: [T].
@@ -58,11 +58,11 @@ class Samples:
 
 
 def permuted(place: int, size: int, seed: int, epoch: int) -> int:
-    """Where a pseudo-random permutation of 0 … size - 1, made from (seed, epoch), sends `place`.
+    """The image of `place` under a pseudo-random permutation of 0 … size - 1, made from (seed, epoch).
 
-    A balanced Feistel network over the next power of four, walked along its cycle until it is back
-    inside (Black & Rogaway 2002): any sample in constant time and memory, and, unlike numpy's
-    generators, the same in every version.
+    A balanced Feistel network permutes the next power of four; its cycle is followed until the number is below `size`
+    (Black & Rogaway 2002). So any sample takes constant time and memory, and, unlike numpy's generators, it is the same
+    in every version.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1

@@ -15,10 +15,10 @@ from moesys.errors import Problem
 
 
 class Source(Protocol):
-    """What a source answers."""
+    """The interface of a source."""
 
     def check(self, data: DataConfig, /) -> list[Problem]:
-        """What is wrong with it, as far as that shows in a moment. Imports nothing that takes long."""
+        """Problems of the source, as far as they are quick to find; no slow import."""
         ...
 
     def identity(self, data: DataConfig, /) -> object:

@@ -1,7 +1,7 @@
 """The sources of Python's standard library: real text that every machine has.
 
-Left out: installed packages, test folders (distributions of Python differ in having them, and their
-tables of odd characters are no text), and files generated for one machine.
+Installed packages, test folders and files generated for one machine are left out. Some distributions of Python have no
+test folders, and their tables of odd characters are no text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "id
 
 
 def check(data: DataConfig) -> list[Problem]:
-    """A path is a mistake here; and some Pythons carry no sources."""
+    """Problems of a path, which this source does not read, and of a Python without sources."""
     if data.path is not None:
         rule = "must be absent with data.kind python-stdlib, which reads no path"
         return [Problem("data.path", rule, "set data.kind too (text, say), or leave the path out")]
@@ -39,7 +39,7 @@ def listing(data: DataConfig) -> list[File]:
 
 
 def identity(data: DataConfig) -> object:
-    """What changes when the text does, as JSON."""
+    """JSON that changes when the text does."""
     return files.identity(_root(), listing(data))
 
 

@@ -17,7 +17,7 @@ OPENED = 1000
 
 
 def check(data: DataConfig) -> list[Problem]:
-    """Whether there is text, and whether it can be read: the first lines are, of the first files."""
+    """Problems if there is no text, or if the first lines of the first files cannot be read."""
     if not data.path:
         return [Problem("data.path", "is needed with data.kind text", "name a file or folder")]
     path = _root(data)
@@ -45,12 +45,12 @@ def listing(data: DataConfig) -> list[File]:
 
 
 def identity(data: DataConfig) -> object:
-    """What changes when the text does, as JSON."""
+    """JSON that changes when the text does."""
     return [data.text_key, *files.identity(_root(data), listing(data))]
 
 
 def documents(data: DataConfig) -> Iterator[Document]:
-    """One document per file; of .jsonl files one per line, named FILE:LINE (from 1).
+    """One document per file, or per line of a .jsonl file, named FILE:LINE (from 1).
 
     Raises:
         DataError: a file cannot be read, or a line is not an object with a string at `data.text_key`.
@@ -91,7 +91,7 @@ def _text(line: bytes, where: str, text_key: str) -> bytes:
 
 
 def probe(file: File, text_key: str) -> None:
-    """Open a file and read its beginning; of a .jsonl file, its first line.
+    """Open a file and read its beginning, or the first line of a .jsonl file.
 
     Raises:
         DataError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Documents to two flat arrays of tokens, streamed into .npy files: memory holds one batch of documents."""
+"""Tokenizes documents into two flat arrays, streamed into .npy files: memory holds one batch of documents."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def write(
 ) -> None:
     """Tokenize documents into two .npy files, each document followed by `tokenizer.end_of_document`.
 
-    The documents are gone through twice: for the division into training and held-out ones, and for the
-    tokens. Empty documents leave no trace.
+    The documents are read twice: for the division into training and held-out ones, and for the tokens. Empty documents
+    are skipped.
 
     Args:
         documents: gives the documents, in the same order at every call.
@@ -94,7 +94,7 @@ def write(
 
 
 def _parts(documents: Iterator[Document], division: Division) -> Iterator[tuple[bool, bytes]]:
-    """Text with whether it is held out, a cut document in two."""
+    """Pairs of (held out, text); a cut document gives two."""
     for number, document in enumerate(document for document in documents if document.text):
         held = bool(division.heldout[number])
         cut = _tidy(document.text, division.cut_of(number)) if held else 0

@@ -25,25 +25,27 @@ END_OF_DOCUMENT = (
     "<EOS>",
     "[SEP]",  # BERT
 )
-"""Names of the token that ends a document, the first that a tokenizer has is taken."""
+"""Names of the token that ends a document; the first one that a tokenizer has is used."""
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `vocab_size`: ids are below it. `end_of_document`: the id that follows each document; None: the
-    vocabulary has none, documents follow each other directly. `identity`: differs between tokenizers
-    that encode differently.
+    `vocab_size`: ids are below it. `end_of_document`: the id that follows each document; None if the vocabulary has
+    none, so that documents follow each other directly. `identity`: differs between tokenizers that encode differently.
     """
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """A number that all ids are below."""
 
     @property
-    def end_of_document(self) -> int | None: ...
+    def end_of_document(self) -> int | None:
+        """The id that follows each document, or None."""
 
     @property
-    def identity(self) -> str: ...
+    def identity(self) -> str:
+        """A text that differs between tokenizers that encode differently."""
 
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids [T] of `text`, in the smallest unsigned type that holds `vocab_size` ids."""
@@ -85,7 +87,7 @@ class ByteTokenizer:
 
 
 class BrokenTokenizer(DataError):
-    """A file whose mistakes the package itself does not notice in time."""
+    """A tokenizer file with mistakes that the package itself notices too late."""
 
 
 class HFTokenizer:
@@ -105,10 +107,12 @@ class HFTokenizer:
 
     @property
     def identity(self) -> str:
+        """A digest of the file."""
         return blake2b(self.content, digest_size=16).hexdigest()
 
     @property
     def end_of_document(self) -> int | None:
+        """The id of the first of `END_OF_DOCUMENT` that the vocabulary has, or None."""
         ids = (self._tokenizer.token_to_id(name) for name in END_OF_DOCUMENT)
         return next((number for number in ids if number is not None), None)
 
@@ -132,7 +136,7 @@ class HFTokenizer:
         """Encode a few characters, so that a broken file is found before anything starts.
 
         Raises:
-            BrokenTokenizer: the package breaks off. That a word of theirs is not in the vocabulary says nothing.
+            BrokenTokenizer: the package breaks off. A word that is not in the vocabulary is no fault.
         """
         try:
             self.encode("a 1\n日".encode())
@@ -142,11 +146,11 @@ class HFTokenizer:
             return
 
     def _sound(self, call: Callable[[], Any]) -> Any:
-        """What `call` of the package returns.
+        """The result of `call` of the package.
 
         Raises:
-            DataError: it raised a bare Exception, as it does for wrong files, or its Rust code panicked on one: a
-                BaseException of a class that nobody can import.
+            DataError: it raised a bare Exception, as it does for wrong files, or its Rust code panicked with a
+                BaseException of a class that cannot be imported.
         """
         try:
             return call()
@@ -170,7 +174,7 @@ class HFTokenizer:
 
 
 MOST_IDS = 2**24
-"""Above any vocabulary: models have an embedding of as many rows."""
+"""A number above any vocabulary, since models have an embedding with as many rows."""
 NO_PACKAGE = "needs the package tokenizers, which is not installed"
 INSTALL = "pip install tokenizers, or set data.tokenizer to bytes"
 
@@ -185,7 +189,7 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def check(data: DataConfig) -> list[Problem]:
-    """Whether the tokenizer can be used; the file is read whole."""
+    """Problems if the tokenizer cannot be used; the file is read whole."""
     if data.tokenizer == "bytes":
         return []
     key = "data.tokenizer"

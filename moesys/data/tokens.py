@@ -1,4 +1,4 @@
-"""The one form in which tokens reach the trainer."""
+"""The interface of the tokens that the trainer reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Tokens(Protocol):
-    """A flat sequence of token ids of any integer type: an array, or a view that gathers it when asked."""
+    """A flat sequence of token ids of any integer type: an array, or a view that gathers it on demand."""
 
     def __len__(self) -> int: ...
 

@@ -1,4 +1,4 @@
-"""What bringing recorded steps together costs rank 0 of many ranks: the others are played, the work is done.
+"""Measures what recorded steps of many ranks cost rank 0. The other ranks are simulated; rank 0's work is real.
 
 moesys bench measure configs/quickstart.yaml --simulate 1024 model.layers=61
 """
@@ -17,20 +17,33 @@ from time import process_time
 import numpy as np
 
 from moesys.leftovers import temporary
-from moesys.measure.explain.averages import explain, of_run
+from moesys.measure.explain.averages import explain, explain_run
 from moesys.measure.explain.layer_sums import order
-from moesys.measure.record.gather import ANSWER, HEAD, Held, gather_steps
-from moesys.measure.record.recorder import HELD, write
+from moesys.measure.record.arrival_exchange import ANSWER, HEAD
+from moesys.measure.record.gather import LocalStep, gather_steps
+from moesys.measure.record.recorder import GATHER_EVERY, write
 from moesys.measure.record.step_files import recorded, sample, summary_file
 from moesys.measure.record.world import Table, Words
 from moesys.measure.report.run import write as write_report
-from moesys.measure.step import Travel
+from moesys.measure.step import CollectiveSpan
 from moesys.words import plural
+
+PARTS = ("dispatch", "combine")
+KINDS = {"dispatch": ("all_to_all_counts", "all_to_all", "all_to_all_weights"), "combine": ("all_to_all",)}
+"""The collectives of dispatch and of combine."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """What is simulated: steps of `world` ranks with so many MoE layers, whose experts `group` neighbours share."""
+class SimulatedRun:
+    """Recorded steps of a run that nobody ran.
+
+    Attributes:
+        world: ranks.
+        layers: MoE layers.
+        steps: recorded steps.
+        group: neighbours that share the experts.
+        node: ranks of a node.
+    """
 
     world: int
     layers: int
@@ -40,79 +53,80 @@ class Load:
 
     @property
     def keys(self) -> list[tuple[str, str, bool]]:
-        """The legs of its layers, in order."""
-        legs = [(f"layers.{i}", part, back) for i in range(self.layers) for part in WAYS for back in (False, True)]
-        return sorted(legs, key=order)
+        """The phases of its layers, in order."""
+        phases = [(f"layers.{i}", part, back) for i in range(self.layers) for part in PARTS for back in (False, True)]
+        return sorted(phases, key=order)
 
-    def travels(self, step: int) -> Iterator[Travel]:
-        """Those of rank 0: counts, rows and weights of every layer, there and back, gathered weights, and a sum."""
+    def collectives(self, step: int) -> Iterator[CollectiveSpan]:
+        """Rank 0's collectives: all-to-all and gathered weights of every layer, forward and backward, and a sum."""
         draw = np.random.default_rng(step)
         experts, data = tuple(range(self.group)), tuple(range(0, self.world, self.group))
         at = number = gathered = 0.0
         for layer in (*range(self.layers), *reversed(range(self.layers))):
             back = number >= 4 * self.layers
-            t = self._travel(at, data, gathered, "all_gather", "data", draw)
+            t = self._span(at, data, gathered, "all_gather", "data", draw)
             yield t
             gathered, at = gathered + 1, t.end + 1e-4
-            for part in WAYS if not back else WAYS[::-1]:
-                kinds = ("all_to_all_counts", "all_to_all", "all_to_all_weights") if part == "dispatch" else ROWS
-                for kind in kinds:
-                    t = self._travel(at, experts, number, kind, "expert", draw)
+            for part in PARTS if not back else PARTS[::-1]:
+                for kind in KINDS[part]:
+                    t = self._span(at, experts, number, kind, "expert", draw)
                     yield replace(t, layer=f"layers.{layer}", part=part, backward=back, level="flat")
                     number, at = number + 1, t.end + 1e-4
-        yield self._travel(at, tuple(range(self.world)), 0, "all_reduce", "step", draw)
+        yield self._span(at, tuple(range(self.world)), 0, "all_reduce", "step", draw)
 
-    def _travel(
+    def _span(
         self, at: float, ranks: tuple[int, ...], number: float, kind: str, purpose: str, draw: np.random.Generator
-    ) -> Travel:
+    ) -> CollectiveSpan:
         sent = tuple(draw.integers(1, 2**20, len(ranks)).tolist()) if purpose == "expert" else ()
         size = sum(sent) if sent else 2**20
         end = at + float(draw.uniform(1e-4, 1e-3))
-        return Travel(kind, purpose, ranks, int(number), at, at, end, size, sent)  # type: ignore[arg-type]
+        return CollectiveSpan(kind, purpose, ranks, int(number), at, at, end, size, sent)  # type: ignore[arg-type]
 
 
-WAYS = ("dispatch", "combine")
-ROWS = ("all_to_all",)
+class SimulatedWorld:
+    """`World` as rank 0 has it. The other ranks record what rank 0 records, a little earlier or later.
 
-
-class Played:
-    """`Peers` of rank 0, of which the others record what it does, a little earlier or later.
-
-    read: bytes that rank 0 was given, by the collective that gave them. seconds: of CPU that playing took.
+    Attributes:
+        received: bytes that rank 0 got, by collective.
+        seconds: CPU time of the simulation itself.
     """
 
     rank = 0
 
-    def __init__(self, load: Load):
-        self.world, self.load, self.read = load.world, load, dict.fromkeys(("exchange", "rows"), 0)
+    def __init__(self, run: SimulatedRun):
+        self.size, self.run, self.received = run.world, run, dict.fromkeys(("all_to_all", "gather"), 0)
         self.seconds = 0.0
         self._asked: list[Words] | None = None
         self._draw = np.random.default_rng(0)
 
-    def clock(self) -> float:
+    def clock_offset(self) -> float:
+        """0: rank 0's own clock."""
         return 0.0
 
-    def names(self, name: str) -> list[str]:
-        return [f"node-{rank // self.load.node}" for rank in range(self.world)]
+    def all_gather_names(self, name: str) -> list[str]:
+        """The node of each rank."""
+        return [f"node-{rank // self.run.node}" for rank in range(self.size)]
 
-    def first(self, x: Table) -> Table:
+    def broadcast(self, x: Table) -> Table:
+        """Rank 0's own table."""
         return x
 
-    def exchange(self, words: list[Words]) -> list[Words]:
-        """First what is asked of this rank, by all members of the groups of what it asks itself; then answers."""
+    def all_to_all(self, words: list[Words]) -> list[Words]:
+        """Questions in the first call of two, in which all members of rank 0's groups ask; then answers."""
         begin = process_time()
         if self._asked is None:
             self._asked = words
-            come = self._questions(words[0])
+            arriving = self._questions(words[0])
         else:
-            come = [self._answers(asked) for asked in self._asked]
-            come[0], self._asked = words[0], None
-        self.read["exchange"] += sum(w.nbytes for w in come)
+            arriving = [self._answers(asked) for asked in self._asked]
+            arriving[0], self._asked = words[0], None
+        self.received["all_to_all"] += sum(w.nbytes for w in arriving)
         self.seconds += process_time() - begin
-        return come
+        return arriving
 
     def _questions(self, mine: Words) -> list[Words]:
-        come: list[list[Words]] = [[] for _ in range(self.world)]
+        """The questions of all ranks to rank 0: copies of its own at other times."""
+        arriving: list[list[Words]] = [[] for _ in range(self.size)]
         at = 0
         while at < len(mine):
             size = HEAD + int(mine[at + 5])
@@ -120,49 +134,54 @@ class Played:
             for rank in self._group(record):
                 other = record.copy()
                 other[6:9] = (record[6:9].view(np.float64) + self._draw.uniform(-1e-4, 1e-4)).view(np.int64)
-                come[rank].append(other if rank else record)
-        return [np.concatenate(words) if words else np.empty(0, np.int64) for words in come]
+                arriving[rank].append(other if rank else record)
+        return [np.concatenate(words) if words else np.empty(0, np.int64) for words in arriving]
 
     def _group(self, record: Words) -> range:
-        """The ranks of a collective: of all, of experts, or with other data."""
+        """The ranks of a collective: those that share experts, all, or those with other data."""
         if record[5]:
-            return range(self.load.group)
-        return range(self.world) if record[2] // 2 else range(0, self.world, self.load.group)
+            return range(self.run.group)
+        return range(self.size) if record[2] // 2 else range(0, self.size, self.run.group)
 
     def _answers(self, asked: Words) -> Words:
+        """The answers to rank 0's questions: another rank came last, up to a millisecond later."""
         answers, at = [], 0
         while at < len(asked):
             begin = asked[at + 6 : at + 7].view(np.float64)[0]
-            facts = np.array([begin + self._draw.uniform(0, 1e-3), np.nan, 0.9, np.nan])
-            told = np.array([int(self._draw.integers(self.world)), 1, int(asked[at + 4])], np.int64)
-            answers.append(np.concatenate([told, facts.view(np.int64)]))
+            times = np.array([begin + self._draw.uniform(0, 1e-3), np.nan, 0.9, np.nan])
+            facts = np.array([int(self._draw.integers(self.size)), 1, int(asked[at + 4])], np.int64)
+            answers.append(np.concatenate([facts, times.view(np.int64)]))
             at += HEAD + int(asked[at + 5])
         found = np.concatenate(answers) if answers else np.empty(0, np.int64)
         assert len(found) % ANSWER == 0
         return found
 
-    def total(self, x: Table) -> Table:
-        return x * self.world
+    def reduce_sum(self, x: Table) -> Table:
+        """The sum over ranks that all have rank 0's table."""
+        return x * self.size
 
-    def highest(self, x: Table) -> Table:
+    def all_reduce_max(self, x: Table) -> Table:
+        """Rank 0's own table."""
         return x
 
-    def rows(self, x: Table) -> Table:
-        found = np.broadcast_to(x, (self.world, *x.shape))
-        self.read["rows"] += found.nbytes
+    def gather(self, x: Table) -> Table:
+        """Rank 0's table once for each rank."""
+        found = np.broadcast_to(x, (self.size, *x.shape))
+        self.received["gather"] += found.nbytes
         return found
 
 
 @dataclass(frozen=True)
-class Result:
-    """What it cost rank 0.
+class SimulationResult:
+    """The cost of recording for rank 0.
 
     Attributes:
-        seconds: of CPU, from the recorded travels to the report.
-        peak_bytes: most memory that this process had, all its libraries included.
-        read: bytes that other ranks gave it.
+        seconds: CPU time from the recorded collectives to the report.
+        peak_bytes: most memory of this process, all its libraries included.
+        read: bytes that other ranks sent.
         written: bytes of the summaries.
-        travels: of one rank in all steps; `records`: of all ranks.
+        collectives: of one rank in all steps.
+        records: collectives of all ranks in all steps.
     """
 
     world: int
@@ -172,63 +191,66 @@ class Result:
     peak_bytes: int
     read: int
     written: int
-    travels: int
+    collectives: int
     records: int
     machine: str
     date: str
 
     def lines(self) -> list[str]:
+        """The result as text."""
         what = f"{plural(self.world, 'rank')}, {plural(self.layers, 'layer')}, {plural(self.steps, 'recorded step')}"
         return [
-            f"{self.machine}, {self.date}: {what} ({self.records:,} travels of all ranks)",
+            f"{self.machine}, {self.date}: {what} ({self.records:,} collectives of all ranks)",
             f"  rank 0: {self.seconds:.1f} s of CPU from its records to the report, {self.peak_bytes / 2**20:.0f} MiB "
             "at most, libraries included",
-            f"  rank 0 was told {self.read / 2**20:.1f} MiB by others, and wrote {self.written / 2**20:.1f} MiB of "
+            f"  rank 0 received {self.read / 2**20:.1f} MiB from others, and wrote {self.written / 2**20:.1f} MiB of "
             "summaries",
-            "  the network is not in it: the other ranks are played",
+            "  the other ranks are simulated: the network's time is not included",
         ]
 
     def as_json(self) -> dict[str, object]:
+        """All figures."""
         return asdict(self)
 
 
-def run(load: Load) -> Result:
-    """Record, sum up, write, explain and report as rank 0 of `load.world` does."""
+def run(simulated: SimulatedRun) -> SimulationResult:
+    """Record, sum up, write, explain and report as rank 0 of `simulated.world` ranks does."""
     with temporary("simulated-", None) as folder:
-        return measured(load, folder)
+        return measured(simulated, folder)
 
 
-def measured(load: Load, run_dir: Path, pictures: bool = True) -> Result:
-    """The same in a folder; `pictures`: with the report."""
-    everything = [list(load.travels(number)) for number in range(load.steps)]
+def measured(simulated: SimulatedRun, run_dir: Path, pictures: bool = True) -> SimulationResult:
+    """`run` in a given folder; without `pictures` there is no report."""
+    spans = [list(simulated.collectives(number)) for number in range(simulated.steps)]
     gc.collect()
-    begin, played, done = process_time(), Played(load), 0
-    (run_dir / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": 1.0}}\n' for n in range(load.steps)))
-    while done < load.steps:
-        held = [Held(n, 0.0, ts[-1].end + 1e-3, ts) for n, ts in enumerate(everything[done : done + HELD], done)]
-        _flush(held, played, load, run_dir)
-        done += len(held)
-    found = of_run(recorded(run_dir))
+    begin, world, done = process_time(), SimulatedWorld(simulated), 0
+    (run_dir / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": 1.0}}\n' for n in range(simulated.steps)))
+    while done < simulated.steps:
+        some = enumerate(spans[done : done + GATHER_EVERY], done)
+        local = [LocalStep(number, 0.0, mine[-1].end + 1e-3, mine) for number, mine in some]
+        _flush(local, world, simulated, run_dir)
+        done += len(local)
+    found = explain_run(recorded(run_dir))
     assert found is not None
     if pictures:
         write_report(run_dir)
-    seconds, travels = process_time() - begin - played.seconds, sum(map(len, everything))
-    return Result(
-        load.world, load.layers, load.steps, seconds,
+    seconds, collectives = process_time() - begin - world.seconds, sum(map(len, spans))
+    return SimulationResult(
+        simulated.world, simulated.layers, simulated.steps, seconds,
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        read=sum(played.read.values()),
+        read=sum(world.received.values()),
         written=summary_file(run_dir).stat().st_size,
-        travels=travels,
-        records=travels * load.world,
+        collectives=collectives,
+        records=collectives * simulated.world,
         machine=f"{platform.machine()}, numpy {np.__version__}",
         date=date.today().isoformat(),
     )  # fmt: skip
 
 
-def _flush(held: Sequence[Held], played: Played, load: Load, run_dir: Path) -> None:
-    """As the recorder does, and the metrics of each step."""
-    sampled, layout = sample(load.world), f"{load.world} ranks"
-    gathered = gather_steps(held, played, "node-0", load.keys, {}, sampled, layout=layout)
-    write(run_dir, held, gathered, played.rank, sampled, layout)
+def _flush(local: Sequence[LocalStep], world: SimulatedWorld, simulated: SimulatedRun, run_dir: Path) -> None:
+    """Gather and write steps as the recorder does, and explain each as metrics do."""
+    sampled, layout = sample(simulated.world), f"{simulated.world} ranks"
+    gathered = gather_steps(local, world, "node-0", simulated.keys, {}, sampled, layout=layout)
+    write(run_dir, local, gathered, world.rank, sampled, layout)
     for summary in gathered.summaries:
         explain([summary])

@@ -17,7 +17,7 @@ Purpose = Literal["expert", "data", "tensor", "context", "pipeline", "step"]
 """What a collective is for: a dimension of parallelism, or what all ranks of a step share."""
 
 DEEP_EP = "deep_ep"
-"""Kind of travels in traces that are DeepEP's kernels: their group is not known, and they wait inside themselves."""
+"""Kind of collectives in traces that are DeepEP's kernels: their group is not known, and they wait inside themselves."""
 
 Seconds = Annotated[float, Field(allow_inf_nan=False, ge=-1e10, le=1e10)]
 Size = Annotated[int, Field(ge=0, le=2**60)]
@@ -28,7 +28,7 @@ PURPOSES: tuple[Purpose, ...] = ("expert", "data", "tensor", "context", "pipelin
 
 
 @dataclass(frozen=True)
-class Travel:
+class CollectiveSpan:
     """One collective, or one message, of one rank. Times are seconds since the step began on rank 0.
 
     Attributes:
@@ -43,7 +43,7 @@ class Travel:
         sent: how many of them go to each of `ranks`, where that is known.
         layer: the MoE layer ("layers.3") that it belongs to, or "".
         part: "dispatch" to the experts (counts, rows, weights), "combine" back from them, or "".
-        backward: whether gradients travel.
+        backward: whether gradients span.
         level: "flat", "inter" nodes or "intra" a node for rows to experts and back; else "".
         met: in an audit, when all ranks had arrived, before anything travelled.
     """
@@ -75,7 +75,7 @@ class Travel:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class GroupArrival:
     """What the ranks of a collective have told each other about it.
 
     Attributes:
@@ -98,20 +98,20 @@ class Meeting:
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank's step: it lasted from `begin` to `end` on the same clock as its travels.
+    """One rank's step: it lasted from `begin` to `end` on the same clock as its collectives.
 
-    `meetings` has what other ranks told of each travel while the run went on; None: it is found by matching their
-    travels.
+    `arrivals` has what other ranks told of each collective while the run went on; None: it is found by matching their
+    collectives.
     """
 
     rank: Rank
     host: str
     begin: Seconds
     end: Seconds
-    travels: tuple[Travel, ...]
+    collectives: tuple[CollectiveSpan, ...]
     compute: tuple[tuple[Seconds, Seconds], ...] | None = None
     """When it computed, where that was seen (traces of a GPU); None: whenever it did not wait."""
-    meetings: tuple[Meeting, ...] | None = None
+    arrivals: tuple[GroupArrival, ...] | None = None
 
     @property
     def seconds(self) -> float:
@@ -142,10 +142,10 @@ class Step:
         return max(r.end for r in self.ranks) - min(r.begin for r in self.ranks)
 
     def to_json(self) -> str:
-        """One line; travels as lists in the order of `Travel`'s fields."""
-        ranks = [{**_shallow(r), "travels": [list(_shallow(t).values()) for t in r.travels]} for r in self.ranks]
+        """One line; collectives as lists in the order of `CollectiveSpan`'s fields."""
+        ranks = [{**_shallow(r), "travels": [list(_shallow(t).values()) for t in r.collectives]} for r in self.ranks]
         for r in ranks:
-            del r["meetings"]
+            del r["arrivals"], r["collectives"]
         return json_text({**_shallow(self), "ranks": ranks}, compact=True)
 
     @classmethod
@@ -173,7 +173,7 @@ def _shallow(x: Any) -> dict[str, Any]:
     return {f.name: getattr(x, f.name) for f in fields(x)}
 
 
-TRAVEL = tuple(f.name for f in fields(Travel))
+FIELDS = tuple(f.name for f in fields(CollectiveSpan))
 
 
 @cache
@@ -184,7 +184,9 @@ def _schema() -> TypeAdapter[Step]:
 def step_of(value: Mapping[str, Any]) -> Step:
     """A step from JSON; ValueError if it is none, or contradicts itself."""
     try:
-        ranks = [{**r, "travels": [dict(zip(TRAVEL, t, strict=False)) for t in r["travels"]]} for r in value["ranks"]]
+        ranks = [
+            {**r, "collectives": [dict(zip(FIELDS, t, strict=False)) for t in r["travels"]]} for r in value["ranks"]
+        ]
         step = _schema().validate_python({**value, "ranks": ranks})
     except (ValidationError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from None
@@ -196,8 +198,10 @@ def checked(step: Step) -> Step:
     if not step.ranks or len({r.rank for r in step.ranks}) < len(step.ranks):
         raise ValueError("no ranks, or one twice")
     for r in step.ranks:
-        if r.end <= r.begin or any(r.rank not in t.ranks or len(t.sent) not in (0, len(t.ranks)) for t in r.travels):
+        if r.end <= r.begin or any(
+            r.rank not in t.ranks or len(t.sent) not in (0, len(t.ranks)) for t in r.collectives
+        ):
             raise ValueError(f"rank {r.rank}: times or groups that cannot be")
-        if r.meetings is not None and len(r.meetings) != len(r.travels):
-            raise ValueError(f"rank {r.rank}: {len(r.meetings)} meetings of {len(r.travels)} travels")
+        if r.arrivals is not None and len(r.arrivals) != len(r.collectives):
+            raise ValueError(f"rank {r.rank}: {len(r.arrivals)} arrivals of {len(r.collectives)} travels")
     return step

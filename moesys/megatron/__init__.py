@@ -1,1 +1,1 @@
-"""What concerns Megatron-Core; nothing else in the package imports it."""
+"""The plug-in for Megatron-Core, and the engine on it; nothing else in the package imports Megatron-Core."""

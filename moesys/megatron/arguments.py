@@ -1,6 +1,6 @@
 """The plug-in's options, and the layer that a Megatron-Core configuration describes.
 
-What Megatron has an option for is read from its `TransformerConfig`; `Options` holds the rest.
+Options that Megatron has are read from its `TransformerConfig`; `Options` holds the rest.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from moesys.errors import Problem
 from moesys.megatron import settings
 from moesys.megatron.fields import unknown
 from moesys.megatron.refusal import Refusal
-from moesys.megatron.refused import refused
+from moesys.megatron.unsupported import unsupported
 from moesys.parallel import gates_check
 
 GATES = ("top_k", "expert_choice", "sinkhorn", "base")
-"""Kinds that need neither the tokens' ids nor their numbers, and keep nothing from step to step."""
+"""Gates that need neither token ids nor token numbers, and keep no state between steps."""
 
 KINDS = tuple(get_args(DispatchConfig.model_fields["kind"].annotation))
 PAYLOADS = tuple(get_args(DispatchConfig.model_fields["payload"].annotation))
@@ -28,12 +28,12 @@ PAYLOADS = tuple(get_args(DispatchConfig.model_fields["payload"].annotation))
 
 @dataclass(frozen=True)
 class Options:
-    """What Megatron has no option for.
+    """The options that Megatron lacks.
 
     Attributes:
         gate: one of `GATES`; "top_k" is Megatron's own token choice, by its definitions.
-        dispatch: how tokens travel; None: as `moe_token_dispatcher_type` says, "allgather" by all-gather and the
-            others by all-to-all.
+        dispatch: the dispatcher; None: as `moe_token_dispatcher_type` says, all-gather for "allgather" and all-to-all
+            for others.
         chunks, payload: see `DispatchConfig`.
     """
 
@@ -43,7 +43,7 @@ class Options:
     payload: str = "model"
 
     def dispatch_config(self, config: Any) -> DispatchConfig:
-        """How tokens of a model of this `TransformerConfig` travel."""
+        """The dispatcher for a model of this `TransformerConfig`."""
         named = {"allgather": "all_gather"}.get(config.moe_token_dispatcher_type, "all_to_all")
         given = {"kind": self.dispatch or named, "chunks": self.chunks, "payload": self.payload}
         return DispatchConfig.model_validate(given | {"overlap_shared": config.moe_shared_expert_overlap})
@@ -54,8 +54,8 @@ def moe_args(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("moesys")
     group.add_argument("--moesys-gate", choices=GATES, default="top_k", help="how tokens are routed")
     group.add_argument("--moesys-dispatch", choices=KINDS, help="default: as --moe-token-dispatcher-type says")
-    group.add_argument("--moesys-dispatch-chunks", type=_positive, default=1, help="pieces that travel in turn")
-    group.add_argument("--moesys-dispatch-payload", choices=PAYLOADS, default="model", help="how rows travel")
+    group.add_argument("--moesys-dispatch-chunks", type=_positive, default=1, help="chunks of a dispatch")
+    group.add_argument("--moesys-dispatch-payload", choices=PAYLOADS, default="model", help="type of dispatched rows")
     return parser
 
 
@@ -77,7 +77,7 @@ def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
     Raises:
         Refusal: names every option that the plug-in cannot represent, and what to do.
     """
-    problems = refused(config) + _later(config) + _routing(config, gate) + _experts(config)
+    problems = unsupported(config) + _unknown_fields(config) + _routing(config, gate) + _experts(config)
     if problems:
         raise Refusal(problems)
     balance, capacity = settings.balance(config), settings.capacity(config)
@@ -111,10 +111,10 @@ def _gate(config: Any, kind: str) -> GateConfig:
     if kind != "top_k":
         return GateConfig.model_validate(kind)
     more: dict[str, Any] = {}
-    if limited(config):
+    if group_limited(config):
         kept = config.moe_router_group_topk
         more = {"groups": config.moe_router_num_groups, "groups_kept": kept}
-        # The plug-in's gate counts as many of a group's experts as Megatron does, more than two, too.
+        # The plug-in's gate counts as many experts of a group as Megatron does, which may be more than two.
         more["group_score"] = "max" if config.moe_router_topk // kept == 1 else "top2"
     return GateConfig(
         score=config.moe_router_score_function,
@@ -124,13 +124,13 @@ def _gate(config: Any, kind: str) -> GateConfig:
     )
 
 
-def limited(config: Any) -> bool:
-    """Whether tokens use some of the groups of experts; Kimi-K2 keeps the one group that it has."""
+def group_limited(config: Any) -> bool:
+    """True if tokens use only some groups of experts. Kimi-K2 has one group, and uses it."""
     return bool(config.moe_router_group_topk) and config.moe_router_group_topk < config.moe_router_num_groups
 
 
 def _normalize(config: Any) -> bool:
-    """Whether weights are divided by their sum; Megatron leaves a single sigmoid as it is."""
+    """True if weights are divided by their sum; Megatron does not divide a single sigmoid."""
     if config.moe_router_score_function == "sigmoid":
         return bool(config.moe_router_topk > 1)
     return not config.moe_router_pre_softmax
@@ -148,8 +148,8 @@ def _activation(config: Any) -> Any:
     return "relu2" if name == "squared_relu" else known.get(config.activation_func)
 
 
-def _later(config: Any) -> list[Problem]:
-    """Fields of the MoE layer that came after the releases that the plug-in knows."""
+def _unknown_fields(config: Any) -> list[Problem]:
+    """Problems of fields of the MoE layer that are newer than the releases that the plug-in knows."""
     rule = "not known to the plug-in, which was made for Megatron-Core 0.16 to 0.19"
     remedy = "leave it at its default, or use Megatron's own layer"
     return [Problem(name, rule, remedy, repr(getattr(config, name))) for name in unknown(config)]
@@ -183,7 +183,7 @@ def _routing(config: Any, gate: str) -> list[Problem]:
 
 
 def _groups(config: Any) -> list[Problem]:
-    if not limited(config):
+    if not group_limited(config):
         return []
     kept, top_k = config.moe_router_group_topk, config.moe_router_topk
     size = config.num_moe_experts // config.moe_router_num_groups

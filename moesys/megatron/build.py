@@ -1,4 +1,4 @@
-"""The parts of the plug-in on a rank: sizes, marks and initial values as Megatron-Core's own layer has them."""
+"""Builds the plug-in on a rank, with the sizes, attributes and initial values of Megatron-Core's own layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moesys.config.schema import DispatchConfig, MoEConfig
 from moesys.errors import Problem
 from moesys.megatron import settings
 from moesys.megatron.experts import MegatronExperts
-from moesys.megatron.gate import DoubleProjection, MegatronGate, MegatronGroups
 from moesys.megatron.objective import MegatronMoE
 from moesys.megatron.refusal import Refusal
-from moesys.megatron.scope import Groups, MegatronScope
+from moesys.megatron.router import DoubleProjection, MegatronExpertGroups, MegatronGate
+from moesys.megatron.scope import MegatronScope, ProcessGroups
 from moesys.megatron.shared import SharedExperts
 from moesys.models.moe import build_gate
 from moesys.moe.experts import Experts
@@ -32,7 +32,7 @@ from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
 from moesys.parallel.dispatchers.build import KINDS, levels
 
 
-def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -> MegatronMoE:
+def build(m: MoEConfig, config: Any, groups: ProcessGroups, dispatch: DispatchConfig) -> MegatronMoE:
     """The layer on this rank, with initial values; collective over `groups.tp_ep` if dispatch is hierarchical.
 
     Raises:
@@ -40,7 +40,7 @@ def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -
     """
     _check(m, groups)
     device = torch.device("cpu" if config.use_cpu_initialization else f"cuda:{torch.cuda.current_device()}")
-    # torch's own initial values, which are thrown away, would draw more or less numbers by the layout.
+    # torch draws initial values, which are thrown away; their number would depend on the layout.
     with device, torch.random.fork_rng([] if device.type == "cpu" else [device]):
         layer = _parts(m, config, groups)
     layer.to(dtype=config.params_dtype)
@@ -56,7 +56,7 @@ def build(m: MoEConfig, config: Any, groups: Groups, dispatch: DispatchConfig) -
     return layer
 
 
-def _check(m: MoEConfig, groups: Groups) -> None:
+def _check(m: MoEConfig, groups: ProcessGroups) -> None:
     sizes = (
         ("num_moe_experts", m.experts, "expert_model_parallel_size", groups.ep.size()),
         ("moe_ffn_hidden_size", m.ffn_hidden, "expert_tensor_parallel_size", groups.expt_tp.size()),
@@ -74,7 +74,7 @@ def _check(m: MoEConfig, groups: Groups) -> None:
         raise Refusal(problems)
 
 
-def _parts(m: MoEConfig, config: Any, groups: Groups) -> MegatronMoE:
+def _parts(m: MoEConfig, config: Any, groups: ProcessGroups) -> MegatronMoE:
     hidden, own = config.hidden_size, m.ffn_hidden // groups.expt_tp.size()
     experts = MegatronExperts(m.experts // groups.ep.size(), hidden, own, m.activation, m.bias)
     shared = None
@@ -89,7 +89,7 @@ def build_megatron_gate(m: MoEConfig, config: Any) -> Gate:
     g, hidden = m.gate, config.hidden_size
     if g.kind != "top_k":
         return build_gate(m, hidden, 0)
-    groups = MegatronGroups(g.groups, g.groups_kept, best=m.top_k // g.groups_kept) if g.groups > 1 else None
+    groups = MegatronExpertGroups(g.groups, g.groups_kept, best=m.top_k // g.groups_kept) if g.groups > 1 else None
     projection = DoubleProjection if config.moe_router_dtype == "fp64" else GateProjection
     return MegatronGate(
         hidden,
@@ -108,7 +108,7 @@ def build_megatron_gate(m: MoEConfig, config: Any) -> Gate:
     )
 
 
-def _dispatcher(experts: int, groups: Groups, d: DispatchConfig, device: torch.device) -> ExpertParallelDispatcher:
+def _dispatcher(experts: int, groups: ProcessGroups, d: DispatchConfig, device: torch.device) -> ExpertParallelDispatcher:
     more: dict[str, Any] = {"chunks": d.chunks, "overlap_shared": d.overlap_shared, "payload": d.payload}
     if d.kind == "hierarchical":
         names: list[Any] = [None] * groups.tp_ep.size()
@@ -124,13 +124,13 @@ SPLIT = {"fc1": 3, "linear_fc1.bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0,
 """The dim that tensor parallelism splits."""
 
 
-def mark(layer: MoELayer, config: Any, groups: Groups) -> None:
-    """Say of each parameter to Megatron's gradient reduction, clipping and optimiser where it is split."""
+def mark(layer: MoELayer, config: Any, groups: ProcessGroups) -> None:
+    """Set the attributes that tell Megatron's gradient reduction, clipping and optimizer how parameters are split."""
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes as split
 
     everywhere = groups.ep.size() == 1 and groups.expt_tp.size() == groups.tp.size()
     for name, weight in layer.experts.named_parameters():
-        # Not reduced over the data-parallel ranks of dense layers, but over those with the same experts.
+        # These are reduced over the ranks with the same experts, not over the data-parallel ranks of dense layers.
         weight.allreduce = everywhere  # type: ignore[attr-defined]
         split(weight, True, SPLIT.get(name, 0), 1)
     if layer.shared is not None:
@@ -143,7 +143,7 @@ def mark(layer: MoELayer, config: Any, groups: Groups) -> None:
 
 
 @torch.no_grad()
-def _initialise(layer: MegatronMoE, config: Any, groups: Groups) -> None:
+def _initialise(layer: MegatronMoE, config: Any, groups: ProcessGroups) -> None:
     for part in (layer.gate, layer.mix):
         for weight in part.parameters():
             config.init_method(weight)
@@ -168,10 +168,10 @@ Fill = Callable[[Callable[[Tensor], Any], list[Tensor], int], None]
 
 
 def _filler(config: Any, first: int, count: int, group: dist.ProcessGroup, expert: bool) -> Fill:
-    """Gives weights of experts their values: on CPU by slices of the whole, so that no layout changes them."""
+    """A function that fills weights of experts; on CPU by slices of the whole, so that no layout changes them."""
 
     def slices(method: Callable[[Tensor], Any], weights: list[Tensor], dim: int) -> None:
-        # Of fc1 [G, F, H] the method sees [G · F, H].
+        # The method sees fc1 [G, F, H] as [G · F, H].
         shape = list(weights[0].shape)
         split = dim if len(shape) == 2 else 1
         shape[split] *= group.size()
@@ -193,7 +193,7 @@ def _filler(config: Any, first: int, count: int, group: dist.ProcessGroup, exper
 
 
 def _tracked(expert: bool) -> AbstractContextManager[Any]:
-    """Megatron's random numbers that differ between tensor ranks, and for experts between expert ranks."""
+    """A context of Megatron's random numbers, which differ between tensor ranks and, for experts, expert ranks."""
     from megatron.core.tensor_parallel import random
 
     tracker = random.get_cuda_rng_tracker()

@@ -1,8 +1,8 @@
-"""Checkpoints of the Megatron engine: those of the native engine, tensor by tensor.
+"""Checkpoints of the Megatron engine, in the format of the native engine.
 
-Every rank writes what it holds of each parameter, and of what the optimizer keeps of it, by this project's names:
-so a run continues under any combination of parallelism, with or without the distributed optimizer, and under either
-engine. Nothing is gathered.
+Every rank writes its part of each parameter and of its optimizer state, by this project's names. So a run continues
+under any combination of parallelism, with or without the distributed optimizer, and under either engine. Nothing is
+gathered.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 def placed(piece: Piece, box: Box) -> Box | None:
-    """Where a rectangular part of Megatron's tensor lies in the whole parameter; None where it is not of the piece.
+    """The place of a rectangular part of Megatron's tensor in the whole parameter; None if it is outside of the piece.
 
     Rows outside of the piece are left out.
     """
@@ -101,13 +101,13 @@ def placed(piece: Piece, box: Box) -> Box | None:
 
 
 class State:
-    """What a checkpoint holds of an engine, in views of its tensors: reading into them restores it.
+    """The state of an engine for checkpoints, as views of its tensors: reading into them restores it.
 
     Args:
         pieces: every parameter of this rank, piece by piece.
         optimizer: Megatron's.
         buffers: of gates, by name.
-        first: whether this rank is the first of its tensor group: parameters that the others hold too are its to write.
+        first: True if this rank is the first of its tensor group, and writes parameters that the others hold too.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class State:
         model: dict[str, Any] = dict(self.buffers)
         slots: dict[str, Any] = {}
         for parameter, piece in self.pieces:
-            # Of a weight that two stages hold the first one writes its copy.
+            # If two stages hold a weight, the first one writes its copy.
             mine = (piece.spread or self.first) and not getattr(parameter, "shared", False)
             if not mine or id(parameter) not in self.kept:
                 continue
@@ -139,7 +139,7 @@ class State:
         return {f"{name}/{slot}": state[slot] for name, state in held for slot in SLOTS}
 
     def load(self, folder: Path) -> set[str]:
-        """Read everything from `folder`; which of the gates' buffers are not there. Collective over the world."""
+        """Read everything from `folder`; returns gates' buffers that are missing there. Collective over the world."""
         model: dict[str, Any] = dict(self.buffers)
         weights: dict[str, Any] = {}
         slots: dict[str, Any] = {}
@@ -164,12 +164,12 @@ class State:
 
 
 Kept = tuple[int | None, Tensor, dict[str, Any]]
-"""Of a parameter: the first of its elements that the optimizer has here, flat (None: all in the parameter's shape);
-its value in the optimizer; and what the optimizer keeps of it."""
+"""The optimizer's part of a parameter: the flat index of its first element (None: all, in the parameter's shape); its
+value in the optimizer; and its state."""
 
 
 def _kept(optimizer: Any) -> Iterator[tuple[nn.Parameter, Kept]]:
-    """What one of Megatron's optimizers has on this rank; its state is made where it is not there yet."""
+    """The parameters of one of Megatron's optimizers on this rank, with their state, which is made if it is missing."""
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
     if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
@@ -181,7 +181,7 @@ def _kept(optimizer: Any) -> Iterator[tuple[nn.Parameter, Kept]]:
 
 
 def _count(inner: Any, step: Tensor) -> None:
-    """Let an optimizer know how many steps it has done: torch's keep that with each parameter, others with groups."""
+    """Set an optimizer's count of steps: torch's optimizers keep it with each parameter, others with groups."""
     for group in inner.param_groups:
         if not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
             group["step"] = int(step)
@@ -191,7 +191,7 @@ def _count(inner: Any, step: Tensor) -> None:
 
 
 def _mains(optimizer: Any) -> Iterator[tuple[nn.Parameter, int | None, Tensor]]:
-    """Every parameter, the first of its elements that this rank updates, and what is updated."""
+    """Every parameter, the index of its first element that this rank updates, and the updated tensor."""
     if hasattr(optimizer, "model_param_group_index_map"):
         for parameter, (group, number) in optimizer.model_param_group_index_map.items():
             start = optimizer._get_model_param_range_map(parameter)["param"].start
@@ -206,7 +206,7 @@ def _mains(optimizer: Any) -> Iterator[tuple[nn.Parameter, int | None, Tensor]]:
 
 
 def _add(to: dict[str, Any], key: str, piece: Piece, like: Tensor, start: int | None, value: Tensor) -> None:
-    """Put what `value` has of a piece into `to[key]`; `value` is like `like`, or its elements from `start` on."""
+    """Put the part of a piece in `value` into `to[key]`; `value` is like `like`, or its elements from `start` on."""
     parts = to.setdefault(key, Parts(piece.shape, value.dtype))
     if start is None:
         parts.held[tuple(at.start for at in piece.index)] = piece.view(value)

@@ -1,7 +1,7 @@
 """Weights of whole models, between this project's `Decoder` and Megatron-Core's `GPTModel`.
 
-Whatever the MoE layer: the plug-in's, or Megatron's own with sequential or grouped experts. A `GPTModel` may be
-split over tensor and expert ranks, and a `chunk` be a pipeline stage of one.
+The MoE layer may be the plug-in's, or Megatron's own with sequential or grouped experts. A `GPTModel` may be split over
+tensor and expert ranks; a `chunk` may be a pipeline stage of one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
-from moesys.megatron.names import Names, Part, gathered, place_of
-from moesys.megatron.scope import Groups
+from moesys.megatron.names import ParameterNames, Part, gathered, place_of
+from moesys.megatron.scope import ProcessGroups
 
 
 @torch.no_grad()
@@ -28,16 +28,16 @@ def to_gpt(chunk: nn.Module, weights: Mapping[str, Tensor], model: ModelConfig) 
 
 
 def from_gpt(chunk: nn.Module, vocab_size: int, model: ModelConfig) -> dict[str, Tensor]:
-    """What the state of a `Decoder` of `model` has of this pipeline stage, whole. Collective over the stage.
+    """The whole weights of this pipeline stage, as in the state of a `Decoder` of `model`. Collective over the stage.
 
     Raises:
         KeyError: a weight that no `Decoder` has.
     """
-    return gathered(_parts(chunk, vocab_size, model), Groups.of())
+    return gathered(_parts(chunk, vocab_size, model), ProcessGroups.of())
 
 
 def _parts(chunk: nn.Module, vocab_size: int, model: ModelConfig) -> Iterator[Part]:
-    names = Names(model, vocab_size, place_of(Groups.of()))
+    names = ParameterNames(model, vocab_size, place_of(ProcessGroups.of()))
     for parameter, pieces in (*names.pieces(chunk), *names.kept(chunk)):
         for piece in pieces:
             yield piece, piece.view(parameter.detach())

@@ -1,9 +1,8 @@
-"""Stand-ins for the CUDA calls that Megatron-Core 0.16.1 makes whether there is a GPU or not.
+"""Replaces the CUDA calls that Megatron-Core 0.16.1 makes even without a GPU.
 
-Its MoE layer creates a stream, asks for the current device and moves split sizes to the host from a GPU
-only; its embedding draws from a GPU's generators; its schedules and optimizers make small tensors on "cuda",
-and tell the types of tensors by names of a GPU's. Inside `stand_ins()` such calls find what does as well on
-CPU; with a GPU nothing is changed.
+Its MoE layer creates a stream, asks for the current device and moves split sizes to the host only from a GPU. Its
+embedding draws from a GPU's generators. Its schedules and optimizers make small tensors on "cuda", and compare types of
+tensors by the names of CUDA types. Inside `cpu_substitutes()` such calls work on CPU; with a GPU nothing is changed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 
 class _Stream:
-    """A stream, or an event, where everything happens in the order of the program."""
+    """A stream or an event of a device that computes everything in program order."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, other: Any) -> None: ...
@@ -51,7 +50,7 @@ class _Torch:
 
 
 def _type(tensor: Tensor, dtype: Any = None, *arguments: Any, **more: Any) -> Any:
-    """`Tensor.type`, which without a type says of any tensor that it is of a GPU."""
+    """`Tensor.type`, which names the CUDA type of any tensor if it gets no type."""
     if dtype is not None:
         return _TYPE(tensor, dtype, *arguments, **more)
     return "torch.cuda." + _TYPE(tensor).rpartition(".")[2]
@@ -61,13 +60,13 @@ _TYPE = Tensor.type
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron's `maybe_move_tensor_to_cpu`, which leaves split sizes on CPU as tensors no collective takes."""
+    """Megatron's `maybe_move_tensor_to_cpu`, which leaves split sizes on CPU as tensors, which collectives reject."""
     return tensor.numpy() if isinstance(tensor, Tensor) and as_numpy else tensor
 
 
 @contextmanager
-def stand_ins(device: str | None = None) -> Iterator[None]:
-    """Let Megatron-Core be built and run on CPU, if `device` is "cpu"; default: if there is no GPU."""
+def cpu_substitutes(device: str | None = None) -> Iterator[None]:
+    """Let Megatron-Core be built and run on CPU if `device` is "cpu"; default: if there is no GPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core import utils as helpers
@@ -90,18 +89,18 @@ def stand_ins(device: str | None = None) -> Iterator[None]:
         "synchronize": lambda *_: None,
     }
     with ExitStack() as replaced:
-        for name, stand_in in cuda.items():
-            replaced.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        for name, substitute in cuda.items():
+            replaced.enter_context(mock.patch.object(torch.cuda, name, substitute))
         for module in (schedules, optimizer, distrib_optimizer, clip_grads, utils, helpers):
             replaced.enter_context(mock.patch.object(module, "torch", _Torch()))
         replaced.enter_context(mock.patch.object(Tensor, "type", _type))
         replaced.enter_context(mock.patch.object(Tensor, "cuda", lambda tensor, *_, **__: tensor))
-        # Recomputation saves and restores the states of all generators: there is none of a GPU.
+        # Recomputation saves and restores the states of all generators; a GPU's does not exist.
         replaced.enter_context(mock.patch.object(random, "_get_cuda_rng_state", lambda *_, **__: None))
         replaced.enter_context(mock.patch.object(random, "_set_cuda_rng_state", lambda *_, **__: None))
         replaced.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_host))
         # All draw from torch's one generator.
         replaced.enter_context(mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_, **__: nullcontext()))
-        # Without Transformer Engine 0.16.1 forgets to define it.
+        # Version 0.16.1 does not define it without Transformer Engine.
         replaced.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
         yield

@@ -1,7 +1,7 @@
 """`engine: megatron`: a run trained by Megatron-Core, behind `moesys.train.engine.Engine`.
 
 The MoE layer is this project's, by the same definitions as in the native engine, and weights have the same initial
-values: so both engines train the same model. Without a GPU everything runs on gloo, inside `stand_ins`.
+values: so both engines train the same model. Without a GPU everything runs on gloo, inside `cpu_substitutes`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from moesys.config.schema import Config
-from moesys.megatron.cpu import stand_ins
+from moesys.megatron.cpu import cpu_substitutes
 from moesys.megatron.mesh import MegatronRanks
 from moesys.megatron.quiet import quiet
 from moesys.parallel.mesh import Ranks
-from moesys.train.native import joined
+from moesys.train.native import join_process_group
 
 if TYPE_CHECKING:
     from moesys.megatron.training import MegatronEngine
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def connect(config: Config) -> MegatronRanks:
     """Join the process group and make Megatron's groups."""
-    degrees, device = joined(config)
+    degrees, device = join_process_group(config)
     _prepare(device.type)
     with quiet():
         ranks = MegatronRanks(config, degrees, device)
@@ -40,11 +40,11 @@ def connect(config: Config) -> MegatronRanks:
 
 @cache
 def _prepare(device: str) -> ExitStack:
-    """Once for the rest of the process."""
+    """Set up this process for Megatron-Core, once."""
     kept = ExitStack()
-    kept.enter_context(stand_ins(device))
+    kept.enter_context(cpu_substitutes(device))
     if device == "cpu":
-        # Compiling Megatron's small fused functions takes longer than they ever save here.
+        # Compiling Megatron's small fused functions on CPU takes longer than they save.
         torch.compiler.set_stance("force_eager")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # Megatron calls collectives by names that torch 2.13 has replaced.

@@ -1,6 +1,7 @@
-"""Experts whose biases Megatron-Core's optimizer takes for biases.
+"""Experts with biases that Megatron-Core's optimizer recognizes.
 
-It lets a parameter decay unless its name ends in ".bias" or its shape has one dim; stacked biases have more.
+The optimizer applies weight decay to a parameter unless its name ends in ".bias" or its shape has one dim; stacked
+biases have more dims.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def own_name(name: str) -> str:
 
 
 class Bias(nn.Module):
-    """A bias, as the parameter `bias`."""
+    """A module that holds a bias as its parameter `bias`."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -39,7 +40,7 @@ class Bias(nn.Module):
 class MegatronExperts(Experts):
     """`Experts` with biases `linear_fc1.bias` [E, G, F] and `linear_fc2.bias` [E, H].
 
-    In state dicts they have the names that they have in `Experts`.
+    State dicts have them under their names in `Experts`.
     """
 
     def __init__(self, experts: int, hidden: int, ffn_hidden: int, activation: str = "swiglu", bias: bool = False):
@@ -50,6 +51,7 @@ class MegatronExperts(Experts):
         self.register_load_state_dict_pre_hook(_from_own)
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """The biases [E, G, F] and [E, H], or None for each."""
         first, second = self.linear_fc1, self.linear_fc2
         return None if first is None else first.bias, None if second is None else second.bias
 

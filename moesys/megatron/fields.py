@@ -1,7 +1,7 @@
-"""Every field of Megatron-Core's `TransformerConfig`, and what the plug-in makes of it: none is ignored in silence.
+"""Every field of Megatron-Core's `TransformerConfig`, and its treatment by the plug-in: none is ignored in silence.
 
 The tables cover the releases 0.16.1, 0.17.1, 0.18.2 and 0.19.2, `MLATransformerConfig` included; `unknown` finds
-what a later release adds to the MoE layer. `moesys.megatron.refused` has the fields that the plug-in refuses.
+what a later release adds to the MoE layer. `moesys.megatron.unsupported` has the fields that the plug-in refuses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any
 
-from moesys.megatron.refused import REFUSED
+from moesys.megatron.unsupported import UNSUPPORTED
 
 _READ = """
     hidden_size num_layers mtp_num_layers mtp_use_repeated_layer num_moe_experts moe_ffn_hidden_size
@@ -25,9 +25,9 @@ _READ = """
     params_dtype use_cpu_initialization perform_initialization init_method output_layer_init_method sequence_parallel
 """
 READ = frozenset(_READ.split())
-"""Fields that the layer itself reads, and follows or, for some of their values, refuses."""
+"""Fields that the layer reads. It follows them, or refuses some of their values."""
 
-_MET = {
+_EFFECTIVE = {
     "the process groups say it": """
         tensor_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size context_parallel_size""",
     "Megatron's specs put the layer where it says": "moe_layer_freq ffn_hidden_size",
@@ -73,7 +73,7 @@ _MET = {
         activation_offload_fraction fine_grained_offloading_max_inflight_offloads""",
 }
 
-_ELSEWHERE = {
+_UNRELATED = {
     "of attention": """
         num_attention_heads attention_backend flash_attention_version softmax_scale softmax_type num_query_groups
         kv_channels attention_dropout add_qkv_bias rotary_interleaved window_size window_attn_skip_freq qk_layernorm
@@ -122,28 +122,28 @@ def _by_name(table: dict[str, str]) -> dict[str, str]:
     return {name: why for why, names in table.items() for name in names.split()}
 
 
-MET = _by_name(_MET)
-"""Fields that hold although the layer does not read them, and why."""
+EFFECTIVE = _by_name(_EFFECTIVE)
+"""Fields that take effect although the layer does not read them, with the reason."""
 
-ELSEWHERE = _by_name(_ELSEWHERE)
-"""Fields that do not touch the layer, and what they are of."""
+UNRELATED = _by_name(_UNRELATED)
+"""Fields that do not concern the layer, with the part that they concern."""
 
 
 def undecided(config: Any) -> Iterator[str]:
-    """Names of fields of `config`, a dataclass or an instance of one, that no table has."""
-    decided = (READ, REFUSED, MET, ELSEWHERE)
+    """Names of fields of `config`, a dataclass or its instance, that are in no table."""
+    decided = (READ, UNSUPPORTED, EFFECTIVE, UNRELATED)
     return (f.name for f in fields(config) if not any(f.name in table for table in decided))
 
 
-OURS = ("moe", "expert", "router", "glu")
-"""What the names of the MoE layer's fields have in them."""
+MOE_NAMES = ("moe", "expert", "router", "glu")
+"""Parts of the names of the MoE layer's fields."""
 
 
 def unknown(config: Any) -> Iterator[str]:
-    """Names of fields of the MoE layer that no table has, and that are not left at their default."""
+    """Names of fields of the MoE layer that are in no table and differ from their default."""
     new = set(undecided(config))
     for f in fields(config):
-        if f.name in new and any(part in f.name for part in OURS):
+        if f.name in new and any(part in f.name for part in MOE_NAMES):
             default = f.default if f.default_factory is MISSING else f.default_factory()
             if getattr(config, f.name) != default:
                 yield f.name

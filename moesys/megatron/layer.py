@@ -12,7 +12,7 @@ from moesys.errors import Problem
 from moesys.megatron.arguments import Options, from_transformer_config
 from moesys.megatron.build import build
 from moesys.megatron.refusal import Refusal
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.sharded import sharded
 
 
@@ -20,14 +20,14 @@ class MoESysLayer(MegatronModule):
     """Gate, dispatcher, experts and shared experts of this project behind Megatron-Core's MoE contract.
 
     Args:
-        config: `TransformerConfig`; see `from_transformer_config` for what is read of it.
-        submodules: not used: all parts are the project's own.
+        config: `TransformerConfig`; `from_transformer_config` lists the fields that it reads.
+        submodules: not used, because all parts are the project's own.
         layer_number: the block's, from 1.
         pg_collection: process groups; default, as up to Megatron-Core 0.17, those of `parallel_state`.
-        is_mtp_layer: whether the block is of multi-token prediction, whose `layer_number`s begin anew from 1: what
-            versions from 0.17 on say. Its losses are told after those of the decoder's blocks.
-        name: what versions from 0.18 on pass beside.
-        options: what Megatron has no option for.
+        is_mtp_layer: True in a block of multi-token prediction, where `layer_number` begins again from 1; versions
+            from 0.17 on pass it. Its losses are reported after those of the decoder's blocks.
+        name: not used; versions from 0.18 on pass it.
+        options: the options that Megatron lacks.
 
     Attributes:
         moe: the layer itself, a `moesys.moe.MoELayer`.
@@ -48,11 +48,11 @@ class MoESysLayer(MegatronModule):
     ):
         super().__init__(config)
         options = options or Options()
-        self.groups = Groups.of(pg_collection)
+        self.groups = ProcessGroups.of(pg_collection)
         m = from_transformer_config(config, options.gate)
         self.moe = build(m, config, self.groups, options.dispatch_config(config))
-        again = config.recompute_modules if config.recompute_granularity == "selective" else ()
-        self.recompute = _recomputed(set(again or ()))
+        modules = config.recompute_modules if config.recompute_granularity == "selective" else ()
+        self.recompute = _recomputed(set(modules or ()))
         self.first = config.num_layers if is_mtp_layer else 0
         if is_mtp_layer and getattr(config, "mtp_use_repeated_layer", False):
             self.moe.repeats = config.mtp_num_layers or 1
@@ -61,7 +61,7 @@ class MoESysLayer(MegatronModule):
             self.set_layer_number(layer_number)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Name the block, from 1 over all pipeline stages, in metrics and in records of what travels."""
+        """Set the number of the block, from 1 over all pipeline stages, for metrics and records of communication."""
         self.layer_number = layer_number
         self.moe.layer_number = self.first + layer_number
         if hasattr(self.moe.dispatcher, "layer"):
@@ -73,8 +73,8 @@ class MoESysLayer(MegatronModule):
         """Output [S, B, H] of `hidden_states` [S, B, H], S this tensor rank's part under sequence parallelism.
 
         `padding_mask` bool [B, S] or [B, S of all tensor ranks], True for padding: such tokens count in no loss and
-        in no load. They are routed as by Megatron, except under a capacity, of which they would take places: there
-        no expert computes them.
+        in no load. They are routed as by Megatron, except under a capacity: there no expert computes them, because they
+        would take places from others.
         """
         tp = self.groups.tp
         if self.training and tp.size() > 1 and not self.config.sequence_parallel:
@@ -82,7 +82,7 @@ class MoESysLayer(MegatronModule):
             raise Refusal([Problem("sequence_parallel", rule, "--sequence-parallel")])
         real_SB = None if padding_mask is None else self._real(padding_mask, len(hidden_states))
         if self.recompute and self.training and hidden_states.requires_grad:
-            # As Megatron does: the losses arise in the recomputation alone, so that they count once.
+            # As in Megatron, losses are computed in the recomputation alone, so that they count once.
             out = checkpoint(self.moe, hidden_states, real_SB, use_reentrant=True)
         else:
             out = self.moe(hidden_states, real_SB)
@@ -97,12 +97,12 @@ class MoESysLayer(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What `megatron.core.dist_checkpointing` saves, under the names of Megatron's own layer."""
+        """The state for `megatron.core.dist_checkpointing`, under the names of Megatron's own layer."""
         return sharded(self.moe, self.groups, f"{prefix}moe.", prefix, sharded_offsets, metadata)
 
 
 def _recomputed(modules: set[str]) -> bool:
-    """Whether the layer is computed again in backward, as these `recompute_modules` say."""
+    """True if these `recompute_modules` recompute the layer in backward."""
     if "moe" in modules:
         return True
     if part := modules & {"shared_experts", "moe_act"}:

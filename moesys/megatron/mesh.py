@@ -14,7 +14,7 @@ from moesys.parallel.mesh import Ranks
 from moesys.parallel.timeout import set_timeout
 
 ORDER = "tp-cp-ep-dp-pp"
-"""Megatron's, fastest first: that of `DENSE_AXES` and `EXPERT_AXES`, reversed."""
+"""Megatron's order, fastest first: that of `DENSE_AXES` and `EXPERT_AXES`, reversed."""
 
 
 class MegatronRanks(Ranks):
@@ -53,22 +53,24 @@ class MegatronRanks(Ranks):
         self._groups = [(active, group) for axes, group in known if (active := self.active(*axes))]
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """Megatron's group over `axes`; None if it has one rank alone."""
         active = self.active(*axes)
         return next((group for known, group in self._groups if known == active), None) if active else None
 
     def groups(self) -> list[tuple[tuple[str, ...], dist.ProcessGroup]]:
+        """All of Megatron's groups that this rank is in, with their axes."""
         return self._groups
 
 
 def forget() -> None:
-    """End Megatron's groups, if there are any: each of gloo's keeps threads awake. Collective over the world."""
+    """Destroy Megatron's groups, if there are any: each gloo group keeps threads awake. Collective over the world."""
     from megatron.core import parallel_state as state
 
     if not state.model_parallel_is_initialized():
         return
-    gc.collect()  # models hold groups, and themselves
+    gc.collect()  # models hold groups, in reference cycles
     dist.barrier()
     for group in state._global_process_group_list or ():
-        if group is not None:  # which stands for the world
+        if group is not None:  # None is the world
             dist.destroy_process_group(group)
     state.destroy_model_parallel()

@@ -11,7 +11,8 @@ from torch import nn
 
 from moesys.config.schema import Config
 from moesys.megatron.mesh import MegatronRanks
-from moesys.megatron.native_layer import Marks, NativeLayer
+from moesys.megatron.native_layer import NativeLayer, PackedTokens
+from moesys.models.parts.model import mixers
 from moesys.parallel import pipeline
 from moesys.parallel.cost import Stage
 
@@ -21,11 +22,12 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     m, p, t, a = run.model, run.parallel, run.train, run.model.attention
+    heads, kv_heads, head_dim, _ = mixers(m)[0].head_sizes()
     on_cpu = ranks.device.type == "cpu"
     dtype = getattr(torch, t.dtype)
     given: dict[str, Any] = {
-        "num_layers": m.layers, "hidden_size": m.hidden, "ffn_hidden_size": m.ffn_hidden or m.hidden,
-        "num_attention_heads": a.heads, "num_query_groups": a.kv_heads or a.heads, "kv_channels": m.head_dim,
+        "num_layers": m.depth, "hidden_size": m.hidden, "ffn_hidden_size": m.ffn_hidden or m.hidden,
+        "num_attention_heads": heads, "num_query_groups": kv_heads, "kv_channels": head_dim,
         "qk_layernorm": a.qk_norm == "head", "normalization": "RMSNorm", "layernorm_epsilon": m.norm_eps,
         "gated_linear_unit": True, "activation_func": nn.functional.silu, "add_bias_linear": False,
         "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True,
@@ -44,7 +46,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
             ["embedding"] * s.first + ["decoder"] * len(s.layers) + ["loss"] * s.last for s in stages
         ]
     if p.pp_virtual > 1:
-        # In one batch Megatron's messages of both directions between two ranks would be mistaken for each other.
+        # In one batch, Megatron would confuse the messages of both directions between two ranks.
         given |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if t.recompute == "full":
         given |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -53,7 +55,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
     if m.moe is not None:
         given |= {
             "num_moe_experts": m.moe.experts, "moe_router_topk": m.moe.top_k, "moe_ffn_hidden_size": m.moe.ffn_hidden,
-            "moe_layer_freq": [int(m.is_moe(i)) for i in range(m.layers)], "moe_router_load_balancing_type": "none",
+            "moe_layer_freq": [int(m.is_moe(i)) for i in range(m.depth)], "moe_router_load_balancing_type": "none",
             "moe_token_dispatcher_type": "alltoall",
         }  # fmt: skip
     with warnings.catch_warnings():
@@ -62,7 +64,7 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
 
 
 def chunks(run: Config, ranks: MegatronRanks, vocab_size: int, config: Any, plug_in: bool = True) -> list[nn.Module]:
-    """The stages of this rank, in order, not initialised. `plug_in`: with this project's MoE layer, or Megatron's.
+    """The stages of this rank, in order, not initialised. `plug_in`: use this project's MoE layer, else Megatron's.
 
     Collective over the world.
     """
@@ -91,7 +93,7 @@ def chunks(run: Config, ranks: MegatronRanks, vocab_size: int, config: Any, plug
 
 
 class Norm(nn.RMSNorm):
-    """The norm where there is neither Transformer Engine nor apex: torch's, which sequence parallelism may have."""
+    """torch's norm, for runs without Transformer Engine and apex; it supports sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
@@ -115,7 +117,7 @@ def _spec(
             own = replace(attention.submodules, q_layernorm=Norm, k_layernorm=Norm)
             parts = replace(parts, self_attention=replace(attention, submodules=own))
         if plug_in and run.model.is_moe(number):
-            given = {"run": run, "ranks": ranks, "marks": Marks(vocab_size), "layer": number}
+            given = {"run": run, "ranks": ranks, "marks": PackedTokens(vocab_size), "layer": number}
             parts = replace(parts, mlp=ModuleSpec(module=NativeLayer, params=given))
         layers.append(replace(layer, submodules=parts))
     return replace(block, layer_specs=layers, **({"layer_norm": Norm} if norms else {}))

@@ -1,7 +1,7 @@
 """Parameters of a Megatron-Core `GPTModel` by this project's names, shapes and slices.
 
-`Names.pieces` says of each parameter of a rank's model which parts of which parameters of a `Decoder` it holds.
-Everything that moves tensors between the two iterates over it: initialisation, proofs, checkpoints, conversion.
+`ParameterNames.pieces` maps each parameter of a rank's model to the parts of parameters of a `Decoder` that it holds.
+Initialisation, proofs, checkpoints and conversion iterate over it.
 
 H hidden, F inner size, h heads of size d, g groups of them with one key each, V vocabulary.
 """
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
 from moesys.megatron.experts import own_name
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.weights import Place
+from moesys.models.parts.model import mixers
 from moesys.models.size import weights
 
 Cut = tuple[int, int, int]
@@ -33,9 +34,9 @@ class Piece:
     Attributes:
         name, shape: of the whole parameter of this project.
         rows: of Megatron's tensor, along dim 0; None: all.
-        cuts: which part of the whole they are.
-        spread: whether ranks of the tensor group ("tp") or of the expert group ("ep") hold the others, or none ("").
-        turned: whether they lie there as in one of Megatron's own experts, [G · F, H] and [H, F].
+        cuts: the part of the whole that they are.
+        spread: the group whose ranks hold the other parts: "tp", "ep", or "" if none does.
+        transposed: True if they are stored as in one of Megatron's own experts, [G · F, H] and [H, F].
     """
 
     name: str
@@ -43,11 +44,11 @@ class Piece:
     rows: slice | None = None
     cuts: tuple[Cut, ...] = ()
     spread: str = ""
-    turned: bool = False
+    transposed: bool = False
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Where the part lies in the whole."""
+        """The slices of the whole that are the part."""
         at = [slice(0, size) for size in self.shape]
         for dim, number, count in self.cuts:
             size = self.shape[dim] // count
@@ -57,7 +58,7 @@ class Piece:
     def view(self, tensor: Tensor) -> Tensor:
         """The part, in its own shape, of a tensor that is like Megatron's parameter."""
         tensor = tensor if self.rows is None else tensor[self.rows]
-        if not self.turned:
+        if not self.transposed:
             return tensor
         parts = [at.stop - at.start for at in self.index]
         return tensor.t()[None] if len(parts) == 3 else tensor.unflatten(0, parts[2:]).permute(2, 0, 1)[None]
@@ -77,19 +78,19 @@ REPLICATED = {
     "mlp.router.bias": "ffn.gate.projection.bias",
     "mlp.shared_experts.gate_weight": "ffn.mix.projection.weight",
 }
-"""Of a block: what tensor ranks hold alike, by Megatron's names."""
+"""Parameters of a block that all tensor ranks hold alike, by Megatron's names."""
 
 
 SELECTION = ("mlp.moe.gate.selection_bias", "mlp.router.expert_bias")
-"""Of a block: the buffer that only the choice of experts sees."""
+"""ParameterNames of the buffer of a block that only the choice of experts uses."""
 
 
 def _number(chunk: nn.Module, match: re.Match[str]) -> int:
-    """Of a block of this pipeline stage: its number in the model, from 0."""
+    """The number in the model, from 0, of a block of this pipeline stage."""
     return int(chunk.decoder.layers[int(match[1])].layer_number) - 1  # type: ignore[union-attr, index]
 
 
-class Names:
+class ParameterNames:
     """The parameters of a model of this shape, as the rank at `place` has them."""
 
     def __init__(self, model: ModelConfig, vocab_size: int, place: Place):
@@ -97,7 +98,7 @@ class Names:
         self.shapes = {weight.name: weight.shape for weight in weights(model, vocab_size)}
 
     def pieces(self, chunk: nn.Module) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
-        """Every parameter of a `GPTModel`, or of a pipeline stage of one, and what it is made of."""
+        """Every parameter of a `GPTModel`, or of a pipeline stage of one, with its pieces."""
         for name, parameter in chunk.named_parameters():
             if match := LAYER.fullmatch(name):
                 yield parameter, self._block(f"layers.{_number(chunk, match)}.", match[2], parameter)
@@ -105,14 +106,16 @@ class Names:
                 yield parameter, [self._edge(name)]
 
     def kept(self, chunk: nn.Module) -> Iterator[tuple[Tensor, list[Piece]]]:
-        """The same of the selection biases of gates, which are no parameters."""
+        """The selection biases of gates, which are no parameters, with their pieces."""
         for name, buffer in chunk.named_buffers():
             if (match := LAYER.fullmatch(name)) and match[2] in SELECTION:
                 own = f"layers.{_number(chunk, match)}.ffn.gate.selection_bias"
                 yield buffer, [Piece(own, tuple(buffer.shape))]
 
-    def _piece(self, name: str, *cuts: Cut, rows: slice | None = None, spread: str = "", turned: bool = False) -> Piece:
-        return Piece(name, self.shapes[name], rows, cuts, spread, turned)
+    def _piece(
+        self, name: str, *cuts: Cut, rows: slice | None = None, spread: str = "", transposed: bool = False
+    ) -> Piece:
+        return Piece(name, self.shapes[name], rows, cuts, spread, transposed)
 
     def _edge(self, name: str) -> Piece:
         rows = (0, self.place.tp_rank, self.place.tp)
@@ -141,17 +144,17 @@ class Names:
         return self._feed_forward(f"{block}ffn.", name, len(parameter))
 
     def _expert(self, block: str, number: int, product: str) -> Piece:
-        """Of one of Megatron's own experts on this rank."""
+        """The piece of a weight of one of Megatron's own experts on this rank."""
         moe, p, own = self.model.moe, self.place, f"experts.fc{product}"
         assert moe is not None
         cuts = [(0, p.ep_rank * (moe.experts // p.ep) + number, moe.experts), *p.cuts(own)[1:]]
-        return self._piece(f"{block}ffn.{own}", *cuts, spread="ep", turned=True)
+        return self._piece(f"{block}ffn.{own}", *cuts, spread="ep", transposed=True)
 
     def _attention(self, block: str) -> Iterator[Piece]:
         """Rows of each group: the queries of its heads, its key, its value."""
-        a, d, p = self.model.attention, self.model.head_dim, self.place
-        groups = a.kv_heads or a.heads
-        heads, mine, end = a.heads // groups, groups // p.tp, 0
+        p = self.place
+        every, groups, d, _ = mixers(self.model)[0].head_sizes()
+        heads, mine, end = every // groups, groups // p.tp, 0
         for group in range(p.tp_rank * mine, (p.tp_rank + 1) * mine):
             for kind, size in (("q", heads * d), ("k", d), ("v", d)):
                 rows, end = slice(end, end + size), end + size
@@ -177,7 +180,7 @@ class Names:
         ]
 
 
-def place_of(groups: Groups) -> Place:
+def place_of(groups: ProcessGroups) -> Place:
     """This rank's place in Megatron's groups."""
     ep, etp, tp = groups.ep, groups.expt_tp, groups.tp
     return Place(ep.rank(), ep.size(), etp.rank(), etp.size(), tp.rank(), tp.size())
@@ -187,7 +190,7 @@ Part = tuple[Piece, Tensor]
 """A piece, and its part of a tensor."""
 
 
-def gathered(parts: Iterable[Part], groups: Groups) -> dict[str, Tensor]:
+def gathered(parts: Iterable[Part], groups: ProcessGroups) -> dict[str, Tensor]:
     """The whole tensors that `parts` are of, on the CPU. Collective over this rank's stage."""
     found: dict[str, Tensor] = {}
     spread: dict[str, dist.ProcessGroup] = {}

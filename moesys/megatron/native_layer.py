@@ -1,7 +1,7 @@
 """This project's MoE layer, by this project's definitions, in a block of a Megatron-Core model.
 
-For models that a YAML describes: its keys mean the same as for the native engine. `MoESysLayer` is for models
-that a `TransformerConfig` describes, and follows Megatron's definitions.
+It is for models that a YAML describes, with keys that mean the same as for the native engine. `MoESysLayer` is for
+models that a `TransformerConfig` describes, and follows Megatron's definitions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moesys.config.schema import Config
 from moesys.megatron.build import mark
 from moesys.megatron.experts import MegatronExperts
 from moesys.megatron.mesh import MegatronRanks
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.sharded import sharded
 from moesys.megatron.shared import SharedExperts
 from moesys.models.moe import build_gate
@@ -29,16 +29,17 @@ from moesys.parallel.scope import SplitMicroBatch, WholeMicroBatch
 
 
 @dataclass(frozen=True)
-class Marks:
-    """How a token's number in the run and its id travel through Megatron's model: as one int64.
+class PackedTokens:
+    """Packs a token's number in the run and its id into one int64, which passes through Megatron's model.
 
-    Megatron hands a padding mask [B, S] to every MoE layer. A run without padding has no use for it, so these
-    take its place. `vocabulary` is more than any id.
+    Megatron gives every MoE layer a padding mask [B, S]. A run without padding does not need it, so packed tokens take
+    its place. `vocabulary` is larger than any id.
     """
 
     vocabulary: int
 
     def pack(self, number_BS: Tensor, id_BS: Tensor) -> Tensor:
+        """Number and id, each int64 [B, S], as one int64 [B, S]."""
         return number_BS * self.vocabulary + id_BS
 
     def unpack(self, marks_BS: Tensor) -> Tensor:
@@ -48,9 +49,10 @@ class Marks:
 
 
 class Split(SplitMicroBatch):
-    """A micro-batch over tensor ranks, whose marks Megatron may already have split as it splits the stream."""
+    """A micro-batch over tensor ranks; Megatron may have split its packed tokens already, as it splits the stream."""
 
     def part(self, tokens: Tensor) -> Tensor:
+        """This rank's part [B, S / tp, …] of packed tokens [B, S, …], or of those that Megatron has split already."""
         return tokens if tokens.shape[1] == len(self.positions) else super().part(tokens)
 
 
@@ -58,7 +60,7 @@ class NativeLayer(MegatronModule):
     """The MoE layer of block `layer` (from 0) of the model of `run`: [S, B, H] → [S, B, H] and no bias.
 
     Attributes:
-        moe: the layer itself, of sequences first: [B, S, H].
+        moe: the layer itself, batch first: [B, S, H].
     """
 
     def __init__(
@@ -68,29 +70,29 @@ class NativeLayer(MegatronModule):
         *,
         run: Config,
         ranks: MegatronRanks,
-        marks: Marks,
+        marks: PackedTokens,
         layer: int,
         **_: Any,
     ):
         super().__init__(config)
-        self.groups, self.marks, self.layer = Groups.of(), marks, layer
+        self.groups, self.marks, self.layer = ProcessGroups.of(), marks, layer
         self.moe = build(run, ranks, self.groups, config, layer)
 
     def forward(
         self, hidden_states: Tensor, *_: Any, padding_mask: Tensor | None = None, **__: Any
     ) -> tuple[Tensor, None]:
-        """`padding_mask`: `Marks` int64 [B, S], of all positions or of this tensor rank's."""
+        """`padding_mask`: packed tokens, int64 [B, S], of all positions or of this tensor rank's."""
         tokens = None if padding_mask is None else self.marks.unpack(padding_mask)
         return self.moe(hidden_states.transpose(0, 1), tokens).transpose(0, 1).contiguous(), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What `megatron.core.dist_checkpointing` saves, under the names of Megatron's own layer."""
+        """The state for `megatron.core.dist_checkpointing`, under the names of Megatron's own layer."""
         return sharded(self.moe, self.groups, f"{prefix}moe.", prefix, sharded_offsets, metadata)
 
 
-def build(run: Config, ranks: MegatronRanks, groups: Groups, config: Any, layer: int) -> MoELayer:
+def build(run: Config, ranks: MegatronRanks, groups: ProcessGroups, config: Any, layer: int) -> MoELayer:
     """The layer on this rank, not initialised. Collective over the ranks of its expert group."""
     m, hidden, d, t = run.model.moe, run.model.hidden, ranks.degrees, run.train
     assert m is not None

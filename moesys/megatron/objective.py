@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from moesys.megatron import settings
-from moesys.megatron.gate import MegatronGate
+from moesys.megatron.router import MegatronGate
 from moesys.megatron.scope import MegatronScope
 from moesys.moe.layer import MoELayer
 
@@ -26,12 +26,12 @@ class MegatronMoE(MoELayer):
     """An `MoELayer` inside a Megatron model: x [S, B, H] → same.
 
     Attributes:
-        config: `TransformerConfig`, of which every forward pass reads the losses' coefficients and the capacity.
+        config: `TransformerConfig`; every forward pass reads its coefficients of losses and its capacity.
         layer_number: the block's, from 1 over all pipeline stages; None: losses are not reported.
         layers: blocks of the whole model, those of multi-token prediction included.
-        repeats: how often the block is run on a micro-batch: more than once if multi-token prediction repeats it.
+        repeats: runs of the block on a micro-batch: more than 1 if multi-token prediction repeats it.
         per_token: Megatron's `calculate_per_token_loss`: it divides gradients by tokens, not by micro-batches.
-        coefficients: of the losses by our names, for they are reported without.
+        coefficients: of the losses, by our names; losses are reported without them.
     """
 
     scope: MegatronScope
@@ -43,13 +43,14 @@ class MegatronMoE(MoELayer):
     coefficients: dict[str, float]
 
     def forward(self, x_SBH: Tensor, tokens_SB: Tensor | None = None) -> Tensor:
+        """The output [S, B, H] of x_SBH; tokens_SB, bool [S, B], is True for real tokens (None: all are)."""
         if isinstance(self.gate, MegatronGate):
-            self.gate.follow(self.config)
+            self.gate.read_settings(self.config)
             self.coefficients = settings.by_name(self.gate.balance)
         return super().forward(x_SBH, tokens_SB)
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
-        """0, through which backward reaches the losses with the scale that Megatron's schedules set."""
+        """A zero through which backward reaches the losses, with the scale that Megatron's schedules set."""
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
         for name, loss in losses.items():
@@ -60,12 +61,12 @@ class MegatronMoE(MoELayer):
 
     def _factor(self, name: str) -> Tensor | float:
         """The factor of a loss in Megatron's backward pass."""
-        # Of a block that is repeated it divides the balance losses, but z in the metrics alone.
+        # For a repeated block, Megatron divides the balance losses, but z only in the metrics.
         share = 1.0 if name == "z" else 1 / self.repeats
         return share * per_token_factor(name, self.scope) if self.per_token else share
 
     def _report(self, name: str, share: Tensor) -> None:
-        """Megatron adds the shares up over ranks, but averages z."""
+        """Report a loss to Megatron's metrics, which sum its shares over ranks, but average z."""
         if self.layer_number is None or not torch.is_grad_enabled():
             return
         value = share / self.coefficients.get(name, 1.0)
@@ -80,10 +81,10 @@ class MegatronMoE(MoELayer):
 
 
 def per_token_factor(name: str, scope: MegatronScope) -> Tensor | float:
-    """The factor of a loss in the installed Megatron, where gradients are divided by the tokens of the global batch.
+    """The factor of a loss in the installed Megatron if gradients are divided by the tokens of the global batch.
 
-    Those are tokens of all tensor and context ranks; up to 0.18 Megatron takes this rank's alone, so that losses
-    count TP · CP times too little, and of the loss of sequences one sequence's.
+    These are the tokens of all tensor and context ranks. Up to 0.18 Megatron takes this rank's alone, so that losses
+    count TP · CP times too little, and for the loss of sequences those of one sequence.
     """
     if version()[:2] >= (0, 19):
         return scope.real * scope.size

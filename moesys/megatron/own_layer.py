@@ -1,4 +1,4 @@
-"""Megatron-Core's own MoE layer, to be compared with: on CPU with gloo as on GPU."""
+"""Megatron-Core's own MoE layer, for comparisons on CPU with gloo and on GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moesys.megatron.cpu import stand_ins
+from moesys.megatron.cpu import cpu_substitutes
 from moesys.moe import MoELayer
 from moesys.moe.experts import Experts
 
@@ -17,7 +17,7 @@ from moesys.moe.experts import Experts
 class OwnLayer(nn.Module):
     """`megatron.core`'s MoELayer with the weights of `layer`, whose experts are this rank's: [1, T, H] → same.
 
-    To be built and run inside `peers`.
+    Build and run it inside `peers`.
 
     Args:
         layer: softmax top-k gate, dropless, SwiGLU experts without biases.
@@ -53,14 +53,15 @@ class OwnLayer(nn.Module):
                 expert.linear_fc2.weight.copy_(experts_module.fc2[number].t())
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output [1, T, H] of x [1, T, H]."""
         return self.layer(x.transpose(0, 1).contiguous())[0].transpose(0, 1)
 
 
 @contextmanager
 def peers(layer: MoELayer, experts: int, top_k: int, ranks: int) -> Iterator[dict[str, nn.Module]]:
-    """Megatron's layer with each of its dispatchers, experts over `ranks`; nothing where it is not installed.
+    """Megatron's layer with each of its dispatchers, experts over `ranks`; empty if Megatron is not installed.
 
-    Collective over the world. They work inside this context alone.
+    Collective over the world. The layers work only inside this context.
     """
     try:
         with warnings.catch_warnings():
@@ -69,7 +70,7 @@ def peers(layer: MoELayer, experts: int, top_k: int, ranks: int) -> Iterator[dic
     except ModuleNotFoundError:
         yield {}
         return
-    with stand_ins():
+    with cpu_substitutes():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
         try:
             yield {f"megatron {name}": OwnLayer(layer, experts, top_k, name) for name in ("alltoall", "allgather")}

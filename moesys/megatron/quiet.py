@@ -1,4 +1,4 @@
-"""Megatron-Core warns, when it is imported and when it is built, of what is not installed or will change."""
+"""Silences Megatron-Core's warnings, at import and construction, of missing packages and coming changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, nothing is warned of."""
+    """Ignore all warnings inside this context."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""A Megatron-Core configuration that the plug-in refuses."""
+"""The error of a Megatron-Core configuration that the plug-in refuses."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from moesys.errors import ConfigError, MoesysError, Problem
 
 
 class Refusal(ConfigError):
-    """A `ConfigError` that arrives whole.
+    """A `ConfigError` that keeps its text through Megatron-Core's `build_module`.
 
-    Megatron-Core's `build_module` makes every error anew, from its text and the name of the module, once for each
-    module around: such text is taken as it is, without these names.
+    `build_module` creates every error again from its text and the name of the module, once for each enclosing module.
+    Such text is kept, without these names.
     """
 
     def __init__(self, problems: Sequence[Problem] | str):

@@ -1,4 +1,4 @@
-"""Megatron-Core's process groups as this project's layer sees them: who holds what of a micro-batch."""
+"""Megatron-Core's process groups for this project's layer, and the distribution of a micro-batch over them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moesys.parallel import comm
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """The process groups that an MoE layer needs, by Megatron's names.
 
     `tp_ep` holds the ranks of an expert group: rank i · etp + j has slice j of the i-th share of the experts.
@@ -29,8 +29,8 @@ class Groups:
     tp_dp_cp: dist.ProcessGroup
 
     @classmethod
-    def of(cls, collection: Any = None) -> Groups:
-        """Those of a `ProcessGroupCollection`; without one, or where it lacks some, `parallel_state`'s."""
+    def of(cls, collection: Any = None) -> ProcessGroups:
+        """The groups of a `ProcessGroupCollection`; `parallel_state`'s take the place of missing ones."""
         from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
         names = cls.__dataclass_fields__
@@ -47,25 +47,29 @@ class MegatronTokens(Tokens):
 
 
 class MegatronScope(MicroBatch):
-    """A micro-batch whose sequences are spread over the tensor and context ranks of `groups`."""
+    """A micro-batch with sequences that are split over the tensor and context ranks of `groups`."""
 
-    def __init__(self, groups: Groups):
+    def __init__(self, groups: ProcessGroups):
         self.groups, self.size = groups, groups.tp_cp.size()
         self.real: Tensor | int = 0
-        """How many real tokens the last input of this rank had."""
+        """The number of real tokens in the last input of this rank."""
         self.sequences = 1
-        """And in how many sequences."""
+        """The number of its sequences."""
 
     def sum(self, x: Tensor) -> Tensor:
+        """`x`, any shape, summed over tensor and context ranks."""
         return x if self.size == 1 else comm.all_reduce(x, self.groups.tp_cp)
 
     def sum_global(self, x: Tensor) -> Tensor:
+        """`x`, any shape, summed over tensor, context and data ranks."""
         return x if self.groups.tp_dp_cp.size() == 1 else comm.all_reduce(x, self.groups.tp_dp_cp)
 
     def gather(self, x_T: Tensor) -> Tensor:
+        """x_T [T, …] of all tensor and context ranks, one after another."""
         return x_T if self.size == 1 else comm.all_gather(x_T, self.groups.tp_cp)
 
     def mine(self, rows: int) -> slice:
+        """The slice of gathered tokens that is this rank's, which has `rows`."""
         start = self.groups.tp_cp.rank() * rows
         return slice(start, start + rows)
 

@@ -1,6 +1,6 @@
-"""Settings that Megatron-Core's router reads of its configuration in every forward pass.
+"""Settings that Megatron-Core's router reads from its configuration in every forward pass.
 
-Frameworks change it during a run: a coefficient that is raised in steps, a capacity for evaluation.
+Frameworks change them during a run, for example a coefficient that rises in steps, or a capacity for evaluation.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ class MegatronCapacity(Capacity):
     """`Capacity` of this rank's tokens, rounded as Megatron's `get_capacity` rounds."""
 
     def limit(self, training: bool, tokens: int, top_k: int, experts: float) -> int | None:
+        """The assignments C that an expert takes at most; None without a limit."""
         if self.factor is None:
             return None
-        # In this order: a factor of 1.1 makes 400 · 2 / 8 · 1.1 more than 110, and C 111.
+        # The order matters: 400 · 2 / 8 · 1.1 is more than 110 in float64, and C is 111.
         return min(ceil(tokens * top_k / experts * self.factor), tokens)
 
 
 def coefficients(config: Any) -> dict[str, float]:
-    """Coefficients of the balance losses by Megatron's types; of one type named twice the first counts."""
+    """Coefficients of the balance losses by Megatron's types; if a type is named twice, the first counts."""
     kinds, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     pairs = zip(kinds, values, strict=True) if isinstance(kinds, list) else [(kinds, values)]
     return dict(reversed([(kind, value or 0.0) for kind, value in pairs]))
@@ -48,7 +49,7 @@ def by_name(balance: Balance) -> dict[str, float]:
 
 
 def capacity(config: Any) -> MegatronCapacity:
-    """Capacity and who goes when an expert is full; weights are compared exactly, as Megatron compares them."""
+    """The capacity, and the assignments that a full expert drops; weights are compared exactly, as in Megatron."""
     drop = config.moe_token_drop_policy
     return MegatronCapacity(
         config.moe_expert_capacity_factor,

@@ -1,6 +1,6 @@
-"""The layer's weights for `megatron.core.dist_checkpointing`: named and shaped as those of Megatron's own layer.
+"""The layer's weights for `megatron.core.dist_checkpointing`, with the names and shapes of Megatron's own layer.
 
-So checkpoints are the same whichever layer wrote them, and load under any expert, tensor and data sizes.
+So checkpoints of both layers are the same, and load under any expert, tensor and data sizes.
 
 E experts, H hidden, F inner size, G 2 for gated activations and 1 for others.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.moe.experts import Experts
 from moesys.moe.layer import MoELayer
 
@@ -35,7 +35,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class _Place:
-    """A weight's key, what lies above it, and which of its copies this is."""
+    """A weight's key, the offsets of its enclosing modules, and the number of this copy."""
 
     key: str
     above: tuple[Any, ...]
@@ -53,7 +53,7 @@ class _Place:
 
 
 def sharded(
-    moe: MoELayer, groups: Groups, own: str, prefix: str, above: tuple[Any, ...], metadata: dict[str, Any] | None
+    moe: MoELayer, groups: ProcessGroups, own: str, prefix: str, above: tuple[Any, ...], metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
     """By names in the state dict, which begin with `own`, what is saved under `prefix` and Megatron's names.
 
@@ -76,7 +76,7 @@ def sharded(
     return found
 
 
-def _shard(moe: MoELayer, name: str, weight: Tensor, place: _Place, groups: Groups) -> Any:
+def _shard(moe: MoELayer, name: str, weight: Tensor, place: _Place, groups: ProcessGroups) -> Any:
     part, _, rest = name.partition(".")
     tp = (groups.tp.rank(), groups.tp.size())
     if part == "experts":
@@ -88,7 +88,7 @@ def _shard(moe: MoELayer, name: str, weight: Tensor, place: _Place, groups: Grou
     return place.shard(weight, (1, *tp)) if rest == "down_proj.weight" else place.shard(weight)
 
 
-def _expert(moe: MoELayer, name: str, weight: Tensor, place: _Place, groups: Groups) -> Any:
+def _expert(moe: MoELayer, name: str, weight: Tensor, place: _Place, groups: ProcessGroups) -> Any:
     """A factory: shards are made from the weight, or from what an optimiser keeps of it, when they are saved."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 

@@ -9,14 +9,14 @@ from moesys.models.layers import FeedForward
 
 
 class SharedExperts(FeedForward):
-    """This rank's slice of the inner size of a feed-forward that every token takes: [S, B, H] → same.
+    """This rank's slice of the inner size of a feed-forward for every token: [S, B, H] → same.
 
     Args:
         hidden, width: H and the inner size of the whole.
         activation: a kind of `moesys.kernels.activation`.
         group: the tensor-parallel ranks, which must divide `width`.
-        sequence_parallel: whether each of them has a part of S.
-        batch_first: whether it takes and gives [B, S, H].
+        sequence_parallel: True if each of them has a part of S.
+        batch_first: True if input and output are [B, S, H].
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class SharedExperts(FeedForward):
         self.group, self.sequence_parallel, self.batch_first = group, sequence_parallel, batch_first
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output of x, both [S, B, H], or [B, S, H] with `batch_first`."""
         if self.group.size() == 1:
             return super().forward(x)
         if self.batch_first:

@@ -18,7 +18,7 @@ Spec = TypeVar("Spec")
 
 
 def moe_layer_spec(options: Options | None = None) -> ModuleSpec:
-    """The spec of the MoE layer alone: what stands at `mlp` in a block's spec."""
+    """The spec of the MoE layer alone, for `mlp` in a block's spec."""
     return ModuleSpec(module=MoESysLayer, params={"options": options or Options()})
 
 
@@ -41,14 +41,14 @@ def _replaced(spec: Any, layer: ModuleSpec) -> Any:
 
 
 def _engine(config: Any, given: bool | None) -> bool:
-    """Whether the layers around are Transformer Engine's: as `--transformer-impl` says, where that is installed."""
+    """True if the other layers are Transformer Engine's; by default as `--transformer-impl` says, if installed."""
     return bool(theirs.HAVE_TE and config.transformer_impl == "transformer_engine") if given is None else given
 
 
 def gpt_layer_spec(config: Any, options: Options | None = None, transformer_engine: bool | None = None) -> ModuleSpec:
     """A GPT block whose feed-forward is the plug-in, for models whose blocks are all MoE.
 
-    `transformer_engine`: whether the rest is Transformer Engine's; default: as the configuration says.
+    `transformer_engine`: use it for the other parts; default: as the configuration says.
     """
     own = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     own |= {"qk_layernorm": config.qk_layernorm, "multi_latent_attention": config.multi_latent_attention}
@@ -62,7 +62,7 @@ def gpt_block_spec(
 ) -> Any:
     """This pipeline stage's blocks, dense ones and MoE ones as `config.moe_layer_freq` says.
 
-    `stage`: what `get_gpt_decoder_block_spec` takes beside (`vp_stage`, `pp_rank`, `qk_l2_norm`).
+    `stage`: further arguments of `get_gpt_decoder_block_spec` (`vp_stage`, `pp_rank`, `qk_l2_norm`).
     """
     own = {"normalization": config.normalization, "qk_l2_norm": config.qk_l2_norm} | stage
     engine = _engine(config, transformer_engine)
@@ -72,9 +72,9 @@ def gpt_block_spec(
 def gpt_mtp_spec(
     config: Any, options: Options | None = None, transformer_engine: bool | None = None, **stage: Any
 ) -> Any:
-    """The blocks of multi-token prediction, which are as the decoder's last; None where there are none.
+    """The blocks of multi-token prediction, which are like the decoder's last block; None if there are none.
 
-    `stage`: what `get_gpt_mtp_block_spec` takes beside (`vp_stage`, `pp_rank`).
+    `stage`: further arguments of `get_gpt_mtp_block_spec` (`vp_stage`, `pp_rank`).
     """
     if not config.mtp_num_layers:
         return None

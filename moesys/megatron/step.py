@@ -1,7 +1,7 @@
-"""A step of Megatron's optimizers that does nothing where the gradients are not finite.
+"""A step of Megatron's optimizers that does nothing if the gradients are not finite.
 
-Without a loss scale, which float32 and bfloat16 have not, Megatron-Core 0.16.1's own `step` updates whatever the norm
-is. These are its public parts in its order, with that question between them.
+Without a loss scale, which float32 and bfloat16 do not use, the `step` of Megatron-Core 0.16.1 updates whatever the
+norm is. Here its public parts are called in its order, with a test of the norm between them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 def step(optimizer: Any) -> float:
     """Clip and update by a `ChainedOptimizer`, as its `step` does; the gradients' norm before that.
 
-    Where the norm is not finite nothing is clipped or updated. All ranks agree on it.
+    If the norm is not finite, nothing is clipped or updated. All ranks agree on it.
     """
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 

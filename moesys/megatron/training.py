@@ -1,4 +1,4 @@
-"""The engine itself: Megatron-Core's GPTModel, schedules, gradient reduction and optimizer."""
+"""The Megatron engine: Megatron-Core's GPTModel, schedules, gradient reduction and optimizer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from moesys.config.schema import Config
 from moesys.megatron.checkpoint import State
 from moesys.megatron.mesh import MegatronRanks
 from moesys.megatron.model import chunks, transformer_config
-from moesys.megatron.names import Names, Piece, gathered, place_of
-from moesys.megatron.native_layer import Marks, NativeLayer
+from moesys.megatron.names import ParameterNames, Piece, gathered, place_of
+from moesys.megatron.native_layer import NativeLayer, PackedTokens
 from moesys.megatron.quiet import quiet
-from moesys.megatron.scope import Groups
+from moesys.megatron.scope import ProcessGroups
 from moesys.megatron.step import step
+from moesys.models.size import by_name
 from moesys.moe.layer import MoELayer
 from moesys.parallel import pipeline
 from moesys.parallel.cost import counting_passes
@@ -30,7 +31,7 @@ from moesys.train.finite import nonfinite
 
 
 class _MicroBatch(NamedTuple):
-    """What a stage needs of one micro-batch, each [b, S]."""
+    """The input of a stage for one micro-batch, each [b, S]."""
 
     ids: Tensor
     labels: Tensor
@@ -42,13 +43,13 @@ class MegatronEngine:
     """See `Engine`.
 
     Args:
-        plug_in: whether the MoE layer is this project's, or Megatron's own (for comparison).
-        draw: whether weights are drawn; else they are NaN until `load` overwrites them.
-        more: fields of `TransformerConfig` beside what the configuration says.
+        plug_in: use this project's MoE layer, else Megatron's own (for comparison).
+        draw: draw initial weights; else they are NaN until `load` overwrites them.
+        more: further fields of `TransformerConfig`.
     """
 
     dtype = torch.float32
-    """Of the optimizer's weights, which checkpoints hold."""
+    """The type of the optimizer's weights, which checkpoints hold."""
 
     def __init__(
         self,
@@ -60,8 +61,8 @@ class MegatronEngine:
         **more: Any,
     ):
         self.config, self.mesh, self.ranks = config, ranks, ranks
-        self.vocab_size, self.groups, self.marks = vocab_size, Groups.of(), Marks(vocab_size)
-        self.names = Names(config.model, vocab_size, place_of(self.groups))
+        self.vocab_size, self.groups, self.marks = vocab_size, ProcessGroups.of(), PackedTokens(vocab_size)
+        self.names = ParameterNames(config.model, vocab_size, place_of(self.groups))
         stages = pipeline.stages(config, vocab_size)
         with quiet():
             self.transformer = transformer_config(config, ranks, stages, **more)
@@ -71,11 +72,11 @@ class MegatronEngine:
             self.optimizer = self._optimizer()
 
     def _initialise(self, draw: bool) -> None:
-        std = self.config.model.init_std
+        std, described = self.config.model.init_std, by_name(self.config.model, self.vocab_size)
         with torch.no_grad():
             for _, piece, part in self.held():
                 if draw:
-                    part.copy_(initial(piece.shape, piece.index, piece.name, self.config.seed, std))
+                    part.copy_(initial(described[piece.name], piece.index, self.config.seed, std))
                 else:
                     part.fill_(torch.nan)
 
@@ -127,6 +128,7 @@ class MegatronEngine:
         return get_megatron_optimizer(wanted, self.model, use_gloo_process_groups=False)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        """See `Engine.train`."""
         self._mode(training=True)
         if counting_passes(self.config, self.ranks.degrees.dp):
             with counted(self.moe_layers(), self.ranks), torch.no_grad():
@@ -137,6 +139,7 @@ class MegatronEngine:
         return self._run(tokens, labels, samples, forward_only=False)
 
     def update(self, rate: float) -> Update:
+        """See `Engine.update`."""
         o, gates = self.config.train.optimizer, [layer.gate for layer in self.moe_layers().values()]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -151,15 +154,17 @@ class MegatronEngine:
                 gate.skip_step()
             gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.held()}  # type: ignore[attr-defined]
             bad = nonfinite(gradients, order=2)
-        told = partial(torch.full, (), device=self.mesh.device)
-        return Update(told(norm, dtype=torch.float64), told(not isfinite(norm), dtype=torch.bool), lambda: bad)
+        scalar = partial(torch.full, (), device=self.mesh.device)
+        return Update(scalar(norm, dtype=torch.float64), scalar(not isfinite(norm), dtype=torch.bool), lambda: bad)
 
     def nonfinite(self) -> list[str]:
+        """See `Engine.nonfinite`."""
         held = {piece.name: part for _, piece, part in self.held()} | self._buffers()
         return [*nonfinite(held), *nonfinite(self._state().slots())]
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
+        """See `Engine.evaluate`."""
         self._mode(training=False)
         return self._run(tokens, labels, samples, forward_only=True)
 
@@ -189,7 +194,7 @@ class MegatronEngine:
         return total / (t.global_batch * t.seq_len)
 
     def _forward(self, stream: Iterator[_MicroBatch], part: Any) -> tuple[Tensor, Any]:
-        """One stage of one micro-batch, as Megatron's schedules ask for it."""
+        """Run one stage on one micro-batch; Megatron's schedules call it."""
         batch = next(stream)
         counts = batch.labels >= 0
         labels = batch.labels.clamp(min=0)
@@ -197,17 +202,19 @@ class MegatronEngine:
         return out, partial(_loss, counts)
 
     def moe_layers(self) -> dict[str, MoELayer]:
+        """See `Engine.moe_layers`."""
         found = (m for part in self._inner() for m in part.modules() if isinstance(m, NativeLayer))
         return {f"layers.{m.layer}.ffn": m.moe for m in found}
 
     def gradients(self) -> dict[str, Tensor]:
+        """See `Engine.gradients`."""
         if self.ranks.degrees.dp_shard > 1:
             self._gather_gradients()
         parts = ((piece, piece.view(p.main_grad)) for p, piece, _ in self.held())  # type: ignore[attr-defined]
         return gathered(parts, self.groups)
 
     def _gather_gradients(self) -> None:
-        """Where the optimizer is distributed, each data rank has reduced its own part of the gradients' buffers."""
+        """Gather gradients: with a distributed optimizer, each data rank has reduced its own part of their buffers."""
         for part in self.model:
             for buffer in (*part.buffers, *part.expert_parallel_buffers):
                 group = buffer.data_parallel_group
@@ -216,13 +223,16 @@ class MegatronEngine:
                     torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
     def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`."""
         found = gathered(((piece, part) for _, piece, part in self.held()), self.groups)
         return found | {name: value.cpu().clone() for name, value in self._buffers().items()}
 
     def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
         self._state().save(folder)
 
     def load(self, folder: Path) -> set[str]:
+        """See `Engine.load`."""
         return self._state().load(folder)
 
     def _state(self) -> State:
@@ -235,9 +245,9 @@ class MegatronEngine:
 
 
 def _loss(counts_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The start of backward, the mean over a micro-batch's tokens, and the sum.
+    """The mean loss over a micro-batch's tokens, where backward starts, and the sum.
 
-    A sum that is not finite makes every gradient NaN, so that their norm, which all ranks know, tells of it.
+    A sum that is not finite makes every gradient NaN, so that all ranks see it in the norm.
     """
     total = (losses_BS.float() * counts_BS).sum()
     one = 1 + 0 * total.detach()

@@ -1,7 +1,7 @@
-"""Weights of an MoE layer between this project's, which the plug-in's are, and Megatron-Core's own layer.
+"""Converts weights of an MoE layer between this project's layer, as in the plug-in, and Megatron-Core's own.
 
-All on one rank, whole or its part: `from_megatron` and `to_megatron` change names and shapes, `part` and `whole`
-cut and join. Gradients and optimiser states go the same ways.
+All of it happens on one rank, on the whole or its part: `from_megatron` and `to_megatron` change names and shapes,
+`part` and `whole` cut and join. Gradients and optimizer states convert alike.
 
 E experts, H hidden, F inner size, G 2 for gated activations and 1 for others.
 """
@@ -34,7 +34,7 @@ _GROUPED = re.compile(r"experts\.linear_(fc[12])\.(weight|bias)(\d+)")
 def from_megatron(state: Mapping[str, Tensor], gated: bool = True) -> dict[str, Tensor]:
     """State of an `MoELayer` of this project from that of Megatron's, of any `Layout`.
 
-    `gated`: whether the activation has a gate. Extra states of Transformer Engine are left out.
+    `gated`: True if the activation has a gate. Extra states of Transformer Engine are left out.
 
     Raises:
         KeyError: a weight that no MoE layer has.
@@ -63,7 +63,7 @@ def _own(product: str, kind: str) -> str:
 
 
 def _ours(name: str, weight: Tensor, gated: bool) -> Tensor:
-    """Of weights [E, out, in] or biases [E, out]."""
+    """This project's form of weights [E, out, in] or biases [E, out]."""
     if name == "experts.fc2_bias":
         return weight
     if name == "experts.fc2":
@@ -73,7 +73,7 @@ def _ours(name: str, weight: Tensor, gated: bool) -> Tensor:
 
 
 def _from_legacy(state: Mapping[str, Tensor], gated: bool) -> dict[str, Tensor]:
-    """Of [H, E · G · F] and [E · F, H], which Megatron views as [E, H, G · F] and [E, F, H]."""
+    """Weights from [H, E · G · F] and [E · F, H], which Megatron views as [E, H, G · F] and [E, F, H]."""
     if "experts.weight1" not in state:
         return {}
     first, second = state["experts.weight1"], state["experts.weight2"]
@@ -117,7 +117,7 @@ def _theirs(name: str, weight: Tensor, layout: Layout) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Place:
-    """Which part a rank has: expert rank of `ep`, expert-tensor rank of `etp`, tensor rank of `tp`."""
+    """The place of a rank: its number among `ep` expert ranks, `etp` expert-tensor ranks, and `tp` tensor ranks."""
 
     ep_rank: int = 0
     ep: int = 1
@@ -138,7 +138,7 @@ class Place:
 
 
 def part(state: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
-    """What the plug-in has on a rank, of the whole layer's state."""
+    """The plug-in's part on a rank of the whole layer's state."""
     found = dict(state)
     for name, weight in found.items():
         for dim, number, count in place.cuts(name):
@@ -148,7 +148,7 @@ def part(state: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
 
 
 def whole(parts: Sequence[tuple[Place, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """The whole layer's state from what ranks have; every part must be there, copies may be."""
+    """The whole layer's state from the parts of ranks; every part must be there, and copies may be."""
     found: dict[str, Tensor] = {}
     for name, weight in parts[0][1].items():
         shape = list(weight.shape)

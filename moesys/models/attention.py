@@ -5,8 +5,6 @@ B sequences, S tokens held by this device, H hidden, h heads, d head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
@@ -15,18 +13,24 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from moesys.kernels.rotary import rotate
 from moesys.models.layers import Linear, RMSNorm
 
-if TYPE_CHECKING:
-    from moesys.config.schema import ModelConfig
-
 
 class CausalCore(nn.Module):
     """softmax(q·kᵀ / √d + causal mask)·v through torch's scaled-dot-product attention.
 
     The one place where tokens of a sequence meet; context parallelism replaces it.
+
+    Args:
+        window: tokens that a token sees, itself the last of them; None: all before it.
     """
+
+    def __init__(self, window: int | None = None):
+        super().__init__()
+        self.window = window
 
     def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
         """q [B, S, h, d], k [B, S, g, d], v [B, S, g, dv] with g dividing h: [B, S, h, dv]."""
+        if self.window is not None and self.window < q_BShd.shape[1]:
+            return attend_window(q_BShd, k_BSgd, v_BSgd, self.window)
         return attend(q_BShd, k_BSgd, v_BSgd)
 
 
@@ -55,6 +59,38 @@ def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | No
     return out.transpose(1, 2)
 
 
+def attend_window(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, window: int, before: int = 0) -> Tensor:
+    """Attention of each query to the `window` last keys up to its own: q [B, S, h, d], k and v [B, before + S, g, …].
+
+    Sliding-window attention (Longformer, arXiv 2004.05150; Mistral 7B, arXiv 2310.06825). Queries are taken in pieces
+    of `window`, and each piece with the two pieces of keys that it can see, so that time and memory grow with
+    S · window, on every device, through the kernels that take a mask.
+
+    Args:
+        before: keys that stand before the first query, fewer than `window`.
+    """
+    batch, tokens = q_BShd.shape[:2]
+    pieces = -(-tokens // window)
+    filled = pieces * window - tokens
+    q = nn.functional.pad(q_BShd, (0, 0, 0, 0, 0, filled))
+    k, v = (nn.functional.pad(x, (0, 0, 0, 0, window - before, filled)) for x in (k_BSgd, v_BSgd))
+    q = q.unflatten(1, (pieces, window)).flatten(0, 1)
+    k, v = (x.unflatten(1, (pieces + 1, window)) for x in (k, v))
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))
+    # Query i of a piece is key window + i of its two pieces; the first piece has none but `before` keys before it.
+    query = torch.arange(window, device=q.device)[:, None] + window
+    key = torch.arange(2 * window, device=q.device)
+    seen = (key <= query) & (key > query - window)
+    first = (torch.arange(pieces, device=q.device) == 0)[:, None, None] & (key < window - before)
+    mask = (seen & ~first).repeat(batch, 1, 1).unsqueeze(1)
+    heads = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if heads > 1:
+        k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).unflatten(0, (batch, pieces)).flatten(1, 2)[:, :tokens]
+
+
 def takes_groups(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a fused kernel shares each key head among several query heads [B, h, S, d], as flash attention does.
 
@@ -72,24 +108,30 @@ def _lower_right(q: Tensor, k: Tensor) -> Tensor:
 class GroupedQueryAttention(nn.Module):
     """Attention whose key and value heads are shared by groups of query heads (arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        qk_norm: str = "none",
+        eps: float = 1e-5,
+        window: int | None = None,
+    ):
+        """`qk_norm`: "none", or an RMSNorm of queries and keys per "head" or over all of them ("full")."""
         super().__init__()
-        a = config.attention
-        self.head_dim = a.head_dim or config.hidden // a.heads
-        kv_heads = a.kv_heads or a.heads
-        self.q_proj = Linear(config.hidden, a.heads * self.head_dim, bias=a.bias)
-        self.k_proj = Linear(config.hidden, kv_heads * self.head_dim, bias=a.bias)
-        self.v_proj = Linear(config.hidden, kv_heads * self.head_dim, bias=a.bias)
-        self.o_proj = Linear(a.heads * self.head_dim, config.hidden, bias=a.bias)
-        self.per_head = a.qk_norm == "head"
-        sizes = {
-            "none": (0, 0),
-            "head": (self.head_dim,) * 2,
-            "full": (a.heads * self.head_dim, kv_heads * self.head_dim),
-        }[a.qk_norm]
-        self.q_norm = RMSNorm(sizes[0], config.norm_eps) if sizes[0] else None
-        self.k_norm = RMSNorm(sizes[1], config.norm_eps) if sizes[1] else None
-        self.core = CausalCore()
+        self.head_dim = head_dim
+        self.q_proj = Linear(hidden, heads * head_dim, bias=bias)
+        self.k_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(heads * head_dim, hidden, bias=bias)
+        self.per_head = qk_norm == "head"
+        sizes = {"none": (0, 0), "head": (head_dim,) * 2, "full": (heads * head_dim, kv_heads * head_dim)}[qk_norm]
+        self.q_norm = RMSNorm(sizes[0], eps) if sizes[0] else None
+        self.k_norm = RMSNorm(sizes[1], eps) if sizes[1] else None
+        self.core = CausalCore(window)
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is not None and not self.per_head:
@@ -119,24 +161,34 @@ class LatentAttention(nn.Module):
     rotary part is shared by all heads.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        *,
+        nope: int,
+        rope: int,
+        value: int,
+        latent: int,
+        query_rank: int | None = None,
+        eps: float = 1e-5,
+    ):
+        """`nope`, `rope`, `value`: sizes of a head's parts; `latent`, `query_rank`: of what is compressed."""
         super().__init__()
-        a, hidden = config.attention, config.hidden
-        self.nope, self.rope, self.value = a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim
-        self.latent = a.kv_lora_rank
-        query = a.heads * (self.nope + self.rope)
-        if a.q_lora_rank is None:
+        self.nope, self.rope, self.value, self.latent = nope, rope, value, latent
+        query = heads * (nope + rope)
+        if query_rank is None:
             self.q_proj = Linear(hidden, query, bias=False)
         else:
-            self.q_a_proj = Linear(hidden, a.q_lora_rank, bias=False)
-            self.q_a_norm = RMSNorm(a.q_lora_rank, config.norm_eps)
-            self.q_b_proj = Linear(a.q_lora_rank, query, bias=False)
-        self.compress_query = a.q_lora_rank is not None
-        self.kv_a_proj = Linear(hidden, self.latent + self.rope, bias=False)
-        self.kv_a_norm = RMSNorm(self.latent, config.norm_eps)
-        self.kv_b_proj = Linear(self.latent, a.heads * (self.nope + self.value), bias=False)
+            self.q_a_proj = Linear(hidden, query_rank, bias=False)
+            self.q_a_norm = RMSNorm(query_rank, eps)
+            self.q_b_proj = Linear(query_rank, query, bias=False)
+        self.compress_query = query_rank is not None
+        self.kv_a_proj = Linear(hidden, latent + rope, bias=False)
+        self.kv_a_norm = RMSNorm(latent, eps)
+        self.kv_b_proj = Linear(latent, heads * (nope + value), bias=False)
         self.shared_key = SharedKey()
-        self.o_proj = Linear(a.heads * self.value, hidden, bias=False)
+        self.o_proj = Linear(heads * value, hidden, bias=False)
         self.core = CausalCore()
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

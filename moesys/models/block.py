@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from moesys.models.attention import GroupedQueryAttention, LatentAttention
-from moesys.models.layers import FeedForward, RMSNorm
-from moesys.models.moe import build_moe
+from moesys.models.layers import RMSNorm
+from moesys.models.parts.model import block as describe
 from moesys.moe import MoELayer
 from moesys.moe.layer import Lazy, RoutedTokens
 
@@ -30,15 +29,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        parts = describe(config, layer)
         self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
-        kinds = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
-        self.attention = kinds[config.attention.kind](config)
+        self.attention = parts.mixer.build()
         self.ffn_norm = RMSNorm(config.hidden, config.norm_eps)
-        if config.moe is not None and config.is_moe(layer):
-            self.ffn: nn.Module = build_moe(config.moe, config.hidden, layer)
-        else:
-            assert config.ffn_hidden is not None
-            self.ffn = FeedForward(config.hidden, config.ffn_hidden)
+        self.ffn: nn.Module = parts.ffn.build()
+        self.rotary_dim = parts.mixer.rotary_dim
 
     def parts(self) -> list[Part]:
         """Methods to compile, and to compute again, each as a whole."""

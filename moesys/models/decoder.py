@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from moesys.models.block import Block
 from moesys.models.layers import Linear, RMSNorm, rotary_angles
-from moesys.models.size import kind
+from moesys.models.size import by_name
 
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
@@ -27,20 +27,22 @@ class Decoder(nn.Module):
 
     Attributes:
         dtype: type of the stream between blocks.
+        described: every parameter of the whole model by its name, as its part describes it.
         positions: sequence positions of the tokens that this device holds, int64 [S]; None: 0 … S−1.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.vocab_size, self.dtype = config, vocab_size, dtype
         self.positions: Tensor | None = None
-        self._tables: tuple[tuple[int, torch.device, Tensor | None], tuple[Tensor, Tensor]] | None = None
+        self._tables: tuple[tuple[int, torch.device, Tensor | None], dict[int, tuple[Tensor, Tensor]]] | None = None
         self.embed: Embedding | None = Embedding(vocab_size, config.hidden)
-        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.layers)})
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.depth)})
         self.norm: RMSNorm | None = RMSNorm(config.hidden, config.norm_eps)
         self.head: Linear | None = Linear(config.hidden, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.described = by_name(config, vocab_size)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -51,8 +53,12 @@ class Decoder(nn.Module):
         `moesys.parallel.initialise`, whose numbers depend on no layout.
         """
         for name, parameter in self.named_parameters():
-            if kind(name) == "matrix" and not name.endswith("_lora_b"):
+            if self.described[name].initial is None:
                 parameter.normal_(0.0, self.config.init_std)
+
+    def blocks(self) -> list[Block]:
+        """Its blocks, in order."""
+        return cast("list[Block]", list(self.layers.values()))
 
     def keep(self, layers: range, first: bool, last: bool) -> Decoder:
         """Remove all but these layers, the embedding unless `first`, norm and head unless `last`."""
@@ -72,15 +78,16 @@ class Decoder(nn.Module):
         """
         if self.embed is not None:
             x = self.embed(x).to(self.dtype)
-        cos, sin = self._rotary(x.shape[1], x.device)
-        for block in self.layers.values():
-            x = block(x, cos, sin, tokens_BS2)
+        tables = self._rotary(x.shape[1], x.device)
+        for block in self.blocks():
+            x = block(x, *tables[block.rotary_dim], tokens_BS2)
         if self.head is not None and self.norm is not None:
             x = self.head(self.norm(x))
         return x
 
-    def _rotary(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tables of the positions [S, d], made once for all passes of as many tokens."""
+    def _rotary(self, tokens: int, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+        """Tables of the positions [S, d] for every size d that a block turns, made once for all passes of as many
+        tokens."""
         if torch.compiler.is_compiling():
             return self._angles(tokens, device)
         held = tokens, device, self.positions
@@ -90,6 +97,7 @@ class Decoder(nn.Module):
                 self._tables = held, self._angles(tokens, device)
         return self._tables[1]
 
-    def _angles(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _angles(self, tokens: int, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
         positions = torch.arange(tokens, device=device) if self.positions is None else self.positions
-        return rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta)
+        sizes = {block.rotary_dim for block in self.blocks()}
+        return {size: rotary_angles(positions, size, self.config.rope_theta) for size in sorted(sizes)}

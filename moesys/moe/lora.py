@@ -77,7 +77,7 @@ class LoRAExperts(nn.Module):
         weight_N: Tensor | None = None,
         p: Permutation | None = None,
     ) -> Tensor:
-        """As `Experts.forward`."""
+        """Outputs as those of `Experts.forward`, without `share_GE`."""
         rows_NH = x_NH if p is None else permute(x_NH, p)
         dense = self.base["fc1"](x_NH)
         dense = dense if p is None else permute(dense, p)

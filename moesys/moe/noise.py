@@ -1,7 +1,7 @@
 """Random numbers of tokens, the same on every layout of a run and in recomputation.
 
-Each is a hash of (the token's number in the run, a column, a key): nothing is drawn in an order, so no
-generator's state has to be kept equal across devices.
+Each is a hash of (the token's number in the run, a column, a key). Nothing is drawn in an order, so no generator's
+state must be kept equal across devices.
 """
 
 from __future__ import annotations

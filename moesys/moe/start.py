@@ -8,6 +8,6 @@ from torch import Tensor, nn
 
 
 def like_linear(weight: Tensor, inputs: int) -> None:
-    """Fill a weight of a map of so many inputs as `nn.Linear` fills its own: uniform in ±1 / √inputs."""
+    """Fill the weight of a linear map of `inputs` inputs as `nn.Linear` does: uniform in ±1 / √inputs."""
     bound = 1 / sqrt(inputs)
     nn.init.uniform_(weight, -bound, bound)

@@ -1,4 +1,4 @@
-"""What every rank does in `moesys bench a2a`: measure what its run's folder asks for."""
+"""The worker program of `moesys bench a2a`: measures what bench.json in its run's folder asks for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch.distributed as dist
 from moesys.config.schema import Config
 from moesys.files import json_text, read_json, write_json
 from moesys.measure.a2a_benchmark import run as benchmark
-from moesys.measure.a2a_benchmark.options import Options
-from moesys.measure.a2a_benchmark.result import Result
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
+from moesys.measure.a2a_benchmark.result import CollectiveResult
 from moesys.parallel import nodes
 from moesys.train import native, worker
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Measure what run_dir/bench.json asks for; rank 0 writes results.json, and follow.jsonl as it goes."""
+    """Measure what run_dir/bench.json asks for; rank 0 writes results.json at the end, and follow.jsonl meanwhile."""
     worker.guarded(_measure, config, run_dir)
 
 
@@ -30,11 +30,11 @@ def _measure(config: Config, run_dir: Path) -> None:
     asked = read_json(run_dir / "bench.json", "run the benchmark again")
     follow = (run_dir / "follow.jsonl").open("w", buffering=1) if mesh.rank == 0 else None
 
-    def tell(result: Result) -> None:
+    def tell(result: CollectiveResult) -> None:
         if follow is not None:
             follow.write(json_text(result.as_json()) + "\n")
 
-    results = benchmark.run(config, mesh, Options(**asked), names, tell)
+    results = benchmark.run(config, mesh, BenchmarkOptions(**asked), names, tell)
     if mesh.rank == 0:
         facts = {"hosts": names, "backend": dist.get_backend(), "device": _device(mesh.device), "ranks": len(names)}
         found = {"results": [asdict(result) for result in results], "facts": facts}

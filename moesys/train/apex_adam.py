@@ -1,8 +1,9 @@
 """NVIDIA apex's FusedAdam behind torch's interface of optimizers, on parameters of any layout.
 
-FusedAdam knows nothing of DTensors, and counts its steps in its parameter groups. Here it gets this rank's parts of
-parameters, as plain tensors, and each parameter's state is what torch's AdamW keeps: "step", "exp_avg" and
-"exp_avg_sq", laid out as the parameter is. So either continues the other's checkpoints, on any number of ranks.
+FusedAdam does not know DTensors, and counts its steps in its parameter groups. Here it gets this rank's parts of
+parameters as plain tensors. Each parameter's state is the same as torch's AdamW keeps: "step", "exp_avg" and
+"exp_avg_sq", laid out as the parameter is. So each optimizer can continue the other's checkpoints, on any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class ApexAdam(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any):
         super().__init__(groups, settings | {"weight_decay": 0.0})
         self._parts = {p: nn.Parameter(_part(p)) for group in self.param_groups for p in group["params"]}
-        # A part without elements would keep apex from launching what comes before it in a group.
+        # A part without elements would keep apex from updating the parameters before it in a group.
         held = [[self._parts[p] for p in group["params"] if _part(p).numel()] for group in self.param_groups]
         try:
             from apex.optimizers import FusedAdam
@@ -62,7 +63,7 @@ class ApexAdam(torch.optim.Optimizer):
                 self.state[p]["step"] += 1
 
     def _lend(self, p: nn.Parameter) -> None:
-        """Let FusedAdam see this rank's part of a parameter, of its gradient and of its state."""
+        """Give FusedAdam this rank's part of a parameter, of its gradient and of its state."""
         state, part = self.state[p], self._parts[p]
         if not state:
             state.update({slot: torch.zeros_like(p.detach()) for slot in SLOTS}, step=torch.zeros(()))

@@ -1,4 +1,4 @@
-"""What training steps measured: on the device until a record is due, and then read for all of them at once."""
+"""Measurements of training steps: they stay on the device until a record is due, and are then read all at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moesys.parallel import comm
-from moesys.parallel.gates_check import IGNORES
 from moesys.train.engine import Engine, Update
 
 LOSSES = {
@@ -23,17 +22,18 @@ LOSSES = {
     "load_loss": "load_loss",
     "cmr": "cmr_coefficient",
 }
-"""The losses that layers report, and where model.moe has their coefficients."""
+"""The losses that layers report, and the keys of model.moe that hold their coefficients."""
 
 COUNTS = ("calls", "dropped", "zero")
-"""What layers count beside losses and load: passes, and assignments dropped or to zero-computation experts."""
+"""The counts that layers report beside losses and load: passes, dropped assignments, and those to zero-computation
+experts."""
 
 MOST = 100
-"""Steps, at most, that wait to be read: a run is not to train for long without knowing that its steps are skipped."""
+"""Steps, at most, that wait to be read: a run must not train for long without noticing that its steps are skipped."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepMeasurements:
     """A step's numbers on the host.
 
     Attributes:
@@ -43,7 +43,7 @@ class Measured:
             there are any), each of `LOSSES` that is on (unscaled, mean over layers and micro-batches).
         load: assignments per MoE layer and expert; None without such layers.
         norm: of the gradients, before clipping.
-        skipped: whether nothing was updated.
+        skipped: True if nothing was updated.
         bad: the parameters of this rank whose gradients were not finite, if it was skipped.
     """
 
@@ -56,7 +56,7 @@ class Measured:
 
 
 class _Waiting(NamedTuple):
-    """A step that was not read: sums over the world are to be made of `own` [n], `shared` [2] all ranks have."""
+    """A step that was not read yet. `own` [n] is to be summed over the world; `shared` [2] is the same on all ranks."""
 
     step: int
     own: Tensor
@@ -65,22 +65,22 @@ class _Waiting(NamedTuple):
 
 
 class Backlog:
-    """The steps of a run that the host has not looked at. One rank's part; `read` is collective over the world."""
+    """The steps of a run that the host has not read yet. One rank's part; `read` is collective over the world."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
         moe = engine.config.model.moe
-        self._layers = [i for i in range(engine.config.model.layers) if engine.config.model.is_moe(i)]
+        self._layers = engine.config.model.moe_blocks
         self._shape = (len(self._layers), (moe.experts if moe else 0) + len(COUNTS) + len(LOSSES))
         self._waiting: list[_Waiting] = []
 
     @property
     def full(self) -> bool:
-        """Whether it is to be read now, due or not: the same on all ranks."""
+        """True if it must be read now, due or not: the same on all ranks."""
         return len(self._waiting) >= MOST
 
     def add(self, step: int, loss: Tensor, update: Update, all_to_all_seconds: float = 0.0) -> None:
-        """Keep what a step measured. Nothing travels, and the host waits for nothing.
+        """Keep a step's measurements. Nothing is communicated, and the host waits for nothing.
 
         loss: this rank's share, as `Engine.train` returns it. all_to_all_seconds: of this rank.
         """
@@ -92,13 +92,13 @@ class Backlog:
             row = table[self._layers.index(int(name.split(".")[1]))]
             parts = [totals.get(key, absent) for key in (*COUNTS, *LOSSES)]
             row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
-        # Not torch.tensor, which copies from the host and waits for that.
+        # torch.tensor would copy from the host and wait for that.
         seconds = torch.full((), all_to_all_seconds, dtype=torch.float64, device=device)
         own = torch.cat([torch.stack([loss.detach().double() / self.engine.mesh.degrees.tp, seconds]), table.flatten()])
         self._waiting.append(_Waiting(step, own, torch.stack([update.norm, update.skipped.double()]), update.bad))
 
-    def read(self) -> list[Measured]:
-        """All steps that wait, in order, which no longer do. Collective: one all-reduce, and one wait of the host."""
+    def read(self) -> list[StepMeasurements]:
+        """Remove and return all waiting steps, in order. Collective: one all-reduce, and one wait of the host."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return []
@@ -106,16 +106,16 @@ class Backlog:
         rows = torch.cat([torch.stack([w.shared for w in waiting]), total], 1).cpu().numpy()
         return [self._measured(w, row) for w, row in zip(waiting, rows, strict=True)]
 
-    def _measured(self, waiting: _Waiting, row: np.ndarray) -> Measured:
+    def _measured(self, waiting: _Waiting, row: np.ndarray) -> StepMeasurements:
         norm, skipped, loss, seconds = row[:4].tolist()
         values = {"loss": loss, "all_to_all_seconds": seconds / self.engine.mesh.degrees.world}
         load, moe = None, self.engine.config.model.moe
         if moe is not None and self._layers:
             table = row[4:].reshape(self._shape)
             load = table[:, len(COUNTS) + len(LOSSES) :].round(3).tolist()
-            with np.errstate(all="ignore"):  # what is not a number in a skipped step is told as such
+            with np.errstate(all="ignore"):  # NaN in a skipped step is reported as NaN
                 values |= _routing(table, moe, self.engine.mesh.degrees)
-        return Measured(waiting.step, values, load, norm, bool(skipped), waiting.bad)
+        return StepMeasurements(waiting.step, values, load, norm, bool(skipped), waiting.bad)
 
 
 def _routing(table: np.ndarray, moe: Any, degrees: Any) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _routing(table: np.ndarray, moe: Any, degrees: Any) -> dict[str, Any]:
         zero = counted["zero"].sum()
         values["zero_share"] = float(zero / (zero + load.sum()))
     for name, key in LOSSES.items():
-        if (factor := getattr(moe, key)) and key not in IGNORES[moe.gate.kind]:
+        if (factor := getattr(moe, key)) and key not in moe.router.ignores:
             values[name] = _mean(counted[name] / micro_batches) / factor
     return values
 

@@ -1,4 +1,4 @@
-"""Telling routers that have collapsed: experts that get no tokens, and layers that send every token to the same one."""
+"""Detects collapsed routers: experts that get no tokens, and layers that send every token to the same expert."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from moesys.config.schema import Config
 
 WINDOW = 50
-"""Steps in a row that a state must hold before it is told, or all steps of a run that has fewer. Early in training
-experts of healthy routers are silent for twenty and come back."""
+"""Steps in a row for which a state must hold before it is reported, or all steps of a run that has fewer. Early in
+training, experts of healthy routers are silent for twenty steps and come back."""
 
 SILENT = 1000
 """An expert is dead when the mean expert has got this many assignments since it got its last one: its share is below a
@@ -23,9 +23,6 @@ NEAR = 0.95
 imbalance, largest / mean load, is then at least this share of the largest one possible, E / k. Where that is below 2,
 as with k = 3 of 4, a much-liked expert is no fault."""
 
-EXEMPT = ("dense", "soft", "smear", "expert_choice")
-"""Gates whose experts all take part, or choose their tokens: balance means nothing there, or is given."""
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -35,7 +32,7 @@ class Fault:
         layer: "layers.3".
         kind: "dead", or "collapsed".
         experts: those without tokens, or those that nearly every token goes to.
-        since: first step since which all of them are so.
+        since: first step from which all of them are so.
     """
 
     layer: str
@@ -52,6 +49,7 @@ class Fault:
         return f"{self.layer}: no token for {who} since step {self.since}"
 
     def as_json(self) -> dict[str, Any]:
+        """The fault as JSON."""
         return {"layer": self.layer, "kind": self.kind, "experts": list(self.experts), "since": self.since}
 
 
@@ -62,35 +60,35 @@ def sentence(faults: Sequence[Fault], most: int = 4) -> str:
 
 
 class BalanceWatch:
-    """Follows every step's load, which all ranks have gathered for the metrics."""
+    """Watches the load of every step, which all ranks have gathered for the metrics."""
 
     def __init__(self, config: Config):
         model, t = config.model, config.train
         moe = model.moe
-        self.layers = [f"layers.{i}" for i in range(model.layers) if model.is_moe(i)]
+        self.layers = [f"layers.{i}" for i in model.moe_blocks]
         self.active = bool(
             moe is not None
             and self.layers
-            and moe.gate.kind not in EXEMPT
+            and not moe.router.even
             and moe.gate.force == "none"
-            and moe.experts > moe.choices
+            and moe.experts > moe.router.choices
         )
         if moe is None:
             return
         shape = (len(self.layers), moe.experts)
         self.steps, self.warmup, self.window = t.steps, t.schedule.warmup, min(WINDOW, t.steps)
-        self.tokens, self.choices = t.global_batch * t.seq_len, moe.choices
+        self.tokens, self.choices = t.global_batch * t.seq_len, moe.router.choices
         self.step = 0
-        # First steps since which experts get nothing, or all: the next one, where they do not.
+        # First steps from which experts get nothing, or everything; the next step if they do not.
         self.silent_LE, self.full_LE = np.ones(shape, np.int64), np.ones(shape, np.int64)
         self.missed_LE = np.zeros(shape)
-        self._told: set[tuple[str, str, int]] = set()
+        self._reported: set[tuple[str, str, int]] = set()
 
     def take(self, step: int, load: Sequence[Sequence[float]] | None) -> list[Fault]:
-        """Count a step's `load`, assignments per layer and expert; what it makes certain and was not told before.
+        """Count a step's `load`, assignments per layer and expert; returns faults that are certain now and are new.
 
-        Nothing is told before the learning rate's warm-up ends, unless the run ends with it. `load` None: of a step
-        whose numbers say nothing.
+        Nothing is reported before the learning rate's warm-up ends, unless the run ends with it. `load` is None for a
+        step without meaningful numbers.
         """
         if not self.active or load is None:
             return []
@@ -98,20 +96,20 @@ class BalanceWatch:
         total_L1 = load_LE.sum(1, keepdims=True)
         self.silent_LE[load_LE > 0] = step + 1
         self.missed_LE = np.where(load_LE > 0, 0.0, self.missed_LE + total_L1 / load_LE.shape[1])
-        # Where some assignments count for nothing, their sum says of fewer tokens than there are.
+        # If some assignments are not counted, their sum suggests fewer tokens than there are.
         most_L1 = np.maximum(self.tokens, total_L1 / self.choices)
         self.full_LE[(load_LE < NEAR * most_L1) | (load_LE.shape[1] < 2 * self.choices)] = step + 1
         if step <= self.warmup and step < self.steps:
             return []
         fresh = [fault for fault in self.faults() if not self._known(fault)]
-        self._told |= {(fault.layer, fault.kind, expert) for fault in fresh for expert in fault.experts}
+        self._reported |= {(fault.layer, fault.kind, expert) for fault in fresh for expert in fault.experts}
         return fresh
 
     def _known(self, fault: Fault) -> bool:
-        return all((fault.layer, fault.kind, expert) in self._told for expert in fault.experts)
+        return all((fault.layer, fault.kind, expert) in self._reported for expert in fault.experts)
 
     def faults(self) -> list[Fault]:
-        """The faults of now, layer by layer."""
+        """The present faults, layer by layer."""
         if not self.active:
             return []
         last = self.step - self.window + 1
@@ -126,7 +124,7 @@ class BalanceWatch:
         return found
 
     def counts(self) -> dict[str, int]:
-        """For metrics: dead experts of all layers, and collapsed layers; nothing where balance means nothing."""
+        """Counts for metrics: dead experts of all layers, and collapsed layers; empty if the gate is not watched."""
         if not self.active:
             return {}
         faults = self.faults()
@@ -134,7 +132,7 @@ class BalanceWatch:
         return {"dead_experts": dead, "collapsed_layers": sum(fault.kind == "collapsed" for fault in faults)}
 
     def as_json(self) -> dict[str, Any]:
-        """The state for a checkpoint: layer's place, expert, first step (and what was missed) of those that are so."""
+        """The state for a checkpoint: layer, expert, first step (and missed load) of each silent or full expert."""
         if not self.active:
             return {}
         silent = np.argwhere(self.silent_LE <= self.step).tolist()
@@ -145,7 +143,7 @@ class BalanceWatch:
         }
 
     def restore(self, step: int, kept: dict[str, Any]) -> None:
-        """Go on from what the checkpoint of `step` kept; as if all was well before, where it kept nothing."""
+        """Continue from the state in the checkpoint of `step`; without one, as if no fault had begun before."""
         if not self.active:
             return
         self.step = step

@@ -1,4 +1,4 @@
-"""What recording costs: training steps with it and without, in turn, in the same processes.
+"""Measures the cost of recording: training steps with and without it, interleaved in the same processes.
 
 moesys bench measure configs/quickstart.yaml
 """
@@ -26,24 +26,24 @@ from moesys.measure import simulated_recording
 from moesys.measure.explain.averages import explain
 from moesys.measure.explain.step_summary import Summary
 from moesys.measure.interleaved_timing import alone, interleave, ratio
-from moesys.measure.record.recorder import Recorder
+from moesys.measure.record.recorder import StepRecorder
 from moesys.parallel import comm
-from moesys.train import here
+from moesys.train import spawn
 from moesys.train.guard import demand_numbers
 from moesys.train.loop import Trainer
 from moesys.words import plural
 
 
 @dataclass(frozen=True)
-class Result:
+class RecordingCost:
     """Medians over `rounds`, each of `steps` steps of each side.
 
     Attributes:
         seconds: of a step with collectives called bare.
-        off: seconds of the same step as every run makes it / bare.
+        off: seconds of the same step as every run makes it, / bare.
         on: seconds with every `every`-th step recorded on all ranks, brought together and explained / off.
         all: seconds with every step recorded / off.
-        noise: median of bare rounds / the bare rounds before: what differs by itself.
+        noise: median of bare rounds / the bare rounds before: the variation of the machine.
     """
 
     seconds: float
@@ -59,6 +59,7 @@ class Result:
     date: str
 
     def lines(self) -> list[str]:
+        """The result as lines of text."""
         return [
             f"{self.machine}, {self.date}, {plural(self.world, 'rank')}",
             f"  medians of {plural(self.rounds, 'interleaved round')} of {plural(self.steps, 'step')} "
@@ -70,19 +71,20 @@ class Result:
         ]
 
     def as_json(self) -> dict[str, object]:
+        """The result as JSON."""
         return asdict(self)
 
 
-def run(config: Config, rounds: int, steps: int) -> Result:
+def run(config: Config, rounds: int, steps: int) -> RecordingCost:
     """Measure on this machine, in as many processes as the configuration has ranks; `steps` in a round at least."""
     config = config.measured()
     every = max(1, config.measure.every)
     steps = ceil(steps / every) * every
     world = config.cluster.nodes * config.cluster.ranks_per_node
-    config = here.ready(config, world, "bench measure")
-    with here.started(_work, world, config, rounds, steps) as folder:
+    config = spawn.resolve_device(config, world, "bench measure")
+    with spawn.processes(_work, world, config, rounds, steps) as folder:
         seconds = json.loads((folder / "seconds.json").read_text())
-    return Result(
+    return RecordingCost(
         seconds=median(seconds["bare"]) / steps,
         off=ratio(seconds, "off", "bare"),
         on=ratio(seconds, "on", "off"),
@@ -101,21 +103,21 @@ SIMULATED_STEPS = 20
 """About as many as `launch --measure` records."""
 
 
-def simulated(config: Config, world: int) -> simulated_recording.Result:
-    """What bringing records together costs rank 0 of `world` ranks with the configuration's layers.
+def simulated(config: Config, world: int) -> simulated_recording.SimulationResult:
+    """The simulated cost of gathering records on rank 0 of `world` ranks with the configuration's layers.
 
     Experts are shared by 64 neighbours, or by all where there are fewer.
     """
-    layers = sum(config.model.is_moe(i) for i in range(config.model.layers))
-    return simulated_recording.run(simulated_recording.Load(world, layers, SIMULATED_STEPS, min(64, world)))
+    layers = len(config.model.moe_blocks)
+    return simulated_recording.run(simulated_recording.SimulatedRun(world, layers, SIMULATED_STEPS, min(64, world)))
 
 
 def _work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:
     from moesys.data.corpus import open_corpus
 
-    with here.joined(rank, world, config, folder) as mesh:
+    with spawn.process_group(rank, world, config, folder) as mesh:
         trainer = Trainer(config, mesh, open_corpus(config))
-        recorders = [Recorder(_every(config, n), mesh, Path(folder), 0) for n in (config.measure.every, 1)]
+        recorders = [StepRecorder(_every(config, n), mesh, Path(folder), 0) for n in (config.measure.every, 1)]
         seconds = interleave(_sides(trainer, recorders, steps), rounds, alone(mesh.device), warmup=1)
         if rank == 0:
             write_json(Path(folder) / "seconds.json", seconds)
@@ -126,7 +128,7 @@ def _every(config: Config, steps: int) -> Config:
     return config.model_copy(update={"measure": measure})
 
 
-def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str, Callable[[], object]]:
+def _sides(trainer: Trainer, recorders: list[StepRecorder], steps: int) -> dict[str, Callable[[], object]]:
     def off() -> None:
         for _ in range(steps):
             demand_numbers(trainer.train_step(), "bench measure")
@@ -136,7 +138,7 @@ def _sides(trainer: Trainer, recorders: list[Recorder], steps: int) -> dict[str,
         with patch.object(comm, "record", _nothing):
             off()
 
-    def recorded(recorder: Recorder) -> None:
+    def recorded(recorder: StepRecorder) -> None:
         for _ in range(steps):
             with recorder.step(trainer.step + 1) as recording:
                 demand_numbers(trainer.train_step(), "bench measure")

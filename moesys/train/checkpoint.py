@@ -1,6 +1,6 @@
-"""Checkpoints: complete or absent, and independent of the layout they were written under.
+"""Checkpoints: complete or absent, and independent of the layout under which they were written.
 
-The engine writes its tensors beside the checkpoint's final name, which they get when all ranks are done.
+The engine writes its tensors to a temporary folder, which is renamed when all ranks are done.
 `docs/launching.md` has the content of moesys.json.
 """
 
@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moesys import __version__
-from moesys.config.changes import Change, saved_form
-from moesys.config.schema import Config
+from moesys.config.changes import Change, known, saved_form
+from moesys.config.schema import Config, ModelConfig
 from moesys.data.corpus import Corpus
 from moesys.data.tokenizers import HFTokenizer
 from moesys.errors import CheckpointError
@@ -31,20 +31,20 @@ from moesys.files import write_json
 from moesys.models.decoder import Decoder
 from moesys.moe.layer import moe_layers
 from moesys.parallel.initialise import canonical
-from moesys.train import resume, storage
+from moesys.train import manifest, resume, storage
 from moesys.train.engine import Engine
-from moesys.train.resume import META, complete, damaged, read
-from moesys.train.resume import newest as newest
+from moesys.train.manifest import META, complete, damaged, read
+from moesys.train.manifest import newest as newest
 
 PARTIAL = re.compile(r"\.partial-\d{8,}")
 TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ResumePoint:
     """The place at which a run goes on: after `step` steps and `samples` sequences, with the `changes` since.
 
-    `fresh` names what the checkpoint does not have and what thus begins as in a new run; `state` is as it was saved.
+    `fresh` names tensors that the checkpoint lacks, which thus begin as in a new run; `state` is as it was saved.
     """
 
     step: int
@@ -62,10 +62,9 @@ def save(
     samples: int,
     state: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `folder`/step-N and remove what is `surplus`. Collective over the world.
+    """Write `folder`/step-N and remove `surplus` checkpoints. Collective over the world.
 
-    `state`: JSON to be kept in moesys.json and given back by `load`; "skips" counts skipped steps, "consecutive"
-    and "total".
+    `state`: JSON that moesys.json keeps and `load` returns; "skips" counts skipped steps, "consecutive" and "total".
 
     Raises:
         CheckpointError: it cannot be written.
@@ -82,7 +81,7 @@ def save(
     if first:
         meta = {"step": step, "samples": samples, **_facts(engine, corpus), "state": dict(state or {}), "files": files}
         with _writing(final):
-            write_json(partial / META, meta | {"checksum": resume.checksum(meta)})
+            write_json(partial / META, meta | {"checksum": manifest.checksum(meta)})
             _remove(final)
             os.replace(partial, final)
         for old in surplus(folder, engine.config.output.keep):
@@ -94,9 +93,9 @@ def save(
 def surplus(folder: Path, keep: int) -> list[Path]:
     """Checkpoints that are no longer needed, the oldest first: all but the newest `keep` good ones and the newest.
 
-    A good one was written after a step that updated. One that was written while steps were being skipped is good for
-    going on, but takes the place of no good one: whether training recovers is not known then. One whose moesys.json
-    cannot be read takes no place either, and stays: the disk may be at fault, and a person may mend it.
+    A good one was written after a step that updated. One that was written while steps were being skipped can be resumed
+    from, but replaces no good one: it is not known yet whether training recovers. One with an unreadable moesys.json
+    replaces none either, and stays: the disk may be at fault, and a person may repair it.
     """
     found = complete(folder)
     skipping = {path: _skipping(path) for path in found}
@@ -106,7 +105,7 @@ def surplus(folder: Path, keep: int) -> list[Path]:
 
 
 def _skipping(path: Path) -> bool | None:
-    """Whether a checkpoint was written while steps were being skipped; None where it cannot be read."""
+    """True if a checkpoint was written while steps were being skipped; None if it cannot be read."""
     try:
         state = read(path).state.get("skips")
     except CheckpointError:
@@ -115,7 +114,7 @@ def _skipping(path: Path) -> bool | None:
 
 
 def _begin(partial: Path, corpus: Corpus) -> None:
-    """Make the folder, with the tokenizer in it, and remove what is left of others that were not finished."""
+    """Make the folder, with the tokenizer in it, and remove unfinished ones."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     for left in partial.parent.iterdir():
         if PARTIAL.fullmatch(left.name):
@@ -142,14 +141,14 @@ def _remove(path: Path) -> None:
 
 
 def _all_checksums(folder: Path) -> dict[str, list[int]]:
-    """`storage.checksums` of a folder, each rank's own from that rank. Collective over the world."""
+    """Checksums of all files in a folder, each computed by the rank that wrote it. Collective over the world."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, storage.checksums(folder, dist.get_rank()))
     return {name: facts for part in parts for name, facts in part.items()}
 
 
 def _facts(engine: Engine, corpus: Corpus) -> dict[str, Any]:
-    """Facts to use a checkpoint without its run: all of them are in docs/launching.md."""
+    """The facts that a checkpoint needs to be used without its run; docs/launching.md lists them."""
     config, tokenizer = engine.config, corpus.tokenizer
     model = config.model.model_copy(update={"vocab_size": corpus.vocab_size})
     own = isinstance(tokenizer, HFTokenizer)
@@ -173,23 +172,23 @@ def _facts(engine: Engine, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def load(path: Path, engine: Engine, corpus: Corpus) -> Loaded:
+def load(path: Path, engine: Engine, corpus: Corpus) -> ResumePoint:
     """Restore the engine from a checkpoint. Collective over the world.
 
     Raises:
-        CheckpointError: damaged, or not of this run; see `resume.judge`.
+        CheckpointError: damaged, or not of this run; see `resume.require_compatible`.
     """
     config = engine.config
     meta = read(path)
-    changes = resume.judge(meta, config, corpus.fingerprint)
-    wrong = storage.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
+    changes = resume.require_compatible(meta, config, corpus.fingerprint)
+    wrong = manifest.verify(path, meta.files, dist.get_rank(), dist.get_world_size())
     storage.agree(str(damaged(path, wrong)) if wrong else None)
     fresh = engine.load(path)
-    return Loaded(meta.step, _samples(meta, config), changes, sorted(fresh), meta.state)
+    return ResumePoint(meta.step, _samples(meta, config), changes, sorted(fresh), meta.state)
 
 
-def _samples(meta: resume.Meta, config: Config) -> int:
-    """Sequences of the run's present length in what it has seen: the same share of an epoch."""
+def _samples(meta: manifest.Meta, config: Config) -> int:
+    """Samples seen, counted in sequences of the run's present length: the same share of an epoch."""
     length = meta.config.get("train", {}).get("seq_len", config.train.seq_len)
     return -(-meta.samples * length // config.train.seq_len)
 
@@ -201,16 +200,11 @@ def model(path: Path) -> Decoder:
         CheckpointError: damaged.
     """
     meta = read(path)
-    if wrong := storage.verify(path, meta.files):
+    if wrong := manifest.verify(path, meta.files):
         raise damaged(path, wrong)
     if not meta.whole:
         raise CheckpointError(f"{path} was written before checkpoints kept their configuration\n    remedy: {AGAIN}")
-    try:
-        config = Config.model_validate(meta.config).model
-    except ValidationError as error:
-        rule = f"its configuration is of another version: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-        remedy = f"use the version that wrote it, which {META} names"
-        raise CheckpointError(f"{path}: {rule}\n    remedy: {remedy}") from None
+    config = _model_config(meta)
     assert config.vocab_size is not None
     found = Decoder(config, config.vocab_size)
     metadata = storage.read_metadata(path)
@@ -223,11 +217,29 @@ def model(path: Path) -> Decoder:
     return found.eval()
 
 
+def _model_config(meta: manifest.Meta) -> ModelConfig:
+    """The model's configuration in a checkpoint of any version.
+
+    Raises:
+        CheckpointError: this version does not know one of its keys or values, which may change numbers.
+    """
+    tree, unknown = known(meta.config["model"], ModelConfig, "model.")
+    remedy = f"use the version that wrote it, which {META} names"
+    if unknown:
+        raise CheckpointError(f"{meta.path} has keys of another version: {', '.join(unknown)}\n    remedy: {remedy}")
+    try:
+        return ModelConfig.model_validate(tree)
+    except ValidationError as error:
+        rule = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+        text = f"{meta.path}: its configuration is of another version: {rule}"
+        raise CheckpointError(f"{text}\n    remedy: {remedy}") from None
+
+
 AGAIN = "let its run go on for a step (train.steps), which saves a new one"
 
 
 def _buffers(metadata: Any, prefix: str) -> list[tuple[str, Tensor]]:
-    """Room for what a gate keeps beside parameters, by its names there."""
+    """Empty tensors for the buffers of a gate, by their names in the checkpoint."""
     start = f"model.{prefix}"
     inside = {k.removeprefix(start): t for k, t in metadata.state_dict_metadata.items() if k.startswith(start)}
     names = [name for name in inside if "." not in name]

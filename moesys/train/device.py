@@ -1,4 +1,4 @@
-"""Which device the workers of a run compute on, decided before any of them starts and without torch."""
+"""Chooses the device of a run's workers before any of them starts, without torch."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def choose(cluster: ClusterConfig, gpus: Sequence[int], ranks_per_node: int, whe
 
 
 def placed(config: Config, world: int, gpus: int | None = None) -> tuple[Config, str]:
-    """The configuration for proofs in at most `world` processes of this machine, and a word to the user.
+    """The configuration for at most `world` processes of this machine, and a note for the user.
 
     All of them compute on one kind of device, which `cluster.device` then names: each on its own GPU, with NCCL, or on
-    the CPU, with gloo. The word is "" where nobody expected otherwise. Raises `LaunchError` as `choose` does.
+    the CPU, with gloo. The note is "" unless GPUs stay unused. Raises `LaunchError` as `choose` does.
     """
     gpus = visible_gpus() if gpus is None else gpus
     alone = config.cluster.model_copy(update={"nodes": 1, "ranks_per_node": world})
@@ -66,5 +66,5 @@ def inventory(gpus: Sequence[int]) -> str:
 
 
 def hide_gpus(device: str) -> dict[str, str]:
-    """Environment that makes a worker's own look at its devices agree with `device`."""
+    """Variables that hide GPUs from a worker whose `device` is the CPU."""
     return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}

@@ -1,4 +1,4 @@
-"""A run's latest metrics as Prometheus reads them."""
+"""Serves a run's latest metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Exporter(Collector):
-    """Serves http://host:port/metrics until it is closed, by `moesys.train.metric_table`; all have the label `run`.
+    """Serves http://host:port/metrics until it is closed; names are in `metric_table`, and all have the label `run`.
 
     Args:
         run: the run's name.
         about: further labels of `moesys_run_info`.
 
     Raises:
-        MoesysError: the port cannot be had.
+        MoesysError: the port cannot be used.
     """
 
     def __init__(self, run: str, port: int, host: str, about: Mapping[str, str] | None = None):
@@ -41,16 +41,16 @@ class Exporter(Collector):
                 f"measure.metrics_port: {host}:{port}: {reason.lower()}\n    remedy: choose another port"
             ) from None
 
-    def tell(self, metrics: Mapping[str, float]) -> None:
-        """From now on these, by their keys in metrics.jsonl, are the latest; others stay as they were."""
+    def set_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Replace the values of these metrics, given by their keys in metrics.jsonl; others stay."""
         with self._lock:
             for key, value in metrics.items():
                 m = metric(key)
                 if m.family:
                     self._set(m, value, *([m.label] if m.label else []))
 
-    def tell_load(self, layers: Sequence[int], load: Sequence[Sequence[float]]) -> None:
-        """The same of the assignments of every expert in these layers, by their blocks' numbers."""
+    def set_load(self, layers: Sequence[int], load: Sequence[Sequence[float]]) -> None:
+        """Replace the numbers of assignments of every expert in these layers, given by their blocks' numbers."""
         with self._lock:
             for layer, counts in zip(layers, load, strict=True):
                 here, mean = ("layer", str(layer)), sum(counts) / len(counts)
@@ -62,7 +62,8 @@ class Exporter(Collector):
         self._values.setdefault(m.family, {})[("run", self._run), *labels] = float(value)
 
     def describe(self) -> Iterable[Family]:
-        return ()  # so that nothing is collected to be registered
+        """Nothing: Prometheus then collects nothing when the exporter is registered."""
+        return ()  # registering then collects nothing
 
     def collect(self) -> Iterable[Family]:
         """All families that have a value."""

@@ -1,4 +1,4 @@
-"""Names of tensors that hold numbers that are not finite, and their order in the model."""
+"""Finds tensors with numbers that are not finite, and orders names as the model does."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def nonfinite(tensors: Mapping[str, Tensor], order: float = inf) -> list[str]:
 
 
 def place(name: str) -> tuple[int, list[tuple[int, str]]]:
-    """The place of a parameter's or buffer's name in the model: embedding, layers by number, what follows them.
+    """A sort key for names of parameters and buffers: embedding, layers by number, then the rest.
 
-    Every rank sorts alike by it, whatever the rank holds.
+    All ranks sort alike by it, whatever they hold.
     """
     parts = [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
     return 0 if name.startswith("embed") else 1 if name.startswith("layers") else 2, parts

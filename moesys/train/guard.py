@@ -1,4 +1,4 @@
-"""Steps whose numbers are not finite: skipped and counted, and the end of a run that no longer has any others."""
+"""Counts skipped steps, whose numbers are not finite, and ends a run that has too many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from moesys.config.schema import SkipsConfig
 from moesys.errors import TrainingError
-from moesys.train.backlog import Measured
+from moesys.train.backlog import StepMeasurements
 from moesys.train.engine import Engine
 from moesys.train.finite import place
 
@@ -21,8 +21,8 @@ class Skip:
     """A step that updated nothing.
 
     Attributes:
-        gradients: parameters whose gradients are not finite, in the model's order. None at all if only the loss is
-            not finite, or the gradients' squares are more than their type holds.
+        gradients: parameters whose gradients are not finite, in the model's order. Empty if only the loss is not
+            finite, or if the gradients' squares overflow.
         state: weights, buffers and "NAME/SLOT" of the optimizer that are not finite, in the model's order.
     """
 
@@ -40,13 +40,13 @@ class Skip:
 
 
 class Guard:
-    """Counts the skipped steps of a run, and says when it must end.
+    """Counts the skipped steps of a run, and decides when it must end.
 
     Attributes:
         consecutive: skipped steps since the last one that updated.
         total: skipped steps of the run.
         last: the latest of them in this process.
-        over: why the run must end, since the first step that was one too many; "" while it may go on.
+        over: the reason why the run must end, from the first step that was one too many; "" while it may go on.
     """
 
     def __init__(self, allowed: SkipsConfig):
@@ -55,8 +55,8 @@ class Guard:
         self.last: Skip | None = None
         self.over = ""
 
-    def take(self, measured: Measured, engine: Engine) -> Skip | None:
-        """Count a step; what is known of it if it was skipped. Collective then, and only then."""
+    def take(self, measured: StepMeasurements, engine: Engine) -> Skip | None:
+        """Count a step; returns the facts of a skipped one. Collective if it was skipped, and only then."""
         if not measured.skipped:
             self.consecutive = 0
             return None
@@ -67,7 +67,7 @@ class Guard:
         return self.last
 
     def _verdict(self, skip: Skip) -> str:
-        """Why a skipped step is one too many; "" if it is not."""
+        """The reason why a skipped step is one too many; "" if it is not."""
         a = self.allowed
         if skip.state:
             return f"step {skip.step}: not finite: {named(skip.state)}; {skip}"
@@ -94,13 +94,13 @@ class Guard:
         return {"consecutive": self.consecutive, "total": self.total}
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Count on from what a checkpoint kept; from nothing where it kept nothing."""
+        """Continue the counts in a checkpoint, or start from 0 without one."""
         self.consecutive, self.total = (int(kept.get(key, 0)) for key in ("consecutive", "total"))
         self.over = ""
 
 
 def demand_finite(engine: Engine, what: str, remedy: str) -> None:
-    """Raise if a weight, or what gates or the optimizer keep, is not finite on any rank. Collective.
+    """Raise if a weight, a gate's buffer or optimizer state is not finite on any rank. Collective.
 
     Raises:
         TrainingError: "`what`: not finite: NAME", and `remedy`.
@@ -111,7 +111,7 @@ def demand_finite(engine: Engine, what: str, remedy: str) -> None:
 
 
 def demand_numbers(record: dict[str, Any], what: str) -> None:
-    """Raise if a training step that is to be compared or timed was not finite.
+    """Raise if a training step that will be compared or timed was not finite.
 
     Raises:
         TrainingError: names the step.
@@ -123,7 +123,7 @@ def demand_numbers(record: dict[str, Any], what: str) -> None:
 
 
 def gathered(*names: list[str]) -> list[list[str]]:
-    """Each list with what all ranks have in it, once, in the model's order. Collective."""
+    """The union of each list over all ranks, in the model's order. Collective."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, names)
     return [sorted({name for rank in everyone for name in rank[i]}, key=place) for i in range(len(names))]

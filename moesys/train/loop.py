@@ -21,8 +21,8 @@ from moesys.errors import CheckpointError
 from moesys.parallel import comm
 from moesys.parallel.mesh import Ranks
 from moesys.parallel.to_device import to_device
-from moesys.train import checkpoint, gates, optimizer
-from moesys.train.backlog import Backlog, Measured
+from moesys.train import checkpoint, gate_data, optimizer
+from moesys.train.backlog import Backlog, StepMeasurements
 from moesys.train.balance import BalanceWatch, Fault
 from moesys.train.engine import Engine, engine_of
 from moesys.train.guard import Guard, Skip, demand_finite
@@ -31,15 +31,15 @@ IGNORED = -100
 """Label of a token that no loss counts."""
 
 
-class Known(NamedTuple):
+class StepReport(NamedTuple):
     """A step that was read.
 
     Attributes:
         skip: if it updated nothing.
-        faults: what it made certain about collapsed routers.
+        faults: collapsed routers that it made certain.
     """
 
-    measured: Measured
+    measured: StepMeasurements
     skip: Skip | None
     faults: list[Fault]
 
@@ -49,10 +49,10 @@ class Trainer:
 
     Args:
         config: the run; `config.model.vocab_size` may be None, then the tokenizer decides.
-        mesh: what the engine's `connect` gave.
+        mesh: as the engine's `connect` returned it.
         corpus: tokens for training and held-out tokens.
         dtype: type of the weights, default float32.
-        draw: whether weights are drawn; if not, `resume` must find a checkpoint, which says them.
+        draw: draw initial weights; without it, `resume` must find a checkpoint that has them.
     """
 
     def __init__(
@@ -62,22 +62,22 @@ class Trainer:
         self._drawn = draw
         self.vocab_size = corpus.vocab_size
         self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype, draw)
-        gates.prepare(self.engine, corpus)
+        gate_data.prepare(self.engine, corpus)
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
         self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)
         self.step, self.seen = 0, 0
-        self.resumed: checkpoint.Loaded | None = None
+        self.resumed: checkpoint.ResumePoint | None = None
         self.guard, self.balance = Guard(config.train.skips), BalanceWatch(config)
         self.backlog = Backlog(self.engine)
-        self.known: list[Known] = []
-        """What the last call of `train_step` read of the steps up to then, in their order."""
+        self.reports: list[StepReport] = []
+        """The steps that the last call of `train_step` read, in their order."""
         self.events: list[comm.CollectiveRecord] = []
-        """The project's own collectives in the last step's passes through the model, on this rank."""
+        """The recorded collectives of the last step's passes through the model, on this rank."""
         self.load: list[list[float]] | None = None
-        """Assignments of the last step that was read, over all ranks, per MoE layer and expert."""
+        """Assignments of the last step that was read, over all ranks: per MoE layer and expert."""
         self.seconds = 0.0
-        """Spent in `train_step`, by the host's clock, which waits for the device where it reads."""
+        """Seconds spent in `train_step` by the host's clock; the host waits for the device only to read."""
         self._read_at = 0.0
         self.before_update: Callable[[], None] | None = None
         """Called in every step when gradients are complete, before clipping."""
@@ -85,18 +85,18 @@ class Trainer:
     def train_step(self, due: bool = True) -> dict[str, Any]:
         """One optimizer step over the next global batch: its metrics if they are `due`, else none. Collective.
 
-        What is not due is not waited for: it is read with the next step that is, or when so many steps wait that the
+        The host does not wait for metrics that are not due. It reads them with the next step that is due, or when the
         backlog is full. Times are then means over the steps since the last reading.
 
-        A step whose loss or gradients are not finite updates nothing and counts as a step: `guard` says whether the
-        run may go on.
+        A step with a loss or gradients that are not finite updates nothing and counts as a step: `guard` decides
+        whether the run may go on.
         """
         begin = perf_counter()
         rate = optimizer.learning_rate(self.config.train, self.step + 1)
         self._step(rate, due)
-        self.known = self._read() if due or self.backlog.full else []
+        self.reports = self._read() if due or self.backlog.full else []
         self.seconds += perf_counter() - begin
-        return self._record(rate, due) if self.known else {}
+        return self._record(rate, due) if self.reports else {}
 
     def _step(self, rate: float, due: bool) -> None:
         t = self.config.train
@@ -121,23 +121,23 @@ class Trainer:
             torch.cuda.synchronize()
         return sum(e.exposed for e in self.events if e.level)
 
-    def _read(self) -> list[Known]:
-        """What the steps since the last reading measured, and what it says of the run. Collective."""
+    def _read(self) -> list[StepReport]:
+        """The steps since the last reading, with their skips and faults. Collective."""
         found = []
         for measured in self.backlog.read():
             skip = self.guard.take(measured, self.engine)
             faults = self.balance.take(measured.step, None if skip else measured.load)
-            found.append(Known(measured, skip, faults))
+            found.append(StepReport(measured, skip, faults))
             self.load = measured.load
         return found
 
     def _record(self, rate: float, due: bool) -> dict[str, Any]:
-        """The record of the last step that was read; times are means over all that were.
+        """The record of the last step that was read; times are means over all steps that were read.
 
-        Travelling rows are timed in steps that are `due` alone: all_to_all_share is None of others.
+        Only steps that are `due` time their all-to-all: all_to_all_share is None for others.
         """
-        t, last = self.config.train, self.known[-1].measured
-        seconds = (self.seconds - self._read_at) / len(self.known)
+        t, last = self.config.train, self.reports[-1].measured
+        seconds = (self.seconds - self._read_at) / len(self.reports)
         self._read_at = self.seconds
         values = dict(last.values)
         travel = values.pop("all_to_all_seconds")
@@ -163,7 +163,7 @@ class Trainer:
             windows = torch.from_numpy(np.stack([self.heldout[min(n, count - 1)] for n in numbers]))
             tokens, labels = self._split(windows)
             labels[torch.tensor([n >= count for n in numbers], device=labels.device)] = IGNORED
-            # What fills up the last global batch is padding, and gates are told so.
+            # Padding fills up the last global batch; negative numbers mark it for gates.
             samples = [n if n < count else -1 for n in numbers]
             total += self.engine.evaluate(tokens, labels, samples).double()
         for layer in self.engine.moe_layers().values():
@@ -173,7 +173,7 @@ class Trainer:
 
     @cached_property
     def heldout_bytes_per_token(self) -> float | None:
-        """Bytes of text for each token that `evaluate` predicts; None where the corpus does not know its text."""
+        """Bytes of text per token that `evaluate` predicts; None if the corpus does not know its text."""
         labels = (self.heldout[number][1:] for number in range(self.heldout_windows()))
         return self.corpus.bytes_per_token(labels)
 
@@ -185,9 +185,9 @@ class Trainer:
         """Write a checkpoint of this step under `folder`. Collective.
 
         Raises:
-            TrainingError: something to be written is not finite; nothing is written, and nothing removed.
+            TrainingError: a tensor is not finite; nothing is written, and nothing removed.
         """
-        self.known += self._read()
+        self.reports += self._read()
         what, do = f"step {self.step}: no checkpoint is written", "go back to an older checkpoint"
         demand_finite(self.engine, what, f"{do} in {folder}, with a lower train.optimizer.lr")
         state = {"skips": self.guard.as_json(), "balance": self.balance.as_json()}
@@ -196,11 +196,11 @@ class Trainer:
     def resume(self, folder: Path) -> Path | None:
         """Continue from the newest checkpoint under `folder`, if there is one. Collective.
 
-        `self.resumed` has what it says: what has changed since, and what was kept with it.
+        `self.resumed` has the changes since then, and the state that the checkpoint kept.
 
         Raises:
             TrainingError: something in it is not finite.
-            CheckpointError: there is none, and weights were not drawn.
+            CheckpointError: there is none, and no weights were drawn.
         """
         path = checkpoint.newest(folder)
         if path is None and not self._drawn:

@@ -1,4 +1,4 @@
-"""Whether this machine carries the processes of a proof or a benchmark: asked before any of them starts."""
+"""Checks that this machine can run the processes of a proof or a benchmark, before any of them starts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from moesys.parallel.memory import estimate
 from moesys.words import plural
 
 PROCESS = 250 * 2**20
-"""Bytes of a process that has imported torch and joined others, before it holds a model."""
+"""Bytes of a process that has imported torch and joined a process group, before it holds a model."""
 
 PER_CORE = 32
 """Processes, at most, that share a core: more take minutes to start, and time out."""
 
 LEAST_VOCABULARY = 256
-"""Of a model whose tokenizer was not asked: bytes."""
+"""The assumed vocabulary of a model with an unknown tokenizer: bytes."""
 
 GIB = 2**30
 
 
 def demand(config: Config, world: int, what: str) -> None:
-    """Raise if `world` processes of this machine cannot train `config`: they are too many, or memory is too small.
+    """Raise if `world` processes of this machine cannot train `config`: they are too many, or need too much memory.
 
     Raises:
         LaunchError: with the arithmetic.
@@ -49,7 +49,7 @@ REMEDY = "use fewer ranks and a smaller model of the same parts here (model.laye
 
 
 def on_host(config: Config, world: int) -> float:
-    """Bytes of this machine's memory that a rank's part of the model takes, of the rank with most; 0 on GPUs."""
+    """Bytes of host memory that the model takes on the rank with the most; 0 on GPUs."""
     degrees, _ = resolve(config, world)
     if degrees is None or config.cluster.device == "cuda":
         return 0.0
@@ -58,7 +58,7 @@ def on_host(config: Config, world: int) -> float:
 
 
 def available(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that processes may still take on this machine, or in this container; None where nobody says."""
+    """Bytes that processes may still take on this machine or in this container; None if the system does not say."""
     found = []
     try:
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)

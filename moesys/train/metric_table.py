@@ -1,4 +1,4 @@
-"""The metrics of a run: their keys in metrics.jsonl, and what boards and Prometheus call them."""
+"""The metrics of a run: their keys in metrics.jsonl, and their names on boards and in Prometheus."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, or one of a family that a label tells apart.
+    """One metric, or one of a family whose members differ by a label.
 
     Attributes:
-        tag: on TensorBoard and Weights & Biases, its group first; "" where it is not shown: a curve of it says nothing.
-        family: its name for Prometheus, with its base unit; of counters without `_total`; "" where it is not told.
-        help: what it is, in a sentence.
-        label: a label and its value, where the family has one.
+        tag: on TensorBoard and Weights & Biases, its group first; "" if its curve is meaningless, and not shown.
+        family: its name for Prometheus, with its base unit; counters are without `_total`; "" if it is not exported.
+        help: its meaning in a sentence.
+        label: a label and its value, if the family has one.
         kind: a gauge, or a counter, which never falls.
     """
 
@@ -123,7 +123,7 @@ INFO = Metric("", "moesys_run_info", "1, with what the run is as labels.")
 
 
 def metric(key: str) -> Metric:
-    """The metric of a key; one that the table lacks is shown by its own name, and not told to Prometheus."""
+    """The metric of a key. A key that the table lacks is shown by its own name, and not exported to Prometheus."""
     if key.startswith(CAUSES):
         cause = key.removeprefix(CAUSES)
         return Metric(f"comm/waiting_{_word(cause)}_seconds", "moesys_waiting_seconds", _CAUSE, ("cause", cause))
@@ -138,6 +138,6 @@ def _word(text: str) -> str:
 
 
 def families() -> dict[str, Metric]:
-    """One metric of every family that Prometheus is told, by its name."""
+    """One metric of every family that is exported to Prometheus, by the family's name."""
     every = (*METRICS.values(), metric(CAUSES), metric(PARTS), LOAD, LAYER_IMBALANCE, INFO)
     return {m.family: m for m in every if m.family}

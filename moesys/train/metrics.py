@@ -1,4 +1,4 @@
-"""Where what steps measured is written: metrics.jsonl, load.jsonl, boards and Prometheus."""
+"""Writes the metrics of steps: metrics.jsonl, load.jsonl, boards and Prometheus."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch.distributed as dist
 import moesys
 from moesys.config.schema import Config
 from moesys.files import json_objects, json_text, write_whole
-from moesys.train.board import Board, layout
 from moesys.train.exporter import Exporter
+from moesys.train.tensorboard_run import TensorBoardRun, layout
 from moesys.train.wandb_run import WandbRun
 
 LOADS = 200
-"""Most records of every expert's load that a run keeps: thousands of experts at every step would be too many."""
+"""Records of every expert's load that a run keeps at most: thousands of experts at every step would be too many."""
 
 
 class MetricsLog:
     """metrics.jsonl, load.jsonl (assignments per layer and expert), TensorBoard and Weights & Biases of a run.
 
-    Does nothing except on rank 0.
+    Only rank 0 writes.
 
-    Records of steps after `resumed` (left by a run that ended after its last checkpoint) are removed:
-    they will be written again.
+    Records of steps after `resumed` (left by a run that ended after its last checkpoint) are removed, because they will
+    be written again.
     """
 
     def __init__(self, config: Config, run_dir: Path, resumed: int):
@@ -35,9 +35,9 @@ class MetricsLog:
             return
         self._file, self._loads = (_continued(run_dir / f"{name}.jsonl", resumed) for name in ("metrics", "load"))
         self._every = max(1, ceil(config.train.steps / LOADS))
-        self._layers = [i for i in range(config.model.layers) if config.model.is_moe(i)]
+        self._layers = config.model.moe_blocks
         self._batch_tokens = config.train.global_batch * config.train.seq_len
-        self._board = Board(run_dir / "tensorboard", config, resumed) if config.output.tensorboard else None
+        self._board = TensorBoardRun(run_dir / "tensorboard", config, resumed) if config.output.tensorboard else None
         port = config.measure.metrics_port
         self._exporter = (
             None if port is None else Exporter(config.name, port, config.measure.metrics_host, about(config))
@@ -45,7 +45,7 @@ class MetricsLog:
         self._wandb = WandbRun(config, run_dir) if config.output.wandb else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line; numbers among its values become scalars of the step `record["step"]`."""
+        """Write one line; its numbers become scalars of the step `record["step"]`."""
         if not self.active:
             return
         self._file.write(json_text(record) + "\n")
@@ -53,22 +53,22 @@ class MetricsLog:
         step = record["step"]
         if self._exporter is not None:  # NaN is a number to Prometheus
             done = {"step": step, "tokens": step * self._batch_tokens} if "loss" in record else {}
-            self._exporter.tell(scalars | done)
+            self._exporter.set_metrics(scalars | done)
         finite = {k: v for k, v in scalars.items() if isfinite(v)}
         for board in (self._board, self._wandb):
             if board is not None:
                 board.write(step, finite)
 
     def warn(self, step: int, text: str) -> None:
-        """One line that a user should see; the live display shows it."""
+        """Write one line as a warning, which the live display shows."""
         self.write({"step": step, "warning": text})
 
     def write_load(self, step: int, load: list[list[float]] | None) -> None:
-        """One line with every expert's load, and a picture, of every so many steps only; Prometheus is told always."""
+        """Write every expert's load and a picture of it at some steps; Prometheus gets it at every step."""
         if not self.active or load is None:
             return
         if self._exporter is not None:
-            self._exporter.tell_load(self._layers, load)
+            self._exporter.set_load(self._layers, load)
         if step % self._every == 0:
             self._loads.write(json_text({"step": step, "load": load}) + "\n")
             if self._board is not None:
@@ -93,7 +93,7 @@ class MetricsLog:
 
 
 def about(config: Config) -> dict[str, str]:
-    """Facts of a run, for labels."""
+    """Labels that describe a run."""
     degrees = " ".join(f"{axis}={degree}" for axis, degree in layout(config).items())
     return {"version": moesys.__version__, "engine": config.engine, "parallel": degrees}
 
@@ -105,7 +105,7 @@ def _continued(path: Path, last: int) -> TextIO:
 
 
 def _truncate(path: Path, last: int) -> None:
-    """Keep the records of steps up to `last`; lines that are damaged or cut short are no records."""
+    """Keep the records of steps up to `last`, without lines that are damaged or cut short."""
     if not path.exists():
         return
     steps = ((record, record.get("step")) for record in json_objects(path))

@@ -1,4 +1,4 @@
-"""The project's own engine: a `Decoder` composed with the dimensions of parallelism, and torch's optimizers."""
+"""The native engine: a `Decoder` composed with the dimensions of parallelism, and torch's optimizers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from moesys.train.engine import Update
 from moesys.train.finite import nonfinite
 
 
-def joined(config: Config) -> tuple[Degrees, torch.device]:
+def join_process_group(config: Config) -> tuple[Degrees, torch.device]:
     """Join the process group that the environment describes, unless already in it."""
     wanted = config.cluster.device
     cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
@@ -48,13 +48,13 @@ def joined(config: Config) -> tuple[Degrees, torch.device]:
 
 
 def own_gpu(local_rank: int, visible: int) -> int:
-    """The GPU of a worker among those it sees: the one of its number on the node, modulo how many these are.
+    """The GPU of a worker among those it sees: its local rank, modulo their number.
 
-    Where launchers give each worker its own (Slurm's gpus-per-task, Ray), it sees as many as one worker has, whatever
-    its number. Two workers that come to the same GPU hear of it where the ranks meet (`rendezvous.claim`).
+    If the launcher gives each worker its own GPUs (Slurm's gpus-per-task, Ray), a worker sees only these. If two
+    workers choose the same GPU, the rendezvous raises an error (`rendezvous.claim`).
 
     Raises:
-        MoesysError: it sees none.
+        MoesysError: the worker sees none.
     """
     if not visible:
         rule = f"worker {local_rank} of this node computes on a GPU, as cluster.device says, and sees none"
@@ -64,7 +64,7 @@ def own_gpu(local_rank: int, visible: int) -> int:
 
 def connect(config: Config) -> ParallelMesh:
     """Join the process group and build the meshes."""
-    degrees, device = joined(config)
+    degrees, device = join_process_group(config)
     return ParallelMesh(degrees, device, config.launch.timeout_s)
 
 
@@ -77,7 +77,7 @@ def build(
 
 
 class NativeEngine:
-    """See `Engine`. Checkpoints hold every tensor by its parameter's name, through `torch.distributed.checkpoint`."""
+    """See `Engine`. `torch.distributed.checkpoint` saves every tensor by its parameter's name."""
 
     def __init__(
         self,
@@ -89,15 +89,17 @@ class NativeEngine:
     ):
         self.config, self.mesh, self.dtype = config, mesh, dtype or torch.float32
         self.model = compose(config, mesh, vocab_size, dtype, draw)
-        self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters())
+        self.optimizer = optimizer.build(config.train.optimizer, self.model.named_parameters(), self.model.decays)
         self._loss = torch.zeros((), device=mesh.device)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
+        """See `Engine.train`."""
         loss = self._loss = self.model.train(tokens, labels, samples)
         self.model.gradients.reduce()
         return loss
 
     def update(self, rate: float) -> Update:
+        """See `Engine.update`."""
         gradients = self.model.gradients
         norm, loss = gradients.norm(self._loss)
         skipped = ~(norm.isfinite() & loss.isfinite())
@@ -116,28 +118,35 @@ class NativeEngine:
         return [names[id(p)] for p, is_fine in zip(self.model.gradients.parameters, fine, strict=True) if not is_fine]
 
     def nonfinite(self) -> list[str]:
+        """See `Engine.nonfinite`."""
         state = self._state()
         kept = {name: value for name, value in state["optimizer"].items() if value.ndim}
         return nonfinite({name: local(value) for name, value in (state["model"] | kept).items()})
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
+        """See `Engine.evaluate`."""
         return self.model.evaluate(tokens, labels, samples)
 
     def moe_layers(self) -> dict[str, MoELayer]:
+        """See `Engine.moe_layers`."""
         return self.model.moe_layers()
 
     def gradients(self) -> dict[str, Tensor]:
+        """See `Engine.gradients`."""
         trained = {name: p for name, p in self.model.named_parameters().items() if p.requires_grad}
         return {name: _whole(p.grad) for name, p in trained.items() if p.grad is not None}
 
     def weights(self) -> dict[str, Tensor]:
+        """See `Engine.weights`."""
         found = self.model.named_parameters() | self.model.named_buffers()
         return {name: _whole(value) for name, value in found.items()}
 
     def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
         storage.save(self._state(), folder)
 
     def load(self, folder: Path) -> set[str]:
+        """See `Engine.load`."""
         return storage.load(self._state(), folder, optional={f"model.{name}" for name in self.model.named_buffers()})
 
     def _state(self) -> dict[str, Any]:
@@ -155,7 +164,7 @@ class NativeEngine:
         return {"model": model, "optimizer": slots}
 
     def _allocate(self) -> None:
-        """Make the optimizer create its state: a step of zeros that changes nothing, and that no count keeps."""
+        """Make the optimizer create its state by a step with zero gradients. It changes nothing and is not counted."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import cos, pi
 from typing import Any
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import OptimizerConfig, TrainConfig
-from moesys.models.size import kind
 from moesys.train.apex_adam import ApexAdam
-from moesys.train.checked import decay_steps
+from moesys.train.validate import decay_steps
 
 
-def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only (see `moesys.models.size.kind`).
+def build(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], decays: Callable[[str], bool]
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with decay on those parameters whose names it `decays`: matrices.
 
-    `parameters`, by their layout-independent names, may be plain or DTensors of any mesh; states are laid out as
-    they are. Those that need no gradient are left out.
+    `parameters`, by their layout-independent names, may be plain or DTensors of any mesh; their states are laid out
+    alike. Parameters that need no gradient are left out.
     """
     # One group per kind and mesh: the fused update takes tensors of one mesh at a time.
     groups: dict[tuple[bool, Any], dict[str, Any]] = {}
     for name, p in ((name, p) for name, p in parameters.items() if p.requires_grad):
-        decays = kind(name) == "matrix"
-        decay = config.weight_decay if decays else 0.0
-        key = (decays, p.device_mesh if isinstance(p, DTensor) else None)
+        decay = config.weight_decay if decays(name) else 0.0
+        key = (decays(name), p.device_mesh if isinstance(p, DTensor) else None)
         groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(p)
     if not groups:  # a pipeline stage whose parameters are all frozen
         groups[False, None] = {"params": [], "weight_decay": 0.0}
@@ -40,8 +40,8 @@ def build(config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> to
 def step(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
     """Update, unless `skipped`, a bool [] on the parameters' device, for which the host does not wait.
 
-    Fused optimizers ask the device, by the attribute through which torch.amp.GradScaler tells them: where it is 1
-    neither parameters move nor what is kept of them, the count of steps included. Others need the host's answer.
+    Fused optimizers read `found_inf` on the device, as torch.amp.GradScaler sets it: if it is 1, neither parameters nor
+    their state change, the count of steps included. Other optimizers need the host to decide.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]

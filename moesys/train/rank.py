@@ -3,8 +3,7 @@
     RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 \\
         python -m moesys.train.rank moesys.train.worker runs/NAME
 
-Everything that takes long to import, torch above all, is imported inside, so that a failure to do so is told
-as any other.
+Slow imports, torch above all, happen inside, so that a failed import is reported like any other failure.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from pathlib import Path
 
 import moesys
 from moesys.errors import MoesysError
-from moesys.train import beat
-from moesys.train.beat import Beat
-from moesys.train.ending import Failure
+from moesys.train import heartbeat
+from moesys.train.failure import Failure
+from moesys.train.heartbeat import Heartbeat
 
 MARK = "=== attempt "
-"""Begins the line of a log that says what was started when."""
+"""Begins the header line of an attempt in a log."""
 
-OURS = "=== "
-"""Begins lines of a log that are for its reader alone: the launcher tells the same itself."""
+LOG_ONLY = "=== "
+"""Begins lines that are for the log alone: the launcher prints the same itself."""
 
 COMMAND = "MOESYS_COMMAND"
 """The variable with the command that the user gave."""
 
 
 def header(log: Path) -> str:
-    """The line before a worker's output: which attempt, when, where, what, by which command.
+    """The header of a worker's output: attempt, time, process, versions and command.
 
     `log` holds the output of the attempts before this one.
     """
@@ -61,20 +60,20 @@ def _version(package: str) -> str:
 
 
 def process(work: Callable[[], None], run_dir: Path) -> int:
-    """Do `work`, a rank's part of the run in `run_dir`: 0, or the exit code of its failure, which is told before."""
+    """Do `work`, a rank's part of the run in `run_dir`; returns 0, or reports its failure and returns the exit code."""
     rank = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         print(header(run_dir / "logs" / f"rank-{rank}.log"), flush=True)
         faulthandler.enable()
-        with Beat(run_dir, rank):
+        with Heartbeat(run_dir, rank):
             work()
     except BaseException as error:
         failure = Failure.of(error, rank, run_dir)
         failure.send()
         failure.write(run_dir)
         with suppress(OSError):
-            print(f"{OURS}rank {rank} failed: {failure.sentence.splitlines()[0]}", file=sys.stderr, flush=True)
+            print(f"{LOG_ONLY}rank {rank} failed: {failure.sentence.splitlines()[0]}", file=sys.stderr, flush=True)
         return failure.exit_code or 1
     return 0
 
@@ -87,14 +86,14 @@ def main(words: Sequence[str]) -> int:
         from moesys.config.load import load
 
         config = load(run_dir / "config.yaml").config
-        beat.every(beat.interval(config.launch.timeout_s))
+        heartbeat.set_interval(heartbeat.interval(config.launch.timeout_s))
         import_module(program).run(config, run_dir)
 
     return process(work, run_dir)
 
 
 def leave(code: int) -> None:
-    """End this process; after a failure at once: process groups without peers may hang or abort at the end."""
+    """End this process. After a failure it ends at once: process groups without peers may hang or abort at exit."""
     if code:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):

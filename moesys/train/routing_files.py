@@ -1,7 +1,7 @@
 """Recorded routing on disk: one .npz file per step and rank. Needs no torch.
 
-For each MoE layer of the rank, by its block's number: `N.number` int64 [T] of tokens, `N.expert` int16 [T, K],
-−1 where a token has fewer assignments, `N.weight` float16 [T, K]. `experts`: how many a layer has.
+For each MoE layer N of the rank (the number of its block): `N.number` int64 [T], the tokens' numbers; `N.expert` int16
+[T, K], −1 if a token has fewer assignments; `N.weight` float16 [T, K]. `experts`: the number of experts of a layer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError),
     *(NotImplementedError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
 )
-"""Errors that numpy and zipfile raise of files that are damaged."""
+"""Errors that numpy and zipfile raise for damaged files."""
 Arrays = tuple[Any, Any, Any]
 """number [T], expert [T, K] and weight [T, K] of one layer."""
 
 
+def block(name: str) -> int:
+    """The number of a layer's block: 3 of "layers.3.ffn"."""
+    return int(name.split(".")[1])
+
+
 def write(folder: Path, step: int, rank: int, layers: dict[int, Arrays], experts: int) -> None:
-    """Write what `rank` saw in `step`."""
+    """Write the routing of `rank` in `step`."""
     arrays: dict[str, Any] = {"experts": np.int64(experts)}
     for layer, parts in layers.items():
         arrays |= {f"{layer}.{key}": part for key, part in zip(("number", "expert", "weight"), parts, strict=True)}
@@ -44,14 +49,14 @@ def write(folder: Path, step: int, rank: int, layers: dict[int, Arrays], experts
 
 
 def forget(folder: Path, step: int) -> None:
-    """Remove what was recorded after `step`."""
+    """Remove the recordings of steps after `step`."""
     for path in folder.glob(PATTERN):
         if (name := NAME.fullmatch(path.name)) and int(name[1]) > step:
             path.unlink()
 
 
 def read(folder: Path, layer: int) -> tuple[int, np.ndarray]:
-    """The first token's number, and the experts int16 [N, K] of it and all that follow, in a layer.
+    """The first token's number, and the experts int16 [N, K] of all tokens from it on, in a layer.
 
     Raises:
         DataError: there is no recording, or not of every token of this layer.
@@ -74,12 +79,12 @@ def numbers(folder: Path, layer: int) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def wrong(folder: Path, layers: Iterable[int], experts: int) -> str | None:
-    """What is wrong with a recording for a model with these MoE layers; None if nothing is."""
+    """The fault of a recording for a model with these MoE layers; None if it fits."""
     try:
         recorded = {int(file["experts"]) for file in _files(folder)}
         if recorded != {experts}:
-            told = ", ".join(map(str, sorted(recorded)))
-            return f"{folder} was recorded with {told} experts per layer, and model.moe.experts is {experts}"
+            found = ", ".join(map(str, sorted(recorded)))
+            return f"{folder} was recorded with {found} experts per layer, and model.moe.experts is {experts}"
         for layer in layers:
             numbers(folder, layer)
     except DataError as error:
@@ -88,7 +93,7 @@ def wrong(folder: Path, layers: Iterable[int], experts: int) -> str | None:
 
 
 def assignments(folder: Path) -> Iterator[tuple[int, int, list[int]]]:
-    """Of each file: its rank, how many experts a layer has, and the rank's assignments of each, over layers.
+    """For each file: its rank, the experts of a layer, and the rank's assignments to each expert, summed over layers.
 
     Raises:
         DataError: there is no recording.
@@ -108,11 +113,11 @@ def _files(folder: Path) -> Iterator[dict[str, np.ndarray]]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files if not name.endswith(".weight")}
-            told = _wrong(arrays)
+            fault = _wrong(arrays)
         except DAMAGE:
-            told = "is no recorded routing, or was cut short"
-        if told:
-            raise DataError(f"{path} {told}\n    remedy: record the run's routing again, or remove the folder")
+            fault = "is no recorded routing, or was cut short"
+        if fault:
+            raise DataError(f"{path} {fault}\n    remedy: record the run's routing again, or remove the folder")
         yield arrays
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what may stand in the way of writing it, and whose configuration it holds. Needs no torch."""
+"""The folder of a run: checks that its names are free, and proposes its configuration. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moesys.errors import FileError
 from moesys.files import write_whole
-from moesys.train.resume import NAME, newest
+from moesys.train.manifest import NAME, newest
 
 FOLDERS = ("beats", "checkpoints", "errors", "logs", "measure", "ray", "routing", "tensorboard", "wandb")
 FILES = (
@@ -17,11 +17,11 @@ FILES = (
     "report.html", "summary.json", "wandb.json", "measure/steps.jsonl", "measure/summary.jsonl",
 )  # fmt: skip
 BEFORE = ".config.before.yaml"
-"""The configuration that the run had, while nobody has accepted the new one."""
+"""The file with the run's previous configuration, while workers have not accepted the new one."""
 
 
 def check(run_dir: Path) -> None:
-    """Ask whether everything that a run writes can be made where it belongs.
+    """Check that a run can make every file and folder that it writes.
 
     Raises:
         FileError: a file stands where a folder belongs, or a folder where a file does; names each.
@@ -46,7 +46,7 @@ def check(run_dir: Path) -> None:
 
 @contextmanager
 def proposed(run_dir: Path, text: str) -> Iterator[None]:
-    """Give the run a configuration, which stays when workers `accept` it; else the one that it had comes back."""
+    """Write the run's new configuration. It stays if workers `accept` it; otherwise the previous one is restored."""
     path, before = run_dir / "config.yaml", run_dir / BEFORE
     kept = path.is_file() and newest(run_dir / "checkpoints") is not None
     if kept and not before.exists() and path.read_bytes() != text.encode():
@@ -55,10 +55,10 @@ def proposed(run_dir: Path, text: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(FileNotFoundError):  # accepted, on another node perhaps, whose folder is seen here with delay
+        with suppress(FileNotFoundError):  # accepted, perhaps on another node, whose changes show here with delay
             os.replace(before, path)
 
 
 def accept(run_dir: Path) -> None:
-    """Keep the configuration that was proposed: the run goes on under it."""
+    """Keep the proposed configuration."""
     (run_dir / BEFORE).unlink(missing_ok=True)

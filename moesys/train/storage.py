@@ -1,19 +1,17 @@
-"""The files of a checkpoint: written, checked and read without running anything that is in them.
+"""Writes, checks and reads the files of a checkpoint, without executing anything in them.
 
-`torch.distributed.checkpoint` keeps tensors in `__RANK_N.distcp` and what they are in `.metadata`, a pickle. A pickle
-can name any function and have it called, so that one is read by an unpickler that knows the classes of
-checkpoints and nothing else; tensors are read with `weights_only`.
+`torch.distributed.checkpoint` keeps tensors in `__RANK_N.distcp`, and their descriptions in `.metadata`, a pickle. A
+pickle can call any function by name. So an unpickler reads it that knows the classes of checkpoints and nothing else;
+tensors are read with `weights_only`.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
 import warnings
-import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +23,15 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from moesys.errors import CheckpointError, FileError
 from moesys.files import read_json
-from moesys.train.ending import Kind, kind_of
-from moesys.train.resume import META, damaged
-
-METADATA = ".metadata"
-BLOCK = 1 << 22
+from moesys.train.failure import FailureKind, kind_of
+from moesys.train.manifest import META, crc32, damaged
+from moesys.train.saved_shapes import CLASSES, METADATA, scan
 
 KNOWN = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
+    **CLASSES,
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-    "collections": {"OrderedDict"},
 }
-"""Module → names that `.metadata` may use: classes that hold data, and one function that looks a layout up."""
+"""Module → names that `.metadata` may use."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -59,26 +41,8 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-OPCODES = {
-    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT", "POP", "POP_MARK",
-    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
-    "SHORT_BINUNICODE", "BINUNICODE",
-    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS",
-    "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS",
-    "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD",
-}  # fmt: skip
-"""Opcodes of a pickle of metadata. Others, that a flipped bit makes of these, let the unpickler ask for
-gigabytes."""
-
-
-def _scan(content: bytes) -> None:
-    for opcode, _, _ in pickletools.genops(content):
-        if opcode.name not in OPCODES:
-            raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which no checkpoint does")
-
-
 class Reader(FileSystemReader):
-    """Reads a checkpoint's tensors by metadata that were read and checked before."""
+    """Reads a checkpoint's tensors by metadata that are checked already."""
 
     def __init__(self, folder: Path, metadata: Metadata):
         super().__init__(folder)
@@ -93,7 +57,7 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
     """The tensors of a checkpoint and their places; executes nothing.
 
     Args:
-        part, parts: whether their places are in the files is asked of every `parts`-th file, from the `part`-th on.
+        part, parts: the places in every `parts`-th file are checked, from the `part`-th file on.
 
     Raises:
         CheckpointError: `.metadata` is missing, damaged, or names what no checkpoint does; or its tensors lie
@@ -103,7 +67,7 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
     try:
         content = path.read_bytes()
         if not _listed(folder):
-            _scan(content)
+            scan(content)
         metadata = _Unpickler(io.BytesIO(content)).load()
     except OSError as error:
         raise damaged(folder, f"{METADATA} cannot be read: {(error.strerror or str(error)).lower()}") from None
@@ -121,7 +85,7 @@ def read_metadata(folder: Path, part: int = 0, parts: int = 1) -> Metadata:
 
 
 def _listed(folder: Path) -> bool:
-    """Whether moesys.json has a checksum of `.metadata`, which has then been compared (a scan of it takes long)."""
+    """True if moesys.json has a checksum of `.metadata`. It was compared then, and the slow scan is not needed."""
     try:
         return METADATA in read_json(folder / META, "").get("files", {})
     except FileError:
@@ -173,11 +137,11 @@ def unwritten(folder: Path, error: BaseException) -> CheckpointError:
 
 
 def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]:
-    """Read tensors into `state`; the names that the checkpoint lacks. Collective over the world.
+    """Read tensors into `state`; returns the names that the checkpoint lacks. Collective over the world.
 
     Args:
-        state: is left without those.
-        optional: names that may be missing, which then keep the values that they have.
+        state: loses the tensors that the checkpoint lacks.
+        optional: names that may be missing; these tensors keep their values.
 
     Raises:
         CheckpointError: damaged, or a tensor is missing or of another shape or type; the same on all ranks.
@@ -208,26 +172,26 @@ def load(state: State, folder: Path, optional: Collection[str] = ()) -> set[str]
 
 
 def _is_elsewhere(error: BaseException, folder: Path) -> bool:
-    """Whether the fault is another rank's or lack of memory: nobody should move a good checkpoint away for that.
+    """True if the fault is another rank's, or lack of memory: a good checkpoint must not be moved away for that.
 
     A damaged file may ask for any amount of memory, unless its checksum has been compared.
     """
     kind = kind_of(error)
-    return kind in (Kind.LOST, Kind.TIMEOUT) or (kind is Kind.MEMORY and _listed(folder))
+    return kind in (FailureKind.LOST, FailureKind.TIMEOUT) or (kind is FailureKind.MEMORY and _listed(folder))
 
 
 def agree(wrong: str | None) -> None:
-    """Raise the first rank's `wrong` on every rank, if any has one. Collective over the world, where there is one."""
+    """Raise the first rank's `wrong` on every rank, if any rank has one. Collective over the world, if there is one."""
     everyone: list[Any] = [wrong]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, wrong)
-    if told := next((text for text in everyone if text is not None), None):
-        raise CheckpointError(told)
+    if error := next((text for text in everyone if text is not None), None):
+        raise CheckpointError(error)
 
 
 def _missing(state: State, metadata: Metadata, folder: Path) -> set[str]:
-    """Names of tensors that are not in the checkpoint; raises CheckpointError where one is something else there."""
+    """Names of tensors that the checkpoint lacks; raises CheckpointError if one has another shape or type there."""
     missing = set()
     for section, tensors in state.items():
         for name, wanted in tensors.items():
@@ -258,30 +222,6 @@ def checksums(folder: Path, rank: int) -> dict[str, list[int]]:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     mine = [n for n in names if n.startswith(f"__{rank}_") or (rank == 0 and not n.endswith(".distcp"))]
     return {name: [(folder / name).stat().st_size, crc32(folder / name)] for name in mine}
-
-
-def crc32(path: Path) -> int:
-    """The CRC-32 of a file; it differs for every change of up to 32 neighbouring bits."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def verify(folder: Path, files: Mapping[str, Any], part: int = 0, parts: int = 1) -> str | None:
-    """The fault in every `parts`-th of the files, whose `checksums` are given; None if there is none."""
-    for name in sorted(files)[part::parts]:
-        size, expected = files[name]
-        try:
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found:,} bytes, and had {size:,} when it was written"
-            if crc32(folder / name) != expected:
-                return f"{name} has changed since it was written: its checksum is another"
-        except OSError as error:
-            return f"{name} cannot be read: {(error.strerror or str(error)).lower()}"
-    return None
 
 
 def _cause(error: BaseException) -> str:

@@ -18,29 +18,29 @@ from moesys.config.schema import Config, ParallelConfig
 from moesys.errors import Problem
 from moesys.parallel import dimension
 from moesys.parallel.mesh import Ranks
-from moesys.train import here, machine
+from moesys.train import machine, spawn
 from moesys.train.guard import demand_numbers
 
 if TYPE_CHECKING:
     from moesys.train.loop import Trainer
 
 FLOOR = 1e-3
-"""A tensor whose gradient's root-mean-square is under this share of the model's is rounding noise
-around zero (the bias of a key, say): its difference is taken relative to that share instead, and its
-parameter, which Adam moves by the sign of noise, is not compared."""
+"""A gradient with a root-mean-square below this share of the model's is rounding noise around zero (the bias of a key,
+for example). Its difference is taken relative to that share, and its parameter, which Adam moves by the sign of noise,
+is not compared."""
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 1e-2}
-"""Largest relative difference that rounding explains, by type. In bfloat16 (8 bits) near ties of the
-gate fall differently, so that this proves little: it finds gross mistakes."""
+"""Largest relative difference that rounding explains, by type. In bfloat16 (8 bits), near ties of the gate are decided
+differently. So it proves little there, and finds gross mistakes."""
 
 EPS = 1e-5
-"""Least eps of Adam in both runs. Where a gradient is as small as eps, Adam turns rounding noise into
-steps of the size of lr: that would be compared, and not the parallelism."""
+"""Least eps of Adam in both runs. If a gradient is as small as eps, Adam turns rounding noise into steps of size lr:
+the comparison would show this noise instead of the parallelism."""
 
 
 @dataclass
 class Trace:
-    """What a run computed: losses and norms per step, gradients per step and final parameters by name."""
+    """The results of a run: losses and norms per step, gradients per step and final parameters by name."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -50,18 +50,19 @@ class Trace:
 
 @dataclass
 class Difference:
-    """The largest relative difference of one kind, and where it is."""
+    """The largest relative difference of one kind, and its place."""
 
     value: float = 0.0
     where: str = ""
 
     def update(self, value: float, where: str) -> None:
+        """Keep `value` and its place if it is larger, or NaN."""
         if not value <= self.value:  # also a NaN
             self.value, self.where = value, where
 
 
 @dataclass
-class Report:
+class EqualityReport:
     """Largest relative differences between a parallel run and one process."""
 
     world: int
@@ -74,15 +75,17 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """True if no difference is above the tolerance."""
         kinds = (self.loss, self.norm, self.gradient, self.parameter)
         return all(kind.value <= self.tolerance for kind in kinds)
 
     def as_json(self) -> dict[str, Any]:
+        """The report as JSON, with `passed`."""
         return {**asdict(self), "passed": self.passed}
 
 
 def reference(config: Config, engine: str | None = None) -> Config:
-    """The same run for one process: no parallelism, nothing recomputed or compiled; by default of the same engine."""
+    """The run in one process: no parallelism, nothing recomputed or compiled; by default with the same engine."""
     return config.model_copy(
         update={
             "engine": engine or config.engine,
@@ -94,7 +97,7 @@ def reference(config: Config, engine: str | None = None) -> Config:
 
 
 def untried(config: Config, dtype: str, against: str | None = None) -> list[Problem]:
-    """What cannot be compared in this type, or with this engine."""
+    """Problems that prevent a comparison in this type, or with this engine."""
     other = reference(config, against)
     if dtype == "float64" and "megatron" in (config.engine, other.engine):
         rule = "computes in float32 and bfloat16"
@@ -103,7 +106,7 @@ def untried(config: Config, dtype: str, against: str | None = None) -> list[Prob
 
 
 def unprovable(config: Config, tolerance: float) -> list[Problem]:
-    """What makes a run differ from one process by more than rounding explains, on purpose."""
+    """Problems of keys that make a run differ from one process on purpose by more than rounding explains."""
     p = config.parallel
     if p.dispatch.payload == "model" or p.ep * p.etp == 1:
         return []
@@ -113,7 +116,7 @@ def unprovable(config: Config, tolerance: float) -> list[Problem]:
 
 
 def comparable(config: Config, dtype: str = "float32") -> Config:
-    """The run in the type to compare in, with an optimizer that does not enlarge rounding."""
+    """The run in the type of the comparison, with an optimizer that does not enlarge rounding."""
     optimizer = config.train.optimizer
     steady = optimizer.model_copy(update={"eps": max(optimizer.eps, EPS)})
     compute = "bfloat16" if dtype == "bfloat16" else "float32"
@@ -124,14 +127,14 @@ def comparable(config: Config, dtype: str = "float32") -> Config:
 def trace(
     config: Config, world: int, steps: int, dtype: str = "float32", prepare: Callable[[], None] | None = None
 ) -> Trace:
-    """Train `steps` steps in `world` processes on this machine and collect what they computed.
+    """Train `steps` steps in `world` processes on this machine; returns their results.
 
     `dtype`: float32, float64, or bfloat16, which is the run's own mixed precision: bfloat16 computation
     on float32 weights. `prepare`, importable by name, is called in every process first.
     """
     config = comparable(config, dtype)
     merged = Trace()
-    with here.started(_work, world, config, steps, dtype, prepare) as folder:
+    with spawn.processes(_work, world, config, steps, dtype, prepare) as folder:
         for path in sorted(folder.glob("trace-*.pt")):
             _merge(merged, torch.load(path, weights_only=False))
     return merged
@@ -142,14 +145,14 @@ def _work(
 ) -> None:
     if prepare is not None:
         prepare()
-    with here.joined(rank, world, config, folder) as mesh:
+    with spawn.process_group(rank, world, config, folder) as mesh:
         found, _ = observe(config, mesh, steps, torch.float64 if dtype == "float64" else torch.float32)
         if not any(place for axis, place in mesh.place.items() if axis != "pp"):
             torch.save(found, f"{folder}/trace-{rank}.pt")
 
 
 def observe(config: Config, mesh: Ranks, steps: int, weights: torch.dtype) -> tuple[Trace, Trainer]:
-    """What the stages of this rank compute in `steps` steps from the start, and what computed it. Collective."""
+    """Train `steps` steps; returns the results of this rank's stages and the trainer. Collective."""
     from moesys.data.corpus import open_corpus
     from moesys.train.loop import Trainer
 
@@ -177,9 +180,9 @@ def _merge(into: Trace, part: Trace) -> None:
         whole |= stage
 
 
-def compare(found: Trace, expected: Trace, world: int, tolerance: float) -> Report:
+def compare(found: Trace, expected: Trace, world: int, tolerance: float) -> EqualityReport:
     """Differences ‖a − b‖ / ‖b‖ per tensor, |a − b| / |b| of losses and norms; the largest of each kind."""
-    report = Report(world, len(expected.losses), tolerance)
+    report = EqualityReport(world, len(expected.losses), tolerance)
     for worst, ours, theirs in (
         (report.loss, found.losses, expected.losses),
         (report.norm, found.norms, expected.norms),
@@ -197,7 +200,7 @@ def compare(found: Trace, expected: Trace, world: int, tolerance: float) -> Repo
 
 
 def _compare_gradients(worst: Difference, found: dict[str, Tensor], expected: dict[str, Tensor], step: int) -> set[str]:
-    """Names of the tensors whose gradient is more than noise."""
+    """Compare the gradients of a step; returns the names of those that are more than noise."""
     if missing := found.keys() ^ expected.keys():
         worst.update(float("inf"), f"step {step}, only one run has {sorted(missing)[0]}")
         return set()
@@ -215,9 +218,9 @@ def _compare_gradients(worst: Difference, found: dict[str, Tensor], expected: di
 
 def verify(
     config: Config, world: int, steps: int, tolerance: float, dtype: str = "float32", against: str | None = None
-) -> Report:
+) -> EqualityReport:
     """Prove that `config` on `world` processes equals one process over `steps` steps, of the engine `against`."""
-    config = here.ready(config, world, "verify")
+    config = spawn.resolve_device(config, world, "verify")
     one = reference(config, against)
     machine.demand(one, 1, "verify")
     expected = trace(one, 1, steps, dtype)

@@ -1,4 +1,4 @@
-"""A run at Weights & Biases, which resumes as the same one, and is no other folder's."""
+"""Logs a run to Weights & Biases; a resumed run keeps its id, a copied folder gets a new one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moesys.files import read_json, write_json
 from moesys.train.metric_table import metric
 
 FILE = "wandb.json"
-"""In a run's folder: its id, and where the folder was when it got it."""
+"""The file in a run's folder with its id and the folder's path when it got that id."""
 
 REMEDY = "remove it: what follows is logged as a run of its own"
 
 
 class WandbRun:
-    """Logs metrics by the tags that TensorBoard has, too."""
+    """Logs metrics by TensorBoard's tags."""
 
     def __init__(self, config: Config, run_dir: Path):
         import wandb
@@ -34,12 +34,12 @@ class WandbRun:
         self._run.log({tag: value for tag, value in tags.items() if tag}, step=step)
 
     def finish(self, failed: bool) -> None:
-        """End it."""
+        """Finish the run."""
         self._run.finish(exit_code=int(failed))
 
 
 def identity(run_dir: Path) -> str:
-    """The id of the run in this folder, kept there; a folder that was copied from one that still is gets another.
+    """The id of the run in this folder, which keeps it; the copy of a folder that still exists gets another id.
 
     Raises:
         FileError: the file that keeps it is damaged.

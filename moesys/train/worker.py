@@ -1,4 +1,4 @@
-"""One worker process of a run: what every launcher starts on every rank.
+"""The worker program of a run, which every launcher starts on every rank.
 
     RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 \\
         python -m moesys.train.rank moesys.train.worker runs/NAME
@@ -24,18 +24,19 @@ from moesys.errors import DataError, FileError
 from moesys.files import json_objects, read_json, write_json
 from moesys.measure.explain.averages import explain
 from moesys.measure.explain.step_summary import Summary
-from moesys.measure.record.recorder import Recorder
+from moesys.measure.record.recorder import StepRecorder
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
-from moesys.train import beat, checkpoint, resume, run_folder
+from moesys.train import checkpoint, heartbeat, manifest, resume, run_folder
 from moesys.train.balance import sentence
 from moesys.train.engine import engine_of
-from moesys.train.gates import RoutingLog
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
-from moesys.train.pace import Pace
+from moesys.train.rank import LOG_ONLY
+from moesys.train.routing_log import RoutingLog
+from moesys.train.throughput import Throughput
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -50,7 +51,7 @@ def guarded(work: Callable[[Config, Path], None], config: Config, run_dir: Path)
 
 
 def part() -> None:
-    """Leave the process group when all ranks do, unless this one has left it."""
+    """Wait for all ranks and leave the process group, unless this rank has left it."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -60,42 +61,51 @@ def _train(config: Config, run_dir: Path) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    beat.at("joining the other ranks")
+    heartbeat.phase("joining the other ranks")
     mesh = engine_of(config).connect(config)
     _write_ranks(mesh, run_dir)
-    beat.at("loading data", shown=True)
+    heartbeat.phase("loading data", shown=True)
     corpus = open_corpus(config)
     _agree(corpus)
-    beat.at("building the model", shown=True)
+    heartbeat.phase("building the model", shown=True)
     folder = run_dir / "checkpoints"
     trainer = Trainer(config, mesh, corpus, draw=checkpoint.newest(folder) is None)
-    _tell(trainer.resume(folder), trainer, run_dir)
+    _print_resumption(trainer.resume(folder), trainer, run_dir)
     if mesh.rank == 0:
         run_folder.accept(run_dir)
     routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
-    recorder = Recorder(config, mesh, run_dir, trainer.step)
+    recorder = StepRecorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
         summary = _steps(trainer, log, routing, recorder, folder)
-        part()  # nobody waits for what rank 0 does alone
+        part()  # the other ranks need not wait for rank 0's last work
         if mesh.rank == 0:
-            _write_summary(summary, trainer, run_dir, corpus)  # metrics are told until the end
+            _write_summary(summary, trainer, run_dir, corpus)  # metrics are served until the end
 
 
-def _tell(path: Path | None, trainer: Trainer, run_dir: Path) -> None:
-    """Say, once, where a run goes on from, what of its records is written again, and what has changed since."""
+def _print_resumption(path: Path | None, trainer: Trainer, run_dir: Path) -> None:
+    """Print on rank 0 from which step the run goes on, which records are written again, and what has changed."""
     if dist.get_rank() != 0:
         return
-    lines = resume.incomplete(run_dir / "checkpoints")
+    lines = manifest.incomplete(run_dir / "checkpoints")
     if path is not None and (resumed := trainer.resumed) is not None:
         lines.append(going_on(path, resumed.step, trainer.config.train.steps, run_dir))
-        lines += [f"  changed since: {change.arrow()}" for change in resumed.changes]
+        lines += _changed(path, trainer.config, resumed)
         lines += [f"  not in it, thus new: {name}" for name in resumed.fresh]
     if lines:
         print("\n".join(lines), flush=True)
 
 
+def _changed(path: Path, config: Config, resumed: checkpoint.ResumePoint) -> list[str]:
+    """A line for each change since a checkpoint; for the log alone if the launcher has printed it before the start."""
+    printed = {change.arrow() for change in resume.changes(manifest.read(path), config)}
+    return [
+        f"{LOG_ONLY if change.arrow() in printed else ''}{resume.changed_since(resumed.step, change)}"
+        for change in resumed.changes
+    ]
+
+
 def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:
-    """From where a resumed run goes on, and what of its records is written again."""
+    """A sentence on the checkpoint from which a run goes on, and on the records that are written again."""
     written = max(
         (r["step"] for r in json_objects(run_dir / "metrics.jsonl") if isinstance(r.get("step"), int)), default=0
     )
@@ -106,27 +116,29 @@ def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:
 
 
 def _agree(corpus: Corpus) -> None:
-    """Stop if ranks read different text: a file that differs on one node, or another Python version."""
+    """Raise DataError if ranks read different text: a file differs on one node, or the Python version does."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), corpus.fingerprint))
-    odd = [f"rank {rank} on {told[0]}" for rank, told in enumerate(everyone) if told[1:] != everyone[0][1:]]
+    odd = [f"rank {rank} on {facts[0]}" for rank, facts in enumerate(everyone) if facts[1:] != everyone[0][1:]]
     if odd:
         rule = f"the data of {odd[0]} are not those of rank 0 on {everyone[0][0]}"
         tokens = everyone[0][1]["train_tokens"]
         raise DataError(f"{rule}: {tokens:,} training tokens there; put the same files on every node")
 
 
-def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Recorder, folder: Path) -> dict[str, Any]:
+def _steps(
+    trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: StepRecorder, folder: Path
+) -> dict[str, Any]:
     t, o = trainer.config.train, trainer.config.output
     begin, first = perf_counter(), trainer.step
-    pace = Pace(trainer)
+    pace = Throughput(trainer)
     saved = None
     while trainer.step < t.steps:
         step = trainer.step + 1
         logged = step % o.log_every == 0 or step == t.steps
         evaluates = t.eval_every > 0 and step % t.eval_every == 0 and step < t.steps
         saves = o.checkpoint_every > 0 and step % o.checkpoint_every == 0 and step < t.steps
-        beat.step(step)
+        heartbeat.step(step)
         with recorder.step(step) as recording:
             record = trainer.train_step(due=logged or evaluates or saves or recording is not None)
         pace.take(record)
@@ -135,20 +147,20 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
         if logged:
             eta = (perf_counter() - begin) / (step - first) * (t.steps - step)
             log.write({**record, "steps": t.steps, "eta_s": eta, "time": time()})
-        _write_known(trainer, log, folder)
+        _write_reports(trainer, log, folder)
         if evaluates:
-            beat.at("evaluating on held-out data")
+            heartbeat.phase("evaluating on held-out data")
             log.write({"step": step, **_heldout(trainer)})
         if saves:
             _write_measured(recorder.flush(), log)
-            beat.at("saving a checkpoint")
+            heartbeat.phase("saving a checkpoint")
             saved = trainer.save(folder)
     _write_measured(recorder.flush(), log)
-    beat.at("evaluating on held-out data", shown=True)
+    heartbeat.phase("evaluating on held-out data", shown=True)
     heldout = _heldout(trainer)
     if trainer.step > first:
         log.write({"step": trainer.step, **heldout})
-        beat.at("saving the checkpoint", shown=True)
+        heartbeat.phase("saving the checkpoint", shown=True)
         saved = trainer.save(folder)
     faults = trainer.balance.faults()
     return {
@@ -163,19 +175,19 @@ def _steps(trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: Rec
     }
 
 
-def _write_known(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
-    """What the steps that were read say beside their records.
+def _write_reports(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
+    """Write the load, faults and skips of the steps that were read.
 
     Raises:
         TrainingError: one of them was skipped too many.
     """
-    for known in trainer.known:
-        step = known.measured.step
-        log.write_load(step, known.measured.load)
-        if known.faults:
-            log.warn(step, sentence(known.faults))
-        if known.skip is not None:
-            log.warn(step, f"skipped, for it is not finite: {known.skip}")
+    for report_ in trainer.reports:
+        step = report_.measured.step
+        log.write_load(step, report_.measured.load)
+        if report_.faults:
+            log.warn(step, sentence(report_.faults))
+        if report_.skip is not None:
+            log.warn(step, f"skipped, for it is not finite: {report_.skip}")
     trainer.guard.check(checkpoint.newest(folder) if trainer.guard.over else None)
 
 
@@ -186,7 +198,7 @@ def _heldout(trainer: Trainer) -> dict[str, float]:
 
 
 def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:
-    """What recorded steps say, among the metrics of these steps."""
+    """Write the breakdown of recorded steps among the metrics of these steps."""
     for step in steps:
         e = explain([step])
         parts = {f"seconds/{name}": seconds for name, seconds in e.total.parts.items()}
@@ -195,11 +207,11 @@ def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:
 
 
 def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, corpus: Corpus) -> None:
-    beat.at("counting pairs of tokens for the bigram model", shown=True)
+    heartbeat.phase("counting pairs of tokens for the bigram model", shown=True)
     windows = np.stack([trainer.heldout[n] for n in range(trainer.heldout_windows())])
     unigram, bigram = cross_entropies(corpus.train, windows, corpus.vocab_size)
     total, active = parameters(trainer.config.model, corpus.vocab_size)
-    old, config = run_dir / "summary.json", resume.now(trainer.config)
+    old, config = run_dir / "summary.json", resume.saved_configuration(trainer.config)
     trained = summary["checkpoint"] is not None
     if not trained:
         summary["checkpoint"] = str(checkpoint.newest(run_dir / "checkpoints"))
@@ -219,22 +231,22 @@ def _write_summary(summary: dict[str, Any], trainer: Trainer, run_dir: Path, cor
     if not trained:
         summary |= _kept(old)
     summary["profile"] = trainer.config.measure.profile
-    beat.at("writing the report", shown=True)
+    heartbeat.phase("writing the report", shown=True)
     summary["report"] = str(report.write(run_dir, summary))
     write_json(old, summary)
 
 
-OF_THE_WORK = ("tokens_per_second", "all_to_all_share", "world_size", "config")
-"""What a summary says of the run that trained, not of one that found nothing left to train."""
+OF_TRAINING = ("tokens_per_second", "all_to_all_share", "world_size", "config")
+"""Keys of a summary that belong to the run that trained, not to one that found nothing left to train."""
 
 
 def _kept(path: Path) -> dict[str, Any]:
-    """The figures of the run that did the work, and what it ran with; none if its summary is missing or damaged."""
+    """The figures and configuration of the run that trained; empty if its summary is missing or damaged."""
     try:
         before = read_json(path, "")
     except FileError:
         return {}
-    return {key: before[key] for key in OF_THE_WORK if key in before}
+    return {key: before[key] for key in OF_TRAINING if key in before}
 
 
 def _write_ranks(mesh: Ranks, run_dir: Path) -> None:

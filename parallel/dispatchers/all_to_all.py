@@ -62,7 +62,7 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         ]
 
     def _even(self, each: int | None) -> list[list[list[int]]]:
-        """For each source of the one chunk: rows that go there, and rows from there for each expert; [] if unknown."""
+        """Rows to each source of the one chunk, and rows from it for each expert; [] if unknown."""
         return [] if each is None else [[[self.local * each, *[each] * self.local]] * self.group.size()]
 
     def _chunk(

@@ -51,7 +51,7 @@ def cost(shape: StepShape) -> list[Collective]:
     if moe is None or d.ep * d.etp == 1:
         return []
     dispatch, layers = shape.config.parallel.dispatch, sum(m.is_moe(i) for i in shape.stage.layers)
-    rows_per_token = moe.rows_per_token(shape.config.train.seq_len)
+    rows_per_token = moe.router.rows_per_token(shape.config.train.seq_len)
     tokens = shape.sequence_tokens * rows_per_token / (d.cp * d.tp) / dispatch.chunks
     plain = m.hidden * shape.width
     there = m.hidden + 4 * ceil(m.hidden / 128) if dispatch.payload == "fp8" else plain
@@ -68,7 +68,7 @@ def cost(shape: StepShape) -> list[Collective]:
     if dispatch.kind == "all_gather":
         return moves("all_gather", "reduce_scatter", d.ep * d.etp)
     if dispatch.kind == "all_to_all":
-        return moves("all_to_all", "all_to_all", moe.mean_choices * d.etp)
+        return moves("all_to_all", "all_to_all", moe.router.mean_choices * d.etp)
     levels = reached(shape)
     every = [moves("all_to_all", "all_to_all", levels[level], level, level == [*levels][-1]) for level in levels]
     return [move for some in every for move in some]
@@ -78,7 +78,7 @@ def _spared(shape: StepShape, moe: MoEConfig, inner: bool) -> int:
     """Chunks whose results full recomputation does not send back: backward needs nothing of what follows the
     experts of the last one, unless shared experts or others are computed there."""
     dispatch = shape.config.parallel.dispatch
-    if shape.config.train.recompute != "full" or moe.rows_per_token(shape.config.train.seq_len) != 1:
+    if shape.config.train.recompute != "full" or moe.router.rows_per_token(shape.config.train.seq_len) != 1:
         return 0
     later = moe.shared_experts and (not dispatch.overlap_shared or moe.shared_mix != "add")
     if later or moe.copy_experts or moe.constant_experts:
@@ -109,7 +109,7 @@ def reached(shape: StepShape) -> dict[str, float]:
 def _hit(moe: MoEConfig, experts: int) -> float:
     """Probability that a token chooses any of so many experts."""
     every = moe.experts + moe.zero_computation
-    return 1 - prod((every - experts - i) / (every - i) for i in range(moe.choices) if every > i)
+    return 1 - prod((every - experts - i) / (every - i) for i in range(moe.router.choices) if every > i)
 
 
 def kept_rows(shape: StepShape) -> float:
@@ -119,4 +119,8 @@ def kept_rows(shape: StepShape) -> float:
         return 0.0
     if dispatch.kind == "all_gather":
         return d.ep * d.etp
-    return moe.mean_choices * d.etp if dispatch.kind == "all_to_all" else d.ep * d.etp * _hit(moe, moe.experts // d.ep)
+    return (
+        moe.router.mean_choices * d.etp
+        if dispatch.kind == "all_to_all"
+        else d.ep * d.etp * _hit(moe, moe.experts // d.ep)
+    )

@@ -1,4 +1,4 @@
-"""Two pretended hosts on one machine, with a slow link between them: what crosses it, when, and how it fails."""
+"""Two emulated hosts on one machine, with a slow link between them: what crosses it, when, and how it fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moesys.config.load import dump, load
 from moesys.launchers.hosts import Hosts, HostWorkers, unavailable
 from moesys.launchers.launch import run
 from moesys.launchers.lock import locked
-from moesys.launchers.progress import Progress
+from moesys.launchers.progress import LiveDisplay
 from moesys.launchers.spec import RunSpec
 from moesys.launchers.stop import StopRequests
 
@@ -155,7 +155,7 @@ def started(config: Path, tmp_path: Path, program: str, *changes: str) -> tuple[
 def test_shared_experts_start_while_tokens_travel(config: Path, tmp_path: Path) -> None:
     changes = ["model.moe.shared_experts=1", "model.layers=1", "train.global_batch=4"]
     workers, spec = started(config, tmp_path, "overlap_program", *changes)
-    with StopRequests() as stop, Progress(spec.run_dir, Console(file=io.StringIO())) as progress:
+    with StopRequests() as stop, LiveDisplay(spec.run_dir, Console(file=io.StringIO())) as progress:
         outcome = run(workers, spec, progress, stop)
     assert outcome.exit_code == 0, outcome
     for rank in range(4):
@@ -169,7 +169,7 @@ def test_shared_experts_start_while_tokens_travel(config: Path, tmp_path: Path) 
         assert parts[0] == parts[1] and {"dispatch", "combine"} <= set(parts[0])
 
 
-class Cutter(Progress):
+class Cutter(LiveDisplay):
     """Cuts the link of the second host once workers take steps."""
 
     hosts: Hosts

@@ -10,7 +10,7 @@ import pytest
 from moesys.errors import MoesysError
 from moesys.launchers.dry_run import plan
 from moesys.launchers.sweep import Sweep
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = (CONFIGS / "quickstart.yaml").read_text().replace("clusters/", f"{CONFIGS}/clusters/")

@@ -121,7 +121,8 @@ def test_mistakes_in_an_included_file_name_that_file(tmp_path):
     found = problems(run)
     m = tmp_path / "m.yaml"
     assert found[0] == (
-        f"{m}:2: model.layers: is missing: section model needs it, a whole number of at least 1\n"
+        f"{m}:2: model.layers: is missing: section model needs it, a whole number of at least 1, "
+        "or a section with the keys count, first, repeat\n"
         "    remedy: add layers: to model"
     )
     assert found[1] == f"{m}:3: model.hidden is 'big': must be a whole number of at least 1"

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from support import changed
 
+from moesys.config.placeholders import ROUNDS, with_placeholders
 from moesys.config.schema import Config
-from moesys.config.stand_ins import ROUNDS, stand_in
 from moesys.config.tree import Entry
 from moesys.errors import ConfigError
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 MOE = {"experts": 8, "top_k": 2, "ffn_hidden": 32}
 BASE = {
@@ -77,9 +77,9 @@ def test_nothing_is_asked_where_a_file_cannot_be_read(tmp_path):
     assert set(told(tmp_path, {"include": "nowhere.yaml", "parallel": {"dp": 3}})) == {"include"}
 
 
-def test_every_section_has_stand_ins():
+def test_every_section_has_placeholders():
     tree = Entry({}, "file.yaml")
     keys = list(Config.model_fields)
     for number in range(ROUNDS):
-        config = stand_in(tree, keys, number)
+        config = with_placeholders(tree, keys, number)
         assert isinstance(config, Config), f"round {number}"

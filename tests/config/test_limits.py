@@ -10,7 +10,7 @@ from moesys.config import legal
 from moesys.config.load import attempt
 from moesys.errors import ConfigError
 from moesys.parallel.degrees import divisors
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 MODEL = "model: {hidden: 64, layers: 2, ffn_hidden: 128}\n"
@@ -83,7 +83,7 @@ def test_every_whole_number_has_a_bound():
 
 
 def test_bounds_are_told_where_they_are_broken_alone():
-    (found,) = attempt(QUICKSTART, ["model.layers=0"]).problems
+    (found,) = attempt(QUICKSTART, ["model.hidden=0"]).problems
     assert found.rule == "must be a whole number of at least 1"
     (found,) = attempt(QUICKSTART, ["model.layers=1000000000"]).problems
     assert found.rule == "must be at most 1,024"

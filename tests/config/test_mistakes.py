@@ -280,7 +280,8 @@ MISSING = [
     (
         "a required key",
         "seed: 1\n\nmodel:\n  hidden: 64",
-        "3: model.layers: is missing: section model needs it, a whole number of at least 1\n"
+        "3: model.layers: is missing: section model needs it, a whole number of at least 1, "
+        "or a section with the keys count, first, repeat\n"
         "    remedy: add layers: to model",
     ),
     (

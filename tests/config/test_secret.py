@@ -8,7 +8,7 @@ from moesys.config.load import dump, load
 from moesys.config.schema import Config
 from moesys.config.secret import hidden, is_secret, resolved
 from moesys.errors import ConfigError
-from moesys.launchers.spec import RunSpec, told_late
+from moesys.launchers.spec import RunSpec, late_variables
 
 SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD",
@@ -41,7 +41,7 @@ def test_nothing_that_is_written_holds_a_secret(tmp_path, monkeypatch) -> None:
     }  # fmt: skip
     for text in (repr(spec), str(spec.config.model_dump()), dump(given), dump(spec.config)):
         assert "PLAIN" in text and "hunter" not in text
-    late = told_late(spec.env)
+    late = late_variables(spec.env)
     assert {"HF_TOKEN", "WANDB_API_KEY", "ALIAS_KEY"} <= late.keys() and "PLAIN" not in late
 
 

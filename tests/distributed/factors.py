@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
+
+from moesys.models.parts.axes import Weight
 
 
 def draw_all_factors() -> None:
@@ -13,5 +16,7 @@ def draw_all_factors() -> None:
     initialise._fill = partial(_fill, initialise._fill)  # type: ignore[assignment]
 
 
-def _fill(plain: Any, parameter: Any, name: str, seed: int, std: float) -> None:
-    plain(parameter, name.replace("lora_b", "lora_second"), seed, std)
+def _fill(plain: Any, parameter: Any, weight: Weight, seed: int, std: float) -> None:
+    if "lora_b" in weight.name:
+        weight = replace(weight, name=weight.name.replace("lora_b", "lora_second"), start=None)
+    plain(parameter, weight, seed, std)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from moesys.measure.layer_benchmark import many_ranks
-from moesys.measure.layer_benchmark.one_device import Shape
+from moesys.measure.layer_benchmark.one_device import LayerShape
 from moesys.megatron.own_layer import peers
 
 
@@ -19,7 +19,7 @@ def gradients(module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> l
     return [out.detach(), x.grad]
 
 
-def agree(rank: int, shape: Shape, folder: str) -> None:
+def agree(rank: int, shape: LayerShape, folder: str) -> None:
     """Output and input gradient of every side, but those with weights of their own, are equal."""
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ def _record(rank: int, world: int, scenarios: Mapping[str, tuple[dict[str, Any],
 
     from moesys.config.schema import Config
     from moesys.data.corpus import open_corpus
-    from moesys.measure.record.recorder import Recorder
+    from moesys.measure.record.recorder import StepRecorder
     from moesys.train.loop import Trainer
     from moesys.train.native import connect
 
@@ -31,7 +31,7 @@ def _record(rank: int, world: int, scenarios: Mapping[str, tuple[dict[str, Any],
         config = Config.model_validate(raw)
         trainer = Trainer(config, connect(config), open_corpus(config))
         MISHAPS[mishap](trainer, rank)
-        recorder = Recorder(config, trainer.mesh, Path(folder) / name, 0)
+        recorder = StepRecorder(config, trainer.mesh, Path(folder) / name, 0)
         for number in range(1, config.train.steps + 1):
             with recorder.step(number) as recording:
                 trainer.train_step()

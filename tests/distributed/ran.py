@@ -112,11 +112,11 @@ def waits_counted() -> Iterator[Counter[str]]:
 
 def observe(trainer: Any) -> Ran | None:
     """What the next step of all ranks does, on rank 0; None elsewhere. Collective."""
-    from moesys.measure.record.torch_collectives import watched
+    from moesys.measure.record.torch_collectives import record_torch_collectives
     from moesys.parallel import comm
 
     compiled = trainer.config.train.compile
-    with watched(not compiled), comm.record() as events, waits_counted() as waits:
+    with record_torch_collectives(not compiled), comm.record() as events, waits_counted() as waits:
         trainer.train_step()
     mesh = trainer.mesh
     axes: dict[str, tuple[str, ...]] = {}

@@ -84,7 +84,7 @@ def _observe(config: Config) -> dict[str, Any]:
     """Of the second step: collectives and marks in order; elements of the units that FSDP gathers; whether all weights
     lie on their shards after steps and evaluation; and what sums of gradients cost beside these (`_sums`)."""
     from moesys.data.corpus import open_corpus
-    from moesys.measure.record.torch_collectives import watched
+    from moesys.measure.record.torch_collectives import record_torch_collectives
     from moesys.parallel import comm
     from moesys.train.loop import Trainer
     from moesys.train.native import connect
@@ -97,7 +97,7 @@ def _observe(config: Config) -> dict[str, Any]:
     after_evaluation = _sharded(parts)
     if not config.train.compile:
         _mark(parts)
-    with comm.record() as events, watched():
+    with comm.record() as events, record_torch_collectives():
         trainer.train_step()
     return {
         "events": [

@@ -1,4 +1,4 @@
-"""Recorded steps of real processes against what was done to them on purpose."""
+"""RecordedStep steps of real processes against what was done to them on purpose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
 from moesys.measure.explain.averages import explain
 from moesys.measure.explain.explanation import Explanation
-from moesys.measure.explain.matching import matched
+from moesys.measure.explain.matching import match_collectives
 from moesys.measure.explain.summarise import summarised
 from moesys.measure.record.step_files import read_steps, summaries
 from moesys.measure.step import Step
@@ -36,7 +36,7 @@ OVERLOADED = {
 
 @pytest.fixture(scope="module")
 def recorded(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Step]]:
-    """Recorded steps of two ranks that share the experts, by scenario; the first step is left out."""
+    """RecordedStep steps of two ranks that share the experts, by scenario; the first step is left out."""
     measured = {"every": 1}
     base = changed(small, {"parallel": {"ep": 2}, "train": {"global_batch": 2, "steps": STEPS}, "measure": measured})
     one, short = {"train": {"global_batch": 1}}, {"train": {"steps": 2}}
@@ -64,23 +64,23 @@ def middle(steps: list[Step], figure) -> float:
     return median(figure(explain([step])) for step in steps)
 
 
-def leg(e: Explanation, layer: str, part: str, backward: bool = False):
-    return next(x for x in e.legs if (x.layer, x.part, x.backward) == (layer, part, backward))
+def phase(e: Explanation, layer: str, part: str, backward: bool = False):
+    return next(x for x in e.phases if (x.layer, x.part, x.backward) == (layer, part, backward))
 
 
 def lates(e: Explanation) -> list[float]:
-    """Rank 0's seconds of waiting for who is late, by leg."""
-    return [x.by_rank[0].late for x in e.legs]
+    """Rank 0's seconds of waiting for who is late, by phase."""
+    return [x.by_rank[0].late for x in e.phases]
 
 
 @pytest.mark.parametrize("scenario", ["late", "audited"])
 def test_a_late_rank_is_found_with_its_layer_and_its_delay(recorded: dict, scenario: str) -> None:
     """More than all else that a shared machine adds: exact seconds are for made-up steps, in tests/measure."""
     steps = recorded[scenario]
-    late = middle(steps, lambda e: leg(e, "layers.2", "dispatch").by_rank[0].late)
+    late = middle(steps, lambda e: phase(e, "layers.2", "dispatch").by_rank[0].late)
     assert late > 0.5 * DELAY_S
-    assert middle(steps, lambda e: leg(e, "layers.2", "dispatch").by_rank[1].late) < late
-    assert middle(steps, lambda e: sum(x.by_rank[0].uneven for x in e.legs)) < late
+    assert middle(steps, lambda e: phase(e, "layers.2", "dispatch").by_rank[1].late) < late
+    assert middle(steps, lambda e: sum(x.by_rank[0].uneven for x in e.phases)) < late
     assert late == max(middle(steps, lambda e, n=n: lates(e)[n]) for n in range(len(lates(explain(steps)))))
     e = explain(steps)
     assert e.waited_for[1] > e.waited_for[0]
@@ -94,8 +94,8 @@ def test_a_gate_forced_onto_one_expert_is_imbalance(recorded: dict) -> None:
         assert (layer.rank_imbalance, layer.expert_imbalance) == (2.0, 4.0)
         assert (layer.busiest_rank, layer.busiest_expert) == (0, 0)
         assert layer.even_seconds < layer.seconds
-    waits = middle(recorded["overloaded"], lambda e: leg(e, "layers.2", "combine").by_rank[1].uneven)
-    assert waits > middle(recorded["overloaded"], lambda e: leg(e, "layers.2", "combine").by_rank[0].uneven)
+    waits = middle(recorded["overloaded"], lambda e: phase(e, "layers.2", "combine").by_rank[1].uneven)
+    assert waits > middle(recorded["overloaded"], lambda e: phase(e, "layers.2", "combine").by_rank[0].uneven)
     assert e.causes.uneven > e.causes.late
     assert "the busiest expert 4 times (mostly expert 0)" in e.sentence
 
@@ -126,11 +126,11 @@ def test_the_parts_add_up_to_the_step(recorded: dict) -> None:
 
 
 def test_what_ranks_tell_each_other_is_what_all_their_travels_say(recorded: dict) -> None:
-    """Rank 0 had sums alone, of which each rank made its own; here they are made again of every rank's travels."""
+    """Rank 0 had sums alone, of which each rank made its own; here they are made again of every rank's collectives."""
     for scenario, steps in recorded.items():
         told = summaries(FOLDER[-1] / scenario)[1:]
         assert [s.number for s in told] == [s.number for s in steps]
-        alone = [replace(s, ranks=tuple(replace(r, meetings=None) for r in s.ranks)) for s in steps]
+        alone = [replace(s, ranks=tuple(replace(r, arrivals=None) for r in s.ranks)) for s in steps]
         for mine, theirs in zip(told, map(summarised, alone), strict=True):
             assert mine.number == theirs.number
             for a, b in zip(leaves(vars(mine)), leaves(vars(theirs)), strict=True):
@@ -159,30 +159,30 @@ def test_no_rank_reads_the_travels_of_another(recorded: dict) -> None:
     # What a rank alone has on file still tells for whom it waited.
     e = explain(read_steps(FOLDER[-1] / "alone-0")[1:])
     assert e.causes.late > explain(recorded["late"]).causes.late, "of rank 0 alone, not a mean of both"
-    assert e.causes.untold == 0
+    assert e.causes.unattributed == 0
 
 
 def test_every_collective_was_seen_by_all_its_ranks(recorded: dict) -> None:
     for scenario, steps in recorded.items():
         for step in steps:
-            for key, travels in matched(step).items():
-                assert set(travels) == set(next(iter(travels.values())).ranks), (scenario, key)
-                assert len({(t.layer, t.part, t.backward) for t in travels.values()}) == 1, (scenario, key)
+            for key, collectives in match_collectives(step).items():
+                assert set(collectives) == set(next(iter(collectives.values())).ranks), (scenario, key)
+                assert len({(t.layer, t.part, t.backward) for t in collectives.values()}) == 1, (scenario, key)
 
 
 def test_bytes_are_those_of_the_routing(recorded: dict, small: dict) -> None:
     """All tokens of both ranks go to expert 0: rank 1 sends every row in float32, and rank 0 sends it back."""
     hidden, tokens = small["model"]["hidden"], 2 * 256
     step = recorded["overloaded"][0]
-    rows = [t for t in step.ranks[1].travels if t.kind == "all_to_all" and t.part == "dispatch" and not t.backward]
+    rows = [t for t in step.ranks[1].collectives if t.kind == "all_to_all" and t.part == "dispatch" and not t.backward]
     assert sum(t.sent[0] for t in rows) == tokens * hidden * 4 * 4  # over four layers
-    back = [t for t in step.ranks[0].travels if t.kind == "all_to_all" and t.part == "combine" and not t.backward]
+    back = [t for t in step.ranks[0].collectives if t.kind == "all_to_all" and t.part == "combine" and not t.backward]
     assert sum(t.sent[1] for t in back) == tokens * hidden * 4 * 4
 
 
 def test_a_sum_of_gradients_counts_their_bytes_once(recorded: dict, small: dict) -> None:
     """Every dense parameter in float32: what is reduced, not as often as there are ranks."""
-    sums = [t for t in recorded["late"][0].ranks[0].travels if t.purpose == "data" and t.kind == "all_reduce"]
+    sums = [t for t in recorded["late"][0].ranks[0].collectives if t.purpose == "data" and t.kind == "all_reduce"]
     config = Config.model_validate(small)
     dense = [w for w in weights(config.model, open_corpus(config).vocab_size) if not w.routed]
     assert sum(t.bytes for t in sums) == 4 * sum(w.numel for w in dense)

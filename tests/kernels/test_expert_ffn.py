@@ -9,7 +9,7 @@ from moesys.kernels import activation, choose, expert_ffn
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels.cpu import expert_ffn_blocked, workers
 from moesys.kernels.permute import sort_by_expert
-from moesys.measure.layer_benchmark.one_device import Shape, build
+from moesys.measure.layer_benchmark.one_device import LayerShape, build
 from moesys.parallel import recompute
 
 H, F = 6, 5
@@ -294,7 +294,7 @@ def kept_bytes(run, *parameters):
 
 
 def test_a_layer_keeps_what_must_be_kept(fast_device):
-    shape = Shape(tokens=32, hidden=64, ffn_hidden=64, experts=8, top_k=4)
+    shape = LayerShape(tokens=32, hidden=64, ffn_hidden=64, experts=8, top_k=4)
     layer = build(shape, torch.float32, torch.device(fast_device))
     x = torch.randn(1, 32, 64, device=fast_device, requires_grad=True)
     assert kept_bytes(lambda: layer(x), *layer.parameters()) <= 1.1 * shape.kept_bytes(4)

@@ -18,11 +18,11 @@ from moesys.cli import main
 from moesys.config.schema import Config
 from moesys.launchers.bench_a2a import routed
 from moesys.measure.a2a_benchmark import collective, payload, timing
-from moesys.measure.a2a_benchmark.collective import Case
+from moesys.measure.a2a_benchmark.collective import CollectiveCase
 from moesys.measure.a2a_benchmark.fitted_links import flat, lines
-from moesys.measure.a2a_benchmark.groups import Group, divisions
-from moesys.measure.a2a_benchmark.options import Options
-from moesys.measure.a2a_benchmark.result import Result, Samples
+from moesys.measure.a2a_benchmark.groups import BenchmarkGroup, divisions
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
+from moesys.measure.a2a_benchmark.result import CollectiveResult, RankTimes
 from moesys.measure.a2a_benchmark.table import show
 from moesys.measure.a2a_benchmark.timing import timed
 from moesys.train import routing_files
@@ -53,7 +53,7 @@ def test_what_is_timed_is_one_call_as_in_a_bare_loop(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(timing.dist, "barrier", lambda group: done.append("barrier"))
     monkeypatch.setattr(timing.comm, "now", now)
     own, plain = timed(
-        lambda: done.append("call"), lambda: done.append("bare"), Options(iterations=2, warmup=1), None, 0.0,
+        lambda: done.append("call"), lambda: done.append("bare"), BenchmarkOptions(iterations=2, warmup=1), None, 0.0,
         torch.device("cpu"),
     )  # type: ignore[arg-type] # fmt: skip
     assert done == [word for side in ("bare", "call", "bare") * 3 for word in ("barrier", "clock", side, "clock")]
@@ -127,7 +127,7 @@ class Simulated:
         self.size, self.rank = lambda: size, lambda: rank
 
 
-def arrived(case: Case, n: int, dtype: torch.dtype) -> torch.Tensor:
+def arrived(case: CollectiveCase, n: int, dtype: torch.dtype) -> torch.Tensor:
     """What a right collective of `case` gives its rank, made from what all ranks send, as slow as that is."""
     grain = dtype.itemsize
     rows = []
@@ -148,9 +148,9 @@ def test_of_a_thousand_ranks_a_single_wrong_row_is_found_and_no_right_one(
 ) -> None:
     n, torch_type, row = 1024, getattr(torch, dtype), 16
     monkeypatch.setattr(collective, "CHUNK", 5000)  # a check in several pieces
-    group = Group("world", Simulated(n, rank), [list(range(n))])  # type: ignore[arg-type]
+    group = BenchmarkGroup("world", Simulated(n, rank), [list(range(n))])  # type: ignore[arg-type]
     size = n * row * torch_type.itemsize
-    case = Case(kind, group, size, torch_type, torch.device("cpu"), Options(skew=0.1))
+    case = CollectiveCase(kind, group, size, torch_type, torch.device("cpu"), BenchmarkOptions(skew=0.1))
     right = arrived(case, n, torch_type)
     assert len(right) == len(case.out)
     assert case.differing(right) == 0
@@ -165,7 +165,9 @@ def test_of_a_thousand_ranks_a_single_wrong_row_is_found_and_no_right_one(
 @pytest.mark.parametrize("kind", ["all_reduce", "reduce_scatter"])
 def test_the_sums_of_a_thousand_ranks_are_checked(kind: str) -> None:
     n, dtype = 1024, torch.bfloat16
-    case = Case(kind, Group("world", Simulated(n, 5), [[]]), 2 * 4096, dtype, torch.device("cpu"), Options())  # type: ignore[arg-type]
+    case = CollectiveCase(
+        kind, BenchmarkGroup("world", Simulated(n, 5), [[]]), 2 * 4096, dtype, torch.device("cpu"), BenchmarkOptions()
+    )  # type: ignore[arg-type]
     place = torch.arange(4096) if kind == "all_reduce" else 5 * 4 + torch.arange(4)
     right = sum(payload.added(r, place, n, dtype) for r in range(n)).to(dtype)  # type: ignore[union-attr]
     assert case.differing(right) == 0
@@ -177,8 +179,13 @@ def test_a_check_makes_no_more_than_what_arrives(monkeypatch: pytest.MonkeyPatch
     """Not what every other rank sends to every other: as many elements for 1,024 ranks as for 4."""
     made = {}
     for n in (4, 1024):
-        case = Case(
-            "all_to_all", Group("world", Simulated(n, 1), [[]]), 2**16, torch.float32, torch.device("cpu"), Options()
+        case = CollectiveCase(
+            "all_to_all",
+            BenchmarkGroup("world", Simulated(n, 1), [[]]),
+            2**16,
+            torch.float32,
+            torch.device("cpu"),
+            BenchmarkOptions(),
         )  # type: ignore[arg-type]
         counted: list[int] = []
         sent = payload.sent
@@ -219,7 +226,7 @@ def test_on_a_gpu_streams_meet_before_each_iteration_and_only_durations_count(mo
     work = type("Work", (), {"zero_": lambda self: say("work", 0.1)})()
     monkeypatch.setattr(torch, "empty", lambda *_, **__: work)
     spans, plain = timed(
-        lambda: say("call", 2.0), None, Options(iterations=2, warmup=1), None, 5.0, cuda,  # type: ignore[arg-type]
+        lambda: say("call", 2.0), None, BenchmarkOptions(iterations=2, warmup=1), None, 5.0, cuda,  # type: ignore[arg-type]
     )  # fmt: skip
     assert spans == [(0.0, pytest.approx(2.0))] * 2
     assert plain == []
@@ -244,8 +251,8 @@ def test_times_that_do_not_grow_make_no_line(capsys) -> None:
     stamps = [[(0.0, 1e-3)] * 3] * 2
     sizes = (1024, 4096)
     results = [
-        Result.of("all_to_all", "intra", [[0, 1]], size, "float32", 4, [[size // 2] * 2] * 2,
-                  [Samples(own, [], 0) for own in stamps], ["world"])
+        CollectiveResult.of("all_to_all", "intra", [[0, 1]], size, "float32", 4, [[size // 2] * 2] * 2,
+                  [RankTimes(own, [], 0) for own in stamps], ["world"])
         for size in sizes
     ]  # fmt: skip
     assert lines(results) == {}
@@ -294,8 +301,8 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        group = Group("world", dist.group.WORLD, [[0]])
-        case = Case("all_to_all", group, 64, torch.float32, torch.device("cpu"), Options())
+        group = BenchmarkGroup("world", dist.group.WORLD, [[0]])
+        case = CollectiveCase("all_to_all", group, 64, torch.float32, torch.device("cpu"), BenchmarkOptions())
         assert case.wrong() == 0
         plain = case.call
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from moesys import cli
 from moesys.launchers.dry_run import KINDS, show
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGE = [

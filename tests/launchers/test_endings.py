@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from moesys.launchers import crash
-from moesys.launchers.failure import Outcome
 from moesys.launchers.local import LocalWorkers
+from moesys.launchers.outcome import Outcome
 from moesys.launchers.spec import RunSpec
 
 WORKER = Path(__file__).with_name("ending_worker.py")

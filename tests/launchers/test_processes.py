@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from moesys.launchers.port import KERNEL_RANGE, ReservedPort, is_free
-from moesys.launchers.processes import Ended, Processes
+from moesys.launchers.processes import ExitStatus, Processes
 
 SLEEP = "import time; time.sleep(60)"
 
@@ -20,7 +20,7 @@ def start(tmp_path: Path, code: str, count: int = 1) -> Processes:
     return Processes([sys.executable, "-c", code], environments, [tmp_path / f"{n}.log" for n in range(count)])
 
 
-def wait_for_end(processes: Processes, count: int) -> dict[int, Ended]:
+def wait_for_end(processes: Processes, count: int) -> dict[int, ExitStatus]:
     while len(processes.ended()) < count:
         time.sleep(0.01)
     return processes.ended()
@@ -31,7 +31,7 @@ def test_ends_are_told_apart(tmp_path):
     processes = start(tmp_path, code, 3)
     ended = wait_for_end(processes, 3)
     processes.end()
-    assert ended == {0: Ended(0), 1: Ended(3), 2: Ended(137, signal.SIGKILL)}
+    assert ended == {0: ExitStatus(0), 1: ExitStatus(3), 2: ExitStatus(137, signal.SIGKILL)}
     assert str(ended[1]) == "exited with code 3"
     assert str(ended[2]) == "was killed by SIGKILL"
     assert processes.ended() == ended

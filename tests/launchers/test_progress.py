@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from moesys.launchers import summary
-from moesys.launchers.follow import Tail
-from moesys.launchers.progress import Progress, line_of
-from moesys.train.beat import Beat, at
+from moesys.launchers.progress import LiveDisplay, line_of
+from moesys.launchers.tail import Tail
+from moesys.train.heartbeat import Heartbeat, phase
 
 STEP = {
     "step": 1, "steps": 100, "loss": 5.1234, "lr": 1e-3, "grad_norm": 1.5, "tokens_per_second": 12345.6,
@@ -28,7 +28,7 @@ def record(run_dir: Path, **changes: object) -> None:
 def shown(run_dir: Path, write, terminal: bool = False, **options: float) -> str:
     """What is printed while `write` is called between two refreshes."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    with Progress(run_dir, console, **options) as progress:
+    with LiveDisplay(run_dir, console, **options) as progress:
         progress.phase("starting 4 workers")
         write(progress)
         progress.refresh()
@@ -47,7 +47,7 @@ def test_what_libraries_note_for_themselves_stays_in_the_log(tmp_path: Path) -> 
         "[W] of a user",
     )
 
-    def write(progress: Progress) -> None:
+    def write(progress: LiveDisplay) -> None:
         (tmp_path / "logs").mkdir()
         (tmp_path / "logs" / "rank-0.log").write_text("".join(f"{line}\n" for line in (*noise, *signal)) + noise[0])
 
@@ -78,16 +78,16 @@ def test_plain_lines_come_after_the_interval(tmp_path):
 
 
 def test_phases_and_evaluations_are_told(tmp_path):
-    def write(progress: Progress) -> None:
-        with Beat(tmp_path, 0):
-            at("loading data", shown=True)
+    def write(progress: LiveDisplay) -> None:
+        with Heartbeat(tmp_path, 0):
+            phase("loading data", shown=True)
             progress.refresh()
             record(tmp_path)
             with (tmp_path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": 7, "heldout_loss": 2.5}) + "\n")
-            at("saving a checkpoint")
+            phase("saving a checkpoint")
             progress.refresh()
-            at("writing the report", shown=True)
+            phase("writing the report", shown=True)
 
     lines = shown(tmp_path, write).splitlines()
     assert lines[:2] == ["starting 4 workers …", "loading data …"]
@@ -95,7 +95,7 @@ def test_phases_and_evaluations_are_told(tmp_path):
 
 
 def test_what_is_not_finite_is_said(tmp_path):
-    def write(progress: Progress) -> None:
+    def write(progress: LiveDisplay) -> None:
         record(tmp_path, loss=None, grad_norm=None, skipped=2, dead_experts=3, collapsed_layers=0)
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 7, "warning": "layers.0: no token for expert 1 since step 3"}) + "\n")
@@ -108,7 +108,7 @@ def test_what_is_not_finite_is_said(tmp_path):
 
 
 def test_rank_0_is_heard(tmp_path):
-    def write(progress: Progress) -> None:
+    def write(progress: LiveDisplay) -> None:
         (tmp_path / "logs").mkdir()
         (tmp_path / "logs" / "rank-0.log").write_text("=== attempt 1, now\n[brackets] stay\nno end of line")
 

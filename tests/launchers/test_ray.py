@@ -24,14 +24,14 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from support import listening
 
 from moesys.errors import LaunchError
-from moesys.launchers import failure, ray_cluster, ray_placement, ray_trainer
+from moesys.launchers import outcome, ray_cluster, ray_placement, ray_trainer
 from moesys.launchers.address import ray_address
 from moesys.launchers.lock import locked
 from moesys.launchers.ray import RayWorkers
 from moesys.launchers.ray_cluster import Node
 from moesys.launchers.ray_errors import outcome_of
 from moesys.launchers.spec import RunSpec
-from moesys.train.ending import Failure, Kind
+from moesys.train.failure import Failure, FailureKind
 
 
 @pytest.fixture
@@ -268,27 +268,27 @@ def raised(failure: Failure) -> RuntimeError:
 
 
 def test_a_death_comes_before_the_errors_it_caused(tmp_path):
-    lost = raised(Failure(0, Kind.LOST, "Connection closed by peer"))
+    lost = raised(Failure(0, FailureKind.LOST, "Connection closed by peer"))
     error = WorkerGroupError("", {0: lost, 1: ValueError("Worker info: hostname='gpu-3', pid=17")})
-    outcome = outcome_of(error, tmp_path, "here", 60.0)
-    assert outcome.message.startswith("rank 1 (pid 17, node gpu-3) died: ")
+    found = outcome_of(error, tmp_path, "here", 60.0)
+    assert found.message.startswith("rank 1 (pid 17, node gpu-3) died: ")
 
 
 def test_of_several_errors_the_first_is_shown(tmp_path):
-    failures = [Failure(0, Kind.USER, "first", exit_code=3, at=1), Failure(1, Kind.USER, "second", at=2)]
+    failures = [Failure(0, FailureKind.USER, "first", exit_code=3, at=1), Failure(1, FailureKind.USER, "second", at=2)]
     error = WorkerGroupError("", {one.rank: raised(one) for one in failures})
-    assert outcome_of(error, tmp_path, "here", 60.0) == failure.Outcome(3, "rank 0 failed:\nfirst", Kind.USER)
+    assert outcome_of(error, tmp_path, "here", 60.0) == outcome.Outcome(3, "rank 0 failed:\nfirst", FailureKind.USER)
 
 
 def test_rays_own_failures_are_told_in_a_line(tmp_path):
-    outcome = outcome_of(ControllerError(OSError("disk full")), tmp_path, "here", 60.0)
-    assert outcome == failure.Outcome(1, "Ray failed: OSError: disk full")
+    found = outcome_of(ControllerError(OSError("disk full")), tmp_path, "here", 60.0)
+    assert found == outcome.Outcome(1, "Ray failed: OSError: disk full")
 
 
 def test_no_autoscaler_is_asked_for_nodes(monkeypatch):
     """That would be a process more, which Ray Train waits for."""
     monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **arguments: arguments)
-    trainer = object.__new__(ray_trainer.Trainer)
+    trainer = object.__new__(ray_trainer.LeanTorchTrainer)
     given = FixedScalingPolicy(ScalingConfig(num_workers=3))
     policy = trainer._initialize_and_run_controller(scaling_policy=given)["scaling_policy"]
     policy.after_controller_start(None)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moesys.errors import DataError
-from moesys.train import beat, rank
+from moesys.train import heartbeat, rank
 
 SHOWN = (
     "OMP_NUM_THREADS",
@@ -58,7 +58,7 @@ def behave(mode: str, rank: int, barrier: Callable[[], None], run_dir: Path) -> 
         signal.signal(signal.SIGTERM, lambda *_: (run_dir / f"asked-{rank}").touch())
     steps = 5 if mode == "ok" else 10**6
     for step in range(1, steps + 1):
-        beat.step(step)
+        heartbeat.step(step)
         barrier()
         time.sleep(0.02)
         if rank == 0:
@@ -86,7 +86,7 @@ def gloo_barrier() -> Callable[[], None]:
     join("cpu", timedelta(seconds=600))
     if (seconds := os.environ.get("MOESYS_TOY_TIMEOUT")) is None:
         return dist.barrier
-    beat.every(beat.interval(float(seconds)))
+    heartbeat.set_interval(heartbeat.interval(float(seconds)))
     group = dist.new_group(timeout=timedelta(seconds=float(seconds)))
     return lambda: dist.barrier(group)
 

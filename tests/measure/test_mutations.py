@@ -19,11 +19,11 @@ from moesys.measure.a2a_benchmark import result_file
 from moesys.measure.explain.averages import explain
 from moesys.measure.explain.foreign_trace.reader import read
 from moesys.measure.explain.summarise import summarised
-from moesys.measure.predict.links import Line, Profile
+from moesys.measure.predict.links import LinkModel, Profile
 from moesys.measure.record.step_files import append, rank_file, read_steps, steps_file
 from moesys.measure.report import perfetto
 from moesys.measure.report import run as report
-from moesys.measure.step import Meeting, RankStep, Step, Travel
+from moesys.measure.step import CollectiveSpan, GroupArrival, RankStep, Step
 from moesys.train import routing_files
 
 STRANGE = (None, "N/A", "", "7", -1, 0, 2**70, 1e308, float("nan"), float("inf"), True, [], {}, [1, "x"], {"a": None})
@@ -138,7 +138,9 @@ def test_traces(tmp_path: Path) -> None:
 
 def step(number: int) -> Step:
     rows = [
-        Travel("all_to_all", "expert", (0, 1), n, 0.1 + n / 4, 0.1 + n / 4, 0.2 + n / 4, 8, (4, 4), "layers.0", part)
+        CollectiveSpan(
+            "all_to_all", "expert", (0, 1), n, 0.1 + n / 4, 0.1 + n / 4, 0.2 + n / 4, 8, (4, 4), "layers.0", part
+        )
         for n, part in enumerate(("dispatch", "combine"))
     ]
     ranks = tuple(RankStep(r, "a", 0.0, 1.0, tuple(rows)) for r in (0, 1))
@@ -146,8 +148,8 @@ def step(number: int) -> Step:
 
 
 def met(r: RankStep) -> RankStep:
-    """The same with meetings, as ranks keep it."""
-    return replace(r, meetings=tuple(Meeting(t.begin, 1, True, None, t.bytes, 1.0, None) for t in r.travels))
+    """The same with arrivals, as ranks keep it."""
+    return replace(r, arrivals=tuple(GroupArrival(t.begin, 1, True, None, t.bytes, 1.0, None) for t in r.collectives))
 
 
 def write_run(folder: Path, links: Path) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_folders(tmp_path: Path, undrawn: None) -> None:
     draw, results = random.Random(1), 0
     links = tmp_path / "links.yaml"
-    Profile({"all_to_all intra": Line(0.0, 1e-5, 0.0, 0.0, 1, 1e6)}, {"backend": "gloo"}).save(links)
+    Profile({"all_to_all intra": LinkModel(0.0, 1e-5, 0.0, 0.0, 1, 1e6)}, {"backend": "gloo"}).save(links)
     folder = tmp_path / "run"
     (folder / "measure").mkdir(parents=True)
     good = write_run(folder, links)
@@ -219,7 +221,7 @@ def as_text(name: str, value: Any) -> str:
 
 def test_profiles(tmp_path: Path) -> None:
     draw, path = random.Random(2), tmp_path / "links.yaml"
-    Profile({"all_to_all intra": Line(1e-5, 1e-9, 0.1, 0.2, 1.0, 1e6)}, {"backend": "gloo"}).save(path)
+    Profile({"all_to_all intra": LinkModel(1e-5, 1e-9, 0.1, 0.2, 1.0, 1e6)}, {"backend": "gloo"}).save(path)
     text = path.read_bytes()
     value, results = yaml.safe_load(text), 0
     for number in range(150):

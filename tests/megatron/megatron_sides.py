@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesys.megatron.cpu import stand_ins
+from moesys.megatron.cpu import cpu_substitutes
 from moesys.megatron.mesh import forget
 
 HIDDEN, EXPERTS, INNER, VOCABULARY, SEQUENCE, BATCH = 16, 8, 12, 32, 8, 3
@@ -23,7 +23,7 @@ def megatron(**sizes: int) -> Iterator[None]:
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state
         from megatron.core.transformer.moe import moe_utils
-    with stand_ins(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+    with cpu_substitutes(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parallel_state.initialize_model_parallel(**sizes)
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
 from moesys.megatron.convert import from_gpt, to_gpt
-from moesys.megatron.names import Names
+from moesys.megatron.names import ParameterNames
 from moesys.megatron.weights import Place
 from moesys.models.decoder import Decoder
 from moesys.parallel.initialise import initialise
@@ -100,7 +100,7 @@ def test_there_and_back(decoder: Decoder, plug_in: bool) -> None:
 
 
 def test_grouped_experts_are_sequential_ones_by_other_names() -> None:
-    names = Names(MODEL, VOCABULARY, Place(ep_rank=1, ep=2, etp_rank=1, etp=2))
+    names = ParameterNames(MODEL, VOCABULARY, Place(ep_rank=1, ep=2, etp_rank=1, etp=2))
     for product, weight in (("fc1", torch.empty(12, 16)), ("fc2", torch.empty(16, 6))):
         pairs = (f"mlp.experts.local_experts.3.linear_{product}.weight", f"mlp.experts.linear_{product}.weight3")
         one, other = (names._block("layers.1.", name, weight) for name in pairs)
@@ -111,4 +111,4 @@ def test_grouped_experts_are_sequential_ones_by_other_names() -> None:
 
 def test_a_weight_that_no_decoder_has_is_named() -> None:
     with pytest.raises(KeyError, match=r"linear_q_proj"):
-        Names(MODEL, VOCABULARY, Place())._block("layers.0.", "self_attention.linear_q_proj.weight", torch.empty(1))
+        ParameterNames(MODEL, VOCABULARY, Place())._block("layers.0.", "self_attention.linear_q_proj.weight", torch.empty(1))

@@ -18,7 +18,7 @@ from moesys.errors import ConfigError
 from moesys.megatron import fields as tables
 from moesys.megatron.arguments import from_transformer_config
 from moesys.megatron.layer import MoESysLayer
-from moesys.megatron.refused import REFUSED
+from moesys.megatron.unsupported import UNSUPPORTED
 
 INSTALLED = {f.name for f in fields(TransformerConfig)}
 
@@ -65,7 +65,7 @@ def test_every_field_is_decided_about(config):
 
 
 def test_a_field_is_decided_about_once():
-    groups = (tables.READ, set(REFUSED), set(tables.MET), set(tables.ELSEWHERE))
+    groups = (tables.READ, set(UNSUPPORTED), set(tables.EFFECTIVE), set(tables.UNRELATED))
     assert sum(map(len, groups)) == len(set().union(*groups))
 
 
@@ -85,7 +85,7 @@ def test_what_a_later_release_adds_to_the_layer_is_refused_where_it_is_set():
         from_transformer_config(config)
 
 
-@pytest.mark.parametrize("name", sorted(INSTALLED & set(REFUSED)))
+@pytest.mark.parametrize("name", sorted(INSTALLED & set(UNSUPPORTED)))
 def test_what_is_refused_is_refused_by_name_and_with_the_reason(name):
     config = transformer_config()
     from_transformer_config(config)
@@ -93,8 +93,8 @@ def test_what_is_refused_is_refused_by_name_and_with_the_reason(name):
         setattr(config, other, value)
     with pytest.raises(ConfigError) as error:
         from_transformer_config(config)
-    assert f"{name} is {ASKED.get(name, True)!r}: not in the plug-in: {REFUSED[name].why}" in str(error.value)
-    assert f"remedy: {REFUSED[name].remedy}" in str(error.value)
+    assert f"{name} is {ASKED.get(name, True)!r}: not in the plug-in: {UNSUPPORTED[name].why}" in str(error.value)
+    assert f"remedy: {UNSUPPORTED[name].remedy}" in str(error.value)
     assert len(error.value.problems) == 1
 
 

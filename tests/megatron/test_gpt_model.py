@@ -326,7 +326,7 @@ def test_jitter_changes_each_pass_and_stays_small() -> None:
 def test_counts_and_bias_stay_wide() -> None:
     gate = gpt_model(transformer_config(**BIASED, **LOSSES), plug_in=True).bfloat16().decoder.layers[0].mlp.moe.gate
     assert gate.projection.weight.dtype == torch.bfloat16
-    assert {gate.expert_bias.dtype, gate.local_tokens_per_expert.dtype, gate.seen.dtype} == {torch.float32}
+    assert {gate.expert_bias.dtype, gate.local_tokens_per_expert.dtype, gate.global_load_sum.dtype} == {torch.float32}
 
 
 def test_megatrons_optimizer_lets_no_bias_decay() -> None:

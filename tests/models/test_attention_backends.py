@@ -21,6 +21,7 @@ from moesys import shipped
 from moesys.config.load import load
 from moesys.models import attention
 from moesys.models.attention import CausalCore, attend
+from moesys.models.parts.model import block
 from moesys.parallel.gathered_attention import GatheredCore
 
 MODELS = [p for p in sorted(shipped.CONFIGS.rglob("*.yaml")) if p.parent.name in ("models", "configs")]
@@ -84,11 +85,8 @@ class OfOneRank(GatheredCore):
 def heads(path: Path, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a configuration's model, of so many tokens, on a GPU."""
     model = load(path).config.model
-    a = model.attention
-    g, size, value = a.kv_heads or a.heads, model.head_dim, model.head_dim
-    if a.kind == "mla":
-        g, size, value = a.heads, a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
-    shapes = ((a.heads, size), (g, size), (g, value))
+    h, g, size, value = block(model, 0).mixer.head_sizes()
+    shapes = ((h, size), (g, size), (g, value))
     q, k, v = (torch.empty(1, tokens, *shape, dtype=dtype, device="cuda") for shape in shapes)
     return q, k, v
 

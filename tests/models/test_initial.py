@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import moesys.models
 import moesys.moe
 from moesys.config.schema import ModelConfig
-from moesys.models.attention import CausalCore, GroupedQueryAttention, LatentAttention, SharedKey
+from moesys.models.attention import CausalCore, LatentAttention, SharedKey
 from moesys.models.block import Block
 from moesys.models.decoder import Decoder, Embedding
 from moesys.models.layers import FeedForward, Linear, RMSNorm, rotary_angles
-from moesys.models.size import kind
+from moesys.models.parts.model import block
 from moesys.moe import MoELayer
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate, PrototypeGate, TopKGate
@@ -66,7 +66,7 @@ def layer(gate: nn.Module, zero: ZeroExperts | None = None, experts: nn.Module |
 
 
 def attention(module: nn.Module) -> Tensor:
-    size = (MLA if isinstance(module, LatentAttention) else GQA).rotary_dim
+    size = block(MLA if isinstance(module, LatentAttention) else GQA, 0).mixer.rotary_dim
     return module(torch.randn(B, S, H), *rotary_angles(torch.arange(S), size, 1e4))
 
 
@@ -118,8 +118,8 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (partial(RMSNorm, H, 1e-6), vectors),
     (partial(FeedForward, H, F), vectors),
     (partial(Embedding, V, H), lambda made: made(tokens()[..., 1])),
-    (partial(GroupedQueryAttention, GQA), attention),
-    (partial(LatentAttention, MLA), attention),
+    (block(GQA, 0).mixer.build, attention),
+    (block(MLA, 0).mixer.build, attention),
     (CausalCore, lambda made: made(*torch.randn(3, B, S, 2, 8))),
     (SharedKey, lambda made: made(torch.randn(B, S, 8), *rotary_angles(torch.arange(S), 8, 1e4))),
     (partial(Block, GQA, 0), attention),
@@ -148,7 +148,11 @@ def check(module: nn.Module, run: Run) -> None:
     for name, x in (*module.named_parameters(), *module.named_buffers()):
         assert x.isfinite().all(), name
     for name, parameter in module.named_parameters():
-        if kind(name) == "matrix" and not name.endswith("lora_b") and not isinstance(module, RMSNorm):
+        if (
+            not name.endswith(("bias", "lora_b", "log_temperature"))
+            and "norm" not in name
+            and not isinstance(module, RMSNorm)
+        ):
             assert 0.005 < float(parameter.detach().std()) < 1.5, name
     assert run(module).isfinite().all()
 

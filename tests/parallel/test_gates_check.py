@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from moesys.config.registry import GATES, kinds
 from moesys.config.schema import MoEConfig
-from moesys.parallel.gates_check import IGNORES, USES, check
+from moesys.models.parts.gates.cosine import START as described_start
+from moesys.moe.gates import cosine
+from moesys.parallel.gates_check import check
 
 MISTAKES = {
-    "a key of another kind": ({"gate": {"groups": 2, "kind": "prototype"}}, "groups", "top_k, cosine do"),
+    "a key of another kind": ({"gate": {"groups": 2, "kind": "prototype"}}, "groups", "cosine, top_k do"),
     "bias of cosines": ({"gate": {"bias": True, "kind": "cosine"}}, "gate.bias", "gate cosine does not use it"),
     "a loss-free prototype": ({"gate": "prototype", "bias_rate": 0.1}, "bias_rate", "gate prototype does not use it"),
     "prototypes that do not divide": (
@@ -112,12 +115,10 @@ def test_what_goes_together_is_let_through(change):
     assert problems(**change) == []
 
 
-def test_every_kind_has_its_tables():
-    from typing import get_args
+def test_kinds_ignore_keys_that_there_are():
+    for described in kinds(GATES).values():
+        assert described.ignores <= set(MoEConfig.model_fields)
 
-    from moesys.config.schema import GateConfig
 
-    assert set(get_args(GateConfig.model_fields["kind"].annotation)) == set(USES) == set(IGNORES)
-    keys = set(GateConfig.model_fields) - {"kind"}
-    assert set().union(*USES.values()) <= keys
-    assert set().union(*IGNORES.values()) <= set(MoEConfig.model_fields)
+def test_the_temperature_starts_as_its_description_says():
+    assert described_start == cosine.START

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moesys.models.parts.axes import Axis, Weight
 from moesys.parallel import jump, normals
 from moesys.parallel.initialise import initial
 from moesys.parallel.normals import Normals
@@ -85,10 +86,13 @@ def test_a_rank_draws_what_it_holds(name, shape):
     one = [slice(0, 1) for _ in shape[:-2]]
     rows = (*one, slice(shape[-2] * 31 // 32, shape[-2]), slice(0, shape[-1]))
     held = shape[-2] * shape[-1] // 32
+    weight = Weight(
+        name, tuple(Axis("expert" if len(shape) > 2 and not dim else "hidden", n) for dim, n in enumerate(shape))
+    )
     with Made() as made:
-        initial(shape, rows, name, 1, 0.02)
+        initial(weight, rows, 1, 0.02)
     assert made.random <= held + 16 and made.largest <= max(held, normals.CHUNK)
     columns = (*one, slice(0, shape[-2]), slice(0, shape[-1] // 32))
     with Made() as made:
-        initial(shape, columns, name, 1, 0.02)
+        initial(weight, columns, 1, 0.02)
     assert made.largest <= max(held, normals.CHUNK), "rows go by in chunks"

@@ -9,8 +9,8 @@ import torch
 
 from moesys.config.schema import Config, OptimizerConfig
 from moesys.errors import MoesysError
-from moesys.train.checked import apex
 from moesys.train.optimizer import build
+from moesys.train.validate import apex
 
 STAND_IN = Path(__file__).parent.parent / "stand_in"
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from moesys.config import Config
 from moesys.data.corpus import Corpus, open_corpus
 from moesys.errors import CheckpointError, TrainingError
-from moesys.train import checkpoint, resume, storage
+from moesys.train import checkpoint, manifest, saved_shapes, storage
 from moesys.train.engine import engine_of
 from moesys.train.loop import Trainer
 
@@ -80,10 +80,10 @@ def copy(written: Path, tmp_path: Path) -> Path:
 
 def older(path: Path) -> None:
     """Make it one of those that were written without checksums."""
-    meta = json.loads((path / resume.META).read_text())
+    meta = json.loads((path / manifest.META).read_text())
     for key in ("files", "checksum"):
         del meta[key]
-    (path / resume.META).write_text(json.dumps(meta))
+    (path / manifest.META).write_text(json.dumps(meta))
 
 
 def test_a_checkpoint_restores_the_step_the_place_and_what_was_kept_with_it(trainer, written):
@@ -109,7 +109,7 @@ def test_the_folder_alone_gives_the_model(trainer, raw, written, tmp_path):
     assert "layers.1.ffn.gate.selection_bias" in found
     tokens = torch.arange(8)[None]
     assert model(tokens, torch.stack([tokens, tokens], -1)).shape == (1, 8, 320)
-    meta = json.loads((alone / resume.META).read_text())
+    meta = json.loads((alone / manifest.META).read_text())
     assert (meta["step"], meta["samples"], meta["seed"], meta["vocab_size"]) == (2, 4, 1, 320)
     assert meta["engine"] == "native" and meta["dtype"] == {"weights": "float32", "computation": "float32"}
     assert meta["tokenizer"]["kind"] == "bytes" and meta["tokenizer"]["end_of_document"] == 256
@@ -118,6 +118,25 @@ def test_the_folder_alone_gives_the_model(trainer, raw, written, tmp_path):
     assert meta["data"]["train_tokens"] > meta["data"]["heldout_tokens"] > 0 and len(meta["data"]["digest"]) == 32
     assert meta["config"]["model"]["vocab_size"] == 320 and meta["config"]["train"]["seq_len"] == 8
     assert meta["files"].keys() == {".metadata", FILE}
+
+
+def test_the_model_in_a_checkpoint_of_another_version_is_read_if_its_unknown_keys_are_harmless(copy):
+    path = copy / "step-00000002"
+    meta = json.loads((path / manifest.META).read_text())
+
+    def write(**keys: Any) -> None:
+        config = changed(meta["config"], {"model": {"moe": keys}, "output": {"colour": "red"}})
+        del config["model"]["moe"]["zero_tau"]  # a key that the writer did not know
+        other = {key: value for key, value in meta.items() if key != "checksum"} | {"config": config}
+        (path / manifest.META).write_text(json.dumps(other | {"checksum": manifest.checksum(other)}))
+
+    write(sinks=False, window={"size": None, "kind": "none"})
+    assert checkpoint.model(path).layers["1"].ffn.gate.selection_bias.shape == (2,)
+    write(sinks=False, window={"size": 4, "kind": "none"})
+    with pytest.raises(
+        CheckpointError, match=r"has keys of another version: model\.moe\.window\.size\n    remedy: use"
+    ):
+        checkpoint.model(path)
 
 
 def test_what_a_balanced_hash_gate_learned_of_the_data_comes_along(trainer, tmp_path):
@@ -141,7 +160,7 @@ def test_a_tokenizer_of_its_own_lies_in_the_checkpoint(trainer, raw, tmp_path):
     file.unlink()
     path = run.save(tmp_path / "run" / "checkpoints")
     assert json.loads((path / checkpoint.TOKENIZER).read_text()) == content
-    meta = json.loads((path / resume.META).read_text())
+    meta = json.loads((path / manifest.META).read_text())
     assert meta["tokenizer"]["kind"] == "tokenizer.json" and checkpoint.TOKENIZER in meta["files"]
 
 
@@ -170,7 +189,7 @@ def flip(path: Path, bit: int | None = None) -> None:
 
 
 @pytest.mark.parametrize("checksums", [True, False], ids=["checksums", "older"])
-@pytest.mark.parametrize("name", [FILE, storage.METADATA])
+@pytest.mark.parametrize("name", [FILE, saved_shapes.METADATA])
 @pytest.mark.parametrize("damage", [cut, empty, Path.unlink, flip], ids=["cut", "empty", "deleted", "flipped"])
 def test_damage_is_one_message_with_the_way_on(trainer, copy, damage, name, checksums):
     path = copy / "step-00000002"
@@ -195,29 +214,29 @@ def spread(count: int) -> list[int]:
 def test_no_flipped_bit_is_accepted(copy):
     """Of either file some sixty, from the first to the last."""
     path = copy / "step-00000002"
-    meta = resume.read(path)
-    for name in (FILE, storage.METADATA):
+    meta = manifest.read(path)
+    for name in (FILE, saved_shapes.METADATA):
         content = (path / name).read_bytes()
         for bit in spread(len(content) * 8):
             flip(path / name, bit)
-            assert storage.verify(path, meta.files) is not None, (name, bit)
+            assert manifest.verify(path, meta.files) is not None, (name, bit)
             (path / name).write_bytes(content)
-    assert storage.verify(path, meta.files) is None
+    assert manifest.verify(path, meta.files) is None
 
 
 def test_a_damaged_metadata_file_of_an_older_checkpoint_never_ends_in_a_traceback(copy):
     path = copy / "step-00000002"
     older(path)
-    content = (path / storage.METADATA).read_bytes()
+    content = (path / saved_shapes.METADATA).read_bytes()
     refused = 0
     for bit in spread(len(content) * 8):
-        flip(path / storage.METADATA, bit)
+        flip(path / saved_shapes.METADATA, bit)
         try:
             storage.read_metadata(path)
         except CheckpointError as error:
             refused += 1
             assert "\n    remedy: " in str(error)
-        (path / storage.METADATA).write_bytes(content)
+        (path / saved_shapes.METADATA).write_bytes(content)
     assert refused > 5
 
 
@@ -239,11 +258,11 @@ def test_code_in_the_metadata_is_not_run(trainer, copy, tmp_path, where):
     if where == "inside":
         planted = storage.read_metadata(path)
         planted.planner_data = {"model": Planted(made)}
-    (path / storage.METADATA).write_bytes(pickle.dumps(planted))
+    (path / saved_shapes.METADATA).write_bytes(pickle.dumps(planted))
     with pytest.raises(CheckpointError, match=r"\.metadata cannot be read: it names posix.mkdir, which no checkpoint"):
         trainer().resume(copy)
     assert not made.exists()
-    pickle.loads((path / storage.METADATA).read_bytes())
+    pickle.loads((path / saved_shapes.METADATA).read_bytes())
     assert made.exists(), "the test plants nothing"
 
 
@@ -260,7 +279,7 @@ def test_code_among_the_tensors_is_not_run(trainer, copy, tmp_path):
     tensor = metadata.state_dict_metadata[key]
     for said in (BytesStorageMetadata(), tensor):
         metadata.state_dict_metadata[key] = said
-        (path / storage.METADATA).write_bytes(pickle.dumps(metadata))
+        (path / saved_shapes.METADATA).write_bytes(pickle.dumps(metadata))
         with pytest.raises(CheckpointError, match="is damaged"):
             trainer().resume(copy)
         assert not made.exists()
@@ -272,7 +291,7 @@ def test_a_place_outside_of_the_checkpoint_is_refused(copy, name):
     metadata = storage.read_metadata(path)
     index = next(iter(metadata.storage_data))
     metadata.storage_data[index] = replace(metadata.storage_data[index], relative_path=name)
-    (path / storage.METADATA).write_bytes(pickle.dumps(metadata))
+    (path / saved_shapes.METADATA).write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="is damaged"):
         storage.read_metadata(path)
 
@@ -346,7 +365,7 @@ def test_saving_leaves_what_is_not_its_own(trainer, copy):
     run.train_step()
     run.save(copy)
     assert {p.name for p in copy.iterdir()} == {*mine, "step-00000003"}
-    assert (outside / resume.META).exists(), "a link is removed, not what it leads to"
+    assert (outside / manifest.META).exists(), "a link is removed, not what it leads to"
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_message(trainer, tmp_path, monkeypatch):
@@ -357,7 +376,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message(trainer, tmp_path, m
     said = r"could not be written: OSError: \[Errno 28\] No space left(.|\n)*remedy"
     with pytest.raises(CheckpointError, match=said):
         trainer().save(tmp_path / "run" / "checkpoints")
-    assert resume.newest(tmp_path / "run" / "checkpoints") is None
+    assert manifest.newest(tmp_path / "run" / "checkpoints") is None
 
 
 def test_a_checkpoint_may_be_written_before_the_first_step(trainer, tmp_path):

@@ -13,8 +13,8 @@ from support import changed
 
 from moesys.config.schema import SkipsConfig
 from moesys.errors import TrainingError
-from moesys.train import checkpoint, resume
-from moesys.train.backlog import Measured
+from moesys.train import checkpoint, manifest
+from moesys.train.backlog import StepMeasurements
 from moesys.train.guard import Guard
 
 
@@ -67,7 +67,7 @@ def test_good_checkpoints_stay(diverged):
     run, _ = diverged
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000004", "step-00000006"]
-    assert [resume.read(run / "checkpoints" / name).state["skips"]["consecutive"] for name in kept] == [0, 0, 2]
+    assert [manifest.read(run / "checkpoints" / name).state["skips"]["consecutive"] for name in kept] == [0, 0, 2]
 
 
 def test_every_file_is_json_to_a_strict_parser(diverged):
@@ -127,7 +127,7 @@ def ended(allowed: SkipsConfig, bad: list[bool], monkeypatch: pytest.MonkeyPatch
     guard = Guard(allowed)
     for step, is_bad in enumerate(bad, 1):
         norm = float("nan") if is_bad else 1.0
-        guard.take(Measured(step, {"loss": 1.0}, None, norm, is_bad, lambda: ["norm.weight"]), Engine())
+        guard.take(StepMeasurements(step, {"loss": 1.0}, None, norm, is_bad, lambda: ["norm.weight"]), Engine())
         try:
             guard.check(Path("runs/a/checkpoints/step-00000001"))
         except TrainingError as error:

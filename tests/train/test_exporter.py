@@ -62,10 +62,10 @@ def values(families: dict[str, Family]) -> dict[str, list[tuple[dict[str, str], 
 
 def test_the_latest_metrics_are_served_and_then_no_longer(port: int) -> None:
     exporter = Exporter("tiny", port, "127.0.0.1")
-    exporter.tell({"loss": 3.5, "seconds/exposed all-to-all": 0.25, "seconds/all-to-all late": 0.2, "step": 3})
-    exporter.tell({"loss": 3.25, "step": 4, "z": 2.0, "load_loss": 0.5, "eta_s": 1.0, "of another version": 1.0})
-    exporter.tell({"heldout_loss": 3.0})
-    exporter.tell_load([1, 3], [[4.0, 0.0], [1.0, 3.0]])
+    exporter.set_metrics({"loss": 3.5, "seconds/exposed all-to-all": 0.25, "seconds/all-to-all late": 0.2, "step": 3})
+    exporter.set_metrics({"loss": 3.25, "step": 4, "z": 2.0, "load_loss": 0.5, "eta_s": 1.0, "of another version": 1.0})
+    exporter.set_metrics({"heldout_loss": 3.0})
+    exporter.set_load([1, 3], [[4.0, 0.0], [1.0, 3.0]])
     assert values(read(port)) == {
         "moesys_run_info": [({}, 1.0)],
         "moesys_loss_nats": [({}, 3.25)],
@@ -92,8 +92,8 @@ def test_the_latest_metrics_are_served_and_then_no_longer(port: int) -> None:
 @pytest.fixture
 def everything(exporter: Exporter, port: int) -> dict[str, Family]:
     """What is served when every metric has a value."""
-    exporter.tell(dict.fromkeys([*METRICS, f"{CAUSES}late", f"{PARTS}compute"], 1.0))
-    exporter.tell_load([0], [[1.0, 1.0]])
+    exporter.set_metrics(dict.fromkeys([*METRICS, f"{CAUSES}late", f"{PARTS}compute"], 1.0))
+    exporter.set_load([0], [[1.0, 1.0]])
     return read(port)
 
 

@@ -12,7 +12,7 @@ from moesys.errors import CheckpointError
 from moesys.parallel import memory
 from moesys.parallel.degrees import resolve
 from moesys.parallel.dimension import step_shape, traffic
-from moesys.train import optimizer, resume
+from moesys.train import manifest, optimizer, resume
 
 MODEL = {"hidden": 64, "layers": 2, "moe": {"experts": 4, "ffn_hidden": 48, "lora_rank": 2}}
 
@@ -37,16 +37,16 @@ def test_a_stage_without_trained_parameters_steps():
 def test_a_checkpoint_cannot_thaw(tmp_path):
     written = config("embed.weight", "layers.*.attention.*")
     meta = {"step": 1, "samples": 8, "model": written.model.model_dump(), "freeze": written.train.freeze}
-    (tmp_path / resume.META).write_text(json.dumps(meta))
-    found = resume.read(tmp_path)
-    assert resume.judge(found, written) == []
+    (tmp_path / manifest.META).write_text(json.dumps(meta))
+    found = manifest.read(tmp_path)
+    assert resume.require_compatible(found, written) == []
     # More may be frozen than before.
-    told = resume.judge(found, config("embed.weight", "layers.*.attention.*", "head.weight"))
+    told = resume.require_compatible(found, config("embed.weight", "layers.*.attention.*", "head.weight"))
     assert [change.key for change in told] == ["train.freeze"]
     with pytest.raises(
         CheckpointError, match=r"no optimizer state of layers.0.attention.k_proj.weight, which was frozen"
     ):
-        resume.judge(found, config("embed.weight"))
+        resume.require_compatible(found, config("embed.weight"))
 
 
 def test_costs_leave_out_their_gradients_and_state():

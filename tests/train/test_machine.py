@@ -11,7 +11,7 @@ from support import changed
 
 from moesys.config import Config
 from moesys.errors import LaunchError, MoesysError
-from moesys.train import device, here, machine, native
+from moesys.train import device, machine, native, spawn
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_too_few_gpus_for_a_proof_are_told(config):
 
 def test_the_word_is_said_before_anything_starts(config, monkeypatch, capsys):
     monkeypatch.setattr(device, "visible_gpus", lambda: 1)
-    found = here.ready(config({"cluster": {"ranks_per_node": 2}}), 2, "verify")
+    found = spawn.resolve_device(config({"cluster": {"ranks_per_node": 2}}), 2, "verify")
     assert found.cluster.device == "cpu"
     assert capsys.readouterr().out.startswith("verify: 2 processes on the CPU: this machine has 1 GPU")
 
@@ -58,7 +58,7 @@ def test_gpu_tensors_over_gloo_are_refused(config, monkeypatch):
         with pytest.raises(
             MoesysError, match=r"compute on GPUs, and their process group is of gloo.*\n    remedy: set"
         ):
-            native.joined(config({"cluster": {"device": "cuda"}}))
+            native.join_process_group(config({"cluster": {"device": "cuda"}}))
     finally:
         dist.destroy_process_group()
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import changed
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
 from moesys import cli
 from moesys.config import Config
 from moesys.config.changes import saved_form
 from moesys.errors import CheckpointError, ConfigError, FileError
-from moesys.train import metrics, resume, run_folder
-from moesys.train.checked import load_checked
+from moesys.models.size import weights
+from moesys.train import manifest, metrics, resume, run_folder, saved_shapes
+from moesys.train.validate import load_checked
 
 RAW: dict = {
     "model": {"vocab_size": 320, "hidden": 16, "layers": 1, "moe": {"experts": 4, "ffn_hidden": 8}},
@@ -35,12 +39,22 @@ def write(folder: Path, step: int = 4, **more: Any) -> Path:
     tokenizer = {"kind": "bytes", "name": "bytes", "identity": "bytes"}
     meta = {"step": step, "samples": 8 * step, "config": saved_form(config()), "data": DATA, "tokenizer": tokenizer}
     meta |= more
-    (path / resume.META).write_text(json.dumps(meta | {"checksum": resume.checksum(meta)}))
+    (path / manifest.META).write_text(json.dumps(meta | {"checksum": manifest.checksum(meta)}))
+    describe(path, {w.name: w.shape for w in weights(config().model, 320)})
     return path
 
 
+def describe(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write `.metadata` as torch does, of weights of these shapes."""
+    tensors = {
+        f"model.{name}": TensorStorageMetadata(TensorProperties(), torch.Size(shape), [])
+        for name, shape in shapes.items()
+    }
+    (path / saved_shapes.METADATA).write_bytes(pickle.dumps(Metadata(tensors)))
+
+
 def judged(path: Path, *changes: dict, data: dict | None = DATA) -> list[str]:
-    return [change.arrow() for change in resume.judge(resume.read(path), config(*changes), data)]
+    return [change.arrow() for change in resume.require_compatible(manifest.read(path), config(*changes), data)]
 
 
 def test_names_are_matched_whole_and_ordered_by_number(tmp_path: Path) -> None:
@@ -49,11 +63,11 @@ def test_names_are_matched_whole_and_ordered_by_number(tmp_path: Path) -> None:
         shutil.copytree(paths[0], tmp_path / name)
     (tmp_path / "step-00000021").mkdir()  # without its metadata: not complete
     (tmp_path / "step-00000022").write_text("a file")
-    assert resume.complete(tmp_path) == [paths[1], paths[0], paths[2]]
-    assert resume.newest(tmp_path) == paths[2] and resume.previous(paths[2]) == paths[0]
-    assert resume.previous(paths[1]) is None and resume.newest(tmp_path / "none") is None
+    assert manifest.complete(tmp_path) == [paths[1], paths[0], paths[2]]
+    assert manifest.newest(tmp_path) == paths[2] and manifest.previous(paths[2]) == paths[0]
+    assert manifest.previous(paths[1]) is None and manifest.newest(tmp_path / "none") is None
     shutil.rmtree(paths[2])
-    assert resume.incomplete(tmp_path)[0].startswith(f"{tmp_path / 'step-00000021'} has no moesys.json")
+    assert manifest.incomplete(tmp_path)[0].startswith(f"{tmp_path / 'step-00000021'} has no moesys.json")
 
 
 @pytest.mark.parametrize(
@@ -82,19 +96,19 @@ def test_names_are_matched_whole_and_ordered_by_number(tmp_path: Path) -> None:
 def test_damaged_metadata_are_one_message(tmp_path: Path, text: str, said: str) -> None:
     before = write(tmp_path, 3)
     path = write(tmp_path, 4)
-    (path / resume.META).write_bytes(text.encode(errors="surrogateescape"))
+    (path / manifest.META).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError) as caught:
-        resume.read(path)
+        manifest.read(path)
     message = str(caught.value)
     assert f"{path} is damaged: moesys.json" in message and said in message
     assert f"remedy: move it away, and the same command will go on from {before.name}: mv {path} " in message
 
 
 def test_one_changed_character_of_the_metadata_is_noticed(tmp_path: Path) -> None:
-    path = write(tmp_path) / resume.META
+    path = write(tmp_path) / manifest.META
     path.write_text(path.read_text().replace('"hidden": 16', '"hidden": 17'))
     with pytest.raises(CheckpointError, match=r"moesys\.json was changed since it was written"):
-        resume.read(path.parent)
+        manifest.read(path.parent)
 
 
 def test_missing_and_cut_files_are_found_before_anything_starts(tmp_path: Path) -> None:
@@ -139,7 +153,9 @@ def test_what_changes_the_run_is_refused_unless_it_is_named(tmp_path: Path, chan
     path = write(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         judged(path, change)
-    assert f"\n  {row}\n" in str(caught.value) and f"add 'train.resume_changed=[{key}]'" in str(caught.value)
+    said = str(caught.value)
+    assert f"\n  {row} (changes numbers)\n    remedy: restore {key}; or, if this is meant, add " in said
+    assert said.endswith(f"'train.resume_changed=[{key}]'")
     assert judged(path, change, {"train": {"resume_changed": [key]}})
 
 
@@ -147,9 +163,87 @@ def test_another_model_is_refused_whatever_is_named(tmp_path: Path) -> None:
     path, change = write(tmp_path), {"model": {"moe": {"experts": 8}}, "seed": 3}
     with pytest.raises(CheckpointError) as caught:
         judged(path, change, {"train": {"resume_changed": ["seed"]}})
-    assert "is of another model:\n  model.moe.experts: saved 4, now 8\n    remedy: restore these keys" in str(
-        caught.value
+    assert str(caught.value) == (
+        f"{path} is of another model:\n  model.moe.experts: saved 4, now 8 (cannot fit)"
+        "\n  also changed: seed: saved 0, now 3 (changes numbers)"
+        "\n  layers.0.ffn.gate.projection.weight has the shape [4, 16] there, and [8, 16] in this model"
+        "\n  layers.0.ffn.experts.fc1 has the shape [4, 16, 2, 8] there, and [8, 16, 2, 8] in this model"
+        "\n  layers.0.ffn.experts.fc2 has the shape [4, 8, 16] there, and [8, 8, 16] in this model"
+        "\n    remedy: restore the keys that cannot fit, or choose another run: name=NAME"
     )
+
+
+def test_a_configuration_without_the_keys_of_later_versions_has_their_defaults(tmp_path: Path) -> None:
+    old = {
+        "seed": 0,
+        "model": {"vocab_size": 320, "hidden": 16, "layers": 1, "moe": {"experts": 4, "ffn_hidden": 8}},
+        "train": {"steps": 9, "seq_len": 16, "optimizer": {"lr": 0.0003}},
+        "data": {"kind": "python-stdlib"},
+    }
+    write(tmp_path / "checkpoints", config=old)
+    assert resume.check(tmp_path, config()) == []
+    coefficient = config({"model": {"moe": {"balance_loss": 0.5, "z_loss": 0.1}}, "parallel": {"ep": 2}})
+    assert resume.check(tmp_path, coefficient) == [
+        "changed since step 4: model.moe.balance_loss: 0.01 → 0.5 (changes numbers)",
+        "changed since step 4: model.moe.z_loss: 0.0 → 0.1 (changes numbers)",
+        "changed since step 4: parallel.ep: 1 → 2 (harmless)",
+    ]
+
+
+def test_a_section_that_an_older_version_lacks_is_as_by_default(tmp_path: Path) -> None:
+    dense = {"model": {"moe": None, "ffn_hidden": 8}}
+    saved = saved_form(config(dense))
+    del saved["model"]["moe"]
+    assert judged(write(tmp_path, config=saved), dense) == []
+    with pytest.raises(CheckpointError, match=r"model\.moe: saved null, now given \(cannot fit\)"):
+        judged(tmp_path / "step-00000004", {"model": {"ffn_hidden": 8, "moe": {"experts": 8}}})
+
+
+def test_keys_of_another_version_are_refused_unless_they_change_no_number(tmp_path: Path) -> None:
+    harmless = changed(saved_form(config()), {"model": {"moe": {"novelty": None, "sinks": False}}})
+    harmless = changed(harmless, {"train": {"echo": 0, "mode": "none"}, "output": {"colour": "red"}})
+    assert judged(write(tmp_path / "a", config=harmless)) == []
+    other = changed(harmless, {"model": {"moe": {"novelty": 2}}, "train": {"echo": 3}})
+    path = write(tmp_path / "b", config=other, versions={"moesys": "9.9"})
+    with pytest.raises(CheckpointError) as caught:
+        judged(path)
+    assert str(caught.value) == (
+        f"{path} has keys of another version:"
+        "\n  model.moe.novelty: saved 2, now absent (unknown to this version)"
+        "\n  train.echo: saved 3, now absent (unknown to this version)"
+        "\n    remedy: go on with moesys 9.9, which wrote it, or choose another run: name=NAME"
+    )
+
+
+def test_a_key_that_decides_weights_may_change_where_all_fit_if_it_is_named(tmp_path: Path) -> None:
+    """Twice as many heads of half the size have the same matrices, and compute something else."""
+    path, change = write(tmp_path), {"model": {"attention": {"heads": 8}}}
+    with pytest.raises(CheckpointError, match=r"\n  model\.attention\.heads: saved 4, now 8 \(changes numbers\)\n"):
+        judged(path, change)
+    named = {"train": {"resume_changed": ["model.attention.heads"]}}
+    assert judged(path, change, named) == ["model.attention.heads: 4 → 8"]
+
+
+def test_weights_of_another_version_are_refused_by_name_before_the_start(tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoints")
+    shapes = {weight.name: weight.shape for weight in weights(config().model, 320)}
+    gate = shapes.pop("layers.0.ffn.gate.projection.weight")
+    describe(path, shapes | {"layers.0.ffn.router.weight": gate, "layers.0.ffn.gate.selection_bias": (4,)})
+    with pytest.raises(CheckpointError) as caught:
+        resume.check(tmp_path, config())
+    assert str(caught.value) == (
+        f"{path} is of another model:\n  layers.0.ffn.gate.projection.weight [4, 16] is missing there"
+        "\n  layers.0.ffn.router.weight [4, 16] is there, and not in this model"
+        "\n    remedy: use the version that wrote it, or choose another run: name=NAME"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", pickle.dumps(shutil.rmtree), pickle.dumps({"a": 1})])
+def test_damaged_tensor_descriptions_are_found_before_the_start(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "checkpoints")
+    (path / saved_shapes.METADATA).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: \.metadata cannot be read: "):
+        resume.check(tmp_path, config())
 
 
 def test_other_content_of_the_data_is_refused_and_a_moved_file_is_told(tmp_path: Path) -> None:
@@ -178,7 +272,8 @@ def test_a_run_without_a_step_left_refuses_other_settings(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError) as caught:
         resume.check(tmp_path / "run", config({"train": {"optimizer": {"lr": 0.5}}}))
     assert "no step left to train (9 are done, train.steps is 9)" in str(caught.value)
-    assert "train.optimizer.lr: saved 0.0003, now 0.5\n    remedy: choose another run" in str(caught.value)
+    row = "train.optimizer.lr: saved 0.0003, now 0.5 (changes numbers)"
+    assert f"{row}\n    remedy: choose another run" in str(caught.value)
     with pytest.raises(CheckpointError, match=r"train\.steps: saved 9, now 5"):
         judged(path, {"train": {"steps": 5}})
 
@@ -188,7 +283,7 @@ def test_a_checkpoint_of_the_first_format_is_compared_by_what_it_keeps(tmp_path:
     path.mkdir()
     model = config().model.model_dump(mode="json")
     del model["moe"]["zero_tau"]
-    (path / resume.META).write_text(json.dumps({"step": 4, "samples": 32, "model": model, "seed": 0, "freeze": []}))
+    (path / manifest.META).write_text(json.dumps({"step": 4, "samples": 32, "model": model, "seed": 0, "freeze": []}))
     assert judged(path, {"train": {"seq_len": 64}, "model": {"moe": {"balance_loss": 0.0}}}) == [
         "model.moe.balance_loss: 0.01 → 0.0"
     ]

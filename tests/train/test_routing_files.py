@@ -12,7 +12,7 @@ from support import changed
 from moesys import cli
 from moesys.errors import ConfigError, DataError
 from moesys.train import routing_files
-from moesys.train.checked import load_checked
+from moesys.train.validate import load_checked
 
 E = 4
 

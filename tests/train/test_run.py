@@ -166,7 +166,8 @@ def test_a_finished_run_does_not_take_other_settings(whole, config, capsys):
     assert cli.main(words) == 1
     said = capsys.readouterr().err
     assert "has no step left to train (30 are done, train.steps is 30)" in said
-    assert "\n  train.optimizer.lr: saved 0.001, now 0.5\n    remedy: choose another run, name=NAME; or" in said
+    row = "train.optimizer.lr: saved 0.001, now 0.5 (changes numbers)"
+    assert f"\n  {row}\n    remedy: choose another run, name=NAME; or" in said
     assert {name: (whole / name).read_bytes() for name in before} == before
 
 
@@ -175,7 +176,8 @@ def test_a_checkpoint_of_another_model_is_refused(config, whole, capsys):
     words = ["launch", str(config), "--launcher", "local", "name=whole", "model.hidden=32", f"train.steps={STEPS + 1}"]
     assert cli.main(words) == 1
     output = capsys.readouterr().err
-    assert "model.hidden: saved 64, now 32" in output and "remedy" in output
+    assert "model.hidden: saved 64, now 32 (cannot fit)" in output and "remedy" in output
+    assert "embed.weight has the shape [320, 64] there, and [320, 32] in this model" in output
     assert (whole / "config.yaml").read_text() == before
     assert checkpoint.newest(whole / "checkpoints").name == "step-00000030"
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.measure.a2a_benchmark import payload, traffic
-from moesys.measure.a2a_benchmark.groups import Group
-from moesys.measure.a2a_benchmark.options import Options
-from moesys.measure.a2a_benchmark.result import Result, Samples
+from moesys.measure.a2a_benchmark.groups import BenchmarkGroup
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
+from moesys.measure.a2a_benchmark.result import CollectiveResult, RankTimes
 from moesys.measure.a2a_benchmark.timing import timed
 from moesys.measure.a2a_benchmark.traffic import Matrix
 
@@ -24,10 +24,18 @@ CHUNK = 2**22
 """Elements that are made or checked at a time."""
 
 
-class Case:
+class CollectiveCase:
     """One collective of one size: buffers, the call, and what must come out."""
 
-    def __init__(self, kind: str, group: Group, size: int, dtype: torch.dtype, device: torch.device, options: Options):
+    def __init__(
+        self,
+        kind: str,
+        group: BenchmarkGroup,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        options: BenchmarkOptions,
+    ):
         self.kind, self.group, self.size, self.dtype, self.options = kind, group, size, dtype, options
         self.device, self.grain = device, dtype.itemsize
         self.n, self.rank = group.own.size(), group.own.rank()
@@ -128,18 +136,18 @@ class Case:
         shift = matrix[:, : self.rank].sum(1) - (behind - column)
         return torch.from_numpy(behind).to(self.device), torch.from_numpy(shift).to(self.device)
 
-    def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> Result | None:
+    def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> CollectiveResult | None:
         """Time it on all ranks; the result on rank 0, else None."""
         wrong = self.wrong() if self.options.check else 0
         bare = self._bare if self.options.plain and self.kind.startswith("all_to_all") else None
         told = timed(self.call, bare, self.options, on_host, offset, self.device)
         everyone: list[Any] = [None] * len(nodes)
-        dist.all_gather_object(everyone, Samples(*told, wrong), group=on_host)
+        dist.all_gather_object(everyone, RankTimes(*told, wrong), group=on_host)
         if dist.get_rank() != 0:
             return None
         name = str(self.dtype).removeprefix("torch.")
         g = self.group
-        return Result.of(self.kind, g.name, g.all, self.size, name, self.grain, self.sent, everyone, g.also)
+        return CollectiveResult.of(self.kind, g.name, g.all, self.size, name, self.grain, self.sent, everyone, g.also)
 
     def _bare(self) -> None:
         dist.all_to_all_single(self.out, self.x, self.splits[1], self.splits[0], group=self.group.own)

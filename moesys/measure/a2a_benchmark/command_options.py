@@ -9,7 +9,7 @@ from pathlib import Path
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.measure.a2a_benchmark import traffic
-from moesys.measure.a2a_benchmark.options import Options
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
 from moesys.measure.a2a_benchmark.sizes import COLLECTIVES, GROUPS
 from moesys.measure.a2a_benchmark.traffic import Matrix
 
@@ -17,21 +17,21 @@ ReadRouting = Callable[[Path, Config], Matrix]
 """(folder of recorded routing, configuration) → rows that each rank sends to each."""
 
 
-class BenchError(MoesysError):
+class A2ABenchError(MoesysError):
     """An option of the benchmark makes no sense."""
 
     exit_code = 2
 
 
-def options_of(arguments: argparse.Namespace, config: Config, read_routing: ReadRouting) -> Options:
+def options_of(arguments: argparse.Namespace, config: Config, read_routing: ReadRouting) -> BenchmarkOptions:
     """The options that the command line asks for.
 
     Raises:
-        BenchError: they make no sense. TrafficError: the matrix cannot be read.
+        A2ABenchError: they make no sense. TrafficError: the matrix cannot be read.
     """
     _check(arguments, config)
     matrix = _matrix(arguments, config, read_routing)
-    return Options(
+    return BenchmarkOptions(
         kinds=arguments.collectives or (() if arguments.dispatch else COLLECTIVES),
         groups=("world",) if matrix is not None else arguments.groups or GROUPS,
         dtypes=arguments.dtypes,
@@ -52,23 +52,25 @@ def options_of(arguments: argparse.Namespace, config: Config, read_routing: Read
 
 
 def _check(arguments: argparse.Namespace, config: Config) -> None:
-    """Raise BenchError for the first option that makes no sense."""
+    """Raise A2ABenchError for the first option that makes no sense."""
     moe = config.model.moe
     if arguments.factor < 2 or arguments.iterations < 1 or arguments.warmup < 0:
-        raise BenchError("--factor must be at least 2, --iterations at least 1, and --warmup at least 0")
+        raise A2ABenchError("--factor must be at least 2, --iterations at least 1, and --warmup at least 0")
     if arguments.max < arguments.min:
-        raise BenchError(f"--max {arguments.max} is less than --min {arguments.min}")
+        raise A2ABenchError(f"--max {arguments.max} is less than --min {arguments.min}")
     uneven = _uneven(arguments)
     if len(uneven) > 1:
-        raise BenchError(f"{' and '.join(uneven)}: give one pattern of uneven traffic")
+        raise A2ABenchError(f"{' and '.join(uneven)}: give one pattern of uneven traffic")
     if uneven and uneven != ["--skew"] and arguments.groups not in (None, ["world"]):
-        raise BenchError(f"{uneven[0]} is of all ranks: leave --groups out, or say --groups world")
+        raise A2ABenchError(f"{uneven[0]} is of all ranks: leave --groups out, or say --groups world")
     if arguments.dispatch and (moe is None or config.parallel.ep * config.parallel.etp == 1):
-        raise BenchError("--dispatch needs experts over several ranks: set model.moe, and parallel.ep to more than 1")
+        raise A2ABenchError(
+            "--dispatch needs experts over several ranks: set model.moe, and parallel.ep to more than 1"
+        )
     if moe is not None and not 1 <= arguments.top_k <= moe.experts:
-        raise BenchError(f"--top-k {arguments.top_k}: there are model.moe.experts({moe.experts}) to choose from")
+        raise A2ABenchError(f"--top-k {arguments.top_k}: there are model.moe.experts({moe.experts}) to choose from")
     if min(arguments.tokens, arguments.hidden) < 1:
-        raise BenchError("--tokens and --hidden must be at least 1")
+        raise A2ABenchError("--tokens and --hidden must be at least 1")
 
 
 def _uneven(arguments: argparse.Namespace) -> list[str]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moesys.config.schema import Config
 from moesys.kernels.permute import Permutation, permute, unpermute
-from moesys.measure.a2a_benchmark.options import Options
-from moesys.measure.a2a_benchmark.result import Result, Samples
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
+from moesys.measure.a2a_benchmark.result import CollectiveResult, RankTimes
 from moesys.measure.a2a_benchmark.timing import timed
 from moesys.measure.explain.link_load import limits
 from moesys.moe.routing import Routing
@@ -20,10 +20,10 @@ from moesys.parallel.dispatchers.build import builder
 from moesys.parallel.mesh import ParallelMesh
 
 
-class Dispatching:
+class DispatchCase:
     """One dispatcher with tokens whose experts are drawn at random, or by Zipf's law with `options.skew`."""
 
-    def __init__(self, kind: str, config: Config, mesh: ParallelMesh, dtype: torch.dtype, options: Options):
+    def __init__(self, kind: str, config: Config, mesh: ParallelMesh, dtype: torch.dtype, options: BenchmarkOptions):
         assert config.model.moe is not None
         self.kind, self.mesh, self.options, self.dtype = kind, mesh, options, dtype
         self.experts = config.model.moe.experts
@@ -50,7 +50,7 @@ class Dispatching:
         with torch.no_grad():
             return self.dispatcher(self.x_TH, self.routing, unchanged)
 
-    def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> Result | None:
+    def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> CollectiveResult | None:
         """Time it on all ranks; the result on rank 0, else None.
 
         `bytes` are those that the busiest rank sends in all-to-alls, `limit` those between nodes that limit.
@@ -64,14 +64,16 @@ class Dispatching:
                 sent[peer] += size
         own, _ = timed(self.call, None, self.options, on_host, offset, self.mesh.device)
         everyone: list[Any] = [None] * len(nodes)
-        dist.all_gather_object(everyone, (Samples(own, [], wrong), sent), group=on_host)
+        dist.all_gather_object(everyone, (RankTimes(own, [], wrong), sent), group=on_host)
         if dist.get_rank() != 0:
             return None
         size = self.mesh.degrees.ep * self.mesh.degrees.etp
         groups = [list(range(i, i + size)) for i in range(0, len(nodes), size)]
         matrix = [row for _, row in everyone]
         name = str(self.dtype).removeprefix("torch.")
-        return Result.dispatch(self.kind, groups, name, matrix, [s for s, _ in everyone], limits(matrix, nodes))
+        return CollectiveResult.dispatch(
+            self.kind, groups, name, matrix, [s for s, _ in everyone], limits(matrix, nodes)
+        )
 
 
 def unchanged(x: Tensor, counts_E: Tensor, weight: Tensor | None = None, p: Permutation | None = None, /) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moesys.measure.a2a_benchmark.result import Result
-from moesys.measure.predict.links import Line, fit
+from moesys.measure.a2a_benchmark.result import CollectiveResult
+from moesys.measure.predict.links import LinkModel, fit
 
 
-def lines(results: Sequence[Result]) -> dict[str, Line]:
+def lines(results: Sequence[CollectiveResult]) -> dict[str, LinkModel]:
     """The link model of every collective and group measured with more than one size, from transfers.
 
     Without those whose bandwidth cannot be told: `flat`.
@@ -16,12 +16,12 @@ def lines(results: Sequence[Result]) -> dict[str, Line]:
     return {name: line for name, line in _fitted(results).items() if line.per_byte > 0}
 
 
-def flat(results: Sequence[Result]) -> dict[str, Line]:
+def flat(results: Sequence[CollectiveResult]) -> dict[str, LinkModel]:
     """Those whose larger messages took no longer than small ones: no line, for it would have β = ∞."""
     return {name: line for name, line in _fitted(results).items() if line.per_byte <= 0}
 
 
-def _fitted(results: Sequence[Result]) -> dict[str, Line]:
+def _fitted(results: Sequence[CollectiveResult]) -> dict[str, LinkModel]:
     found: dict[str, list[tuple[float, float]]] = {}
     for r in results:
         if r.kind != "all_to_all_uneven" and not r.kind.startswith("dispatch"):

@@ -12,7 +12,7 @@ from moesys.parallel.mesh import ParallelMesh
 
 
 @dataclass(frozen=True)
-class Group:
+class BenchmarkGroup:
     """This rank's group of a kind, and all groups of that kind, by ranks: they communicate at the same time.
 
     `also`: other kinds that are the same groups.
@@ -24,14 +24,14 @@ class Group:
     also: tuple[str, ...] = ()
 
 
-def groups(mesh: ParallelMesh, names: Sequence[str], nodes: list[str]) -> list[Group]:
+def groups(mesh: ParallelMesh, names: Sequence[str], nodes: list[str]) -> list[BenchmarkGroup]:
     """Those of `names` that have more than one rank, each once: of a node, of equal places in all nodes, of experts,
     of all."""
     made = []
     for every, same in divisions(names, nodes, mesh.degrees.ep * mesh.degrees.etp):
         own = [dist.new_group(ranks) for ranks in every]
         mine = next(i for i, ranks in enumerate(every) if mesh.rank in ranks)
-        made.append(Group(same[0], own[mine], every, tuple(same[1:])))
+        made.append(BenchmarkGroup(same[0], own[mine], every, tuple(same[1:])))
     return made
 
 

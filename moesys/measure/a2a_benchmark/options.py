@@ -10,7 +10,7 @@ from moesys.measure.a2a_benchmark.traffic import Matrix
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchmarkOptions:
     """What to measure.
 
     Attributes:

@@ -14,7 +14,7 @@ FACTORS = {"all_reduce": 2.0, "send_recv": 0.0}
 
 
 @dataclass(frozen=True)
-class Samples:
+class RankTimes:
     """The times of one rank: (begin, end) of every iteration in seconds on one clock (on GPUs from 0, where all streams
     met), and of the plain loop before and after each; and how many elements were wrong."""
 
@@ -24,7 +24,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Result:
+class CollectiveResult:
     """One collective of one size on groups of one kind.
 
     Attributes:
@@ -73,9 +73,9 @@ class Result:
         dtype: str,
         grain: int,
         sent: Sequence[Sequence[int]],
-        samples: Sequence[Samples],
+        samples: Sequence[RankTimes],
         also: Sequence[str] = (),
-    ) -> Result:
+    ) -> CollectiveResult:
         """From what all ranks saw; `sent` is the byte matrix of a group."""
         n, iterations = len(groups[0]), range(len(samples[0].own))
         arrived = [{r: max(samples[r].own[i][0] for r in g) for g in groups for r in g} for i in iterations]
@@ -108,9 +108,9 @@ class Result:
         groups: Sequence[Sequence[int]],
         dtype: str,
         sent: Sequence[Sequence[int]],
-        samples: Sequence[Samples],
+        samples: Sequence[RankTimes],
         limit: tuple[float, float],
-    ) -> Result:
+    ) -> CollectiveResult:
         """Of a dispatcher, from what all ranks saw and sent; `limit` as `links.limits`."""
         size = max(map(sum, sent))
         found = cls.of(f"dispatch {kind}", "expert", groups, size, dtype, 1, sent, samples)

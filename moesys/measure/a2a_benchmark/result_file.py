@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from moesys.errors import FileError
 from moesys.files import read_json
-from moesys.measure.predict.links import Line
+from moesys.measure.predict.links import LinkModel
 
 Number = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
@@ -41,7 +41,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ResultEntry:
     """One of the results."""
 
     collective: str
@@ -73,24 +73,24 @@ class _Link:
 
 
 @dataclass(frozen=True)
-class BenchFile:
+class ResultFile:
     """Results, fitted lines by name, and where they were measured."""
 
-    results: tuple[Measured, ...]
+    results: tuple[ResultEntry, ...]
     links: Mapping[str, _Link]
     config: Mapping[str, Any]
 
     @property
-    def lines(self) -> dict[str, Line]:
-        return {name: Line(**vars(link)) for name, link in self.links.items()}
+    def lines(self) -> dict[str, LinkModel]:
+        return {name: LinkModel(**vars(link)) for name, link in self.links.items()}
 
 
 @cache
-def _schema() -> TypeAdapter[BenchFile]:
-    return TypeAdapter(BenchFile)
+def _schema() -> TypeAdapter[ResultFile]:
+    return TypeAdapter(ResultFile)
 
 
-def read(path: Path) -> BenchFile:
+def read(path: Path) -> ResultFile:
     """The file at `path`.
 
     Raises:

@@ -14,18 +14,22 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
-from moesys.measure.a2a_benchmark.collective import Case
-from moesys.measure.a2a_benchmark.dispatch import Dispatching
+from moesys.measure.a2a_benchmark.collective import CollectiveCase
+from moesys.measure.a2a_benchmark.dispatch import DispatchCase
 from moesys.measure.a2a_benchmark.groups import groups
-from moesys.measure.a2a_benchmark.options import Options
-from moesys.measure.a2a_benchmark.result import Result
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
+from moesys.measure.a2a_benchmark.result import CollectiveResult
 from moesys.measure.record import clocks
 from moesys.parallel.mesh import ParallelMesh
 
 
 def run(
-    config: Config, mesh: ParallelMesh, options: Options, nodes: list[str], tell: Callable[[Result], None]
-) -> list[Result]:
+    config: Config,
+    mesh: ParallelMesh,
+    options: BenchmarkOptions,
+    nodes: list[str],
+    tell: Callable[[CollectiveResult], None],
+) -> list[CollectiveResult]:
     """Measure every case; `tell` gets each result on rank 0 as it comes. All results on rank 0, else none."""
     on_host = dist.group.WORLD if mesh.device.type == "cpu" else dist.new_group(backend="gloo")
     assert on_host is not None
@@ -35,14 +39,14 @@ def run(
             for size in options.sizes():
                 if not _fits(size, mesh.device, on_host, len(nodes) // len(set(nodes))):
                     break
-                case = Case(kind, group, size, getattr(torch, dtype), mesh.device, options)
+                case = CollectiveCase(kind, group, size, getattr(torch, dtype), mesh.device, options)
                 result = case.measure(on_host, offset, nodes)
                 if result is not None:
                     tell(result)
                     results.append(result)
     for kind in options.dispatch:
         for dtype in options.dtypes:
-            dispatching = Dispatching(kind, config, mesh, getattr(torch, dtype), options)
+            dispatching = DispatchCase(kind, config, mesh, getattr(torch, dtype), options)
             result = dispatching.measure(on_host, offset, nodes)
             if result is not None:
                 tell(result)
@@ -50,7 +54,7 @@ def run(
     return results
 
 
-def _kinds(options: Options) -> list[str]:
+def _kinds(options: BenchmarkOptions) -> list[str]:
     uneven = options.skew is not None or options.matrix is not None
     return [*options.kinds, *(["all_to_all_uneven"] if uneven and "all_to_all" in options.kinds else [])]
 

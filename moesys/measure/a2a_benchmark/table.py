@@ -16,16 +16,16 @@ from rich.table import Table
 
 import moesys
 from moesys.measure.a2a_benchmark.fitted_links import flat, lines
-from moesys.measure.a2a_benchmark.options import Options
-from moesys.measure.a2a_benchmark.result import Result
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
+from moesys.measure.a2a_benchmark.result import CollectiveResult
 from moesys.measure.a2a_benchmark.sizes import human
-from moesys.measure.predict.links import Line
+from moesys.measure.predict.links import LinkModel
 from moesys.words import plural
 
 LARGER = "measure several sizes and larger ones, as --min 1K --max 64M"
 
 
-def show(results: list[Result], facts: dict[str, Any], console: Console) -> None:
+def show(results: list[CollectiveResult], facts: dict[str, Any], console: Console) -> None:
     """A table for each collective and group, and the fitted links."""
     hosts = len(set(facts["hosts"]))
     console.print(
@@ -45,7 +45,7 @@ def show(results: list[Result], facts: dict[str, Any], console: Console) -> None
         fitted.add_row(name, *values)
     if fitted.row_count:
         console.print(fitted)
-    untold: dict[Line, list[str]] = {}
+    untold: dict[LinkModel, list[str]] = {}
     for name, line in flat(results).items():
         untold.setdefault(line, []).append(name)
     for line, names in untold.items():
@@ -57,7 +57,7 @@ def show(results: list[Result], facts: dict[str, Any], console: Console) -> None
         )
 
 
-def table(results: list[Result], title: str) -> Table:
+def table(results: list[CollectiveResult], title: str) -> Table:
     """One row for each size; microseconds and 10⁹ bytes per second."""
     plain = any(r.plain is not None for r in results)
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
@@ -81,7 +81,7 @@ def progress_line(line: str) -> str:
     return f"{r['collective']:<17} {r['group']:<6} {human(r['size']):>8} {r['out_of_place']['time']:>12,.1f} µs"
 
 
-def as_json(results: list[Result], facts: dict[str, Any], options: Options) -> dict[str, Any]:
+def as_json(results: list[CollectiveResult], facts: dict[str, Any], options: BenchmarkOptions) -> dict[str, Any]:
     """The shape of nccl-tests' `-J`, with our own keys after theirs."""
     rates = [r.busbw / 1e9 for r in results]
     return {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from moesys.measure.a2a_benchmark.options import Options
+from moesys.measure.a2a_benchmark.options import BenchmarkOptions
 from moesys.parallel import comm
 
 Stamp = tuple[comm.Time, comm.Time]
@@ -17,7 +17,7 @@ Span = tuple[float, float]
 def timed(
     call: Callable[[], object],
     bare: Callable[[], object] | None,
-    options: Options,
+    options: BenchmarkOptions,
     on_host: dist.ProcessGroup,
     offset: float,
     device: torch.device,
@@ -31,7 +31,7 @@ def timed(
     sides: list[tuple[list[Stamp], Callable[[], object]]] = [(own, call)]
     if bare is not None:
         sides = [(plain, bare), *sides, (plain, bare)]
-    together = Together(device, on_host)
+    together = AlignedStart(device, on_host)
     for number in range(options.warmup + options.iterations):
         for stamps, run_once in sides:
             together.meet()
@@ -43,7 +43,7 @@ def timed(
     return _seconds(own, offset, device), _seconds(plain, offset, device)
 
 
-class Together:
+class AlignedStart:
     """The begin of an iteration on all ranks at one time, as near as can be.
 
     A barrier of the hosts does not align what their GPUs do. There the streams meet in an all-reduce of one number,

@@ -1,4 +1,4 @@
-"""What the ranks of one collective tell each other about it: who came last, and how evenly they sent."""
+"""Compares the members of one collective: who began last, how evenly they sent, and how fast rows moved."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesys.measure.explain.link_load import limits
-from moesys.measure.step import Meeting
+from moesys.measure.step import GroupArrival
 
 CLEAR_S = 20e-6
-"""A rank that waited longer than this for a result saw when it arrived."""
+"""A rank that waited longer than this for a result saw when the result arrived."""
 
 Matrix = NDArray[np.float64]
 
 
-class Member(NamedTuple):
-    """A collective as one of its ranks saw it. Times are seconds on one clock.
+class MemberTimes(NamedTuple):
+    """A collective as one of its ranks recorded it. Times are seconds on one clock.
 
     Attributes:
-        computed: seconds that its experts had computed before, None if it does not follow them.
-        sent: bytes to each rank of the group, in group order; empty if that is not known.
+        computed: seconds that this rank's experts computed before it; None if it does not follow experts.
+        sent: bytes to each rank of the group, in group order; empty if unknown.
     """
 
     rank: int
@@ -35,8 +35,14 @@ class Member(NamedTuple):
     sent: Sequence[int] | NDArray[np.int64]
 
 
-class Rate(NamedTuple):
-    """Of a collective of rows: bytes of the busiest rank, seconds from the last arrival, and what limits on links."""
+class TransferRate(NamedTuple):
+    """A measured transfer of rows.
+
+    Attributes:
+        bytes: of the busiest rank to others.
+        seconds: from the last arrival to the last end.
+        inside, between: bytes that limit it on links (`link_load.limits`); 0 if unknown.
+    """
 
     bytes: float
     seconds: float
@@ -44,11 +50,11 @@ class Rate(NamedTuple):
     between: float
 
 
-def meeting(members: Sequence[Member], group: Sequence[int]) -> Meeting:
-    """What each of the members, of those of `group` that were seen, gets to know."""
+def group_arrival(members: Sequence[MemberTimes], group: Sequence[int]) -> GroupArrival:
+    """The arrival of a group, from those of its members that were recorded."""
     last = max(members, key=lambda m: m.begin)
     waits = [m.met - m.begin for m in members if m.met is not None]
-    return Meeting(
+    return GroupArrival(
         arrived=last.begin,
         last=last.rank,
         whole=len(members) == len(group) > 1,
@@ -59,8 +65,8 @@ def meeting(members: Sequence[Member], group: Sequence[int]) -> Meeting:
     )
 
 
-def evenness(members: Sequence[Member], group: Sequence[int]) -> float:
-    """Bytes to and from others, mean over ranks / most; 1 if any rank's are not known."""
+def evenness(members: Sequence[MemberTimes], group: Sequence[int]) -> float:
+    """Bytes to and from others, mean over ranks / most of any rank; 1 if a rank's bytes are unknown."""
     if len(members) < len(group) or any(not len(m.sent) for m in members):
         return 1.0
     sent = _matrix(members, group)
@@ -69,8 +75,8 @@ def evenness(members: Sequence[Member], group: Sequence[int]) -> float:
     return float(moved.mean() / moved.max()) if moved.max() > 0 else 1.0
 
 
-def rate(members: Sequence[Member], group: Sequence[int], hosts: Sequence[str]) -> Rate | None:
-    """How fast rows went, where a rank saw when they arrived; `hosts` are of the members."""
+def transfer_rate(members: Sequence[MemberTimes], group: Sequence[int], hosts: Sequence[str]) -> TransferRate | None:
+    """The rate of a collective of rows; None if no rank saw when rows arrived. `hosts`: of the members."""
     ends = [m.end for m in members if m.end - m.waited > CLEAR_S]
     arrived = max(m.begin if m.met is None else m.met for m in members)
     if not ends or max(ends) <= arrived:
@@ -78,11 +84,11 @@ def rate(members: Sequence[Member], group: Sequence[int], hosts: Sequence[str]) 
     place = {rank: i for i, rank in enumerate(group)}
     most = max(m.bytes - (int(m.sent[place[m.rank]]) if len(m.sent) else 0) for m in members)
     if any(not len(m.sent) for m in members):
-        return Rate(most, max(ends) - arrived, 0.0, 0.0)
-    return Rate(most, max(ends) - arrived, *limits(_matrix(members, group), hosts))
+        return TransferRate(most, max(ends) - arrived, 0.0, 0.0)
+    return TransferRate(most, max(ends) - arrived, *limits(_matrix(members, group), hosts))
 
 
-def _matrix(members: Sequence[Member], group: Sequence[int]) -> Matrix:
+def _matrix(members: Sequence[MemberTimes], group: Sequence[int]) -> Matrix:
     """[sender][receiver] bytes among the members, in their order."""
     place = {rank: i for i, rank in enumerate(group)}
     return np.array([m.sent for m in members], dtype=float)[:, [place[m.rank] for m in members]]

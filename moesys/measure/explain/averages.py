@@ -9,27 +9,27 @@ from dataclasses import replace
 import numpy as np
 
 from moesys.measure.explain.breakdown import OTHERS
-from moesys.measure.explain.explanation import Causes, Explanation, Layer, Leg
-from moesys.measure.explain.layer_sums import LAYER_COLUMNS, LEG_COLUMNS, Key, Table, layer_of, leg_of, order
+from moesys.measure.explain.explanation import Causes, Explanation, Layer, LayerPhase
+from moesys.measure.explain.layer_sums import LAYER_COLUMNS, PHASE_COLUMNS, Key, Table, layer_of, order, phase_of
 from moesys.measure.explain.sentence import sentence
-from moesys.measure.explain.step_selection import Recorded, explained
+from moesys.measure.explain.step_selection import RecordedStep, steps_to_explain
 from moesys.measure.explain.step_summary import COLUMNS, Summary, breakdown_of
 from moesys.measure.explain.summarise import summarised
 from moesys.measure.step import Step
 
 
-def of_run(steps: Sequence[Recorded]) -> Explanation | None:
-    """The explanation of those recorded steps of a run's folder that `choice.explained` takes; None of none."""
-    choice = explained(steps)
+def explain_run(steps: Sequence[RecordedStep]) -> Explanation | None:
+    """The explanation of those recorded steps of a run's folder that `steps_to_explain` takes; None of none."""
+    choice = steps_to_explain(steps)
     return explain(choice.steps, [choice.note] if choice.note else []) if choice.steps else None
 
 
-def summaries(steps: Sequence[Recorded]) -> list[Summary]:
-    """The steps, those whose travels are at hand summarised."""
+def summaries(steps: Sequence[RecordedStep]) -> list[Summary]:
+    """The steps, those whose collectives are at hand summarised."""
     return [summarised(step) if isinstance(step, Step) else step for step in steps]
 
 
-def explain(steps: Sequence[Recorded], notes: Sequence[str] = ()) -> Explanation:
+def explain(steps: Sequence[RecordedStep], notes: Sequence[str] = ()) -> Explanation:
     """The explanation of `steps`, at least one and all of the same ranks; `notes` are told after the sentence."""
     every = summaries(steps)
     last = every[-1]
@@ -37,7 +37,7 @@ def explain(steps: Sequence[Recorded], notes: Sequence[str] = ()) -> Explanation
     for column in map(COLUMNS.index, OTHERS):
         if not np.isnan(rows[..., column]).all():  # other communication that is there anywhere is 0 where it is not
             rows[..., column] = np.nan_to_num(rows[..., column])
-    causes = rows.mean((0, 1))[[COLUMNS.index(name) for name in ("transfer", "late", "uneven", "untold")]]
+    causes = rows.mean((0, 1))[[COLUMNS.index(name) for name in ("transfer", "late", "uneven", "unattributed")]]
     waited_for = np.array([s.waited_for for s in every]).sum(0) / (len(every) * len(last.members))
     explanation = Explanation(
         steps=[s.number for s in every],
@@ -46,7 +46,7 @@ def explain(steps: Sequence[Recorded], notes: Sequence[str] = ()) -> Explanation
         by_step=[breakdown_of(row) for row in rows.mean(1).tolist()],
         by_rank=[breakdown_of(row) for row in rows.mean(0).tolist()],
         causes=Causes(*causes.tolist()),
-        legs=_legs(every),
+        phases=_phases(every),
         layers=_layers(every),
         ranks=last.members,
         waited_for=waited_for.tolist(),
@@ -57,23 +57,23 @@ def explain(steps: Sequence[Recorded], notes: Sequence[str] = ()) -> Explanation
         recorded=last.recorded,
         audit=any(s.audit for s in every),
         marked=all(s.marked for s in every),
-        untold_because=next((s.untold for s in every if s.untold), ""),
+        unattributed_because=next((s.unattributed for s in every if s.unattributed), ""),
     )
     return replace(explanation, sentence=" ".join([sentence(explanation), *notes]))
 
 
-def _legs(every: Sequence[Summary]) -> list[Leg]:
+def _phases(every: Sequence[Summary]) -> list[LayerPhase]:
     """Means over the ranks that hold the layer."""
     ranks = len(every[-1].members)
-    sums: dict[Key, Table] = defaultdict(lambda: np.zeros(LEG_COLUMNS))
-    detailed = all(s.leg_causes or not s.legs for s in every)
+    sums: dict[Key, Table] = defaultdict(lambda: np.zeros(PHASE_COLUMNS))
+    detailed = all(s.phase_causes or not s.phases for s in every)
     by_rank: dict[Key, Table] = defaultdict(lambda: np.zeros((ranks if detailed else 0, 4)))
     for s in every:
-        for i, (key, row) in enumerate(s.legs):
+        for i, (key, row) in enumerate(s.phases):
             sums[key] += row
             if detailed:
-                by_rank[key] += s.leg_causes[i]
-    return [leg_of(key, sums[key], by_rank[key], len(every)) for key in sorted(sums, key=order)]
+                by_rank[key] += s.phase_causes[i]
+    return [phase_of(key, sums[key], by_rank[key], len(every)) for key in sorted(sums, key=order)]
 
 
 def _layers(every: Sequence[Summary]) -> list[Layer]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from moesys.measure.step import RankStep, Travel
+from moesys.measure.step import CollectiveSpan, RankStep
 
 AFTER_EXPERTS = {("combine", False), ("dispatch", True)}
 """What travels when experts have computed: part, and whether backward."""
 
 
 def computed(r: RankStep) -> Iterator[tuple[int, float]]:
-    """For every travel that follows experts' computation, by identity: the seconds that these took.
+    """For every collective that follows experts' computation, by identity: the seconds that these took.
 
-    From the end of the last travel towards the experts that had ended before it began.
+    From the end of the last collective towards the experts that had ended before it began.
     """
-    for occurrence in passes(r.travels):
+    for occurrence in passes(r.collectives):
         towards = [t for t in occurrence if (t.part, t.backward) not in AFTER_EXPERTS]
         for t in occurrence:
             if (t.part, t.backward) in AFTER_EXPERTS:
@@ -29,11 +29,11 @@ def experts_seconds(r: RankStep) -> float:
     return sum(seconds for _, seconds in computed(r))
 
 
-def passes(travels: Iterable[Travel]) -> list[list[Travel]]:
+def passes(collectives: Iterable[CollectiveSpan]) -> list[list[CollectiveSpan]]:
     """Those of MoE layers, one list for each time that rows went to a layer's experts and came back."""
-    found: list[list[Travel]] = []
-    current: dict[tuple[str, bool], list[Travel]] = {}
-    for t in sorted((t for t in travels if t.layer), key=lambda t: t.begin):
+    found: list[list[CollectiveSpan]] = []
+    current: dict[tuple[str, bool], list[CollectiveSpan]] = {}
+    for t in sorted((t for t in collectives if t.layer), key=lambda t: t.begin):
         key, there = (t.layer, t.backward), (t.part, t.backward) not in AFTER_EXPERTS
         before = current.get(key)
         if before is None or (
@@ -45,7 +45,7 @@ def passes(travels: Iterable[Travel]) -> list[list[Travel]]:
     return found
 
 
-def _open(before: list[Travel], t: Travel) -> bool:
+def _open(before: list[CollectiveSpan], t: CollectiveSpan) -> bool:
     """Whether t belongs to a pass whose first results are already on their way back: another chunk's rows."""
     returned = min(u.end for u in before if (u.part, u.backward) in AFTER_EXPERTS)
     return t.begin < returned

@@ -49,17 +49,17 @@ class Causes:
         transfer: every rank had arrived, and bytes moved.
         late: another rank had not arrived yet, for a reason other than its experts.
         uneven: another rank had not arrived yet because its experts had more tokens than this rank's.
-        untold: one of the three, in traces that lack ranks of the group. 0 in runs of this project.
+        unattributed: one of the three, in traces that lack ranks of the group. 0 in runs of this project.
     """
 
     transfer: float = 0.0
     late: float = 0.0
     uneven: float = 0.0
-    untold: float = 0.0
+    unattributed: float = 0.0
 
     @property
     def exposed(self) -> float:
-        return self.transfer + self.waiting + self.untold
+        return self.transfer + self.waiting + self.unattributed
 
     @property
     def waiting(self) -> float:
@@ -67,9 +67,9 @@ class Causes:
 
     @property
     def parts(self) -> dict[str, float]:
-        """All by name; `untold` only if there is any."""
+        """All by name; `unattributed` only if there is any."""
         parts = asdict(self)
-        return parts if self.untold > 0 else {k: v for k, v in parts.items() if k != "untold"}
+        return parts if self.unattributed > 0 else {k: v for k, v in parts.items() if k != "unattributed"}
 
     def __add__(self, other: Causes) -> Causes:
         return Causes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -79,7 +79,7 @@ class Causes:
 
 
 @dataclass(frozen=True)
-class Leg:
+class LayerPhase:
     """One way of one MoE layer: dispatch or combine, forward or backward.
 
     Attributes:
@@ -139,17 +139,17 @@ class Explanation:
         total: means over ranks and steps.
         by_step, by_rank: the same per recorded step (mean over ranks) and per rank (mean over steps).
         causes: of all exposed dispatch and combine.
-        legs, layers: per MoE layer.
-        ranks: numbers of the ranks, in the order of `by_rank`, `waited_for`, `hosts`, `bytes` and each leg's `by_rank`.
+        phases, layers: per MoE layer.
+        ranks: numbers of the ranks, in the order of `by_rank`, `waited_for`, `hosts`, `bytes` and each phase's `by_rank`.
         waited_for: seconds per step that others waited for each rank.
         hosts: of each rank.
         bytes: [sender][receiver] per step of dispatch and combine; a rank's own part is 0. Of many ranks, between
             blocks of `block` ranks that follow one another.
         load: [recorded step] of [layer][expert] assignments.
-        recorded: the ranks whose single travels are on file: of many a sample.
+        recorded: the ranks whose single collectives are on file: of many a sample.
         audit: whether barriers kept wait and transfer apart.
         marked: False if a "step" is a whole trace that does not tell where its steps begin.
-        untold_because: why some waiting cannot be told, as "this is the trace of one rank"; "" if all of it can.
+        unattributed_because: why some waiting cannot be told, as "this is the trace of one rank"; "" if all of it can.
     """
 
     steps: list[int]
@@ -158,7 +158,7 @@ class Explanation:
     by_step: list[Breakdown]
     by_rank: list[Breakdown]
     causes: Causes
-    legs: list[Leg]
+    phases: list[LayerPhase]
     layers: list[Layer]
     ranks: list[int]
     waited_for: list[float]
@@ -169,7 +169,7 @@ class Explanation:
     recorded: list[int] = field(default_factory=list)
     audit: bool = False
     marked: bool = True
-    untold_because: str = ""
+    unattributed_because: str = ""
 
     @property
     def unit(self) -> str:
@@ -192,10 +192,10 @@ class Explanation:
 
         0 if none is exposed, None if it cannot be told of any.
         """
-        known = self.causes.exposed - self.causes.untold
+        known = self.causes.exposed - self.causes.unattributed
         if known > 0:
             return self.causes.waiting / known
-        return None if self.causes.untold > 0 else 0.0
+        return None if self.causes.unattributed > 0 else 0.0
 
     @property
     def shares(self) -> dict[str, float | None]:
@@ -217,6 +217,6 @@ class Explanation:
             "seconds": {"step": self.total.step, **hidden, **self.total.parts},
             "causes": asdict(self.causes),
             "layers": [asdict(layer) for layer in self.layers],
-            "legs": [{k: v for k, v in asdict(leg).items() if k != "by_rank"} for leg in self.legs],
+            "phases": [{k: v for k, v in asdict(phase).items() if k != "by_rank"} for phase in self.phases],
             "audit": self.audit,
         }

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moesys.measure.explain.arrivals import Rate
-from moesys.measure.explain.attribution import Cost
+from moesys.measure.explain.arrivals import TransferRate
+from moesys.measure.explain.attribution import Attribution
 from moesys.measure.explain.expert_compute import AFTER_EXPERTS, passes
-from moesys.measure.explain.explanation import Causes, Layer, Leg
-from moesys.measure.step import RankStep, Travel
+from moesys.measure.explain.explanation import Causes, Layer, LayerPhase
+from moesys.measure.step import CollectiveSpan, RankStep
 
 ROWS = ("all_to_all", "all_gather", "reduce_scatter")
 """Kinds that carry rows; the others carry counts, names and weights."""
@@ -24,8 +24,8 @@ Table = NDArray[np.float64]
 
 CAUSES = slice(0, 4)
 HOLDERS, INTER, INTRA, RATES, RATE_BYTES, RATE_SECONDS, INSIDE, BETWEEN = range(4, 12)
-"""Columns of the sums of a leg, beside causes as `Causes` has them: see `Leg`."""
-LEG_COLUMNS = 12
+"""Columns of the sums of a phase, beside causes as `Causes` has them: see `LayerPhase`."""
+PHASE_COLUMNS = 12
 
 SECONDS, EVEN, LAYER_HOLDERS, LAYER_ROWS, ROW_HOLDERS = range(5)
 """Columns of the sums of a layer: see `Layer`."""
@@ -39,50 +39,50 @@ def order(key: Key) -> tuple[object, ...]:
     return (numbers, layer, backward, (part, backward) in AFTER_EXPERTS)
 
 
-def leg_sums(costs: Sequence[Cost], hosts: Mapping[int, str], place: Mapping[Key, int]) -> Table:
-    """[legs, columns] of a rank: what it waited for and sent; legs that have no place are left out."""
-    sums = np.zeros((len(place), LEG_COLUMNS))
-    for cost in costs:
-        t = cost.travel
+def phase_sums(attributions: Sequence[Attribution], hosts: Mapping[int, str], place: Mapping[Key, int]) -> Table:
+    """[phases, columns] of a rank: what it waited for and sent; phases that have no place are left out."""
+    sums = np.zeros((len(place), PHASE_COLUMNS))
+    for item in attributions:
+        t = item.span
         at = place.get((t.layer, t.part, t.backward)) if t.layer else None
         if at is None:
             continue
-        c = cost.causes
-        sums[at, CAUSES] += c.transfer, c.late, c.uneven, c.untold
+        c = item.causes
+        sums[at, CAUSES] += c.transfer, c.late, c.uneven, c.unattributed
         sums[at, HOLDERS] = 1
         for peer, size in zip(t.ranks, t.sent, strict=False):
-            if hosts.get(peer) != hosts[cost.rank]:
+            if hosts.get(peer) != hosts[item.rank]:
                 sums[at, INTER] += size
-            elif peer != cost.rank:
+            elif peer != item.rank:
                 sums[at, INTRA] += size
     return sums
 
 
-def add_rate(sums: Table, t: Travel, rate: Rate | None, place: Mapping[Key, int]) -> None:
-    """Add how fast one collective of rows went to the sums of its leg."""
+def add_rate(sums: Table, t: CollectiveSpan, rate: TransferRate | None, place: Mapping[Key, int]) -> None:
+    """Add how fast one collective of rows went to the sums of its phase."""
     at = place.get((t.layer, t.part, t.backward))
     if rate is not None and at is not None:
         sums[at, RATES : BETWEEN + 1] += 1, *rate
 
 
-def carries_rows(t: Travel) -> bool:
-    """Whether rows of an MoE layer travel."""
+def carries_rows(t: CollectiveSpan) -> bool:
+    """Whether rows of an MoE layer span."""
     return bool(t.layer) and t.kind in ROWS
 
 
-def layer_sums(r: RankStep, costs: Sequence[Cost], place: Mapping[str, int]) -> tuple[Table, Table]:
+def layer_sums(r: RankStep, attributions: Sequence[Attribution], place: Mapping[str, int]) -> tuple[Table, Table]:
     """[layers, columns] of a rank, and the rows that its experts computed, −1 of layers that it does not hold."""
     sums, rows = np.zeros((len(place), LAYER_COLUMNS)), np.full(len(place), -1.0)
     spent: dict[str, float] = defaultdict(float)
-    for one in passes(r.travels):
+    for one in passes(r.collectives):
         spent[one[0].layer] += max(t.end for t in one) - min(t.begin for t in one)
     lost: dict[str, float] = defaultdict(float)
-    for c in costs:
-        lost[c.travel.layer] += c.uneven + c.transfer * (1 - c.evenness)
+    for c in attributions:
+        lost[c.span.layer] += c.uneven + c.transfer * (1 - c.evenness)
     for layer, seconds in spent.items():
         if layer in place:
             sums[place[layer], [SECONDS, EVEN, LAYER_HOLDERS]] = seconds, seconds - lost[layer], 1
-    for t in r.travels:
+    for t in r.collectives:
         if t.layer in place:
             at = place[t.layer]
             rows[at] = max(0.0, rows[at]) + computed_rows(t)
@@ -90,15 +90,15 @@ def layer_sums(r: RankStep, costs: Sequence[Cost], place: Mapping[str, int]) -> 
     return sums, rows
 
 
-def computed_rows(t: Travel) -> float:
+def computed_rows(t: CollectiveSpan) -> float:
     """What tells how many rows this rank's experts computed, in any unit: what goes back from them."""
     return t.bytes if t.kind in ROWS and (t.part, t.backward) == ("combine", False) and t.level != "inter" else 0.0
 
 
-def leg_of(key: Key, sums: Table, by_rank: Table, steps: int) -> Leg:
+def phase_of(key: Key, sums: Table, by_rank: Table, steps: int) -> LayerPhase:
     """Means from sums over all steps and ranks; `by_rank` [ranks, causes] is summed over the steps."""
     rates, seconds = sums[RATES], sums[RATE_SECONDS]
-    return Leg(
+    return LayerPhase(
         *key,
         causes=Causes(*(sums[CAUSES] / sums[HOLDERS]).tolist()),
         bytes_inter=int(sums[INTER] // steps),
@@ -143,7 +143,7 @@ def _ratio(most: float, mean: float) -> float:
 def sent_row(r: RankStep, place: Mapping[int, int], rows: int) -> Table:
     """[rows] bytes of dispatch and combine that a rank sends to others; `place`: the row of each rank in the table."""
     sent = np.zeros(rows)
-    for t in r.travels:
+    for t in r.collectives:
         if t.purpose == "expert":
             for peer, size in zip(t.ranks, t.sent, strict=False):
                 if peer != r.rank and peer in place:

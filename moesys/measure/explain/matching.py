@@ -5,49 +5,49 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from moesys.measure.explain.arrivals import Member, meeting
+from moesys.measure.explain.arrivals import MemberTimes, group_arrival
 from moesys.measure.explain.expert_compute import computed
-from moesys.measure.step import Meeting, Step, Travel
+from moesys.measure.step import CollectiveSpan, GroupArrival, Step
 
 
-def meetings(step: Step) -> dict[int, Sequence[Meeting]]:
-    """The meetings of each rank's travels, in their order: as its ranks told them, else by matching their travels."""
-    if all(r.meetings is not None for r in step.ranks):
-        return {r.rank: r.meetings or () for r in step.ranks}
+def arrivals(step: Step) -> dict[int, Sequence[GroupArrival]]:
+    """The arrivals of each rank's collectives, in their order: as its ranks told them, else by matching their collectives."""
+    if all(r.arrivals is not None for r in step.ranks):
+        return {r.rank: r.arrivals or () for r in step.ranks}
     found = {}
-    for travels, members in matches(step):
-        told = meeting(members, next(iter(travels.values())).ranks)
-        found.update({id(t): told for t in travels.values()})
+    for collectives, members in matched_members(step):
+        told = group_arrival(members, next(iter(collectives.values())).ranks)
+        found.update({id(t): told for t in collectives.values()})
     # A damaged record may have a collective twice.
-    return {r.rank: [found.get(id(t)) or _alone(r.rank, t) for t in r.travels] for r in step.ranks}
+    return {r.rank: [found.get(id(t)) or _alone(r.rank, t) for t in r.collectives] for r in step.ranks}
 
 
-def _alone(rank: int, t: Travel) -> Meeting:
-    """The meeting of a travel that nobody else has told of."""
-    return Meeting(t.begin, rank, False, None, t.bytes, 1.0, None)
+def _alone(rank: int, t: CollectiveSpan) -> GroupArrival:
+    """The group_arrival of a collective that nobody else has told of."""
+    return GroupArrival(t.begin, rank, False, None, t.bytes, 1.0, None)
 
 
-def matches(step: Step) -> Iterator[tuple[dict[int, Travel], list[Member]]]:
-    """Every collective or message: its travels by rank, and the same as its members tell each other."""
+def matched_members(step: Step) -> Iterator[tuple[dict[int, CollectiveSpan], list[MemberTimes]]]:
+    """Every collective or message: its collectives by rank, and the same as its members tell each other."""
     after = {r.rank: dict(computed(r)) for r in step.ranks}
-    for travels in matched(step).values():
-        yield travels, [member(rank, t, after[rank].get(id(t))) for rank, t in travels.items()]
+    for collectives in match_collectives(step).values():
+        yield collectives, [member(rank, t, after[rank].get(id(t))) for rank, t in collectives.items()]
 
 
-def member(rank: int, t: Travel, after: float | None) -> Member:
-    """The travel as its rank tells the group; `after`: seconds that its experts had computed before."""
-    return Member(rank, t.begin, t.waited, t.end, t.met, t.bytes, after, t.sent)
+def member(rank: int, t: CollectiveSpan, after: float | None) -> MemberTimes:
+    """The collective as its rank tells the group; `after`: seconds that its experts had computed before."""
+    return MemberTimes(rank, t.begin, t.waited, t.end, t.met, t.bytes, after, t.sent)
 
 
-def key_of(travel: Travel) -> tuple[object, ...]:
+def key_of(span: CollectiveSpan) -> tuple[object, ...]:
     """The same for all ranks of a collective or message."""
-    return travel.purpose, travel.ranks, travel.kind in ("send", "recv"), travel.number
+    return span.purpose, span.ranks, span.kind in ("send", "recv"), span.number
 
 
-def matched(step: Step) -> dict[tuple[object, ...], dict[int, Travel]]:
-    """The travels of each collective or message, by rank."""
-    found: dict[tuple[object, ...], dict[int, Travel]] = defaultdict(dict)
+def match_collectives(step: Step) -> dict[tuple[object, ...], dict[int, CollectiveSpan]]:
+    """The collectives of each collective or message, by rank."""
+    found: dict[tuple[object, ...], dict[int, CollectiveSpan]] = defaultdict(dict)
     for r in step.ranks:
-        for travel in r.travels:
-            found[key_of(travel)][r.rank] = travel
+        for span in r.collectives:
+            found[key_of(span)][r.rank] = span
     return found

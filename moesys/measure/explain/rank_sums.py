@@ -8,21 +8,21 @@ from math import ceil, nan
 
 import numpy as np
 
-from moesys.measure.explain.attribution import Cost
+from moesys.measure.explain.attribution import Attribution
 from moesys.measure.explain.breakdown import OTHERS, breakdown
 from moesys.measure.explain.expert_compute import experts_seconds
-from moesys.measure.explain.layer_sums import Key, Table, layer_sums, leg_sums, sent_row
+from moesys.measure.explain.layer_sums import Key, Table, layer_sums, phase_sums, sent_row
 from moesys.measure.explain.step_summary import DETAILED
 from moesys.measure.step import RankStep
 
 
 @dataclass
-class Places:
-    """Where each rank, leg and layer lies in the tables of a summary."""
+class TableIndex:
+    """Where each rank, phase and layer lies in the tables of a summary."""
 
     members: Sequence[int]
     hosts: Mapping[int, str]
-    legs: Mapping[Key, int]
+    phases: Mapping[Key, int]
     layers: Mapping[str, int]
 
     def __post_init__(self) -> None:
@@ -32,42 +32,44 @@ class Places:
         self.block_of = {rank: i // self.block for i, rank in enumerate(self.members)}
 
     @classmethod
-    def of(cls, members: Sequence[int], hosts: Mapping[int, str], keys: Sequence[Key]) -> Places:
-        """For these legs and their layers."""
+    def of(cls, members: Sequence[int], hosts: Mapping[int, str], keys: Sequence[Key]) -> TableIndex:
+        """For these phases and their layers."""
         layers = dict.fromkeys(layer for layer, _, _ in keys)
         return cls(members, hosts, {k: i for i, k in enumerate(keys)}, {name: i for i, name in enumerate(layers)})
 
 
 @dataclass
-class Part:
+class RankSums:
     """What one rank adds to the summary of a step: see there. `rows` are −1 of layers that it does not hold."""
 
     row: Table
     waited_for: Table
-    legs: Table
+    phases: Table
     layers: Table
     rows: Table
     bytes: Table
 
 
-def part_of(r: RankStep, costs: Sequence[Cost], places: Places) -> Part:
-    """The sums of one rank, from its own travels."""
-    waited_for = np.zeros(len(places.members))
-    for cost in costs:
-        if cost.travel.purpose == "expert" and cost.last in places.at:
-            waited_for[places.at[cost.last]] += cost.wait
-    layers, rows = layer_sums(r, costs, places.layers)
-    sent = sent_row(r, places.block_of, places.blocks)
-    return Part(_row(r, costs), waited_for, leg_sums(costs, places.hosts, places.legs), layers, rows, sent)
+def sums_of_rank(r: RankStep, attributions: Sequence[Attribution], index: TableIndex) -> RankSums:
+    """The sums of one rank, from its own collectives."""
+    waited_for = np.zeros(len(index.members))
+    for item in attributions:
+        if item.span.purpose == "expert" and item.last in index.at:
+            waited_for[index.at[item.last]] += item.wait
+    layers, rows = layer_sums(r, attributions, index.layers)
+    sent = sent_row(r, index.block_of, index.blocks)
+    return RankSums(
+        _row(r, attributions), waited_for, phase_sums(attributions, index.hosts, index.phases), layers, rows, sent
+    )
 
 
-def _row(r: RankStep, costs: Sequence[Cost]) -> Table:
-    b = breakdown(r, costs)
-    expert = [cost.causes for cost in costs if cost.travel.purpose == "expert"]
-    causes = [sum(getattr(c, name) for c in expert) for name in ("transfer", "late", "uneven", "untold")]
+def _row(r: RankStep, attributions: Sequence[Attribution]) -> Table:
+    b = breakdown(r, attributions)
+    expert = [item.causes for item in attributions if item.span.purpose == "expert"]
+    causes = [sum(getattr(c, name) for c in expert) for name in ("transfer", "late", "uneven", "unattributed")]
     others = [b.others.get(name, nan) for name in OTHERS]
     hidden = nan if b.hidden is None else b.hidden
-    counts = [t for t in r.travels if t.purpose == "expert" and t.kind.endswith("_counts")]
+    counts = [t for t in r.collectives if t.purpose == "expert" and t.kind.endswith("_counts")]
     counting = sum(max(0.0, end - begin) for t in counts for begin, end in t.exposed)
     head = b.step, b.compute, b.exposed, *others, b.bubble, b.idle, hidden
     return np.array([*head, *causes, experts_seconds(r), counting])

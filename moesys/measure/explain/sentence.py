@@ -1,4 +1,4 @@
-"""What all-to-all cost a run, in a few plain words."""
+"""What all-to-all costs a run, in a few plain words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTEWORTHY = 1.2
 def sentence(e: Explanation) -> str:
     """One to three sentences: how much, how much of it is seen, what it is spent on, and who is waited for."""
     whole = _whole(e)
-    if not e.legs and e.total.exposed + (e.total.hidden or 0) == 0:
+    if not e.phases and e.total.exposed + (e.total.hidden or 0) == 0:
         if e.total.hidden is None:
             return f"No all-to-all: every expert is where its tokens are, in steps of {_time(e.total.step)}."
         return f"No all-to-all was seen in {whole}."
@@ -32,13 +32,13 @@ def _whole(e: Explanation) -> str:
 
 
 def _why(e: Explanation) -> str:
-    untold = e.causes.untold / e.causes.exposed if e.causes.exposed > 0 else 0.0
-    if untold < 0.02:
+    unattributed = e.causes.unattributed / e.causes.exposed if e.causes.exposed > 0 else 0.0
+    if unattributed < 0.02:
         return f"{_cause(e, 'what is exposed')}."
-    cannot = f"it cannot be told whether it is waiting or moving bytes: {e.untold_because}"
-    if untold > 0.98:
+    cannot = f"it cannot be told whether it is waiting or moving bytes: {e.unattributed_because}"
+    if unattributed > 0.98:
         return f"Of what is exposed {cannot}."
-    return f"Of {_percent(untold)} of what is exposed {cannot}. {_cause(e, 'the rest')}."
+    return f"Of {_percent(unattributed)} of what is exposed {cannot}. {_cause(e, 'the rest')}."
 
 
 def _cause(e: Explanation, what: str) -> str:

@@ -1,4 +1,4 @@
-"""A recorded step of all ranks without its single travels: what each rank's own sums come to.
+"""A recorded step of all ranks without its single collectives: what each rank's own sums come to.
 
 Its size grows with ranks and with layers, not with their product, nor with what travelled. Written one JSON object a
 line to runs/NAME/measure/summary.jsonl.
@@ -19,19 +19,22 @@ from moesys.measure.explain.breakdown import OTHERS
 from moesys.measure.explain.explanation import Breakdown
 from moesys.measure.explain.layer_sums import (
     LAYER_COLUMNS,
-    LEG_COLUMNS,
+    PHASE_COLUMNS,
     Key,
 )
 from moesys.measure.step import Rank, Seconds
 
 DETAILED = 64
-"""Ranks up to which everything is told of each; of more, travels of a sample, and bytes between ranks by blocks."""
+"""Ranks up to which everything is told of each; of more, collectives of a sample, and bytes between ranks by blocks."""
 
 COLUMNS = (
     "step", "compute", "exposed", *OTHERS, "bubble", "idle", "hidden",
-    "transfer", "late", "uneven", "untold", "experts", "counts",
+    "transfer", "late", "uneven", "unattributed", "experts", "counts",
 )  # fmt: skip
 """What a summary has of each rank, in seconds: `Breakdown`, `Causes`, what experts computed, and exchange of counts."""
+
+OLD_KEYS = {"legs": "phases", "leg_causes": "phase_causes", "untold": "unattributed"}
+"""Keys of summaries that older versions wrote, with their names now."""
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 Row = list[Number]
@@ -44,16 +47,16 @@ class Summary:
     Attributes:
         number, load, audit, layout, marked: as `Step`.
         members, hosts: of all ranks.
-        recorded: those of them whose travels are on file.
+        recorded: those of them whose collectives are on file.
         seconds: from the first rank's begin to the last one's end.
         by_rank: `COLUMNS` of each rank; None where there is nothing of that kind or nobody saw it.
         waited_for: seconds that others, all together, waited for each rank.
-        legs: layer, part and whether backward, with sums over ranks (`legs.leg_sums`).
-        leg_causes: causes of each leg and rank, where there are no more than `DETAILED` ranks.
-        layers: names, with sums over ranks (`legs.layer_sums`).
+        phases: layer, part and whether backward, with sums over ranks (`phases.phase_sums`).
+        phase_causes: causes of each phase and rank, where there are no more than `DETAILED` ranks.
+        layers: names, with sums over ranks (`phases.layer_sums`).
         most: of each layer, most rows of any rank, and which.
         bytes: from each block of ranks to each; a block has `block` ranks, one where there are few.
-        untold: why some waiting cannot be told; "" if all can.
+        unattributed: why some waiting cannot be told; "" if all can.
     """
 
     number: int
@@ -62,8 +65,8 @@ class Summary:
     seconds: Seconds
     by_rank: list[list[Seconds | None]]
     waited_for: Row
-    legs: list[tuple[Key, Row]]
-    leg_causes: list[list[Row]]
+    phases: list[tuple[Key, Row]]
+    phase_causes: list[list[Row]]
     layers: list[tuple[str, Row]]
     most: list[tuple[Number, Rank]]
     bytes: list[Row]
@@ -73,7 +76,7 @@ class Summary:
     audit: bool = False
     layout: str = ""
     marked: bool = True
-    untold: str = ""
+    unattributed: str = ""
 
     def to_json(self) -> str:
         """One line."""
@@ -82,8 +85,9 @@ class Summary:
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Summary:
         """Inverse of `to_json`, as JSON has it; ValueError if it is none, or contradicts itself."""
+        renamed = {OLD_KEYS.get(key, key): content for key, content in value.items()}
         try:
-            found = _schema().validate_python(value)
+            found = _schema().validate_python(renamed)
         except ValidationError as error:
             raise ValueError(str(error)) from None
         found._check()
@@ -91,15 +95,15 @@ class Summary:
 
     def _check(self) -> None:
         ranks, blocks = len(self.members), ceil(len(self.members) / self.block)
-        detailed = len(self.legs) if self.leg_causes else 0
+        detailed = len(self.phases) if self.phase_causes else 0
         fits = (
             ranks > 0 and len(set(self.members)) == ranks and len(self.hosts) == len(self.waited_for) == ranks
             and len(self.by_rank) == ranks and all(len(row) == len(COLUMNS) for row in self.by_rank)
             and all((row[0] or 0) > 0 for row in self.by_rank) and self.seconds > 0
-            and all(len(row) == LEG_COLUMNS and row[4] > 0 for _, row in self.legs)
+            and all(len(row) == PHASE_COLUMNS and row[4] > 0 for _, row in self.phases)
             and all(len(row) == LAYER_COLUMNS and row[2] > 0 for _, row in self.layers)
-            and len(self.most) == len(self.layers) and len(self.leg_causes) == detailed
-            and all(len(leg) == ranks and all(len(row) == 4 for row in leg) for leg in self.leg_causes)
+            and len(self.most) == len(self.layers) and len(self.phase_causes) == detailed
+            and all(len(phase) == ranks and all(len(row) == 4 for row in phase) for phase in self.phase_causes)
             and len(self.bytes) == blocks and all(len(row) == blocks for row in self.bytes)
         )  # fmt: skip
         if not fits:

@@ -12,9 +12,10 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesys.measure.gpu_check import models
-from moesys.measure.gpu_check.rows import Row, Task, first_line, tried
+from moesys.measure.gpu_check.rows import CheckTask, Row, first_line, tried
 from moesys.measure.interleaved_timing import alone
 from moesys.models.attention import attend
+from moesys.models.parts.model import block
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -29,7 +30,7 @@ SHARE = 4
 """Under context parallelism this part of a sequence's queries attends to all its keys."""
 
 
-class Shape(NamedTuple):
+class AttentionShape(NamedTuple):
     """h query heads and g key heads of size d, whose values have size dv."""
 
     h: int
@@ -38,15 +39,12 @@ class Shape(NamedTuple):
     dv: int
 
 
-def shapes() -> dict[Shape, list[str]]:
+def shapes() -> dict[AttentionShape, list[str]]:
     """Every attention shape of the shipped models, with their names."""
-    found: dict[Shape, list[str]] = {}
+    found: dict[AttentionShape, list[str]] = {}
     for name, section in models.sections().items():
         model = models.config(section)
-        a = model.attention
-        shape = Shape(a.heads, a.kv_heads or a.heads, model.head_dim, model.head_dim)
-        if a.kind == "mla":
-            shape = Shape(a.heads, a.heads, a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim)
+        shape = AttentionShape(*block(model, 0).mixer.head_sizes())
         found.setdefault(shape, []).append(name)
     return found
 
@@ -74,7 +72,7 @@ def ran(work: Callable[[], object]) -> str:
     return watch.ran
 
 
-def run(task: Task) -> Iterator[Row]:
+def run(task: CheckTask) -> Iterator[Row]:
     """A row for each shape, of whole sequences and of a context rank's queries."""
     for shape, names in shapes().items():
         for queries in ("whole", "context parallel"):
@@ -87,7 +85,7 @@ def run(task: Task) -> Iterator[Row]:
         yield Row("the kernels of CUDA", "not run", "they need a GPU; above is which of the CPU's runs")
 
 
-def _row(task: Task, what: str, shape: Shape, queries: str) -> Row:
+def _row(task: CheckTask, what: str, shape: AttentionShape, queries: str) -> Row:
     """Which kernel runs unasked, and how long each takes, forward and backward."""
     tokens = FEW if task.dry else TOKENS
     step = _step(task.device, shape, tokens // (SHARE if queries == "context parallel" else 1), tokens)
@@ -115,7 +113,7 @@ def _row(task: Task, what: str, shape: Shape, queries: str) -> Row:
     return Row(what, "passed", said, figures)
 
 
-def _step(device: str, shape: Shape, queries: int, keys: int) -> Callable[[], None]:
+def _step(device: str, shape: AttentionShape, queries: int, keys: int) -> Callable[[], None]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sizes = ((queries, shape.h, shape.d), (keys, shape.g, shape.d), (keys, shape.g, shape.dv))
     q, k, v = (torch.randn(1, *size, device=device, dtype=dtype, requires_grad=True) for size in sizes)

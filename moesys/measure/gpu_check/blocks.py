@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.measure.gpu_check import models
-from moesys.measure.gpu_check.rows import Row, Task, tried
+from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 from moesys.measure.interleaved_timing import alone
 from moesys.measure.layer_benchmark.one_device import made_on
 from moesys.models.block import Block
@@ -25,7 +25,7 @@ CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Most that compilation may change results, as a part of them. In bfloat16 a few tokens choose other experts."""
 
 
-def run(task: Task) -> Iterator[Row]:
+def run(task: CheckTask) -> Iterator[Row]:
     """A row for each model."""
     # On CPU without the first, which is of the second's kind.
     for name in models.BLOCKS[1:] if task.dry else models.BLOCKS:
@@ -38,7 +38,7 @@ def run(task: Task) -> Iterator[Row]:
         yield Row("Inductor's kernels", "not run", "they need a GPU; above, graphs are made and run by aot_eager")
 
 
-class Graphs:
+class GraphCounter:
     """A backend of torch.compile that counts the graphs it is given, and passes them on."""
 
     def __init__(self, backend: str):
@@ -50,7 +50,7 @@ class Graphs:
         return self.compile(graph, inputs)
 
 
-def _row(task: Task, name: str, section: dict[str, Any]) -> Row:
+def _row(task: CheckTask, name: str, section: dict[str, Any]) -> Row:
     device = torch.device(task.device)
     dtype = torch.float32 if task.dry else torch.bfloat16
     config = models.config(models.shrunken(section) if task.dry else section)
@@ -63,7 +63,7 @@ def _row(task: Task, name: str, section: dict[str, Any]) -> Row:
     step = _step(block, config, tokens, device, dtype)
     plain, plain_ms = step(), _milliseconds(step, device, task)
     torch._dynamo.utils.counters.clear()
-    graphs = Graphs("aot_eager" if task.dry else "inductor")
+    graphs = GraphCounter("aot_eager" if task.dry else "inductor")
     prepare(block, "none", True, graphs)
     compiled, compiled_ms = step(), _milliseconds(step, device, task)
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
@@ -86,7 +86,7 @@ def _step(
     torch.manual_seed(0)
     x = torch.randn(1, tokens, config.hidden, device=device, dtype=dtype)
     grad = torch.randn_like(x)
-    cos, sin = rotary_angles(torch.arange(tokens, device=device), config.rotary_dim, config.rope_theta)
+    cos, sin = rotary_angles(torch.arange(tokens, device=device), block.rotary_dim, config.rope_theta)
 
     def step() -> list[Tensor]:
         given = x.detach().requires_grad_()
@@ -100,6 +100,6 @@ def _step(
     return step
 
 
-def _milliseconds(step: Callable[[], object], device: torch.device, task: Task) -> float:
+def _milliseconds(step: Callable[[], object], device: torch.device, task: CheckTask) -> float:
     """The fastest of a few runs."""
     return min(alone(device)(step) for _ in range(1 if task.dry else 5)) * 1e3

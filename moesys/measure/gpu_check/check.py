@@ -21,8 +21,8 @@ from time import monotonic, sleep
 
 from moesys.files import write_json, write_whole
 from moesys.measure.gpu_check import rows
-from moesys.measure.gpu_check.rows import Part, Row, Task
-from moesys.measure.gpu_check.table import Found, Report
+from moesys.measure.gpu_check.rows import CheckTask, Part, Row
+from moesys.measure.gpu_check.table import CheckReport, PartResult
 
 GRACE_S = 3.0
 """Between the end of a part's time and that of its process by force."""
@@ -32,7 +32,7 @@ CRASHED = 1
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckPart:
     """A part: `run` of the module runs it, in so many seconds at most."""
 
     name: str
@@ -47,18 +47,18 @@ class Plan:
 
 
 PLANS = (
-    Plan("facts", "the device and the software", 20),
-    Plan("attention", "torch's kernel for each attention shape of the shipped models", 35),
-    Plan("ranks", "an MoE layer over processes, on NCCL and gloo", 60),
-    Plan("kernels", "Triton's kernels beside their definitions", 80),
-    Plan("layers", "one MoE layer beside its arithmetic: moesys bench layer", 80),
-    Plan("blocks", "one block, compiled and not", 100),
-    Plan("kernel_tests", "the compiled tests of kernels", 75),
+    CheckPart("facts", "the device and the software", 20),
+    CheckPart("attention", "torch's kernel for each attention shape of the shipped models", 35),
+    CheckPart("ranks", "an MoE layer over processes, on NCCL and gloo", 60),
+    CheckPart("kernels", "Triton's kernels beside their definitions", 80),
+    CheckPart("layers", "one MoE layer beside its arithmetic: moesys bench layer", 80),
+    CheckPart("blocks", "one block, compiled and not", 100),
+    CheckPart("kernel_tests", "the compiled tests of kernels", 75),
 )
 """In the order in which they run; together under 8 minutes."""
 
 
-def run(plans: Sequence[Plan], dry: bool, folder: Path, patience: float, command: str) -> Report:
+def run(plans: Sequence[CheckPart], dry: bool, folder: Path, patience: float, command: str) -> CheckReport:
     """Run the parts, tell of each row as it comes, and write `gpu-check.json` and `gpu-check.md` into `folder`.
 
     Args:
@@ -69,31 +69,31 @@ def run(plans: Sequence[Plan], dry: bool, folder: Path, patience: float, command
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"moesys.measure.gpu_check.{plan.name}" for plan in plans if not plan.module])
-    found: list[Found] = []
+    found: list[PartResult] = []
     for plan in plans:
         limit = plan.limit_s * patience
         print(f"{plan.name}: {plan.about}, {limit:.0f} s at most", flush=True)
         process = context.Process(target=work, args=(plan, folder, limit, dry))
         found.append(_part(plan, process, folder, limit))
-        report = Report(date.today().isoformat(), command, dry, found)
+        report = CheckReport(date.today().isoformat(), command, dry, found)
         # After every part, so that a check that is stopped leaves what it found.
         write_json(folder / "gpu-check.json", report.as_json())
         write_whole(folder / "gpu-check.md", report.markdown())
     return report
 
 
-def work(plan: Plan, folder: Path, limit: float, dry: bool) -> None:
+def work(plan: CheckPart, folder: Path, limit: float, dry: bool) -> None:
     """What the process of a part does: it writes each row as it is found, and all else into a log."""
     os.setsid()  # so that it can be ended with all that it started
     with (folder / f"{plan.name}.log").open("w", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())
-    for row in plan.run()(Task(dry, folder, monotonic() + limit)):
+    for row in plan.run()(CheckTask(dry, folder, monotonic() + limit)):
         rows.append(folder / f"{plan.name}.rows", row)
 
 
-def _part(plan: Plan, process: ForkServerProcess, folder: Path, limit: float) -> Found:
+def _part(plan: CheckPart, process: ForkServerProcess, folder: Path, limit: float) -> PartResult:
     """Run one part to its end, or until its time is over."""
     told, log = folder / f"{plan.name}.rows", folder / f"{plan.name}.log"
     for path in (told, log):
@@ -109,7 +109,7 @@ def _part(plan: Plan, process: ForkServerProcess, folder: Path, limit: float) ->
         _end(process)
     every = rows.read(told) + _ending(plan, process.exitcode, late, limit, log)
     _show(every, shown)
-    return Found(plan.name, plan.about, every, monotonic() - begin, limit)
+    return PartResult(plan.name, plan.about, every, monotonic() - begin, limit)
 
 
 def _show(every: Sequence[Row], shown: int) -> int:
@@ -128,7 +128,7 @@ def _end(process: ForkServerProcess) -> None:
     process.join()
 
 
-def _ending(plan: Plan, code: int | None, late: bool, limit: float, log: Path) -> list[Row]:
+def _ending(plan: CheckPart, code: int | None, late: bool, limit: float, log: Path) -> list[Row]:
     """A failed row for a part that did not come to its end."""
     what = f"all of {plan.name}"
     if late:

@@ -13,19 +13,19 @@ import torch
 
 import moesys
 from moesys.measure.checkout import ROOT
-from moesys.measure.gpu_check.rows import Figures, Row, Task, tried
+from moesys.measure.gpu_check.rows import CheckTask, Figures, Row, tried
 from moesys.words import plural
 
 PACKAGES = ("triton", "transformers", "pytest", "hypothesis", "numpy")
 
 
-def run(task: Task) -> Iterator[Row]:
+def run(task: CheckTask) -> Iterator[Row]:
     """One row of the device, one of the software."""
     yield tried(device, task, "device")
     yield tried(software, task, "software")
 
 
-def device(task: Task, what: str) -> Row:
+def device(task: CheckTask, what: str) -> Row:
     """The GPU that is checked, or the CPU of a dry run."""
     if task.dry:
         name = f"{platform.machine()} CPU"
@@ -62,7 +62,7 @@ def _driver() -> Figures:
     return {}
 
 
-def software(task: Task, what: str) -> Row:
+def software(task: CheckTask, what: str) -> Row:
     """Versions of Python, of torch and what comes with it, and of what else is installed."""
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None

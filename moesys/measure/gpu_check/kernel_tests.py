@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moesys.measure.checkout import ROOT
-from moesys.measure.gpu_check.rows import Row, Task
+from moesys.measure.gpu_check.rows import CheckTask, Row
 from moesys.words import plural
 
 TESTS = ROOT / "tests" / "kernels"
@@ -28,7 +28,7 @@ LONGEST = "test_grouped_matmul.py"
 """The file that compiles most: it starts first."""
 
 
-def run(task: Task) -> Iterator[Row]:
+def run(task: CheckTask) -> Iterator[Row]:
     """A row for each file of tests, in the order in which they end."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing or not TESTS.is_dir():
@@ -44,7 +44,7 @@ def run(task: Task) -> Iterator[Row]:
         yield Row("compiled tests", "not run", "they need a GPU; above, one test ran in Triton's interpreter")
 
 
-def _row(task: Task, name: str) -> Row:
+def _row(task: CheckTask, name: str) -> Row:
     """What pytest says of one file."""
     words = ["-k", "triton-cpu" if task.dry else "cuda or test_compile", "-p", "no:cacheprovider", "-vv"]
     command = [sys.executable, "-m", "pytest", *words, str(TESTS / name)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesys.kernels import activation, choose, expert_ffn, gate, grouped_matmul, permute
 from moesys.kernels.permute import Permutation, sort_by_expert
-from moesys.measure.gpu_check.rows import Row, Task, tried
+from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 """Most that a result may differ from its definition, as a part of it."""
@@ -25,7 +25,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Size:
+class KernelSizes:
     """T tokens of H, E experts of inner size F, k of them per token."""
 
     tokens: int
@@ -35,11 +35,11 @@ class Size:
     top_k: int
 
 
-LARGE, SMALL = Size(4096, 2048, 768, 128, 8), Size(8, 16, 8, 4, 2)
+LARGE, SMALL = KernelSizes(4096, 2048, 768, 128, 8), KernelSizes(8, 16, 8, 4, 2)
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """An operation, its definition, and the tensors they take; those that float are differentiated."""
 
     operation: Function
@@ -47,7 +47,7 @@ class Case:
     inputs: Sequence[Tensor]
 
 
-def run(task: Task) -> Iterator[Row]:
+def run(task: CheckTask) -> Iterator[Row]:
     """A row for each operation, type and way."""
     if not choose.HAS_TRITON:
         yield Row("Triton", "not run", "Triton is not installed; pip install triton")
@@ -64,7 +64,7 @@ def run(task: Task) -> Iterator[Row]:
         yield Row("compiled kernels", "not run", "they need a GPU; above, Triton's interpreter ran them on few rows")
 
 
-def cases(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, Case]:
+def cases(size: KernelSizes, dtype: torch.dtype, device: torch.device) -> dict[str, KernelCase]:
     """The operations by name. Routing is random, with an expert that nothing is sent to."""
     torch.manual_seed(0)
 
@@ -78,24 +78,26 @@ def cases(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, Cas
     p = sort_by_expert(token_A, expert_A, size.tokens, size.experts)
     rows, weight = normal(len(token_A), size.hidden), torch.rand(len(token_A), device=device)
     tokens = normal(size.tokens, size.hidden)
-    found: dict[str, Case] = {}
+    found: dict[str, KernelCase] = {}
     for score in ("softmax", "sigmoid") if dtype == torch.float32 else ():
         options = (size.top_k, score)
-        found[f"gate, {score}"] = Case(_floats(gate.gate, *options), _floats(gate.reference, *options), [logits])
-    found["permute"] = Case(_with(permute.permute, p), _with(permute.reference, p), [tokens])
-    found["unpermute"] = Case(_summed(permute.unpermute, p), _summed(permute.reference_unpermute, p), [rows, weight])
+        found[f"gate, {score}"] = KernelCase(_floats(gate.gate, *options), _floats(gate.reference, *options), [logits])
+    found["permute"] = KernelCase(_with(permute.permute, p), _with(permute.reference, p), [tokens])
+    found["unpermute"] = KernelCase(
+        _summed(permute.unpermute, p), _summed(permute.reference_unpermute, p), [rows, weight]
+    )
     for kind, rule in activation.KINDS.items():
         inner = normal(len(token_A), rule.parts, size.ffn_hidden)
-        found[f"activation, {kind}"] = Case(
+        found[f"activation, {kind}"] = KernelCase(
             _activated(activation.activate, kind), _activated(activation.reference, kind), [inner, weight]
         )
     fc1 = normal(size.experts, size.hidden, 2, size.ffn_hidden) / size.hidden**0.5
     fc2 = normal(size.experts, size.ffn_hidden, size.hidden) / size.ffn_hidden**0.5
     counts = p.counts_E
-    found["grouped_matmul"] = Case(
+    found["grouped_matmul"] = KernelCase(
         _grouped(grouped_matmul.grouped_matmul, counts), _grouped(grouped_matmul.reference, counts), [rows, fc1]
     )
-    found["expert_ffn"] = Case(
+    found["expert_ffn"] = KernelCase(
         _experts(expert_ffn.expert_ffn, p), _experts(expert_ffn.reference, p), [tokens, fc1, fc2, weight]
     )
     return found
@@ -131,7 +133,7 @@ def _experts(operation: Callable[..., Tensor], p: Permutation) -> Function:
     return lambda x_TH, fc1, fc2, weight: operation(x_TH, fc1, fc2, p.counts_E, "swiglu", weight, None, p)
 
 
-def _row(task: Task, what: str, case: Case, way: str, dtype: torch.dtype) -> Row:
+def _row(task: CheckTask, what: str, case: KernelCase, way: str, dtype: torch.dtype) -> Row:
     """How far results and gradients are from the definition's, at most, and where."""
     with forced(way):
         found = _passes(case.operation, case.inputs)

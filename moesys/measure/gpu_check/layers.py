@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 
 from moesys.measure.gpu_check import models
-from moesys.measure.gpu_check.rows import Row, Task, tried
+from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 from moesys.measure.layer_benchmark import one_device
-from moesys.measure.layer_benchmark.one_device import LEAST_SHARE, SHAPES, Shape
+from moesys.measure.layer_benchmark.one_device import LEAST_SHARE, SHAPES, LayerShape
 
 
-def run(task: Task) -> Iterator[Row]:
+def run(task: CheckTask) -> Iterator[Row]:
     """A row for each shape."""
     for name in models.BLOCKS:
         shape = shrunken(SHAPES[name]) if task.dry else SHAPES[name]
@@ -23,13 +23,13 @@ def run(task: Task) -> Iterator[Row]:
         yield Row("rates in bfloat16", "not run", "they need a GPU; the shapes above are shrunken, and float32")
 
 
-def shrunken(shape: Shape) -> Shape:
+def shrunken(shape: LayerShape) -> LayerShape:
     """A shape that takes a CPU no time."""
     few = replace(shape, experts=min(shape.experts, 8), top_k=min(shape.top_k, 4))
     return replace(few, tokens=32, hidden=16, ffn_hidden=8)
 
 
-def _row(task: Task, what: str, shape: Shape) -> Row:
+def _row(task: CheckTask, what: str, shape: LayerShape) -> Row:
     dtype = torch.float32 if task.dry else torch.bfloat16
     result = one_device.run(shape, dtype, torch.device(task.device), 1 if task.dry else None)
     print("\n".join(result.lines()), flush=True)

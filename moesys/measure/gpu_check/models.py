@@ -30,9 +30,7 @@ def config(section: dict[str, Any]) -> Any:
     moe.shared_width = moe.shared_experts * (moe.shared_ffn_hidden or moe.ffn_hidden)
     model = _named({**section, "moe": None})
     model.moe, model.is_moe = moe, lambda layer: True
-    a = model.attention
-    model.head_dim = a.head_dim or model.hidden // a.heads
-    model.rotary_dim = a.qk_rope_head_dim if a.kind == "mla" else model.head_dim
+    model.mixer = lambda layer: (model.attention, "model.attention")
     return model
 
 
@@ -46,12 +44,9 @@ def shrunken(section: dict[str, Any]) -> dict[str, Any]:
     """The section with sizes that a CPU computes at once; what kind of model it is stays."""
     a, m = section["attention"], section["moe"]
     heads = 4
-    attention = a | {"heads": heads, "kv_heads": a["kv_heads"] and max(1, heads * a["kv_heads"] // a["heads"])}
-    if a["kind"] == "mla":
-        attention |= {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-        attention |= {"q_lora_rank": a["q_lora_rank"] and 8}
-    else:
-        attention |= {"head_dim": 8}
+    attention = {key: min(8, value) if type(value) is int else value for key, value in a.items()}
+    attention |= {"heads": heads, "kv_heads": a["kv_heads"] and max(1, heads * a["kv_heads"] // a["heads"])}
+    attention |= {"head_dim": 8, "qk_rope_head_dim": 4}
     moe = m | {"experts": min(m["experts"], 16), "top_k": min(m["top_k"], 4), "ffn_hidden": 16}
     return section | {"hidden": 32, "attention": attention, "moe": moe}
 

@@ -19,11 +19,11 @@ from torch import nn
 
 from moesys.loopback import stay_here
 from moesys.measure import checkout
-from moesys.measure.gpu_check.rows import Row, Task, tried
-from moesys.measure.layer_benchmark.one_device import Shape, build
+from moesys.measure.gpu_check.rows import CheckTask, Row, tried
+from moesys.measure.layer_benchmark.one_device import LayerShape, build
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
 
-SHAPE = Shape(tokens=64, hidden=32, ffn_hidden=16, experts=8, top_k=2)
+SHAPE = LayerShape(tokens=64, hidden=32, ffn_hidden=16, experts=8, top_k=2)
 CLOSE = 1e-4
 """Most that the distributed layer may differ from the whole one, in float32, as a part of it."""
 
@@ -34,7 +34,7 @@ REFUSALS = ("duplicate gpu", "multiple ranks", "invalid usage")
 """What NCCL says where it does not take two processes on one GPU."""
 
 
-def run(task: Task) -> Iterator[Row]:
+def run(task: CheckTask) -> Iterator[Row]:
     """A row for each number of processes, backend and place."""
     stay_here()
     yield tried(_equal, task, "2 processes on CPU, gloo", "gloo", ["cpu", "cpu"])
@@ -49,7 +49,7 @@ def run(task: Task) -> Iterator[Row]:
         yield Row("2 processes on two GPUs, NCCL", "not run", "torch sees one GPU")
 
 
-def _equal(task: Task, what: str, backend: str, devices: list[str]) -> Row:
+def _equal(task: CheckTask, what: str, backend: str, devices: list[str]) -> Row:
     """Whether the layer over all ranks computes what one process does."""
     codes, texts = _processes(task, what, backend, devices)
     if any(code != 0 for code in codes):
@@ -58,7 +58,7 @@ def _equal(task: Task, what: str, backend: str, devices: list[str]) -> Row:
     return Row(what, "passed", "output and gradients are those of the whole layer")
 
 
-def _sharing(task: Task, what: str) -> Row:
+def _sharing(task: CheckTask, what: str) -> Row:
     """What NCCL says of two processes on one GPU, which it may refuse."""
     codes, texts = _processes(task, what, "nccl", ["cuda:0", "cuda:0"])
     if not any(code != 0 for code in codes):
@@ -76,7 +76,7 @@ def _reason(text: str) -> str:
     return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no word")
 
 
-def _processes(task: Task, what: str, backend: str, devices: list[str]) -> tuple[list[int | None], list[str]]:
+def _processes(task: CheckTask, what: str, backend: str, devices: list[str]) -> tuple[list[int | None], list[str]]:
     """Exit codes of all processes, and what they wrote; one that takes too long is ended, with a code of None."""
     name = "-".join(what.replace(",", "").split())
     meeting = task.folder / f"{name}.store"

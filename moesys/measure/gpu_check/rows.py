@@ -31,7 +31,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Task:
+class CheckTask:
     """What a part is to do.
 
     `dry`: without a GPU, at shrunken shapes. `folder`: for files of its own. `ends`: when it must have ended, on
@@ -52,10 +52,10 @@ class Task:
         return max(0.0, self.ends - monotonic())
 
 
-Part = Callable[[Task], Iterator[Row]]
+Part = Callable[[CheckTask], Iterator[Row]]
 
 
-def tried(work: Callable[..., Row], task: Task, what: str, *given: Any) -> Row:
+def tried(work: Callable[..., Row], task: CheckTask, what: str, *given: Any) -> Row:
     """The row of `work(task, what, *given)`, or a failed one with its error; the traceback goes to stderr."""
     try:
         return work(task, what, *given)

@@ -11,7 +11,7 @@ from moesys.words import plural
 
 
 @dataclass(frozen=True)
-class Found:
+class PartResult:
     """What a part found, in so many seconds of those that it might take."""
 
     part: str
@@ -22,13 +22,13 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """The whole check: when, by which command, and what each part found."""
 
     date: str
     command: str
     dry: bool
-    found: Sequence[Found]
+    found: Sequence[PartResult]
 
     @property
     def failures(self) -> list[Row]:

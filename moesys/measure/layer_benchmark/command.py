@@ -9,22 +9,22 @@ import torch
 
 from moesys.errors import MoesysError
 from moesys.measure.layer_benchmark import many_ranks, one_device
-from moesys.measure.layer_benchmark.one_device import SHAPES, Shape
+from moesys.measure.layer_benchmark.one_device import SHAPES, LayerShape
 
-Result = one_device.Result | many_ranks.Result
+Result = one_device.LayerTimes | many_ranks.ShardedLayerTimes
 
 
-class BenchError(MoesysError):
+class LayerBenchError(MoesysError):
     """A benchmark that was asked for cannot be run."""
 
     exit_code = 2
 
 
-def run(arguments: argparse.Namespace, peers: many_ranks.Peers) -> list[Result]:
+def run(arguments: argparse.Namespace, peers: many_ranks.OtherLayers) -> list[Result]:
     """Run the benchmark that the command line asks for, and print each result as it comes.
 
     Raises:
-        BenchError: what is asked for cannot be run.
+        LayerBenchError: what is asked for cannot be run.
     """
     shape = shape_of(arguments)
     device = device_of(arguments.device)
@@ -48,34 +48,34 @@ def types_of(name: str | None, device: torch.device) -> tuple[str, ...]:
     return ("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16")
 
 
-def alone(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
+def alone(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
     """`one_device.run`, whose lack of memory is told in the user's words."""
     try:
         return one_device.run(shape, dtype, device, rounds)
     except torch.OutOfMemoryError:
         size = 3 * shape.experts * shape.hidden * shape.ffn_hidden * dtype.itemsize / 1e9
         rule = f"a layer of this shape does not fit {one_device.describe(device)}: {size:.1f} GB of weights, as much"
-        raise BenchError(f"{rule} of gradients, and its tokens; choose fewer --experts or --tokens") from None
+        raise LayerBenchError(f"{rule} of gradients, and its tokens; choose fewer --experts or --tokens") from None
 
 
-def shape_of(arguments: argparse.Namespace) -> Shape:
+def shape_of(arguments: argparse.Namespace) -> LayerShape:
     """The shape that is named, with what is given in its place."""
     name = arguments.shape or ("two-ranks" if arguments.ranks > 1 else "laptop")
     if name not in SHAPES:
-        raise BenchError(f"--shape {name}: there is no such shape; one of {', '.join(SHAPES)}")
+        raise LayerBenchError(f"--shape {name}: there is no such shape; one of {', '.join(SHAPES)}")
     given = {key: getattr(arguments, key) for key in asdict(SHAPES[name]) if getattr(arguments, key) is not None}
-    shape = Shape(**(asdict(SHAPES[name]) | given))
+    shape = LayerShape(**(asdict(SHAPES[name]) | given))
     if min(asdict(shape).values()) < 1 or arguments.ranks < 1:
-        raise BenchError("every size and --ranks must be at least 1")
+        raise LayerBenchError("every size and --ranks must be at least 1")
     if shape.top_k > shape.experts:
-        raise BenchError(f"--top-k {shape.top_k} must be at most --experts {shape.experts}")
+        raise LayerBenchError(f"--top-k {shape.top_k} must be at most --experts {shape.experts}")
     if shape.experts % arguments.ranks:
-        raise BenchError(f"--ranks {arguments.ranks} must divide --experts {shape.experts}")
+        raise LayerBenchError(f"--ranks {arguments.ranks} must divide --experts {shape.experts}")
     return shape
 
 
 def device_of(name: str) -> torch.device:
     """The device to run on; auto: a GPU where there is one."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise BenchError("--device cuda: torch finds no GPU here; use --device cpu")
+        raise LayerBenchError("--device cuda: torch finds no GPU here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -24,7 +24,7 @@ from moesys.kernels.cpu.expert_ffn_blocked import working_type
 from moesys.loopback import stay_here
 from moesys.measure.interleaved_timing import interleave, slowest
 from moesys.measure.layer_benchmark import deepspeed_layer
-from moesys.measure.layer_benchmark.one_device import Shape, both, build, dense
+from moesys.measure.layer_benchmark.one_device import LayerShape, both, build, dense
 from moesys.moe import MoELayer
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
@@ -32,15 +32,15 @@ from moesys.words import plural
 
 OURS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
 
-Peers = Callable[[MoELayer, int, int, int], AbstractContextManager[dict[str, nn.Module]]]
+OtherLayers = Callable[[MoELayer, int, int, int], AbstractContextManager[dict[str, nn.Module]]]
 """(our layer, E, k, ranks) → other systems' layers with its weights, in a context in which they work."""
 
 
 @dataclass(frozen=True)
-class Result:
+class ShardedLayerTimes:
     """Median milliseconds of every side (of each step the slowest rank's) and the time beyond its arithmetic."""
 
-    shape: Shape
+    shape: LayerShape
     dtype: str
     ranks: int
     milliseconds: dict[str, float]
@@ -69,13 +69,15 @@ class Result:
         return lines
 
 
-def run(shape: Shape, dtype: torch.dtype, ranks: int, rounds: int | None, peers: Peers) -> Result:
+def run(
+    shape: LayerShape, dtype: torch.dtype, ranks: int, rounds: int | None, others: OtherLayers
+) -> ShardedLayerTimes:
     """Time the layer on `ranks` processes of this machine, its cores divided among them."""
     stay_here()
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["moesys.measure.layer_benchmark.many_ranks"])
     with leftovers.temporary("bench") as folder:
-        arguments = (ranks, shape, dtype, rounds, str(folder), peers)
+        arguments = (ranks, shape, dtype, rounds, str(folder), others)
         mp.start_processes(_work, arguments, nprocs=ranks, start_method="forkserver")
         seconds: dict[str, list[float]] = torch.load(folder / "seconds.pt")
     beyond = {}
@@ -84,16 +86,16 @@ def run(shape: Shape, dtype: torch.dtype, ranks: int, rounds: int | None, peers:
         floor = seconds[arithmetic(multiplies_in)]
         beyond[side] = 1e3 * median(a - b for a, b in zip(seconds[side], floor, strict=True))
     medians = {name: 1e3 * median(values) for name, values in seconds.items()}
-    return Result(shape, _name(dtype), ranks, medians, beyond, len(seconds[arithmetic(dtype)]))
+    return ShardedLayerTimes(shape, _name(dtype), ranks, medians, beyond, len(seconds[arithmetic(dtype)]))
 
 
 def _work(
-    rank: int, ranks: int, shape: Shape, dtype: torch.dtype, rounds: int | None, folder: str, peers: Peers
+    rank: int, ranks: int, shape: LayerShape, dtype: torch.dtype, rounds: int | None, folder: str, others: OtherLayers
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     try:
-        with sides(shape, dtype, peers) as layers:
+        with sides(shape, dtype, others) as layers:
             torch.manual_seed(rank)
             x = torch.randn(1, shape.tokens, shape.hidden, dtype=dtype)
             grad = torch.randn_like(x)
@@ -121,7 +123,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def sides(shape: Shape, dtype: torch.dtype, peers: Peers) -> Iterator[dict[str, nn.Module]]:
+def sides(shape: LayerShape, dtype: torch.dtype, others: OtherLayers) -> Iterator[dict[str, nn.Module]]:
     """Every side's layer on this rank, all with the same weights. Collective over the world."""
     cpu, group = torch.device("cpu"), dist.group.WORLD
     assert group is not None
@@ -136,9 +138,9 @@ def sides(shape: Shape, dtype: torch.dtype, peers: Peers) -> Iterator[dict[str, 
             setattr(layer.experts, weight, nn.Parameter(part))
         layer.dispatcher = kind(shape.experts, group, ranks, 1)
         found[f"moesys {name}"] = layer
-    with peers(layer, shape.experts, shape.top_k, ranks) as others, warnings.catch_warnings():
+    with others(layer, shape.experts, shape.top_k, ranks) as theirs, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the others' own
-        found |= others
+        found |= theirs
         if deepspeed_layer.installed():
             size = (shape.hidden, shape.ffn_hidden, shape.experts, shape.top_k)
             found["deepspeed"] = deepspeed_layer.DeepSpeedLayer(*size, dtype)

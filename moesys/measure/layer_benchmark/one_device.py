@@ -33,7 +33,7 @@ from moesys.words import plural
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """T tokens of size H, E experts of inner size F, k of them per token."""
 
     tokens: int
@@ -55,11 +55,11 @@ class Shape:
 
 
 SHAPES = {
-    "laptop": Shape(4096, 512, 1024, 16, 2),
-    "two-ranks": Shape(1024, 256, 512, 8, 2),
-    "mixtral-8x7b": Shape(8192, 4096, 14336, 8, 2),
-    "qwen3-30b-a3b": Shape(32768, 2048, 768, 128, 8),
-    "deepseek-v3": Shape(8192, 7168, 2048, 256, 8),
+    "laptop": LayerShape(4096, 512, 1024, 16, 2),
+    "two-ranks": LayerShape(1024, 256, 512, 8, 2),
+    "mixtral-8x7b": LayerShape(8192, 4096, 14336, 8, 2),
+    "qwen3-30b-a3b": LayerShape(32768, 2048, 768, 128, 8),
+    "deepseek-v3": LayerShape(8192, 7168, 2048, 256, 8),
 }
 
 
@@ -73,13 +73,13 @@ LEAST_SHARE = 0.85
 
 
 @dataclass(frozen=True)
-class Result:
+class LayerTimes:
     """Median milliseconds of every side, medians of the rounds' ratios, and memory.
 
     `left_out`: sides for which the device has too little memory. `on_gpu`: whether it is one.
     """
 
-    shape: Shape
+    shape: LayerShape
     dtype: str
     milliseconds: dict[str, float]
     ratios: dict[str, float]
@@ -123,7 +123,7 @@ class Result:
         return f"  target {LEAST_SHARE:.0%}: {'met' if self.share >= LEAST_SHARE else 'MISSED'}"
 
 
-def run(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
+def run(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> LayerTimes:
     """Time the layer beside a dense feed-forward, a dense product, transformers' block, and its own parts.
 
     On CPU the layer gathers and sums inside its experts: the parts "permute" and "unpermute" are what that
@@ -153,7 +153,7 @@ def run(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int | No
     weights = sum(p.nbytes for p in layer.parameters())
     peak = peak_bytes(both(layer, x, grad), device) - weights + x.nbytes
     kept = shape.kept_bytes(x.element_size())
-    return Result(
+    return LayerTimes(
         shape=shape,
         dtype=name,
         milliseconds={side: 1e3 * value for side, value in medians.items()},
@@ -178,7 +178,7 @@ def describe(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> MoELayer:
+def build(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> MoELayer:
     """Our layer: top-k softmax gate, dropless, SwiGLU experts, no auxiliary losses."""
     with made_on(device, dtype):
         gate = TopKGate(shape.hidden, shape.experts, shape.top_k)
@@ -188,7 +188,7 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> MoELayer:
     return layer
 
 
-def dense(shape: Shape, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def dense(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A dense feed-forward of the same arithmetic: inner size k · F."""
     with made_on(device, dtype):
         return FeedForward(shape.hidden, shape.top_k * shape.ffn_hidden).to(device, dtype)
@@ -222,7 +222,7 @@ def both(module: nn.Module, x: Tensor, grad: Tensor) -> Step:
     return step
 
 
-def product(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
+def product(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> Step:
     """The experts' multiply-adds as three square-ish products of dense matrices."""
     rows = shape.tokens * shape.top_k
     a = torch.randn(rows, shape.hidden, device=device, dtype=dtype)
@@ -236,7 +236,7 @@ def product(shape: Shape, dtype: torch.dtype, device: torch.device) -> Step:
     return step
 
 
-def transformers_blocks(layer: MoELayer, shape: Shape) -> dict[str, nn.Module]:
+def transformers_blocks(layer: MoELayer, shape: LayerShape) -> dict[str, nn.Module]:
     """transformers' Mixtral block with the layer's weights, by each of its implementations; empty without it.
 
     They share the one block, whose experts' weights are copies in its own layout, or views of the layer's
@@ -282,7 +282,7 @@ class _By(nn.Module):
         return self.block(x)
 
 
-def parts(layer: MoELayer, shape: Shape, x_TH: Tensor) -> dict[str, Step]:
+def parts(layer: MoELayer, shape: LayerShape, x_TH: Tensor) -> dict[str, Step]:
     """Forward and backward of each part of the layer alone, on what the layer would give it."""
     tokens = Tokens(torch.arange(shape.tokens, device=x_TH.device))
     routing = layer.gate(x_TH, tokens, layer.scope)

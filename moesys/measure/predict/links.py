@@ -27,7 +27,7 @@ class ProfileError(MoesysError):
 
 
 @dataclass(frozen=True)
-class Line:
+class LinkModel:
     """seconds = alpha + bytes · per_byte.
 
     Attributes:
@@ -51,12 +51,12 @@ class Line:
         """Bytes per second of very large messages."""
         return 1 / self.per_byte if self.per_byte > 0 else float("inf")
 
-    def faster(self, factor: float) -> Line:
+    def faster(self, factor: float) -> LinkModel:
         """The same latency, the bandwidth times `factor`."""
-        return Line(self.alpha, self.per_byte / factor, self.error, self.worst, self.smallest, self.largest)
+        return LinkModel(self.alpha, self.per_byte / factor, self.error, self.worst, self.smallest, self.largest)
 
 
-def fit(points: Sequence[tuple[float, float]]) -> Line:
+def fit(points: Sequence[tuple[float, float]]) -> LinkModel:
     """The line through (bytes, seconds), each at least once and above 0, that makes Σ (relative error)² least.
 
     Weighting by 1 / seconds lets a microsecond of a small message count as much as a millisecond of a large
@@ -81,7 +81,7 @@ def fit(points: Sequence[tuple[float, float]]) -> Line:
         alpha, per_byte = su / uu, 0.0
     errors = [abs(alpha + b * per_byte - t) / t for b, t in points]
     sizes = [b for b, _ in points]
-    return Line(alpha, per_byte, median(errors), max(errors), min(sizes), max(sizes))
+    return LinkModel(alpha, per_byte, median(errors), max(errors), min(sizes), max(sizes))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Profile:
         facts: where and when it was measured.
     """
 
-    lines: Mapping[str, Line]
+    lines: Mapping[str, LinkModel]
     facts: Mapping[str, Any]
 
     def exchange(self, sent: Sequence[Sequence[float]], nodes: Sequence[object]) -> float:
@@ -127,7 +127,7 @@ class Profile:
             {name: line.faster(factor) if slow[name] else line for name, line in self.lines.items()}, self.facts
         )
 
-    def _line(self, name: str) -> Line:
+    def _line(self, name: str) -> LinkModel:
         if name not in self.lines:
             known = ", ".join(self.lines) or "nothing"
             raise ProfileError(f"the cluster profile has no {name!r} (it has {known}); measure it: moesys bench a2a")
@@ -156,7 +156,7 @@ class Profile:
         remedy = f"write one: moesys bench a2a CONFIG --profile {path}"
         try:
             facts = yaml.safe_load(path.read_bytes())
-            lines = {str(name): Line(**_numbers(line)) for name, line in facts.pop("lines").items()}
+            lines = {str(name): LinkModel(**_numbers(line)) for name, line in facts.pop("lines").items()}
         except (OSError, RecursionError) as error:
             why = getattr(error, "strerror", None) or "is nested too deeply"
             raise ProfileError(f"measure.profile: {path}: {why}\n    remedy: {remedy}") from None

@@ -22,7 +22,7 @@ from pydantic import Field
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.measure.explain.averages import explain, summaries
-from moesys.measure.explain.step_selection import Recorded
+from moesys.measure.explain.step_selection import RecordedStep
 from moesys.measure.explain.step_summary import COLUMNS, Summary
 from moesys.measure.predict.links import Profile
 from moesys.measure.step import Seconds
@@ -139,7 +139,7 @@ def _seconds(steps: Sequence[Summary], column: str) -> float:
 class Predictor:
     """Predictions from `steps` recorded under `config`, on links as in `profile`."""
 
-    def __init__(self, config: Config, vocab_size: int, steps: Sequence[Recorded], profile: Profile):
+    def __init__(self, config: Config, vocab_size: int, steps: Sequence[RecordedStep], profile: Profile):
         self.config, self.vocab_size, self.profile = config, vocab_size, profile
         every = summaries(steps)
         self.recorded = explain(every)
@@ -188,12 +188,12 @@ class Predictor:
         total = {"expert": 0.0, "data": 0.0}
         for move in dimension.traffic(shape):
             if move.axes == EXPERT:
-                total["expert"] += move.calls * self._travel(move, shape, profile)
+                total["expert"] += move.calls * self._span(move, shape, profile)
             elif any("dp" in axis for axis in move.axes):
                 total["data"] += move.calls * profile.collective(move.kind, move.bytes, self._group(move, shape)[1])
         return total
 
-    def _travel(self, move: Collective, shape: StepShape, profile: Profile) -> float:
+    def _span(self, move: Collective, shape: StepShape, profile: Profile) -> float:
         ranks, places = self._group(move, shape)
         if move.kind != "all_to_all":
             return profile.collective(move.kind, move.bytes, places)

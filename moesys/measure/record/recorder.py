@@ -1,6 +1,6 @@
 """Records chosen steps of a training run on every rank; rank 0 gets summaries.
 
-recorder = Recorder(config, mesh, run_dir, resumed=0)
+recorder = StepRecorder(config, mesh, run_dir, resumed=0)
 with recorder.step(trainer.step + 1) as recording:
     ...                      # a step
 recorder.keep(recording, load)
@@ -21,35 +21,38 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.schema import Config
-from moesys.measure.explain.averages import of_run
+from moesys.measure.explain.averages import explain_run
 from moesys.measure.explain.explanation import Explanation
 from moesys.measure.explain.layer_sums import order
 from moesys.measure.explain.step_summary import Summary
-from moesys.measure.record.gather import Gathered, Held, gather_steps
+from moesys.measure.record.gather import GatheredSteps, LocalStep, gather_steps
 from moesys.measure.record.purpose import purpose_of, purposes
 from moesys.measure.record.step_files import append, forget_after, rank_file, recorded, sample, summary_file
-from moesys.measure.record.torch_collectives import watched
-from moesys.measure.record.world import Gloo
-from moesys.measure.step import Travel
+from moesys.measure.record.torch_collectives import record_torch_collectives
+from moesys.measure.record.world import GlooWorld
+from moesys.measure.step import CollectiveSpan
 from moesys.parallel import comm, nodes
 from moesys.parallel.comm import Time
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import Ranks
 from moesys.words import plural
 
-HELD = 16
-"""Recorded steps that ranks hold before they are gathered together."""
+GATHER_EVERY = 16
+"""Recorded steps that ranks keep in memory before they gather them."""
 
 
 @dataclass
 class Recording:
-    """A step on this rank, while it is recorded; times on this rank's clock."""
+    """A step on this rank while it is recorded. Times are on this rank's clock.
+
+    Attributes:
+        anchor: an event of the GPU at `begin`; its other events are read as seconds after it.
+    """
 
     number: int
     begin: float = 0.0
     end: float = 0.0
     anchor: torch.cuda.Event | None = None
-    """An event of the GPU at `begin`: its other events are read as seconds after it."""
     events: list[comm.CollectiveRecord] = field(default_factory=list)
 
     def at(self, time: Time) -> float:
@@ -57,28 +60,28 @@ class Recording:
         return time if isinstance(time, float) else self.begin + comm.between(self.anchor or time, time)
 
 
-class Recorder:
-    """What `config.measure` asks for. Collective over the world.
+class StepRecorder:
+    """Records the steps that `config.measure` names. Collective over the world.
 
-    Every rank keeps its own travels, of many ranks a sample (`recorded.sample`), and rank 0 the summaries. Records of
-    steps after `resumed`, left by a run that ended after its last checkpoint, are removed.
+    Every rank keeps its own collectives (a sample of ranks where there are many: `step_files.sample`). Rank 0 keeps
+    the summaries. Records of steps after `resumed` are removed: a run that ended after its last checkpoint left them.
     """
 
     def __init__(self, config: Config, mesh: Ranks, run_dir: Path, resumed: int):
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         self._purposes = purposes(mesh)
-        self._layers = [f"layers.{i}" for i in range(config.model.layers) if config.model.is_moe(i)]
-        self._held: list[Held] = []
+        self._layers = [f"layers.{i}" for i in config.model.moe_blocks]
+        self._local: list[LocalStep] = []
         self._loads: dict[int, dict[str, list[float]]] = {}
         self.active = bool(config.measure.every or config.measure.steps)
         if not self.active:
             return
-        # Times and names are gathered on the host, where the world's own group may be of GPUs.
+        # Times and names are gathered on the host; the world's own group may be of GPUs.
         group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         assert group is not None
-        self._peers = Gloo(group)
-        self._sample = sample(self._peers.world)
-        forget_after(run_dir, resumed, mesh.rank, self._peers.world)
+        self._world = GlooWorld(group)
+        self._sample = sample(self._world.size)
+        forget_after(run_dir, resumed, mesh.rank, self._world.size)
 
     def due(self, number: int) -> bool:
         """Whether step `number` is recorded."""
@@ -87,13 +90,13 @@ class Recorder:
 
     @contextmanager
     def step(self, number: int) -> Iterator[Recording | None]:
-        """Record what travels inside, if the step is due: None if it is not."""
+        """Record the collectives inside if step `number` is due; yields None if it is not."""
         if not self.due(number):
             yield None
             return
-        recording = Recording(number)
-        with watched(not self.config.train.compile), comm.record(self.config.measure.audit) as recording.events:
-            self._synchronise()  # so that nothing of the step before runs on the device when this one begins
+        recording, m = Recording(number), self.config.measure
+        with record_torch_collectives(not self.config.train.compile), comm.record(m.audit) as recording.events:
+            self._synchronise()  # the step before must not run on the device when this one begins
             if self.mesh.device.type == "cuda":
                 recording.anchor = torch.cuda.Event(enable_timing=True)
                 recording.anchor.record()
@@ -103,36 +106,36 @@ class Recorder:
             recording.end = perf_counter()
 
     def keep(self, recording: Recording | None, load: list[list[float]] | None) -> list[Summary]:
-        """Hold what was recorded; every so often bring it together: the steps on rank 0, else none."""
+        """Keep a recorded step; `flush` after every `GATHER_EVERY` of them. Returns as `flush` does."""
         if recording is None:
             return []
-        self._held.append(Held(recording.number, recording.begin, recording.end, list(self._travels(recording))))
+        self._local.append(LocalStep(recording.number, recording.begin, recording.end, list(self._spans(recording))))
         if self.mesh.rank == 0:
             self._loads[recording.number] = dict(zip(self._layers, load or [], strict=False))
-        return self.flush() if len(self._held) == HELD else []
+        return self.flush() if len(self._local) == GATHER_EVERY else []
 
     def flush(self) -> list[Summary]:
-        """Write what ranks hold to the run's folder. Collective; returns the steps' summaries on rank 0, else none."""
-        if not self._held:
+        """Write the kept steps to the run's folder. Collective; returns their summaries on rank 0, else none."""
+        if not self._local:
             return []
-        held, self._held = self._held, []
-        peers, audit, layout = self._peers, self.config.measure.audit, layout_of(self.config, self.mesh.degrees)
-        host = nodes.here(peers.rank, peers.world, self.config.cluster)
+        local, self._local = self._local, []
+        world, audit, layout = self._world, self.config.measure.audit, layout_of(self.config, self.mesh.degrees)
+        host = nodes.here(world.rank, world.size, self.config.cluster)
         keys = sorted(itertools.product(self._layers, ("dispatch", "combine"), (False, True)), key=order)
-        gathered = gather_steps(held, peers, host, keys, self._loads, self._sample, audit, layout)
+        gathered = gather_steps(local, world, host, keys, self._loads, self._sample, audit, layout)
         self._loads = {}
-        write(self.run_dir, held, gathered, peers.rank, self._sample, layout, audit)
+        write(self.run_dir, local, gathered, world.rank, self._sample, layout, audit)
         return gathered.summaries
 
     def explanation(self) -> Explanation | None:
-        """The explanation of the run's recorded steps, on rank 0; None if there are none, or elsewhere."""
-        return of_run(recorded(self.run_dir)) if self.mesh.rank == 0 else None
+        """The explanation of the run's recorded steps, on rank 0; None without such steps, and on other ranks."""
+        return explain_run(recorded(self.run_dir)) if self.mesh.rank == 0 else None
 
     def _synchronise(self) -> None:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _travels(self, recording: Recording) -> Iterator[Travel]:
+    def _spans(self, recording: Recording) -> Iterator[CollectiveSpan]:
         numbers: Counter[tuple[Any, ...]] = Counter()
         for event in recording.events:
             purpose = purpose_of(event, self._purposes)
@@ -140,7 +143,7 @@ class Recorder:
             key = (purpose, event.ranks, message)
             numbers[key] += 1
             tag = event.tag
-            yield Travel(
+            yield CollectiveSpan(
                 kind=event.kind,
                 purpose=purpose,
                 ranks=event.ranks,
@@ -160,24 +163,24 @@ class Recorder:
 
 def write(
     run_dir: Path,
-    held: Sequence[Held],
-    gathered: Gathered,
+    local: Sequence[LocalStep],
+    gathered: GatheredSteps,
     rank: int,
     sampled: Sequence[int],
     layout: str,
     audit: bool = False,
 ) -> None:
-    """Add gathered steps to a run's folder: this rank's travels if it is `sampled`, and summaries if it has them."""
+    """Add gathered steps to a run's folder: this rank's collectives if it is `sampled`, and summaries on rank 0."""
     if rank in sampled:
-        for h, r in zip(held, gathered.mine, strict=True):
-            append(rank_file(run_dir, rank), h.number, r, layout, audit)
+        for step, own in zip(local, gathered.own, strict=True):
+            append(rank_file(run_dir, rank), step.number, own, layout, audit)
     if gathered.summaries:
         with summary_file(run_dir).open("a") as file:
             file.write("".join(s.to_json() + "\n" for s in gathered.summaries))
 
 
 def layout_of(config: Config, degrees: Degrees) -> str:
-    """The layout that decides how long a step's communication takes, in words: steps of one layout can be averaged."""
+    """Degrees of parallelism and batch sizes in words. Steps of one layout can be averaged."""
     p, t = config.parallel, config.train
     axes = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp")
     parts = [f"{axis} {size}" for axis in axes if (size := getattr(degrees, axis)) > 1]

@@ -1,8 +1,8 @@
-"""What a run recorded, in its folder: a summary of every recorded step, and the travels of single ranks.
+"""What a run recorded, in its folder: a summary of every recorded step, and the collectives of single ranks.
 
     measure/summary.jsonl      of all ranks: one JSON object a line, written by rank 0
     measure/rank-00003.npy     of one rank: three arrays of numpy's format for each step, one behind the other
-    measure/steps.jsonl        of all ranks with their travels: as runs wrote it before
+    measure/steps.jsonl        of all ranks with their collectives: as runs wrote it before
 
 Every rank writes its own file: nobody reads another's while the run goes on. Beyond `DETAILED` ranks a sample of as
 many writes one.
@@ -25,20 +25,20 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from moesys.files import json_objects, json_text, write_whole
-from moesys.measure.explain.step_selection import Recorded
+from moesys.measure.explain.step_selection import RecordedStep
 from moesys.measure.explain.step_summary import DETAILED, Summary
 from moesys.measure.step import RankStep, Step, checked, from_nan, step_of, to_nan
 
 NAMES = ("kind", "purpose", "layer", "part", "level")
-"""Fields of a travel that are words: numbers of a list of them."""
+"""Fields of a collective that are words: numbers of a list of them."""
 
-TRAVELS = np.dtype([
+RECORD = np.dtype([
     *((name, "u2") for name in NAMES), ("group", "u4"), ("number", "u4"), ("backward", "?"),
     ("begin", "f8"), ("waited", "f8"), ("end", "f8"), ("met", "f8"), ("bytes", "i8"), ("parts", "u4"),
     ("arrived", "f8"), ("last", "u4"), ("whole", "?"), ("computed", "f8"), ("last_bytes", "i8"), ("evenness", "f8"),
     ("least", "f8"),
 ])  # fmt: skip
-"""A travel and its meeting; NaN for None. `parts` of the array that follows are its `sent`."""
+"""A collective and its group_arrival; NaN for None. `parts` of the array that follows are its `sent`."""
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -57,14 +57,14 @@ def summary_file(run_dir: Path) -> Path:
 
 
 def rank_file(run_dir: Path, rank: int) -> Path:
-    """Where a rank keeps its travels."""
+    """Where a rank keeps its collectives."""
     return folder_of(run_dir) / f"rank-{rank:05d}.npy"
 
 
 def sample(world: int) -> list[int]:
-    """The ranks that keep their travels: all of few; of many one of each of `DETAILED` runs of neighbours.
+    """The ranks that keep their collectives: all of few; of many one of each of `DETAILED` runs of neighbours.
 
-    It is another place of each, so that all places in a node, and thus in a group of neighbours, are among them.
+    It is another place of each, so that all index in a node, and thus in a group of neighbours, are among them.
     """
     if world <= DETAILED:
         return list(range(world))
@@ -74,12 +74,12 @@ def sample(world: int) -> list[int]:
 
 
 def append(path: Path, number: int, r: RankStep, layout: str, audit: bool) -> None:
-    """Add a rank's step, with its meetings, to its file."""
+    """Add a rank's step, with its arrivals, to its file."""
     names: dict[str, int] = {}
     groups: dict[tuple[int, ...], int] = {}
-    assert r.meetings is not None
+    assert r.arrivals is not None
     rows = []
-    for t, m in zip(r.travels, r.meetings, strict=True):
+    for t, m in zip(r.collectives, r.arrivals, strict=True):
         words = (names.setdefault(getattr(t, name), len(names)) for name in NAMES)
         group = groups.setdefault(t.ranks, len(groups))
         times = t.begin, t.waited, t.end, to_nan(t.met)
@@ -92,8 +92,8 @@ def append(path: Path, number: int, r: RankStep, layout: str, audit: bool) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         np.save(file, np.frombuffer(json_text(head, compact=True).encode(), dtype=np.uint8))
-        np.save(file, np.array(rows, dtype=TRAVELS))
-        np.save(file, np.array([size for t in r.travels for size in t.sent], dtype=np.int64))
+        np.save(file, np.array(rows, dtype=RECORD))
+        np.save(file, np.array([size for t in r.collectives for size in t.sent], dtype=np.int64))
 
 
 def forget_after(run_dir: Path, step: int, rank: int, world: int) -> None:
@@ -126,14 +126,14 @@ def _cut(path: Path, step: int) -> None:
 
 
 def _frames(file: BinaryIO) -> Iterator[tuple[dict[str, Any], NDArray[Any], NDArray[Any]]]:
-    """Of every step the head, the travels and what they sent; ends where the file is damaged or cut short."""
+    """Of every step the head, the collectives and what they sent; ends where the file is damaged or cut short."""
     with suppress(Exception):  # numpy's parser of headers raises SyntaxError, tokenize.TokenError, MemoryError, …
         while True:
-            head, travels, sent = (np.load(file, allow_pickle=False) for _ in range(3))
+            head, collectives, sent = (np.load(file, allow_pickle=False) for _ in range(3))
             value = json.loads(head.tobytes())
-            if not isinstance(value["step"], int) or travels.dtype != TRAVELS or sent.dtype != np.int64:
+            if not isinstance(value["step"], int) or collectives.dtype != RECORD or sent.dtype != np.int64:
                 return
-            yield value, travels, sent
+            yield value, collectives, sent
 
 
 @cache
@@ -141,12 +141,12 @@ def _schema() -> TypeAdapter[RankStep]:
     return TypeAdapter(RankStep)
 
 
-def _rank_step(head: dict[str, Any], travels: NDArray[Any], sent: NDArray[Any]) -> RankStep:
+def _rank_step(head: dict[str, Any], collectives: NDArray[Any], sent: NDArray[Any]) -> RankStep:
     """Inverse of `append`; ValueError and others if it contradicts itself."""
     made, met = [], []
     at, names = 0, head["names"]
-    for row in travels:
-        one = dict(zip(TRAVELS.names or (), row.item(), strict=True))
+    for row in collectives:
+        one = dict(zip(RECORD.names or (), row.item(), strict=True))
         parts = sent[at : at + one["parts"]].tolist()
         at += one["parts"]
         words = {name: names[one[name]] for name in NAMES}
@@ -158,19 +158,19 @@ def _rank_step(head: dict[str, Any], travels: NDArray[Any], sent: NDArray[Any]) 
             "computed": from_nan(one["computed"]), "least": from_nan(one["least"]),
         })  # fmt: skip
     facts = {key: head[key] for key in ("rank", "host", "begin", "end")}
-    return _schema().validate_python({**facts, "travels": made, "meetings": met})
+    return _schema().validate_python({**facts, "collectives": made, "arrivals": met})
 
 
 def read_steps(run_dir: Path) -> list[Step]:
-    """The recorded steps of a run with the travels of those ranks that kept them; what is damaged is left out."""
+    """The recorded steps of a run with the collectives of those ranks that kept them; what is damaged is left out."""
     found = _old(run_dir)
     ranks: dict[int, dict[int, RankStep]] = defaultdict(dict)
     heads: dict[int, dict[str, Any]] = {}
     for path in sorted(folder_of(run_dir).glob("rank-*.npy")):
         with path.open("rb") as file:
-            for head, travels, sent in _frames(file):
+            for head, collectives, sent in _frames(file):
                 with suppress(ValidationError, ValueError, KeyError, TypeError, IndexError):
-                    r = _rank_step(head, travels, sent)
+                    r = _rank_step(head, collectives, sent)
                     ranks[head["step"]][r.rank] = r
                     heads[head["step"]] = head
     loads = {s.number: s.load for s in summaries(run_dir)}
@@ -200,6 +200,6 @@ def summaries(run_dir: Path) -> list[Summary]:
     return found
 
 
-def recorded(run_dir: Path) -> Sequence[Recorded]:
+def recorded(run_dir: Path) -> Sequence[RecordedStep]:
     """All recorded steps of a run, in order: as it wrote them before, and summaries since."""
     return [*_old(run_dir), *summaries(run_dir)]

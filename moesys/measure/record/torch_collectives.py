@@ -1,8 +1,8 @@
 """Notes what travels past `moesys.parallel.comm`: torch's FSDP2, tensor parallelism, pipelining, and others' code.
 
 Two doors lead to a process group. Python code calls the methods of `ProcessGroup`, whatever name it
-imported; functional collectives, which DTensor uses, are operators. Both are watched only inside
-`watched`, so that nothing is slower outside.
+imported; functional collectives, which DTensor uses, are operators. Both are record_torch_collectives only inside
+`record_torch_collectives`, so that nothing is slower outside.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Sizes = Callable[..., tuple[int, tuple[int, ...]]]
 
 
 @contextmanager
-def watched(functional: bool = True) -> Iterator[None]:
+def record_torch_collectives(functional: bool = True) -> Iterator[None]:
     """Inside, `comm.record` also gets what travels past `comm`.
 
     `functional`: also collectives that are operators. Compiled code must see these as they are.

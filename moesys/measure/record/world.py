@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other of recorded steps: collectives of small tables on the host."""
+"""Collectives of small tables between all ranks, on the host: how recorded steps come to rank 0."""
 
 from __future__ import annotations
 
@@ -15,79 +15,91 @@ Words = NDArray[np.int64]
 Table = NDArray[np.float64]
 
 
-class Peers(Protocol):
-    """All ranks, as one of them talks to them. Every method is collective over the world."""
+class World(Protocol):
+    """All ranks of a run, as one of them talks to them. Every method is collective.
+
+    Attributes:
+        rank: number of this rank.
+        size: number of all ranks.
+    """
 
     rank: int
-    world: int
+    size: int
 
-    def clock(self) -> float:
+    def clock_offset(self) -> float:
         """Seconds to add to this process's clock to get rank 0's."""
         ...
 
-    def names(self, name: str) -> list[str]:
-        """What each rank is called."""
+    def all_gather_names(self, name: str) -> list[str]:
+        """The name that each rank gave."""
         ...
 
-    def first(self, x: Table) -> Table:
-        """Rank 0's."""
+    def broadcast(self, x: Table) -> Table:
+        """Rank 0's table."""
         ...
 
-    def exchange(self, words: list[Words]) -> list[Words]:
-        """To and from each rank."""
+    def all_to_all(self, words: list[Words]) -> list[Words]:
+        """The words that each rank sent here; `words` go to each rank."""
         ...
 
-    def total(self, x: Table) -> Table:
-        """The sum over ranks, on rank 0; elsewhere anything."""
+    def reduce_sum(self, x: Table) -> Table:
+        """The sum over ranks, on rank 0. Other ranks get values without meaning."""
         ...
 
-    def highest(self, x: Table) -> Table:
-        """The maximum over ranks, everywhere."""
+    def all_reduce_max(self, x: Table) -> Table:
+        """The maximum over ranks, on all ranks."""
         ...
 
-    def rows(self, x: Table) -> Table | None:
-        """[ranks, …] on rank 0, None elsewhere."""
+    def gather(self, x: Table) -> Table | None:
+        """All ranks' tables [ranks, …] on rank 0; None elsewhere."""
         ...
 
 
-class Gloo:
-    """`Peers` over a group of the world on the host."""
+class GlooWorld:
+    """`World` over a gloo group of all ranks."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self.group, self.rank, self.world = group, group.rank(), group.size()
+        self.group, self.rank, self.size = group, group.rank(), group.size()
 
-    def clock(self) -> float:
+    def clock_offset(self) -> float:
+        """Seconds to add to this process's clock to get rank 0's."""
         return clocks.offset(self.group)
 
-    def names(self, name: str) -> list[str]:
-        found: list[str] = [""] * self.world
+    def all_gather_names(self, name: str) -> list[str]:
+        """The name that each rank gave."""
+        found: list[str] = [""] * self.size
         dist.all_gather_object(found, name, group=self.group)
         return found
 
-    def first(self, x: Table) -> Table:
-        dist.broadcast(given := torch.from_numpy(x.copy()), 0, group=self.group)
-        return given.numpy()
+    def broadcast(self, x: Table) -> Table:
+        """Rank 0's table."""
+        dist.broadcast(table := torch.from_numpy(x.copy()), 0, group=self.group)
+        return table.numpy()
 
-    def exchange(self, words: list[Words]) -> list[Words]:
+    def all_to_all(self, words: list[Words]) -> list[Words]:
+        """The words that each rank sent here; `words` go to each rank."""
         sizes = [len(w) for w in words]
-        told = torch.empty(self.world, dtype=torch.int64)
-        dist.all_to_all_single(told, torch.tensor(sizes), group=self.group)
-        come = told.tolist()
-        out = torch.empty(sum(come), dtype=torch.int64)
-        given = torch.from_numpy(np.concatenate([*words, np.empty(0, np.int64)]))
-        dist.all_to_all_single(out, given, come, sizes, group=self.group)
-        return np.split(out.numpy(), np.cumsum(come)[:-1])
+        counts = torch.empty(self.size, dtype=torch.int64)
+        dist.all_to_all_single(counts, torch.tensor(sizes), group=self.group)
+        arriving = counts.tolist()
+        out = torch.empty(sum(arriving), dtype=torch.int64)
+        sent = torch.from_numpy(np.concatenate([*words, np.empty(0, np.int64)]))
+        dist.all_to_all_single(out, sent, arriving, sizes, group=self.group)
+        return np.split(out.numpy(), np.cumsum(arriving)[:-1])
 
-    def total(self, x: Table) -> Table:
-        dist.reduce(given := torch.from_numpy(x.copy()), 0, group=self.group)
-        return given.numpy()
+    def reduce_sum(self, x: Table) -> Table:
+        """The sum over ranks, on rank 0. Other ranks get values without meaning."""
+        dist.reduce(table := torch.from_numpy(x.copy()), 0, group=self.group)
+        return table.numpy()
 
-    def highest(self, x: Table) -> Table:
-        dist.all_reduce(given := torch.from_numpy(x.copy()), dist.ReduceOp.MAX, group=self.group)
-        return given.numpy()
+    def all_reduce_max(self, x: Table) -> Table:
+        """The maximum over ranks, on all ranks."""
+        dist.all_reduce(table := torch.from_numpy(x.copy()), dist.ReduceOp.MAX, group=self.group)
+        return table.numpy()
 
-    def rows(self, x: Table) -> Table | None:
+    def gather(self, x: Table) -> Table | None:
+        """All ranks' tables [ranks, …] on rank 0; None elsewhere."""
         mine = torch.from_numpy(x.copy())
-        every = [torch.empty_like(mine) for _ in range(self.world)] if self.rank == 0 else None
-        dist.gather(mine, every, group=self.group)
-        return None if every is None else torch.stack(every).numpy()
+        tables = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(mine, tables, group=self.group)
+        return None if tables is None else torch.stack(tables).numpy()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moesys.measure.a2a_benchmark.result_file import Measured, read
+from moesys.measure.a2a_benchmark.result_file import ResultEntry, read
 from moesys.measure.a2a_benchmark.sizes import human
-from moesys.measure.predict.links import Line
+from moesys.measure.predict.links import LinkModel
 from moesys.measure.report.figures import bandwidths
 from moesys.measure.report.page import figure, page, section, table
 
@@ -31,14 +31,14 @@ def page_of(path: Path) -> str:
     return page("collectives", [table((), facts, text=True), *parts, _links(told.lines)])
 
 
-def _grouped(results: Sequence[Measured]) -> dict[tuple[str, str, str], list[Measured]]:
-    found: dict[tuple[str, str, str], list[Measured]] = {}
+def _grouped(results: Sequence[ResultEntry]) -> dict[tuple[str, str, str], list[ResultEntry]]:
+    found: dict[tuple[str, str, str], list[ResultEntry]] = {}
     for r in results:
         found.setdefault((r.collective, r.group, r.type), []).append(r)
     return found
 
 
-def _section(results: list[Measured], lines: Mapping[str, Line]) -> str:
+def _section(results: list[ResultEntry], lines: Mapping[str, LinkModel]) -> str:
     rows = []
     for r in results:
         per, out = r.out_of_place_per_iter, r.out_of_place
@@ -55,7 +55,7 @@ def _section(results: list[Measured], lines: Mapping[str, Line]) -> str:
     return section(f"{first.collective}, {first.names} groups of {first.ranks}, {first.type}", *parts, note=NOTE)
 
 
-def _links(lines: Mapping[str, Line]) -> str:
+def _links(lines: Mapping[str, LinkModel]) -> str:
     rows = [
         (name, f"{x.alpha * 1e6:,.1f}", f"{x.bandwidth / 1e9:.3f}", f"{x.error:.0%}", f"{x.worst:.0%}")
         for name, x in lines.items()

@@ -78,17 +78,17 @@ def _seconds(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float
     for name in dict.fromkeys([*s.parts, *t.parts]):
         yield name, s.parts.get(name, 0.0), t.parts.get(name, 0.0)
         if name == "exposed all-to-all":
-            yield from _legs(a, b)
+            yield from _phases(a, b)
     yield "step", s.step, t.step
 
 
-def _legs(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float]]:
+def _phases(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float]]:
     """Exposed seconds of each way of each layer."""
-    seconds = [{(leg.layer, leg.part, leg.backward): leg.causes.exposed for leg in e.legs} for e in (a, b)]
-    for leg in dict.fromkeys([*seconds[0], *seconds[1]]):
-        layer, part, backward = leg
+    seconds = [{(phase.layer, phase.part, phase.backward): phase.causes.exposed for phase in e.phases} for e in (a, b)]
+    for phase in dict.fromkeys([*seconds[0], *seconds[1]]):
+        layer, part, backward = phase
         name = f"  {layer} {part} {'backward' if backward else 'forward'}"
-        yield name, seconds[0].get(leg, 0.0), seconds[1].get(leg, 0.0)
+        yield name, seconds[0].get(phase, 0.0), seconds[1].get(phase, 0.0)
 
 
 def names(a: Run, b: Run) -> tuple[str, str]:

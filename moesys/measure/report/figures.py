@@ -10,7 +10,7 @@ from typing import Any
 
 from moesys.measure.a2a_benchmark.sizes import human
 from moesys.measure.explain.explanation import Breakdown
-from moesys.measure.predict.links import Line
+from moesys.measure.predict.links import LinkModel
 
 INK = "#010203"
 """Drawn in place of the page's text colour."""
@@ -161,7 +161,7 @@ def curves(title: str, lines: Mapping[str, Curve], levels: Mapping[str, float]) 
     return draw(title, 2.5, paint, legend=named if named > 1 else 0)
 
 
-def bandwidths(title: str, points: Mapping[str, Sequence[tuple[float, float]]], lines: Mapping[str, Line]) -> str:
+def bandwidths(title: str, points: Mapping[str, Sequence[tuple[float, float]]], lines: Mapping[str, LinkModel]) -> str:
     """Bytes per second against bytes, measured (dots) and fitted (lines)."""
 
     from matplotlib.ticker import LogFormatter

@@ -1,4 +1,4 @@
-"""Recorded steps as a trace that Perfetto and chrome://tracing show, all ranks in one file."""
+"""RecordedStep steps as a trace that Perfetto and chrome://tracing show, all ranks in one file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moesys.files import json_text
-from moesys.measure.explain.attribution import costs
+from moesys.measure.explain.attribution import attributions
 from moesys.measure.explain.intervals import union, without
-from moesys.measure.step import RankStep, Step, Travel
+from moesys.measure.step import CollectiveSpan, RankStep, Step
 
 TRACKS = ("compute", "all-to-all", "other communication")
 
@@ -33,15 +33,15 @@ def events(steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
             yield {"ph": "M", "name": "thread_name", "pid": r.rank, "tid": track, "args": {"name": name}}
     start = 0.0
     for step in steps:
-        taken = costs(step)
+        taken = attributions(step)
         for r in step.ranks:
             shift = start - min(x.begin for x in step.ranks)
             yield _span(f"step {step.number}", r.rank, 0, r.begin + shift, r.end + shift, {})
             for begin, end in _computing(r):
                 yield _span("compute", r.rank, 0, begin + shift, end + shift, {})
-            for cost in taken[r.rank]:
-                t = cost.travel
-                causes = {name: seconds * 1e3 for name, seconds in vars(cost.causes).items()}
+            for item in taken[r.rank]:
+                t = item.span
+                causes = {name: seconds * 1e3 for name, seconds in vars(item.causes).items()}
                 facts = {"bytes": t.bytes, "exposed ms": sum(causes.values())} | {
                     f"{k} ms": v for k, v in causes.items()
                 }
@@ -54,10 +54,10 @@ def events(steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
 def _computing(r: RankStep) -> list[tuple[float, float]]:
     if r.compute is not None:
         return union(r.compute)
-    return without([(r.begin, r.end)], union(i for t in r.travels for i in t.exposed))
+    return without([(r.begin, r.end)], union(i for t in r.collectives for i in t.exposed))
 
 
-def _name(t: Travel) -> str:
+def _name(t: CollectiveSpan) -> str:
     return " ".join(filter(None, (t.layer, t.part, "backward" * t.backward, t.kind, t.level)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moesys.errors import FileError, MoesysError
 from moesys.files import json_objects, write_whole
-from moesys.measure.explain.averages import of_run
+from moesys.measure.explain.averages import explain_run
 from moesys.measure.explain.explanation import Explanation
 from moesys.measure.predict.links import Profile
 from moesys.measure.record.step_files import recorded
@@ -62,7 +62,7 @@ class Run:
         if summary is None:
             summary = summary_of(folder)
         links = profile_of(profile, summary)
-        return cls(folder, records, loads(folder / "load.jsonl"), summary, of_run(recorded(folder)), links)
+        return cls(folder, records, loads(folder / "load.jsonl"), summary, explain_run(recorded(folder)), links)
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric."""
@@ -105,7 +105,7 @@ def _communication(run: Run, e: Explanation) -> list[str]:
     steps = figures.stacked("recorded steps, mean over ranks", *shown)
     ranks = figures.stacked("ranks, mean over recorded steps", names[:64], e.by_rank[:64])
     parts = [section("Where a step goes", _step_table(e), figure(steps), figure(ranks), note=note)]
-    parts.append(section("All-to-all of each layer", _layer_table(e), _leg_table(e, run), note=LEGS))
+    parts.append(section("All-to-all of each layer", _layer_table(e), _phase_table(e, run), note=PHASES))
     if sum(map(sum, e.bytes)):
         sizes = [[value / 2**20 for value in row] for row in e.bytes]
         what = "rank" if e.block == 1 else f"{e.block} ranks"
@@ -121,7 +121,7 @@ def sampled(e: Explanation) -> str:
         return ""
     names = ", ".join(map(str, e.recorded))
     return (
-        f" All figures are of all {len(e.ranks)} ranks. Their single travels, which the trace for Perfetto shows, are "
+        f" All figures are of all {len(e.ranks)} ranks. Their single collectives, which the trace for Perfetto shows, are "
         f"kept of {len(e.recorded)} (ranks {names}): one of each run of neighbours."
     )
 
@@ -144,7 +144,7 @@ def rank_names(e: Explanation) -> list[str]:
     return [f"rank {rank}, node {host}" for rank, host in zip(e.ranks, e.hosts, strict=True)]
 
 
-LEGS = (
+PHASES = (
     "Milliseconds per step, mean over the ranks that hold the layer. Exposed = transfer + late + uneven: bytes moving, "
     "waiting for a rank that had not arrived, and for one whose experts had more tokens. GB/s: what the busiest rank "
     "sent, from the last arrival on; of links: the time that the fitted links need / the time it took."
@@ -184,18 +184,18 @@ def _layer_table(e: Explanation) -> str:
     return table(heads, rows)
 
 
-def _leg_table(e: Explanation, run: Run) -> str:
+def _phase_table(e: Explanation, run: Run) -> str:
     rows = []
-    for leg in e.legs:
-        c = leg.causes
-        rate = "" if leg.bandwidth is None else f"{leg.bandwidth / 1e9:.3f}"
-        sizes = f"{leg.bytes_intra / 2**20:.2f}", f"{leg.bytes_inter / 2**20:.2f}"
-        direction = "backward" if leg.backward else "forward"
+    for phase in e.phases:
+        c = phase.causes
+        rate = "" if phase.bandwidth is None else f"{phase.bandwidth / 1e9:.3f}"
+        sizes = f"{phase.bytes_intra / 2**20:.2f}", f"{phase.bytes_inter / 2**20:.2f}"
+        direction = "backward" if phase.backward else "forward"
         times = (c.exposed, c.transfer, c.late, c.uneven)
         links = ""
-        if run.profile is not None and leg.each is not None:
-            links = share_of_links(run.profile, leg)
-        rows.append((f"{leg.layer} {leg.part} {direction}", *map(_ms, times), *sizes, rate, links))
+        if run.profile is not None and phase.each is not None:
+            links = share_of_links(run.profile, phase)
+        rows.append((f"{phase.layer} {phase.part} {direction}", *map(_ms, times), *sizes, rate, links))
     heads = ("way", "exposed", "transfer", "late", "uneven", "MiB inside", "MiB between", "GB/s", "of links")
     return table(heads, rows)
 

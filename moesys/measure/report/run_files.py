@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from moesys.errors import FileError
 from moesys.files import json_objects, read_json
-from moesys.measure.explain.explanation import Leg
+from moesys.measure.explain.explanation import LayerPhase
 from moesys.measure.predict.links import Profile, ProfileError
 from moesys.measure.predict.what_if import Prediction
 
@@ -72,10 +72,10 @@ def profile_of(asked: Path | None, summary: Mapping[str, Any]) -> Profile | None
         return None  # what a run names may be gone since
 
 
-def share_of_links(profile: Profile, leg: Leg) -> str:
+def share_of_links(profile: Profile, phase: LayerPhase) -> str:
     """Time that the links need / the time that it took; "" if the profile does not know the links."""
     try:
-        return f"{profile.seconds(leg.inside, leg.between) / leg.each:.2f}" if leg.each else ""
+        return f"{profile.seconds(phase.inside, phase.between) / phase.each:.2f}" if phase.each else ""
     except ProfileError:
         return ""
 

@@ -14,17 +14,17 @@ from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.routing import MicroBatch, Routing, Tokens
 
 BITS = 12
-"""Scores are compared in steps of 2^−BITS, as integers: which of two tokens that are alike goes where must
-not depend on rounding, which differs between layouts of a run."""
+"""Scores are compared as integers in steps of 2^−BITS: rounding differs between layouts of a run, and must not decide
+between two equal tokens."""
 
 LARGEST = 2**40
-"""Of such a score: sums of some of them stay far below `NEVER`."""
+"""Largest score: sums of some of them stay far below `NEVER`."""
 
 SWEEPS = 16
-"""Steps towards the prices of experts. More leave fewer tokens to be moved one by one."""
+"""Steps towards the prices of experts. After more of them fewer tokens move one by one."""
 
 NEVER = 2**60
-"""The cost of what cannot be."""
+"""The cost of an impossible move."""
 
 
 class BaseGate(ScoredGate):
@@ -52,7 +52,7 @@ class BaseGate(ScoredGate):
         return torch.empty_like(ranked).scatter_(0, order, ranked)[scope.mine(len(logits_TE))]
 
 
-# One operation, for it asks the device after every step how to go on: no graph spans that.
+# One operation: it reads a result from the device after every step, so that no graph spans it.
 @torch.library.custom_op("moesys::balanced_assignment", mutates_args=())
 def balanced_assignment(score_TE: Tensor) -> Tensor:
     """Experts int64 [T] that maximise the sum of `score_TE` (int64), at most ⌈T / E⌉ tokens each: exactly.
@@ -66,7 +66,7 @@ def balanced_assignment(score_TE: Tensor) -> Tensor:
     places = ceil(tokens / experts)
     if experts == 1:
         return score_TE.new_zeros(tokens)
-    # Tokens that are worth nothing to anyone fill the last places.
+    # Tokens of score 0 for every expert fill the last places.
     score_NE = torch.nn.functional.pad(score_TE, (0, 0, 0, experts * places - tokens))
     owner_N = (score_NE - _prices(score_NE, places)).argmax(1)
     while bool(((spare_E := places - occurrences(owner_N, experts)) < 0).any()):
@@ -87,7 +87,7 @@ def _prices(score_NE: Tensor, places: int) -> Tensor:
     for _ in range(SWEEPS):
         best = (score_NE - price_E).topk(2, dim=1)
         other_NE = torch.where(expert_E == best.indices[:, :1], best.values[:, 1:], best.values[:, :1])
-        # What each token would pay at most, of which an expert takes the `places` highest.
+        # The most that each token would pay; an expert takes the `places` highest offers.
         offer = (score_NE - other_NE).topk(places + 1, dim=0).values
         price_E = (price_E + (offer[-2] + offer[-1]) // 2) // 2
     return price_E
@@ -96,7 +96,7 @@ def _prices(score_NE: Tensor, places: int) -> Tensor:
 def _move(owner_N: Tensor, loss_NE: Tensor, spare_E: Tensor) -> None:
     """Change owners along one cheapest way from experts with `spare_E` < 0 to one with places to spare."""
     experts = len(spare_E)
-    # What it costs to move one token from an expert (row) to another (column), where it has any.
+    # Cost of moving one token from an expert (row) to another (column), where it has tokens.
     cost_EE = loss_NE.new_full((experts, experts), NEVER)
     cost_EE.scatter_reduce_(0, owner_N[:, None].expand(loss_NE.shape), loss_NE, "amin")
     way = _cheapest_way(cost_EE, spare_E)

@@ -1,4 +1,4 @@
-"""Logits that are cosines: how a token points, not how long it is, decides."""
+"""Logits that are cosines: the direction of a token decides, not its length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moesys.moe.start import like_linear
 
 START = log(0.3)
-"""What the logarithm of the temperature starts from."""
+"""Initial logarithm of the temperature."""
 
 
 class CosineProjection(nn.Module):

@@ -20,9 +20,8 @@ class ExpertChoiceGate(ScoredGate):
     The score, softmax(x·w) over experts, is the weight too (Zhou et al. 2022, arXiv 2202.09368). Load is
     balanced by construction; a token may go to any number of experts, none included.
 
-    **Not causal**: whether a token is taken depends on those that follow it, so an autoregressive model
-    trained this way is told about its future and cannot generate as it was trained. `CausalExpertChoiceGate`
-    is for those.
+    **Not causal**: whether a token is taken depends on later tokens. So training leaks the future into an
+    autoregressive model, which cannot generate as it was trained. `CausalExpertChoiceGate` is for such models.
 
     Args:
         hidden, experts, z_loss: see `ScoredGate`.
@@ -45,18 +44,18 @@ class ExpertChoiceGate(ScoredGate):
         return self.with_losses(only(routing, taken_TE.flatten()), logits_TE, scope)
 
     def statistics(self, score_TE: Tensor) -> Tensor | None:
-        """What the statistics of the step count of these scores."""
+        """The contribution of these scores to the statistics of the step; None without statistics."""
         return None
 
     def taken(self, score_TE: Tensor, tokens: Tokens, scope: MicroBatch) -> Tensor:
-        """Which experts take which of this device's tokens: bool [T, E].
+        """Mask of the tokens of this device that each expert takes: bool [T, E].
 
-        Scores are compared to 12 bits, ties go to the earliest token: of tokens that are alike, which one
-        is taken must not depend on the layout of the run.
+        Scores are compared to 12 bits, and ties go to the earliest token: the choice among equal tokens must not depend
+        on the layout of the run.
         """
         count = tokens.count(scope)
         if tokens.real_T is not None:
-            # Below every score: padding comes last, after as many tokens as are taken at most.
+            # Below every score, so that padding comes last: never among the tokens that are taken.
             score_TE = score_TE.masked_fill(~tokens.real_T[:, None], -1.0)
         score, number = scope.gather(score_TE), scope.gather(tokens.number_T)
         limit = min(capacity(self.capacity_factor, count, self.top_k, self.experts), count)
@@ -72,7 +71,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
     The threshold follows the score above which C / T = capacity_factor · k / E of the global batch's tokens
     lay, one step behind: after each step the logarithm of the threshold moves by a tenth towards that
     quantile, read from a histogram over the global batch. So a token's experts depend on that token and on
-    earlier *steps* alone: nothing of its future is told, and generation routes as training did. The price:
+    earlier *steps* alone: nothing leaks from later tokens, and generation routes as training did. The price:
     a micro-batch's load is balanced on average only. Before the first step, every token takes its k best
     experts. In the manner of the causal variants of expert choice; no paper fixes one.
 
@@ -81,7 +80,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
     """
 
     BINS, OCTAVES, PACE = 128, 16, 0.1
-    """Of the histogram: bins of equal ratio over the scores from 2^−OCTAVES to 1. Share of one step."""
+    """Bins of the histogram, of equal ratio over scores from 2^−OCTAVES to 1; share of one step in the threshold."""
 
     threshold_E: Tensor
 

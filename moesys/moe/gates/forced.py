@@ -1,4 +1,4 @@
-"""Routing by force, for benchmarks: what a layer costs under a load that is known beforehand."""
+"""Forced routing, for benchmarks of a layer under a known load."""
 
 from __future__ import annotations
 

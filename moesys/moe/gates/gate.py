@@ -1,4 +1,4 @@
-"""What every gate is."""
+"""The base class of gates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Gate(nn.Module):
     counts_first: bool = False
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> GateOutput:
-        """What to do with this device's tokens; `scope` answers for all tokens of the micro-batch."""
+        """The output for this device's tokens; `scope` gives statistics over all tokens of the micro-batch."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
@@ -33,7 +33,7 @@ class Gate(nn.Module):
         for name, old in before.items():
             new = self.get_buffer(name)
             if new.is_floating_point() and new.dtype.itemsize < old.dtype.itemsize:
-                # What is followed from step to step in small steps would stand still in bfloat16.
+                # Buffers change by small steps, which bfloat16 would round away.
                 self._buffers[name] = old.to(new.device)
         return self
 
@@ -46,25 +46,25 @@ class Gate(nn.Module):
         """Give buffers their initial values (a model is built on the meta device)."""
 
     def reset_parameters(self) -> None:
-        """`reset_state`, by the name that torch has for what a module does after `to_empty`."""
+        """`reset_state`, under torch's name for the initialisation after `to_empty`."""
         self.reset_state()
 
     def count(self, counted: Tensor) -> None:
         """Add `GateOutput.counted` to the step's statistics: called once per pass, however often that runs."""
 
     def step_statistics(self) -> Tensor | None:
-        """A vector to be summed over all devices that hold tokens of the global batch, or None."""
+        """A vector to sum over all devices that hold tokens of the global batch, or None."""
         return None
 
     def before_step(self, total: Tensor) -> None:
-        """For gates that `counts_first`: the sum of `step_statistics` of a forward-only pass over the global batch.
+        """Take the sum of `step_statistics` of a forward-only pass over the global batch, if the gate `counts_first`.
 
-        Called before the step's own forward passes; not at all where the step has one micro-batch, whose
-        devices can be asked in its pass (`MicroBatch.sum_global`).
+        It is called before the step's own forward passes. A step of one micro-batch does not call it: its pass sums
+        over the devices itself (`MicroBatch.sum_global`).
         """
 
     def after_step(self, total: Tensor) -> None:
-        """Called once after each optimizer step with the sum of `step_statistics`."""
+        """Take the sum of `step_statistics`, once after each optimizer step."""
 
     def skip_step(self) -> None:
-        """Forget the statistics of a step that the optimizer skipped: instead of `after_step`, if the host knows."""
+        """Forget the statistics of a step that the optimizer skipped, in place of `after_step`, if the host knows."""

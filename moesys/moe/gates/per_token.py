@@ -1,4 +1,4 @@
-"""What gates share that send every token to the same number of experts."""
+"""Routing of every token to the same number of experts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from moesys.moe.counts import occurrences
 from moesys.moe.routing import Routing, Tokens, only
 
 Choice = Callable[[Tokens], Tensor]
-"""Experts [T, k], int64 and distinct in a row, from what is known of tokens beside their vectors."""
+"""Experts [T, k], int64 and distinct in a row, from the numbers and ids of tokens."""
 
 
 def route(expert_Tk: Tensor, weight_Tk: Tensor, experts: int, real_T: Tensor | None = None) -> Routing:
-    """Every token to its row of `expert_Tk` (int64), with the weights (float32) of the same place.
+    """The routing of every token to its row of `expert_Tk` (int64), with the weights (float32) of the same place.
 
-    Those that are not real, if `real_T` bool [T] says so, go nowhere.
+    Tokens that are not `real_T` (bool [T]; None: all are) go nowhere.
     """
     tokens, top_k = expert_Tk.shape
     token_A = torch.arange(tokens, device=expert_Tk.device).repeat_interleave(top_k)

@@ -1,4 +1,4 @@
-"""From tokens x [T, H] to logits [T, E], in float32 or wider whatever the model's precision."""
+"""The projection of tokens x [T, H] to logits [T, E], in float32 or wider whatever the model's precision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GateProjection(nn.Linear):
 
 
 TOKENS = 512
-"""Tokens that are widened at once on CPU: their wide copy stays in the cache."""
+"""Tokens that are widened at once on CPU, so that their wide copy stays in the cache."""
 
 
 class _Widened(torch.autograd.Function):

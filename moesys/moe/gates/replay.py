@@ -13,8 +13,8 @@ from moesys.moe.routing import MicroBatch, Routing, Tokens, only
 class ReplayGate(ScoredGate):
     """Experts by a table of token numbers, weights by the gate's own softmax at those experts.
 
-    So a benchmark gets a real run's load without its training state, and the gate still learns. Numbers
-    beyond the table begin again from its start.
+    So a benchmark gets a real run's load without its training state, and the gate still learns. Numbers beyond the end
+    of the table start over.
 
     Args:
         hidden, experts, z_loss: see `ScoredGate`.

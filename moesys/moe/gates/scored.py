@@ -1,4 +1,4 @@
-"""What gates share that compute one logit per token and expert."""
+"""The base class of gates that compute one logit per token and expert."""
 
 from __future__ import annotations
 

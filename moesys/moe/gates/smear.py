@@ -16,7 +16,7 @@ from moesys.moe.routing import GateOutput, MicroBatch, Tokens, attach_loss
 
 @dataclass
 class Merge(GateOutput):
-    """For each of B sequences one feed-forward, whose weights are Σ_e share_BE · weights of expert e."""
+    """One merged feed-forward for each of B sequences; its weights are Σ_e share_BE · weights of expert e."""
 
     share_BE: Tensor
 

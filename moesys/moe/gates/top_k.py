@@ -43,7 +43,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Randomness:
-    """What is random in training, drawn by the tokens' numbers; nothing is in evaluation.
+    """Randomness in training, drawn by the tokens' numbers; evaluation is deterministic.
 
     Attributes:
         gaussian: add N(0, 1) · softplus(x · W_noiseᵀ) to the logits (Shazeer et al. 2017, arXiv 1701.06538).
@@ -51,7 +51,7 @@ class Randomness:
         second: keep the second of two experts with probability min(1, 2·g), g its share of the weights
             (GShard, arXiv 2006.16668); the first one's weight is the same in either case.
         layer: makes the numbers differ between layers.
-        keys: of the numbers, by what they are for.
+        keys: keys of the random numbers, by purpose.
     """
 
     gaussian: bool = False
@@ -61,7 +61,7 @@ class Randomness:
     keys: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Here, not as numbers are drawn: no compiler takes the hash.
+        # Hashed here: `torch.compile` does not trace the hash.
         keys = {purpose: noise.key(self.layer, purpose) for purpose in ("jitter", "noise", "second")}
         object.__setattr__(self, "keys", keys)
 
@@ -73,7 +73,7 @@ class Randomness:
         return logits_TE + width_TE * noise.normal(number_T, logits_TE.shape[1], self.keys["noise"])
 
     def kept(self, weight_T2: Tensor, number_T: Tensor) -> Tensor:
-        """Which choices stay: bool [T, 2]."""
+        """Mask of the choices that stay: bool [T, 2]."""
         share_T = weight_T2[:, 1] / (weight_T2.sum(-1) + 1e-20)
         drawn_T = noise.uniform(number_T, 1, self.keys["second"]).squeeze(-1)
         return torch.stack([torch.ones_like(drawn_T, dtype=torch.bool), drawn_T < 2 * share_T], -1)
@@ -143,10 +143,10 @@ class TopKGate(Gate):
             self.register_buffer("selection_bias", torch.zeros(self.candidates))
         self.counts_first = bool(self.balance.global_balance)
         self.load: Tensor | None = None
-        """Since the last step, int64: the assignments of each expert that the bias follows, if there is one, then
-        those that the global loss counts; None where nobody asks."""
+        """Counts int64 since the last step: the assignments of each expert for the bias, if there is one, then those
+        for the global loss; None where neither needs them."""
         self.global_load: Tensor | None = None
-        """What the global loss counts of the whole global batch, where that was done before the step."""
+        """Counts of the whole global batch for the global loss, where they were made before the step."""
 
     def forward(self, x_TH: Tensor, tokens: Tokens, scope: MicroBatch) -> Routing:
         logits_TE, noisy_TE, width_TE = self._logits(x_TH, tokens.number_T)
@@ -201,7 +201,7 @@ class TopKGate(Gate):
         return logits_TE, self.randomness.disturb(logits_TE, width_TE, number_T), width_TE
 
     def _selection(self, logits_TE: Tensor) -> Tensor:
-        """What the best are chosen by."""
+        """The scores by which the best experts are chosen."""
         if not self.bias_rate and self.groups is None:
             return logits_TE
         scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
@@ -222,7 +222,7 @@ class TopKGate(Gate):
         return best(logits_TE, self.top_k) if self.counts == "scores" else expert_Tk
 
     def _stays(self, weight_Tk: Tensor, tokens: Tokens) -> Tensor | None:
-        """Which choices are assignments, bool [T, k]; None for all of them."""
+        """Mask of the choices that are assignments, bool [T, k]; None for all of them."""
         if tokens.real_T is not None:
             return tokens.real_T[:, None].expand_as(weight_Tk)
         if not self.training or not self.randomness.second:
@@ -240,7 +240,7 @@ class TopKGate(Gate):
         choice = TopKChoice(expert_Tk, weight_Tk, chosen.probabilities_TE, wanted_Tk)
         rows = None
         if self.capacity.pad and limit is not None:
-            # Shapes are those of a micro-batch without padding.
+            # Shapes do not depend on padding.
             every = len(tokens.number_T) * scope.size
             rows = self.capacity.limit(self.training, every, self.top_k, experts)
         routing = assign(choice, tokens.number_T, self.experts, limit, self.capacity, scope, rows)

@@ -8,42 +8,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesys.measure.explain.attribution import costs
+from moesys.measure.explain.attribution import attributions
 from moesys.measure.explain.averages import explain
 from moesys.measure.explain.breakdown import breakdown
 from moesys.measure.explain.expert_compute import passes
 from moesys.measure.explain.intervals import common, length, union, without
-from moesys.measure.step import PURPOSES, RankStep, Step, Travel
+from moesys.measure.step import PURPOSES, CollectiveSpan, RankStep, Step
 
 BOTH = (0, 1)
 
 
-def travel(kind="all_to_all", purpose="expert", number=0, times=(0, 0, 0), sent=(), **more) -> Travel:
+def collective(kind="all_to_all", purpose="expert", number=0, times=(0, 0, 0), sent=(), **more) -> CollectiveSpan:
     begin, waited, end = (t / 1e3 for t in times)
     given = {"ranks": BOTH, "bytes": sum(sent), "sent": sent, **more}
-    return Travel(kind, purpose, number=number, begin=begin, waited=waited, end=end, **given)
+    return CollectiveSpan(kind, purpose, number=number, begin=begin, waited=waited, end=end, **given)
 
 
-def step(*ranks: tuple[float, list[Travel]], hosts=("a", "a"), **more) -> Step:
-    made = [RankStep(i, hosts[i], 0.0, end / 1e3, tuple(travels)) for i, (end, travels) in enumerate(ranks)]
+def step(*ranks: tuple[float, list[CollectiveSpan]], hosts=("a", "a"), **more) -> Step:
+    made = [RankStep(i, hosts[i], 0.0, end / 1e3, tuple(collectives)) for i, (end, collectives) in enumerate(ranks)]
     return Step(7, tuple(made), **more)
 
 
-def dispatch(times, sent=(10, 10), **more) -> Travel:
-    return travel(times=times, sent=sent, layer="layers.2", part="dispatch", level="flat", **more)
+def dispatch(times, sent=(10, 10), **more) -> CollectiveSpan:
+    return collective(times=times, sent=sent, layer="layers.2", part="dispatch", level="flat", **more)
 
 
-def combine(times, sent=(10, 10), number=1, **more) -> Travel:
-    return travel(times=times, sent=sent, number=number, layer="layers.2", part="combine", level="flat", **more)
+def combine(times, sent=(10, 10), number=1, **more) -> CollectiveSpan:
+    return collective(times=times, sent=sent, number=number, layer="layers.2", part="combine", level="flat", **more)
 
 
 def test_a_late_rank_is_waited_for_until_it_begins() -> None:
     e = explain([step((100, [dispatch((10, 10, 65))]), (100, [dispatch((60, 60, 65))]))])
-    (leg,) = e.legs
-    assert (leg.layer, leg.part, leg.backward) == ("layers.2", "dispatch", False)
-    assert leg.by_rank[0].late == pytest.approx(0.050)
-    assert leg.by_rank[0].transfer == pytest.approx(0.005)
-    assert leg.by_rank[1].late == 0
+    (phase,) = e.phases
+    assert (phase.layer, phase.part, phase.backward) == ("layers.2", "dispatch", False)
+    assert phase.by_rank[0].late == pytest.approx(0.050)
+    assert phase.by_rank[0].transfer == pytest.approx(0.005)
+    assert phase.by_rank[1].late == 0
     assert e.waited_for == pytest.approx([0.0, 0.025])
     assert e.total.exposed == pytest.approx((0.055 + 0.005) / 2)
     assert e.wait_share == pytest.approx(50 / 60)
@@ -69,7 +69,7 @@ def test_the_rank_with_more_rows_makes_the_wait_uneven() -> None:
     mine = [dispatch((0, 0, 10), sent=(15, 5)), combine((40, 40, 45), sent=(15, 15))]
     theirs = [dispatch((0, 0, 10), sent=(15, 5)), combine((20, 20, 45), sent=(5, 5))]
     e = explain([step((50, mine), (50, theirs), load={"layers.2": [20.0, 10.0, 6.0, 4.0]})])
-    back = next(leg for leg in e.legs if leg.part == "combine")
+    back = next(phase for phase in e.phases if phase.part == "combine")
     assert back.by_rank[1].uneven == pytest.approx(0.020)
     assert back.by_rank[1].late == pytest.approx(0.0)
     assert back.by_rank[1].transfer == pytest.approx(0.005)
@@ -92,25 +92,25 @@ def test_more_time_than_rows_explain_is_late_not_uneven() -> None:
     """Equal rows, but rank 0 was held up while its experts computed."""
     mine = [dispatch((0, 0, 10)), combine((40, 40, 45))]
     theirs = [dispatch((0, 0, 10)), combine((20, 20, 45))]
-    back = next(leg for leg in explain([step((50, mine), (50, theirs))]).legs if leg.part == "combine")
+    back = next(phase for phase in explain([step((50, mine), (50, theirs))]).phases if phase.part == "combine")
     assert back.by_rank[1].uneven == 0
     assert back.by_rank[1].late == pytest.approx(0.020)
 
 
 def test_in_backward_experts_compute_before_dispatch() -> None:
-    def rank(computed: float, rows: int) -> list[Travel]:
+    def rank(computed: float, rows: int) -> list[CollectiveSpan]:
         there = combine((0, 0, 10), number=0, backward=True)
         back = dispatch((10 + computed, 10 + computed, 45), sent=(rows, rows), number=1, backward=True)
         return [there, back]
 
-    legs = explain([step((50, rank(30, 15)), (50, rank(10, 5)))]).legs
-    assert [(leg.part, leg.backward) for leg in legs] == [("combine", True), ("dispatch", True)]
-    assert legs[1].by_rank[1].uneven == pytest.approx(0.020)
+    phases = explain([step((50, rank(30, 15)), (50, rank(10, 5)))]).phases
+    assert [(phase.part, phase.backward) for phase in phases] == [("combine", True), ("dispatch", True)]
+    assert phases[1].by_rank[1].uneven == pytest.approx(0.020)
 
 
 def test_a_stage_that_waits_for_its_neighbour_is_a_bubble() -> None:
-    sent = travel("send", "pipeline", times=(30, 30, 31), bytes=8)
-    received = travel("recv", "pipeline", times=(0, 5, 33), bytes=8)
+    sent = collective("send", "pipeline", times=(30, 30, 31), bytes=8)
+    received = collective("recv", "pipeline", times=(0, 5, 33), bytes=8)
     e = explain([step((50, [sent]), (50, [received]))])
     assert e.by_rank[1].bubble == pytest.approx(0.025)
     assert e.by_rank[1].others == {"pipeline": pytest.approx(0.003)}
@@ -121,8 +121,8 @@ def test_waiting_in_what_all_ranks_share_is_idle() -> None:
     e = explain(
         [
             step(
-                (50, [travel("all_reduce", "step", times=(20, 20, 41))]),
-                (50, [travel("all_reduce", "step", times=(40, 40, 41))]),
+                (50, [collective("all_reduce", "step", times=(20, 20, 41))]),
+                (50, [collective("all_reduce", "step", times=(40, 40, 41))]),
             )
         ]
     )
@@ -136,21 +136,21 @@ def test_audited_waits_are_exact() -> None:
         [step((50, [dispatch((10, 30, 34), met=0.030)]), (50, [dispatch((29, 30, 34), met=0.030)]), audit=True)]
     )
     assert [b.exposed for b in e.by_rank] == pytest.approx([0.019 + 0.004, 0.004])
-    (leg,) = e.legs
-    assert (leg.by_rank[0].late, leg.by_rank[0].transfer) == (pytest.approx(0.019), pytest.approx(0.004))
-    assert (leg.by_rank[1].late, leg.by_rank[1].transfer) == (0.0, pytest.approx(0.004))
+    (phase,) = e.phases
+    assert (phase.by_rank[0].late, phase.by_rank[0].transfer) == (pytest.approx(0.019), pytest.approx(0.004))
+    assert (phase.by_rank[1].late, phase.by_rank[1].transfer) == (0.0, pytest.approx(0.004))
     assert e.audit
-    assert leg.bandwidth == pytest.approx(10 / 0.004)
+    assert phase.bandwidth == pytest.approx(10 / 0.004)
 
 
 def test_bytes_between_and_inside_nodes() -> None:
     ranks = [(50.0, [dispatch((0, 0, 10), sent=(1, 2, 3, 4), ranks=(0, 1, 2, 3))]) for _ in range(4)]
     e = explain([step(*ranks, hosts=("a", "a", "b", "b"))])
-    (leg,) = e.legs
-    assert (leg.bytes_inter, leg.bytes_intra) == (2 * (3 + 4) + 2 * (1 + 2), 2 + 1 + 4 + 3)
+    (phase,) = e.phases
+    assert (phase.bytes_inter, phase.bytes_intra) == (2 * (3 + 4) + 2 * (1 + 2), 2 + 1 + 4 + 3)
     assert e.bytes == [[0, 2, 3, 4], [1, 0, 3, 4], [1, 2, 0, 4], [1, 2, 3, 0]]
-    assert (leg.inside, leg.between) == (4, 2 * (3 + 4))
-    assert leg.each == pytest.approx(0.010)
+    assert (phase.inside, phase.between) == (4, 2 * (3 + 4))
+    assert phase.each == pytest.approx(0.010)
 
 
 def test_a_gpu_trace_says_when_it_computed() -> None:
@@ -170,7 +170,7 @@ def test_ranks_that_were_not_seen_may_have_been_waited_for() -> None:
     ranks = [(4, dispatch((10, 10, 60), **group)), (6, dispatch((30, 30, 60), **group))]
     e = explain([Step(1, tuple(RankStep(rank, "a", 0.0, 0.1, (t,)) for rank, t in ranks))])
     assert (e.ranks, e.waited_for) == ([4, 6], [0.0, pytest.approx(0.010)])
-    assert (e.causes.late, e.causes.untold, e.causes.transfer) == (pytest.approx(0.010), pytest.approx(0.030), 0)
+    assert (e.causes.late, e.causes.unattributed, e.causes.transfer) == (pytest.approx(0.010), pytest.approx(0.030), 0)
     assert "Of 75% of what is exposed it cannot be told whether it is waiting or moving bytes" in e.sentence
     assert "the traces of other ranks of its groups (7) are missing" in e.sentence
     assert "of the rest is waiting for rank 6, which arrives late" in e.sentence
@@ -179,7 +179,7 @@ def test_ranks_that_were_not_seen_may_have_been_waited_for() -> None:
 def test_one_rank_alone_tells_nothing_of_waiting() -> None:
     e = explain([Step(1, (RankStep(3, "a", 0.0, 0.1, (dispatch((10, 10, 60), ranks=(0, 3)),)),))])
     assert e.wait_share is None
-    assert e.causes.parts == {"transfer": 0, "late": 0, "uneven": 0, "untold": pytest.approx(0.050)}
+    assert e.causes.parts == {"transfer": 0, "late": 0, "uneven": 0, "unattributed": pytest.approx(0.050)}
     assert "waiting or moving bytes: this is the trace of one rank." in e.sentence
     assert "of what is exposed is moving bytes" not in e.sentence
 
@@ -228,11 +228,11 @@ TIMES = st.tuples(*[st.integers(-5, 105)] * 3).map(sorted)
 )
 def test_the_parts_add_up_to_the_step(drawn: list, computed: list | None) -> None:
     """Whatever overlaps with whatever, and even if something reaches beyond the step."""
-    ranks = [[travel("all_reduce", p, i, times[r]) for i, (*times, p) in enumerate(drawn)] for r in BOTH]
-    one = step(*((100, travels) for travels in ranks))
+    ranks = [[collective("all_reduce", p, i, times[r]) for i, (*times, p) in enumerate(drawn)] for r in BOTH]
+    one = step(*((100, collectives) for collectives in ranks))
     spans = None if computed is None else tuple((a / 1e3, b / 1e3) for a, b in computed)
     one = replace(one, ranks=tuple(replace(r, compute=spans) for r in one.ranks))
-    taken = costs(one)
+    taken = attributions(one)
     for r in one.ranks:
         parts = breakdown(r, taken[r.rank]).parts
         assert sum(parts.values()) == pytest.approx(0.1)

@@ -71,7 +71,7 @@ def test_one_gpu_trace_is_taken_apart_exactly(tmp_path: Path) -> None:
         }
     )
     assert e.total.hidden == pytest.approx(100e-6)
-    assert e.causes.parts == pytest.approx({"transfer": 0, "late": 0, "uneven": 0, "untold": 200e-6})
+    assert e.causes.parts == pytest.approx({"transfer": 0, "late": 0, "uneven": 0, "unattributed": 200e-6})
     assert "it cannot be told whether it is waiting or moving bytes: this is the trace of one rank" in e.sentence
 
 
@@ -185,7 +185,7 @@ def test_messages_without_metadata(tmp_path: Path, described: str, asked: str | 
     told["distributedInfo"]["pg_config"] = [{"pg_name": "1", "pg_desc": described, "pg_size": 2, "ranks": [0, 1]}]
     path.write_text(json.dumps(told))
     traces = read([path], all_to_all=asked)
-    assert [t.purpose for t in traces.steps[0].ranks[0].travels] == [purpose]
+    assert [t.purpose for t in traces.steps[0].ranks[0].collectives] == [purpose]
     assert said in " ".join(traces.notes)
     assert ("--all-to-all-kernels" in " ".join(traces.notes)) == (asked is None)
 
@@ -200,10 +200,10 @@ def test_kernels_that_the_user_names_are_all_to_all(tmp_path: Path) -> None:
     events = [annotation(1, 0, 100), kernel("ncclDevKernel_Generic_1(x)", 0, 40), kernel("mori::EpDispatch", 50, 90)]
     path = write(tmp_path / "t.json", 0, events)
     traces = read([path])
-    assert [t.purpose for t in traces.steps[0].ranks[0].travels] == ["data"]
+    assert [t.purpose for t in traces.steps[0].ranks[0].collectives] == ["data"]
     assert "nothing tells their collective: 1 kernel as ncclDevKernel_Generic_1(x)" in " ".join(traces.notes)
     named = read([path], all_to_all="Generic|mori")
-    assert [t.purpose for t in named.steps[0].ranks[0].travels] == ["expert", "expert"]
+    assert [t.purpose for t in named.steps[0].ranks[0].collectives] == ["expert", "expert"]
     assert named.notes == []
     assert explain(named.steps).total.compute == 0
 
@@ -228,7 +228,7 @@ def test_groups_are_found_in_what_the_trace_says_of_them(tmp_path: Path, facts: 
         paths.append(path)
     e = explained(*paths)
     assert e.causes.late == pytest.approx(150e-6)
-    assert e.causes.untold == 0
+    assert e.causes.unattributed == 0
 
 
 def test_a_rank_with_fewer_collectives_was_cut_short(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_deep_ep_waits_inside_its_kernels(tmp_path: Path) -> None:
 def test_an_all_gather_counts_what_all_gather(tmp_path: Path) -> None:
     facts = {"Collective name": "_allgather_base", "In msg nelems": "10", "Out msg nelems": 20, "dtype": "BFloat16"}
     events = [kernel("ncclDevKernel_AllGather", 0, 10, **facts)]
-    assert read([write(tmp_path / "t.json", 0, events)]).steps[0].ranks[0].travels[0].bytes == 40
+    assert read([write(tmp_path / "t.json", 0, events)]).steps[0].ranks[0].collectives[0].bytes == 40
 
 
 GOOD = [annotation(3, 0, 1000), kernel("gemm", 0, 400), nccl("all_to_all", 400, 600)]
@@ -338,7 +338,7 @@ def test_a_real_trace_of_this_machine(tmp_path: Path) -> None:
     total = explain(steps).total
     assert total.compute > 0
     assert sum(total.parts.values()) == pytest.approx(total.step)
-    assert any(t.kind == "all_to_all" and t.purpose == "expert" for step in steps for t in step.ranks[0].travels)
+    assert any(t.kind == "all_to_all" and t.purpose == "expert" for step in steps for t in step.ranks[0].collectives)
 
 
 def test_perfetto_shows_what_was_recorded(tmp_path: Path) -> None:

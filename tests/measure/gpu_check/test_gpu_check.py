@@ -18,15 +18,16 @@ from moesys.config.load import load
 from moesys.measure.checkout import ROOT
 from moesys.measure.gpu_check import attention, blocks, check, kernels, models, ranks
 from moesys.measure.gpu_check.__main__ import PARTS, main
-from moesys.measure.gpu_check.kernels import Case
-from moesys.measure.gpu_check.rows import Row, Task
-from moesys.measure.gpu_check.table import Found, Report
+from moesys.measure.gpu_check.kernels import KernelCase
+from moesys.measure.gpu_check.rows import CheckTask, Row
+from moesys.measure.gpu_check.table import CheckReport, PartResult
 from moesys.models.block import Block
+from moesys.models.parts.model import block as describe
 
 ABSENT = ("pydantic", "ray", "megatron", "rich", "tensorboard", "matplotlib", "prometheus_client", "datasets")
 """What the check must do without."""
 
-DRY = Task(True, Path("."), float("inf"))
+DRY = CheckTask(True, Path("."), float("inf"))
 
 
 def python(folder: Path, words: list[str]) -> Command:
@@ -83,10 +84,12 @@ def test_a_part_that_fails_is_one_row_and_the_others_still_run(tmp_path):
     head = "import os, signal, time\nfrom moesys.measure.gpu_check.rows import Row\n\ndef run(task):\n"
     for name, body in TOYS.items():
         (tmp_path / f"{name}.py").write_text(f"{head}{body}\n")
-    plans = ", ".join(f"Plan({n!r}, 'about', {2 if n == 'hangs' else 600}, {n!r})" for n in ("hangs", "crashes", *TOYS))
+    plans = ", ".join(
+        f"CheckPart({n!r}, 'about', {2 if n == 'hangs' else 600}, {n!r})" for n in ("hangs", "crashes", *TOYS)
+    )
     code = f"""
 from pathlib import Path
-from moesys.measure.gpu_check.check import Plan, run
+from moesys.measure.gpu_check.check import CheckPart, run
 run([{plans}], True, Path({str(tmp_path)!r}), 1.0, 'command')
 """
     done = run(tmp_path, ["-c", code])
@@ -102,12 +105,12 @@ run([{plans}], True, Path({str(tmp_path)!r}), 1.0, 'command')
 
 @pytest.mark.parametrize(("state", "code"), [("passed", 0), ("not run", 0), ("failed", 1)])
 def test_a_failed_row_is_the_exit_code(monkeypatch, tmp_path, capsys, state, code):
-    found = Found("facts", "about", [Row("a|b", state, "two\nlines")], 1.0, 2.0)
-    monkeypatch.setattr(check, "run", lambda *given: Report("2026-01-01", "command", True, [found]))
+    found = PartResult("facts", "about", [Row("a|b", state, "two\nlines")], 1.0, 2.0)
+    monkeypatch.setattr(check, "run", lambda *given: CheckReport("2026-01-01", "command", True, [found]))
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert main(["--dry-run", "--parts", "facts", f"--out={tmp_path}"]) == code
     assert f"1 row in 1 s: 1 {state}." in capsys.readouterr().out
-    assert f"| facts | a\\|b | {state} | two lines |" in Report("", "", True, [found]).markdown()
+    assert f"| facts | a\\|b | {state} | two lines |" in CheckReport("", "", True, [found]).markdown()
 
 
 def test_all_parts_together_have_less_than_eight_minutes():
@@ -123,7 +126,7 @@ def test_the_models_are_those_of_the_configurations():
 def test_blocks_are_those_that_the_configurations_build(name):
     config = load(ROOT / "configs" / "models" / f"{name}.yaml").config.model
     with torch.device("meta"):
-        ours, theirs = Block(models.config(models.sections()[name]), 0), Block(config, config.layers - 1)
+        ours, theirs = Block(models.config(models.sections()[name]), 0), Block(config, config.depth - 1)
     assert str(ours) == str(theirs)
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
     plain = [
@@ -132,7 +135,9 @@ def test_blocks_are_those_that_the_configurations_build(name):
     ]
     plain[0].pop("randomness"), plain[1].pop("randomness")  # differs between layers
     assert plain[0] == plain[1] and len(plain[0]) > 5
-    assert models.config(models.sections()[name]).rotary_dim == config.rotary_dim
+    assert (
+        describe(models.config(models.sections()[name]), 0).mixer.head_sizes() == describe(config, 0).mixer.head_sizes()
+    )
 
 
 def test_the_quadratic_kernel_is_seen():
@@ -145,15 +150,15 @@ def test_the_quadratic_kernel_is_seen():
 
 def test_a_kernel_that_computes_something_else_fails():
     x = torch.randn(5)
-    wrong = Case(lambda x: 1.001 * x.square(), lambda x: x.square(), [x])
+    wrong = KernelCase(lambda x: 1.001 * x.square(), lambda x: x.square(), [x])
     row = kernels._row(DRY, "squares", wrong, "torch", torch.float32)
     assert row.state == "failed" and "more than 1e-05" in row.said
-    endless = Case(lambda x: x / 0, lambda x: x.square(), [x])
+    endless = KernelCase(lambda x: x / 0, lambda x: x.square(), [x])
     assert kernels._row(DRY, "squares", endless, "torch", torch.float32).state == "failed"
 
 
 def test_a_block_that_is_not_compiled_fails(monkeypatch):
-    monkeypatch.setattr(blocks, "Graphs", lambda backend: type("None", (), {"count": 0})())
+    monkeypatch.setattr(blocks, "GraphCounter", lambda backend: type("None", (), {"count": 0})())
     monkeypatch.setattr(blocks, "prepare", lambda *given: None)
     name = models.BLOCKS[0]
     row = blocks._row(DRY, name, models.sections()[name])

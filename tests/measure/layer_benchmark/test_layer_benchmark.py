@@ -13,11 +13,11 @@ from layer_sides import agree, gradients
 from moesys import cli
 from moesys.measure.interleaved_timing import affordable, alone, interleave, ratio
 from moesys.measure.layer_benchmark import command, many_ranks, one_device
-from moesys.measure.layer_benchmark.one_device import Shape
+from moesys.measure.layer_benchmark.one_device import LayerShape
 from moesys.measure.peak_memory import peak_bytes
 from moesys.megatron.own_layer import peers
 
-TINY = Shape(tokens=24, hidden=16, ffn_hidden=12, experts=4, top_k=2)
+TINY = LayerShape(tokens=24, hidden=16, ffn_hidden=12, experts=4, top_k=2)
 CPU = torch.device("cpu")
 WORDS = [f"--{name}={value}" for name, value in zip(("tokens", "hidden", "ffn-hidden", "experts"), (24, 16, 12, 4))]  # noqa: B905
 
@@ -43,7 +43,7 @@ def test_transformers_block_computes_what_the_layer_does(monkeypatch, scarce):
 
 @pytest.mark.parametrize("made", [one_device.build, one_device.dense])
 def test_weights_are_made_in_their_type_and_nowhere_else_before(made):
-    shape = Shape(tokens=1, hidden=64, ffn_hidden=128, experts=8, top_k=2)
+    shape = LayerShape(tokens=1, hidden=64, ffn_hidden=128, experts=8, top_k=2)
     modules: list[torch.nn.Module] = []
     most = peak_bytes(lambda: modules.append(made(shape, torch.bfloat16, CPU)), CPU)
     assert {p.dtype for p in modules[0].parameters()} == {torch.bfloat16}
@@ -96,12 +96,12 @@ def test_a_gpu_is_measured_in_the_type_it_is_trained_in():
 )
 def test_the_share_of_a_dense_products_rate_has_a_target_on_a_gpu_at_published_shapes(shape, on_gpu, rate, said):
     rates = {"layer": rate, "product": 100.0}
-    result = one_device.Result(one_device.SHAPES[shape], "bfloat16", {}, {}, rates, 1, 1, 3, "a device", on_gpu)
+    result = one_device.LayerTimes(one_device.SHAPES[shape], "bfloat16", {}, {}, rates, 1, 1, 3, "a device", on_gpu)
     assert any(line.endswith(said) for line in result.lines())
 
 
 def test_what_must_be_kept_is_what_autograd_keeps_but_for_small_change():
-    shape = Shape(tokens=256, hidden=64, ffn_hidden=128, experts=8, top_k=2)
+    shape = LayerShape(tokens=256, hidden=64, ffn_hidden=128, experts=8, top_k=2)
     layer = one_device.build(shape, torch.float32, CPU)
     kept: dict[int, int] = {}
 

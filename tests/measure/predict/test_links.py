@@ -9,7 +9,7 @@ import pytest
 
 from moesys.measure.a2a_benchmark import traffic
 from moesys.measure.explain.link_load import limits
-from moesys.measure.predict.links import Line, Profile, ProfileError, fit
+from moesys.measure.predict.links import LinkModel, Profile, ProfileError, fit
 
 
 def test_a_noisy_line_is_recovered_from_small_and_large_messages() -> None:
@@ -35,8 +35,8 @@ def test_nothing_cannot_be_fitted() -> None:
         fit([])
 
 
-def line(alpha: float, bandwidth: float) -> Line:
-    return Line(alpha, 1 / bandwidth, 0.01, 0.02, 1, 1e9)
+def line(alpha: float, bandwidth: float) -> LinkModel:
+    return LinkModel(alpha, 1 / bandwidth, 0.01, 0.02, 1, 1e9)
 
 
 LINKS = Profile({"all_to_all intra": line(0, 100), "all_to_all inter": line(1, 10), "all_reduce inter": line(0, 5)}, {})

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from moesys.config.schema import Config
-from moesys.measure.predict.links import Line, Profile, ProfileError
+from moesys.measure.predict.links import LinkModel, Profile, ProfileError
 from moesys.measure.predict.what_if import Predictor, WhatIfError, variants
-from moesys.measure.step import RankStep, Step, Travel
+from moesys.measure.step import CollectiveSpan, RankStep, Step
 
 BASE: dict[str, dict[str, Any]] = {
     "model": {
@@ -28,8 +28,8 @@ BASE: dict[str, dict[str, Any]] = {
 VOCABULARY = 64
 
 
-def line(bandwidth: float) -> Line:
-    return Line(0.0, 1 / bandwidth, 0.0, 0.0, 1, 1e9)
+def line(bandwidth: float) -> LinkModel:
+    return LinkModel(0.0, 1 / bandwidth, 0.0, 0.0, 1, 1e9)
 
 
 PROFILE = Profile(
@@ -54,8 +54,10 @@ def config(**changes: dict[str, Any]) -> Config:
 def recorded_step() -> Step:
     """A recorded step of a second, in which every rank waits 0.5 s for rows and 0.1 s for gradients."""
     group = (0, 1, 2, 3)
-    rows = Travel("all_to_all", "expert", group, 0, 0.1, 0.1, 0.1 + EXPOSED, 80, (20,) * 4, "layers.0", "dispatch")
-    gradients = Travel("all_reduce", "data", group, 0, 0.8, 0.8, 0.8 + DATA, 80)
+    rows = CollectiveSpan(
+        "all_to_all", "expert", group, 0, 0.1, 0.1, 0.1 + EXPOSED, 80, (20,) * 4, "layers.0", "dispatch"
+    )
+    gradients = CollectiveSpan("all_reduce", "data", group, 0, 0.8, 0.8, 0.8 + DATA, 80)
     ranks = tuple(RankStep(r, str(r // 2), 0.0, STEP, (rows, gradients)) for r in group)
     return Step(1, ranks, {"layers.0": LOADS[0]})
 
@@ -107,10 +109,10 @@ def test_a_capacity_drops_what_was_above_it(predictor: Predictor) -> None:
 
 def test_without_expert_parallelism_no_all_to_all_is_left(predictor: Predictor) -> None:
     """Nor the exchange of counts, which takes as long however many rows there are."""
-    counts = Travel(
+    counts = CollectiveSpan(
         "all_to_all_counts", "expert", (0, 1, 2, 3), 1, 0.7, 0.7, 0.75, 80, (20,) * 4, "layers.0", "dispatch"
     )
-    ranks = tuple(RankStep(r.rank, r.host, r.begin, r.end, (*r.travels, counts)) for r in recorded_step().ranks)
+    ranks = tuple(RankStep(r.rank, r.host, r.begin, r.end, (*r.collectives, counts)) for r in recorded_step().ranks)
     with_counts = Predictor(config(), VOCABULARY, [Step(1, ranks, {"layers.0": LOADS[0]})], PROFILE)
     assert with_counts.recorded.total.exposed == pytest.approx(EXPOSED + 0.05)
     assert with_counts.predict("ep 1", [], config(parallel={"ep": 1})).exposed == 0
@@ -119,8 +121,8 @@ def test_without_expert_parallelism_no_all_to_all_is_left(predictor: Predictor) 
 def test_without_a_pipeline_its_bubble_goes() -> None:
     """0.2 s of waiting for a neighbour and 0.1 s of its message."""
     piped = {"layers": 2}
-    sent = Travel("send", "pipeline", (0, 2), 0, 0.3, 0.3, 0.3, 8)
-    received = Travel("recv", "pipeline", (0, 2), 0, 0.1, 0.1, 0.4, 8)
+    sent = CollectiveSpan("send", "pipeline", (0, 2), 0, 0.3, 0.3, 0.3, 8)
+    received = CollectiveSpan("recv", "pipeline", (0, 2), 0, 0.1, 0.1, 0.4, 8)
     ranks = tuple(RankStep(r, "0", 0.0, 1.0, ((received,) if r == 2 else (sent,) if r == 0 else ())) for r in range(4))
     base = config(model=piped, parallel={"ep": 1, "pp": 2})
     links = Profile({**PROFILE.lines, "all_reduce intra": line(1e9)}, {})
@@ -156,7 +158,7 @@ def test_the_rate_of_links_is_a_setting_as_any(predictor: Predictor) -> None:
 
 
 def test_links_without_a_bandwidth_predict_nothing() -> None:
-    flat = Profile({**PROFILE.lines, "all_to_all inter": Line(1e-3, 0.0, 0.0, 0.0, 1024, 4096)}, {})
+    flat = Profile({**PROFILE.lines, "all_to_all inter": LinkModel(1e-3, 0.0, 0.0, 0.0, 1024, 4096)}, {})
     with pytest.raises(ProfileError, match=r"(?s)no bandwidth of 'all_to_all inter' \(β = ∞\).*4,096.*remedy: measure"):
         Predictor(config(), VOCABULARY, [recorded_step()], flat)
 

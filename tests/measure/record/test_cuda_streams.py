@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moesys.measure.explain.intervals import length, union
-from moesys.measure.record.torch_collectives import watched
+from moesys.measure.record.torch_collectives import record_torch_collectives
 from moesys.parallel import comm
 from moesys.parallel.comm import CollectiveRecord
 
@@ -135,7 +135,7 @@ def gather(gpu: Gpu, stream: Stream, duration: float) -> Marker:
 
 def test_a_prefetched_gather_costs_only_what_the_computation_waits(gpu: Gpu) -> None:
     side = Stream(1)
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         hidden = gather(gpu, side, 5.0)
         gpu.compute.time += 8.0
         gpu.compute.wait_event(hidden)
@@ -154,7 +154,7 @@ def test_a_prefetched_gather_costs_only_what_the_computation_waits(gpu: Gpu) -> 
 
 def test_what_the_computation_waits_for_is_exposed_from_its_own_wait_on(gpu: Gpu) -> None:
     side, other = Stream(1), Stream(2)
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         gathered = gather(gpu, side, 5.0)
         other.wait_event(gathered)  # through a second stream, as copies out of a buffer
         gpu.compute.time += 2.0
@@ -167,7 +167,7 @@ def test_what_the_computation_waits_for_is_exposed_from_its_own_wait_on(gpu: Gpu
 
 def test_an_event_stands_for_what_was_before_it(gpu: Gpu) -> None:
     side = Stream(1)
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         gather(gpu, side, 1.0)
         early = side.record_event()
         late = gather(gpu, side, 9.0)
@@ -180,7 +180,7 @@ def test_an_event_stands_for_what_was_before_it(gpu: Gpu) -> None:
 def test_messages_that_are_started_together_are_seen(gpu: Gpu) -> None:
     """torch's `batch_isend_irecv` on NCCL: one object waits for all of them."""
     gpu.seconds = 4.0
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         ops = [dist.P2POp(dist.isend, tensor(), 1), dist.P2POp(dist.irecv, tensor(), 1)]
         works = dist.batch_isend_irecv(ops)
         gpu.compute.time += 1.0
@@ -200,7 +200,7 @@ def test_what_ends_in_the_order_of_its_stream_has_nobody_to_wait(gpu: Gpu, monke
         gpu.current.time += 3.0
 
     monkeypatch.setattr(dist.ProcessGroup, "allreduce", at_once)
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         dist.all_reduce(tensor())
         side = Stream(1)
         marker = gather(gpu, side, 0.0)
@@ -229,7 +229,7 @@ def test_exposed_seconds_are_those_in_which_the_computing_stream_stood(
         wait()
         return gpu.compute.time - before
 
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         for what, number, duration in program:
             stream = streams[number]
             if what == "compute":
@@ -250,6 +250,6 @@ def test_exposed_seconds_are_those_in_which_the_computing_stream_stood(
 
 def test_events_are_as_before_outside(gpu: Gpu) -> None:
     before = Marker.record, Marker.wait
-    with watched():
+    with record_torch_collectives():
         assert Marker.record is not before[0]
     assert (Marker.record, Marker.wait) == before

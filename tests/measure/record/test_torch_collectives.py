@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moesys.measure.record import torch_collectives
 from moesys.measure.record.purpose import purpose_of, purposes
-from moesys.measure.record.torch_collectives import METHODS, OPERATORS, watched
+from moesys.measure.record.torch_collectives import METHODS, OPERATORS, record_torch_collectives
 from moesys.parallel import comm
 from moesys.parallel.comm import CONTEXT, GRADIENTS, STEP, UNTAGGED, CollectiveRecord, Tag
 from moesys.parallel.degrees import Degrees
@@ -92,7 +92,7 @@ OTHERS: dict[str, tuple[Call, str, int]] = {
 @pytest.mark.parametrize("name", [*OWN, *OTHERS])
 def test_bytes_are_s_of_nccl_tests(world: dist.ProcessGroup, name: str) -> None:
     call, kind, size = (OWN | OTHERS)[name]
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         found = call(world)
         if isinstance(found, comm.Work):
             found.wait()
@@ -148,7 +148,7 @@ def test_every_functional_collective_is_watched() -> None:
 def test_a_resharding_of_dtensor_is_told_as_tensor_parallelism_over_whatever_group(world: dist.ProcessGroup) -> None:
     mesh = init_device_mesh("cpu", (N,))  # one axis over all ranks: the world's own group
     x = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)], run_check=False)
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         x.redistribute(placements=[Replicate()])
     assert [e.group for e in events] == [world.group_name]
     assert [purpose_of(e, {world.group_name: ("data", "tensor")}) for e in events] == ["tensor"]
@@ -158,7 +158,7 @@ def test_gathered_weights_are_data_parallelism_over_whatever_group(world: dist.P
     from torch.distributed.fsdp import fully_shard
 
     module = fully_shard(torch.nn.Linear(8, 8, bias=False), mesh=init_device_mesh("cpu", (N,)))
-    with watched(), comm.record() as events:
+    with record_torch_collectives(), comm.record() as events:
         module(torch.ones(2, 8)).sum().backward()
     assert {e.kind for e in events} == {"all_gather", "reduce_scatter"}
     assert {purpose_of(e, {world.group_name: ("tensor", "data")}) for e in events} == {"data"}
@@ -189,7 +189,7 @@ def test_an_axis_that_spans_the_world_keeps_its_purpose(world: dist.ProcessGroup
     for group in wide:
         assert told(STEP, group=group) == "step"
         assert told(Tag("flat", "layers.0", "dispatch"), "all_to_all", group=group) == "expert"
-        assert told(CONTEXT.back(), "reduce_scatter", group=group) == "context"
+        assert told(CONTEXT.for_backward(), "reduce_scatter", group=group) == "context"
         assert told(GRADIENTS, group=group) == ("pipeline" if served == ("pipeline",) else "data")
         assert told(by="data", group=group) == "data"
         assert told(by="tensor", group=group) == "tensor"
@@ -220,7 +220,7 @@ def test_what_the_trainer_itself_shares_is_the_steps(world: dist.ProcessGroup) -
 
 def test_nothing_is_watched_outside(world: dist.ProcessGroup) -> None:
     before = dist.ProcessGroup.allreduce, dist.Work.wait, torch.ops._c10d_functional.all_reduce
-    with watched():
+    with record_torch_collectives():
         assert dist.ProcessGroup.allreduce is not before[0]
     assert (dist.ProcessGroup.allreduce, dist.Work.wait, torch.ops._c10d_functional.all_reduce) == before
     assert torch_collectives.METHODS is METHODS

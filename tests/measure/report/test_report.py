@@ -19,14 +19,14 @@ import pytest
 from moesys.cli import main
 from moesys.launchers.command import command_line
 from moesys.measure.explain.explanation import Breakdown
-from moesys.measure.predict.links import Line, Profile
+from moesys.measure.predict.links import LinkModel, Profile
 from moesys.measure.record.step_files import steps_file
 from moesys.measure.report import compare, figures
 from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
 from moesys.measure.report.figures import COLOURS, SERIES
 from moesys.measure.report.run import Run
-from moesys.measure.step import RankStep, Step, Travel
+from moesys.measure.step import CollectiveSpan, RankStep, Step
 
 LAYERS = ("layers.0", "layers.1")
 
@@ -35,11 +35,11 @@ def step(number: int, slow: float, hosts: Sequence[str]) -> Step:
     """Two ranks of 100 ms, of which rank 1 comes to each dispatch so many ms after rank 0."""
     ranks = []
     for rank in (0, 1):
-        travels = []
+        collectives = []
         for i, layer in enumerate(LAYERS):
             begin = (10 + 40 * i + slow * rank) / 1e3
             end = (10 + 40 * i + slow + 5) / 1e3
-            there = Travel(
+            there = CollectiveSpan(
                 "all_to_all",
                 "expert",
                 (0, 1),
@@ -54,7 +54,7 @@ def step(number: int, slow: float, hosts: Sequence[str]) -> Step:
                 False,
                 "flat",
             )
-            back = Travel(
+            back = CollectiveSpan(
                 "all_to_all",
                 "expert",
                 (0, 1),
@@ -69,8 +69,8 @@ def step(number: int, slow: float, hosts: Sequence[str]) -> Step:
                 False,
                 "flat",
             )
-            travels += [there, back]
-        ranks.append(RankStep(rank, hosts[rank], 0.0, 0.1, tuple(travels)))
+            collectives += [there, back]
+        ranks.append(RankStep(rank, hosts[rank], 0.0, 0.1, tuple(collectives)))
     return Step(number, tuple(ranks), {layer: [30.0, 10.0] for layer in LAYERS})
 
 
@@ -121,9 +121,9 @@ def test_the_figures_are_the_same_everywhere(run: Path, tmp_path: Path, capsys) 
     assert told["exposed_share"] == pytest.approx((40 + 4 * 7) / 2 / 100)
     assert told["wait_share"] == pytest.approx(40 / (40 + 4 * 7))
     assert told["total"]["exposed"] == pytest.approx(0.034)
-    legs = {(leg["layer"], leg["part"]): leg for leg in told["legs"]}
-    assert legs["layers.1", "dispatch"]["causes"]["late"] == pytest.approx(0.010)
-    assert legs["layers.0", "combine"]["bytes_intra"] == 900 + 1100
+    phases = {(phase["layer"], phase["part"]): phase for phase in told["phases"]}
+    assert phases["layers.1", "dispatch"]["causes"]["late"] == pytest.approx(0.010)
+    assert phases["layers.0", "combine"]["bytes_intra"] == 900 + 1100
     assert told["bytes"] == [[0, 2 * (1200 + 1100)], [2 * (800 + 900), 0]]
     text = (run / "report.html").read_text()
     assert told["sentence"] in text
@@ -136,7 +136,7 @@ def test_the_figures_are_the_same_everywhere(run: Path, tmp_path: Path, capsys) 
 def test_what_moved_is_set_beside_the_links(run: Path, tmp_path: Path) -> None:
     """1,200 bytes at 10⁵ a second take 12 ms; dispatch took 5."""
     links = tmp_path / "links.yaml"
-    Profile({"all_to_all intra": Line(0.0, 1e-5, 0.0, 0.0, 1, 1e6)}, {"backend": "gloo"}).save(links)
+    Profile({"all_to_all intra": LinkModel(0.0, 1e-5, 0.0, 0.0, 1, 1e6)}, {"backend": "gloo"}).save(links)
     text = report.write(run, profile=links).read_text()
     assert '<td data-head="of links">2.40</td></tr>' in text
     assert "fitted bandwidth of all-to-all" in text
@@ -173,7 +173,7 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys) -> None:
 def test_a_run_that_went_on_with_other_ranks_is_reported(run: Path, tmp_path: Path, capsys) -> None:
     """Ten steps of four ranks came before: everything is of the two ranks that recorded last, and says so."""
     steps = steps_file(run).read_text()
-    rows = Travel("all_to_all", "expert", (0, 1, 2, 3), 0, 0.1, 0.1, 0.9, 4, (1,) * 4, "layers.0", "dispatch")
+    rows = CollectiveSpan("all_to_all", "expert", (0, 1, 2, 3), 0, 0.1, 0.1, 0.9, 4, (1,) * 4, "layers.0", "dispatch")
     four = [Step(n, tuple(RankStep(r, "a", 0.0, 1.0, (rows,)) for r in range(4))) for n in range(10)]
     steps_file(run).write_text("".join(s.to_json() + "\n" for s in four) + steps)
     perfetto = tmp_path / "p.json"
@@ -197,7 +197,7 @@ def test_a_bar_shows_parts_that_the_first_bar_lacks() -> None:
 
 def test_links_without_a_time_are_not_drawn(run: Path, tmp_path: Path) -> None:
     links = tmp_path / "links.yaml"
-    good, nothing = Line(0.0, 1e-5, 0.0, 0.0, 1, 1e6), Line(0.0, 0.0, 0.0, 0.0, 0, 0)
+    good, nothing = LinkModel(0.0, 1e-5, 0.0, 0.0, 1, 1e6), LinkModel(0.0, 0.0, 0.0, 0.0, 0, 0)
     Profile({"all_to_all intra": good, "all_to_all inter": nothing}, {"backend": "gloo"}).save(links)
     drawn = report.write(run, profile=links).read_text()
     assert "all_to_all intra" in drawn and "all_to_all inter" not in drawn

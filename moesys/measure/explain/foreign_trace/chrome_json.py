@@ -35,7 +35,7 @@ class TraceError(MoesysError):
     exit_code = 2
 
 
-class Event(NamedTuple):
+class TraceEvent(NamedTuple):
     """A complete event; `begin` and `end` in seconds on the trace's clock."""
 
     name: str
@@ -46,15 +46,15 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Document:
+class TraceFile:
     """The contents of a file: what it says about the process, its complete events, and what was wrong with it ("")."""
 
     about: Mapping[str, Any]
-    events: list[Event]
+    events: list[TraceEvent]
     damage: str
 
 
-def read(path: Path) -> Document:
+def read(path: Path) -> TraceFile:
     """The file at `path`.
 
     Raises:
@@ -74,7 +74,7 @@ def read(path: Path) -> Document:
         damage.append(f"it is damaged or cut short: {plural(len(values), 'event')} could be read")
     if strange:
         damage.append(f"{plural(strange, 'event')} without readable times {'is' if strange == 1 else 'are'} left out")
-    return Document(about, [event for event in found if isinstance(event, Event)], "; ".join(damage))
+    return TraceFile(about, [event for event in found if isinstance(event, TraceEvent)], "; ".join(damage))
 
 
 def number(value: Any) -> float | None:
@@ -169,7 +169,7 @@ def _value(text: str, key: str) -> Any:
         return None
 
 
-def _event(value: Any) -> Event | bool | None:
+def _event(value: Any) -> TraceEvent | bool | None:
     """The event, False if it is of another kind, None if its times cannot be read."""
     if not isinstance(value, dict) or value.get("ph") != "X":
         return False
@@ -177,7 +177,7 @@ def _event(value: Any) -> Event | bool | None:
     if begin is None or lasts is None:
         return None
     facts = value.get("args")
-    return Event(
+    return TraceEvent(
         _text(value.get("name")),
         _text(value.get("cat")).lower(),
         begin / 1e6,

@@ -50,7 +50,7 @@ MOST = 2**20
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """A process as its trace tells of it: its rank, the world's size (0: not told), and its groups by name."""
 
     rank: int
@@ -59,7 +59,7 @@ class Groups:
     descriptions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, info: Mapping[str, Any], rank: int) -> Groups:
+    def of(cls, info: Mapping[str, Any], rank: int) -> ProcessGroups:
         """From `distributedInfo`."""
         told = info.get("pg_config")
         if isinstance(told, str):
@@ -135,7 +135,7 @@ def purpose_of(kind: str, name: str, facts: Mapping[str, Any], description: str 
 
 
 def size_of(kind: str, facts: Mapping[str, Any]) -> int:
-    """Bytes as `Travel` defines them; 0 if they are not told."""
+    """Bytes as `CollectiveSpan` defines them; 0 if they are not told."""
     elements = [count(facts.get(f"{side} msg nelems")) or 0 for side in ("In", "Out")]
     width = WIDTHS.get(str(facts.get("dtype", "")).lower(), 1)
     return int((max(elements) if kind == "all_gather" else elements[0]) * width)

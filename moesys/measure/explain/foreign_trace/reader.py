@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moesys.measure.explain.foreign_trace import chrome_json
-from moesys.measure.explain.foreign_trace.chrome_json import Event, TraceError, count, number
+from moesys.measure.explain.foreign_trace.chrome_json import TraceError, TraceEvent, count, number
 from moesys.measure.explain.foreign_trace.kernels import (
     DEEP_EP,
-    Groups,
+    ProcessGroups,
     is_communication,
     is_nameless,
     is_unnamed,
@@ -25,7 +25,7 @@ from moesys.measure.explain.foreign_trace.kernels import (
     size_of,
 )
 from moesys.measure.step import DEEP_EP as DEEP_EP_KIND
-from moesys.measure.step import RankStep, Step, Travel
+from moesys.measure.step import CollectiveSpan, RankStep, Step
 from moesys.words import plural
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -46,7 +46,7 @@ class Traces:
 
 
 @dataclass(frozen=True)
-class _Trace:
+class _RankTrace:
     """One file: its rank, host, zero of time in nanoseconds (None if it does not tell), groups and events.
 
     `all_to_all`: kernels without metadata that are taken for all-to-all.
@@ -56,8 +56,8 @@ class _Trace:
     rank: int
     host: str
     base: float | None
-    groups: Groups
-    events: list[Event]
+    groups: ProcessGroups
+    events: list[TraceEvent]
     all_to_all: re.Pattern[str] | None = None
 
 
@@ -105,7 +105,7 @@ def read(
     return Traces([step for step, _ in found], notes)
 
 
-def _load(path: Path, place: int, tell: Callable[[str], object], notes: list[str]) -> _Trace:
+def _load(path: Path, place: int, tell: Callable[[str], object], notes: list[str]) -> _RankTrace:
     tell(f"reading {path} …")
     document = chrome_json.read(path)
     if document.damage:
@@ -119,10 +119,10 @@ def _load(path: Path, place: int, tell: Callable[[str], object], notes: list[str
         rank = int(named.group(1)) if named else place
     host = next((str(about[key]) for key in ("hostname", "host_name") if isinstance(about.get(key), str)), "")
     base = number(about.get("baseTimeNanoseconds"))
-    return _Trace(path, rank, host, base, Groups.of(info, rank), document.events)
+    return _RankTrace(path, rank, host, base, ProcessGroups.of(info, rank), document.events)
 
 
-def _with_all_to_all(traces: Sequence[_Trace], asked: str | None, notes: list[str]) -> list[_Trace]:
+def _with_all_to_all(traces: Sequence[_RankTrace], asked: str | None, notes: list[str]) -> list[_RankTrace]:
     """The traces with what is taken for all-to-all where no metadata tell; says so in `notes`."""
     unnamed = sum(is_unnamed(e.name, e.facts) for t in traces for e in t.events)
     if asked is not None:
@@ -154,7 +154,7 @@ UNMARKED = 0
 """Number of the step that spans a trace which marks none."""
 
 
-def _steps(trace: _Trace, offset: float, given: Sequence[int]) -> Iterator[tuple[int, tuple[RankStep, bool]]]:
+def _steps(trace: _RankTrace, offset: float, given: Sequence[int]) -> Iterator[tuple[int, tuple[RankStep, bool]]]:
     """Number, and a step with whether the trace marks it; `given`: ranks whose traces can be compared, or none."""
     kernels = [e for e in trace.events if e.category in KERNELS]
     on_gpu = bool(kernels)
@@ -167,14 +167,16 @@ def _steps(trace: _Trace, offset: float, given: Sequence[int]) -> Iterator[tuple
     spans = _annotated(trace.events, kernels, on_gpu)
     for number_, begin, end in spans or [(UNMARKED, min(k.begin for k in kernels), max(k.end for k in kernels))]:
         inside = [e for e in moving if begin <= e.begin < end or (not spans and e.begin == end)]
-        travels = tuple(_travels(inside, trace, offset, given))
+        collectives = tuple(_spans(inside, trace, offset, given))
         compute = tuple((e.begin + offset, e.end + offset) for e in computing if begin <= e.begin < end)
         last = max([end, begin + SHORTEST_S, *(e.end for e in inside if not on_gpu)])
-        step = RankStep(trace.rank, trace.host, begin + offset, last + offset, travels, compute)
+        step = RankStep(trace.rank, trace.host, begin + offset, last + offset, collectives, compute)
         yield number_, (step, bool(spans))
 
 
-def _annotated(events: Sequence[Event], kernels: Sequence[Event], on_gpu: bool) -> list[tuple[int, float, float]]:
+def _annotated(
+    events: Sequence[TraceEvent], kernels: Sequence[TraceEvent], on_gpu: bool
+) -> list[tuple[int, float, float]]:
     """Number, begin and end of each step, none if none is marked; on a GPU as it sees them, where the trace tells."""
     steps = [(int(m.group(1)), e) for e in events if (m := STEP.match(e.name))]
     seen = [(n, e) for n, e in steps if e.category == "gpu_user_annotation"]
@@ -193,7 +195,9 @@ def _annotated(events: Sequence[Event], kernels: Sequence[Event], on_gpu: bool) 
     return [(n, begin, end) for (begin, _, n), end in zip(ordered, ends, strict=True)]
 
 
-def _travels(events: Sequence[Event], trace: _Trace, offset: float, given: Sequence[int]) -> Iterator[Travel]:
+def _spans(
+    events: Sequence[TraceEvent], trace: _RankTrace, offset: float, given: Sequence[int]
+) -> Iterator[CollectiveSpan]:
     numbers: Counter[tuple[object, ...]] = Counter()
     for e in sorted(events, key=lambda e: e.begin):
         kind = kind_of(e.name, e.facts, trace.all_to_all)
@@ -205,19 +209,19 @@ def _travels(events: Sequence[Event], trace: _Trace, offset: float, given: Seque
         numbers[key] += 1
         begin, end = e.begin + offset, e.end + offset
         part = "dispatch" if "dispatch" in e.name else "combine" if "combine" in e.name else ""
-        yield Travel(
+        yield CollectiveSpan(
             DEEP_EP_KIND if deep else kind or "collective", purpose, ranks, numbers[key] - 1, begin, begin, end,
             size_of(kind, e.facts), layer="", part=part, level="flat" if purpose == "expert" else "",
         )  # fmt: skip
 
 
-def _moves(e: Event, trace: _Trace) -> bool:
+def _moves(e: TraceEvent, trace: _RankTrace) -> bool:
     """Whether it is communication, by its name or because the user says so."""
     named = trace.all_to_all is not None and e.category in KERNELS and trace.all_to_all.search(e.name)
     return bool(named) or is_communication(e.name)
 
 
-def _is_wrapper(e: Event) -> bool:
+def _is_wrapper(e: TraceEvent) -> bool:
     return e.category == "cpu_op" and bool(WRAPPER.match(e.name))
 
 
@@ -229,7 +233,7 @@ def _joined(number_: int, parts: Sequence[tuple[RankStep, bool]]) -> tuple[Step,
     start = min(r.begin for r, _ in parts)
     made: dict[_Key, Counter[int]] = defaultdict(Counter)
     for r, _ in parts:
-        for t in r.travels:
+        for t in r.collectives:
             made[_group(t)][r.rank] += 1
     present = {r.rank for r, _ in parts}
     unequal = {
@@ -243,18 +247,18 @@ _Key = tuple[tuple[int, ...], str, bool]
 """What collectives are counted by: ranks, purpose, and whether it is a message."""
 
 
-def _group(t: Travel) -> _Key:
+def _group(t: CollectiveSpan) -> _Key:
     return t.ranks, t.purpose, t.kind == "send"
 
 
 def _shifted(r: RankStep, start: float, unequal: Collection[_Key]) -> RankStep:
-    """The step with its times from `start`, and travels of `unequal` groups without their group."""
-    travels = tuple(
+    """The step with its times from `start`, and collectives of `unequal` groups without their group."""
+    collectives = tuple(
         replace(
             t, begin=t.begin - start, waited=t.waited - start, end=t.end - start,
             ranks=(r.rank,) if _group(t) in unequal else t.ranks,
         )
-        for t in r.travels
+        for t in r.collectives
     )  # fmt: skip
     compute = None if r.compute is None else tuple((a - start, b - start) for a, b in r.compute)
-    return RankStep(r.rank, r.host, r.begin - start, r.end - start, travels, compute)
+    return RankStep(r.rank, r.host, r.begin - start, r.end - start, collectives, compute)

@@ -1,0 +1,60 @@
+"""The reference of the library: what `import moesys` exports, and what of it lacks words."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import moesys
+
+PAGE = "reference/api.md"
+
+
+def exported() -> dict[str, Any]:
+    """Everything in `moesys.__all__`, by name."""
+    return {name: getattr(moesys, name) for name in getattr(moesys, "__all__", ()) if not name.startswith("__")}
+
+
+def path(name: str, thing: Any) -> str:
+    """Where a name is defined: "moesys.moe.layer.MoELayer"; constants are known where they are exported."""
+    if inspect.ismodule(thing):
+        return thing.__name__
+    if inspect.isclass(thing) or inspect.isroutine(thing):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    return f"moesys.{name}"
+
+
+def page() -> str:
+    """A section for every exported name, filled in by mkdocstrings."""
+    lines = ["# The library", "", _inside(moesys), "", "The [guide](../library.md) shows how they are used.", ""]
+    for name, thing in exported().items():
+        target = path(name, thing)
+        lines += [f"## `moesys.{name}` {{ #moesys.{name} }}", "", f"::: {target}", ""]
+        lines += ["    options:", "      show_root_heading: false", "      show_root_toc_entry: false"]
+        lines += ["      heading_level: 3", ""]
+    return "\n".join(lines)
+
+
+def undocumented() -> list[str]:
+    """Public names of the library without a docstring: what is exported, and the methods and properties of classes."""
+    found = []
+    for name, thing in exported().items():
+        if (inspect.isclass(thing) or inspect.isroutine(thing) or inspect.ismodule(thing)) and not _inside(thing):
+            found.append(f"moesys.{name}")
+        if inspect.isclass(thing):
+            found += [f"moesys.{name}.{member}" for member in _undocumented_members(thing)]
+    return found
+
+
+def _undocumented_members(thing: type) -> Iterator[str]:
+    for name, member in vars(thing).items():
+        if name.startswith("_") or not (inspect.isroutine(member) or isinstance(member, property)):
+            continue
+        if not inspect.getdoc(getattr(thing, name, member)):
+            yield name
+
+
+def _inside(thing: Any) -> str:
+    """The docstring of the thing itself, not of what it inherits from."""
+    return inspect.cleandoc(thing.__doc__ or "")

@@ -1,0 +1,53 @@
+"""Checks before any worker starts: a port that is taken, data that cannot be read."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+
+from moesys.config.schema import Config
+from moesys.data.corpus import open_corpus
+from moesys.errors import LaunchError
+from moesys.launchers.address import ray_address
+
+
+def is_here(config: Config, launcher: str) -> bool:
+    """True if rank 0 will run on this machine, in its network."""
+    return launcher == "local" or (launcher == "ray" and ray_address(config.launch.ray_address) is None)
+
+
+def port(config: Config, launcher: str) -> None:
+    """Try the port of `measure.metrics_port` if rank 0 will run on this machine.
+
+    Raises:
+        LaunchError: it cannot be had.
+    """
+    host, number = config.measure.metrics_host, config.measure.metrics_port
+    if number is None:
+        return
+    if importlib.util.find_spec("prometheus_client") is None:
+        rule = "measure.metrics_port: needs the package prometheus_client, which is not installed"
+        raise LaunchError(f"{rule}\n    remedy: pip install prometheus_client, or leave it out")
+    if not is_here(config, launcher):
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        rule = f"measure.metrics_port: {host}:{number}: {(error.strerror or str(error)).lower()}"
+        raise LaunchError(f"{rule}\n    remedy: choose another port, or another measure.metrics_host") from None
+
+
+def data(config: Config, launcher: str) -> None:
+    """Read and tokenize the text if all workers are on this machine; they find the tokens in `data.cache`.
+
+    Megatron's data are tokens already, and their reader imports torch: they are left out.
+
+    Raises:
+        DataError: the data cannot be read, or are too few.
+    """
+    if config.data.kind != "megatron" and (is_here(config, launcher) or launcher == "hosts"):
+        open_corpus(config)

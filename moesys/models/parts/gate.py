@@ -1,0 +1,166 @@
+"""The base of all descriptions of gates, and the sets of keys that several share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from moesys.config.registry import GATES, Described, kinds, used, users
+from moesys.config.section import AtMost, Experts, Field, Fraction, Section, Seed
+from moesys.errors import Problem
+from moesys.models.parts.axes import Axis, Weight
+
+if TYPE_CHECKING:
+    from moesys.config.schema import MoEConfig
+    from moesys.moe.gates import Gate
+
+ZERO = frozenset({"zero_experts", "copy_experts", "constant_experts", "zero_variant", "zero_tau"})
+CAPACITY = frozenset({"eval_capacity_factor", "min_capacity", "drop", "pad_to_capacity"})
+BALANCE = frozenset(
+    {
+        *("balance_loss", "sequence_balance_loss", "global_balance_loss", "balance_counts"),
+        *("importance_loss", "load_loss", "bias_rate"),
+    }
+)
+WEIGHTS = frozenset({"normalize", "scale"})
+FIXED = frozenset({"capacity_factor"}) | CAPACITY | BALANCE | ZERO
+NOT_LEARNED = frozenset({"z_loss"}) | FIXED | WEIGHTS
+
+
+class ForceKeys(Section):
+    """Routing by force, for benchmarks."""
+
+    force: Literal["none", "balanced", "skewed"] = "none"
+    """For benchmarks, gates that send each token to top_k experts: balanced chooses them in turn, skewed at random
+    with expert e's chance ∝ 1 / (e + 1)^skew, both by the token's number. Weights stay the gate's own."""
+    skew: Annotated[float, Field(ge=0), AtMost(64)] = 1.0
+    """force skewed: Zipf's exponent."""
+    seed: Seed = 0
+    """hash, random, force skewed: another seed chooses other experts."""
+
+
+class RandomKeys(Section):
+    """Randomness in training."""
+
+    noise: Literal["none", "gaussian"] = "none"
+    """top_k, cosine, prototype: in training add N(0, 1) times a learned width per expert to the logits (noisy
+    top-k, Shazeer et al. 2017)."""
+    jitter: Fraction = 0.0
+    """top_k, cosine, prototype: in training multiply the gate's input by uniform numbers from 1 ± jitter (Switch)."""
+
+
+class BiasKeys(Section):
+    """A bias on the logits."""
+
+    bias: bool = False
+    """top_k, prototype: a learned bias on the logits (GPT-OSS)."""
+
+
+class ChoiceKeys(RandomKeys, ForceKeys):
+    """Token choice among scores, by groups."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """top_k, cosine: what makes logits scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
+    is softmax with normalize: true."""
+    groups: Experts = 1
+    """top_k, cosine: equal groups of experts of which each token uses `groups_kept`, the best."""
+    groups_kept: Experts = 1
+    """top_k, cosine: groups that a token uses."""
+    group_score: Literal["max", "top2"] = "max"
+    """top_k, cosine: a group's score is its best expert's (DeepSeek-V2) or the sum of its two best (DeepSeek-V3)."""
+    second: Literal["always", "random"] = "always"
+    """top_k, cosine, with top_k 2. random: in training keep the second expert with probability min(1, 2·g), g its
+    share of the two weights (GShard)."""
+
+
+STEPS = dict.fromkeys(("jitter", "second", "path", "force", "skew"), "TRAINING")
+SHAPES = dict.fromkeys(("bias", "noise", "dim", "slots"), "WEIGHTS")
+
+
+@dataclass(frozen=True)
+class GateKind(Described):
+    """A kind of gate in an MoE layer.
+
+    Attributes:
+        moe: the section of the layer's keys.
+        ignores: keys of `model.moe` about routing that it does not use.
+        even: its experts all take part, or choose their tokens: balance means nothing there, or is given.
+        counted: its tokens go to experts, as can be recorded and replayed; not so where experts get mixtures.
+        seeded: it draws by `seed` without force.
+        whole: what it computes over, where parallelism must not split that: by axis, the reason.
+    """
+
+    moe: MoEConfig
+    ignores: ClassVar[frozenset[str]] = frozenset()
+    even: ClassVar[bool] = False
+    counted: ClassVar[bool] = True
+    seeded: ClassVar[bool] = False
+    whole: ClassVar[Mapping[str, str]] = {}
+    decides = STEPS | SHAPES
+
+    @property
+    def candidates(self) -> int:
+        """Experts that the gate can choose: routed ones, and those without computation."""
+        return self.moe.experts + self.moe.zero_computation
+
+    @property
+    def choices(self) -> int:
+        """Candidates that each row is sent to."""
+        return self.moe.top_k
+
+    @property
+    def mean_choices(self) -> float:
+        """Routed experts that compute for one row: k, or on average what balance leaves of it beside Z."""
+        return self.choices * self.moe.experts / self.candidates
+
+    @property
+    def active(self) -> float:
+        """Share of the routed experts' weights that one token uses."""
+        return self.mean_choices / self.moe.experts
+
+    def rows_per_token(self, seq_len: int) -> float:
+        """Rows per token of a sequence: a row is a token, unless experts get slots."""
+        return 1.0
+
+    def multiply_adds(self, weight: Weight, seq_len: int) -> float:
+        """Multiply-adds per token and element of a matrix of the gate, or of the routed experts."""
+        return self.rows_per_token(seq_len) * self.active if weight.routed else 1.0
+
+    def flops(self, hidden: int) -> float:
+        """FLOPs of one token's forward pass beside matrices."""
+        return 0.0
+
+    def weights(self, hidden: int) -> Iterator[Weight]:
+        """Its parameters: one linear map from tokens to candidates."""
+        yield Weight("projection.weight", (Axis("candidate", self.candidates), Axis("hidden", hidden)))
+
+    def check(self) -> list[Problem]:
+        """Rules between its keys that are broken, beside those of all gates."""
+        return []
+
+    def build(self, hidden: int, layer: int) -> Gate:
+        """The gate of block `layer`, whose number makes random routing differ between layers."""
+        raise NotImplementedError
+
+
+def describe(moe: MoEConfig) -> GateKind:
+    """The gate of an MoE layer."""
+    made: GateKind = kinds(GATES)[moe.gate.kind](moe)
+    return made
+
+
+def unused(moe: MoEConfig) -> list[Problem]:
+    """Keys of the gate, and of routing, that its kind does not use."""
+    kind, problems = moe.gate.kind, []
+    for key, info in type(moe.gate).model_fields.items():
+        if key != "kind" and key not in used(GATES, kind) and getattr(moe.gate, key) != info.default:
+            rule = f"gate {kind} does not use it; {', '.join(users(GATES, key))} do"
+            problems.append(Problem(f"model.moe.gate.{key}", rule, "remove it, or choose another gate"))
+    fields: dict[str, Any] = type(moe).model_fields
+    for key in sorted(describe(moe).ignores):
+        # A coefficient of 0 asks for nothing.
+        if getattr(moe, key) not in (fields[key].default, 0):
+            rule = f"gate {kind} does not use it"
+            problems.append(Problem(f"model.moe.{key}", rule, "remove it, or choose another gate"))
+    return problems

@@ -1,0 +1,46 @@
+"""Expert choice: each expert takes its best tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moesys.config.section import Section
+from moesys.models.parts.gate import BALANCE, CAPACITY, WEIGHTS, ZERO, GateKind
+
+if TYPE_CHECKING:
+    from moesys.moe.gates import Gate
+
+
+class ExpertChoiceKeys(Section):
+    """Keys of expert choice."""
+
+    causal: bool = False
+    """expert_choice: experts take the tokens above a threshold that follows the quantile of earlier steps, so that
+    no token's routing depends on later tokens; load is balanced on average."""
+
+
+class ExpertChoice(GateKind):
+    """Each expert takes its best tokens of the micro-batch (arXiv 2202.09368)."""
+
+    kind = "expert_choice"
+    summary = (
+        "each expert takes its best tokens of the micro-batch; not causal, thus not for autoregressive models but \
+for comparison, unless `causal`"
+    )
+    aliases = ("ec",)
+    keys = ExpertChoiceKeys
+    ignores = CAPACITY | BALANCE | ZERO | WEIGHTS
+    even = True
+
+    @property
+    def mean_choices(self) -> float:
+        """Experts take as many tokens as a capacity has room for."""
+        return (self.moe.capacity_factor or 1.0) * super().mean_choices
+
+    def build(self, hidden: int, layer: int) -> Gate:
+        """The gate."""
+        from moesys.moe.gates.expert_choice import CausalExpertChoiceGate, ExpertChoiceGate
+
+        m = self.moe
+        made = CausalExpertChoiceGate if m.gate.causal else ExpertChoiceGate
+        return made(hidden, m.experts, m.top_k, m.capacity_factor or 1.0, m.z_loss)

@@ -1,0 +1,68 @@
+"""Experts that compute mixtures of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from moesys.config.section import Dim, Section
+from moesys.models.parts.axes import Axis, Weight
+from moesys.models.parts.gate import NOT_LEARNED, GateKind
+
+if TYPE_CHECKING:
+    from moesys.moe.gates import Gate
+
+
+class SoftKeys(Section):
+    """Keys of Soft MoE."""
+
+    slots: Dim = 1
+    """soft: slots per expert and sequence."""
+
+
+class Soft(GateKind):
+    """Each expert computes slots, mixtures of a sequence's tokens (Soft MoE, arXiv 2308.00951)."""
+
+    kind = "soft"
+    summary = "experts compute mixtures of a sequence's tokens (Soft MoE); not causal"
+    aliases = ("soft_moe",)
+    keys = SoftKeys
+    ignores = frozenset({"top_k"}) | NOT_LEARNED
+    even = True
+    counted = False
+    whole = dict.fromkeys(("cp", "tp"), "computes over whole sequences")
+
+    @property
+    def choices(self) -> int:
+        """Each slot has its expert."""
+        return 1
+
+    @property
+    def active(self) -> float:
+        """Slots are made of every token: all experts compute for each."""
+        return 1.0
+
+    def rows_per_token(self, seq_len: int) -> float:
+        """Slots, as many for every sequence."""
+        return self.moe.experts * self.moe.gate.slots / seq_len
+
+    def multiply_adds(self, weight: Weight, seq_len: int) -> float:
+        """Each slot passes one expert."""
+        share = self.rows_per_token(seq_len) * self.mean_choices / self.moe.experts
+        return share if weight.routed else 1.0
+
+    def flops(self, hidden: int) -> float:
+        """From tokens to slots and back."""
+        return 4 * self.moe.experts * self.moe.gate.slots * hidden
+
+    def weights(self, hidden: int) -> Iterator[Weight]:
+        """One direction per slot."""
+        yield Weight(
+            "projection.weight", (Axis("candidate", self.moe.experts * self.moe.gate.slots), Axis("hidden", hidden))
+        )
+
+    def build(self, hidden: int, layer: int) -> Gate:
+        """The gate."""
+        from moesys.moe.gates.soft import SoftGate
+
+        return SoftGate(hidden, self.moe.experts, self.moe.gate.slots)

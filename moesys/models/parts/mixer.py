@@ -1,0 +1,64 @@
+"""The base of all mixers: parts in which tokens of a sequence meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from moesys.config.registry import Described
+from moesys.models.parts.axes import Axis, Kept
+from moesys.models.parts.part import Part
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
+
+Style = Literal["heads", "summed", "replicated"]
+
+
+@dataclass(frozen=True)
+class Mixer(Part, Described):
+    """A kind of mixer with its keys.
+
+    Attributes:
+        a: the section of its keys.
+        model: what surrounds it: `hidden`, `norm_eps`.
+        path: the section's dotted key, for messages.
+        styles: by module, how tensor parallelism treats what cannot follow from the axes of its weights. "heads": it
+            works on heads that are split (dim 2 of [B, S, h, d]); "summed": its output is whole and used by each rank's
+            own heads, so that gradients are summed.
+    """
+
+    a: Any
+    model: ModelConfig
+    path: str = "model.attention"
+    styles: ClassVar[Mapping[str, Style]] = {}
+    decides_by_default: ClassVar[str] = "WEIGHTS"
+
+    @property
+    def rotary_dim(self) -> int:
+        """Size of the part of a head that carries rotary positions; 0: none."""
+        return 0
+
+    def gathered(self) -> Iterator[Axis]:
+        """What of each token context parallelism gathers: axes whose sizes are elements per token."""
+        yield from ()
+
+    def head_sizes(self) -> tuple[int, int, int, int]:
+        """Query heads, key heads, size of a query, size of a value, as attention computes them."""
+        raise NotImplementedError
+
+
+def seen(seq_len: int, window: int | None = None) -> float:
+    """Keys that a query of a causal sequence sees, on average."""
+    w = min(window or seq_len, seq_len)
+    return w - w * w / (2 * seq_len)
+
+
+def kept_by_attention(heads: int, keys: int, query: int, value: int, run: Any) -> Iterator[Kept]:
+    """What scaled-dot-product attention keeps: queries, keys, values and its result.
+
+    Flash attention alone takes grouped heads: on CPU, and in float32, each query head gets its copy of a key.
+    """
+    repeated = run.cluster.device == "cpu" or run.train.dtype == "float32"
+    yield Kept(heads * (query + value) + (heads if repeated else keys) * (query + value), "heads")

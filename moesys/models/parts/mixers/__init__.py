@@ -1,0 +1,1 @@
+"""Kinds of mixers: one file each."""

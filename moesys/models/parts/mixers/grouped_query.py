@@ -1,0 +1,148 @@
+"""Grouped-query attention, over the whole sequence or a sliding window of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from moesys.config.section import Dim, Section
+from moesys.errors import Problem
+from moesys.models.parts.axes import Axis, Kept, Weight
+from moesys.models.parts.mixer import Mixer, kept_by_attention, seen
+from moesys.words import divisors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class HeadsKeys(Section):
+    """What every kind of attention has."""
+
+    heads: Dim = 4
+    """Query heads."""
+
+
+class GroupedQueryKeys(HeadsKeys):
+    """Keys of grouped-query attention."""
+
+    kv_heads: Dim | None = None
+    """Key and value heads of gqa; default: as many as query heads."""
+    head_dim: Dim | None = None
+    """Size of one head of gqa; default: hidden / heads."""
+    bias: bool = False
+    """A bias on the query, key, value and output projections of gqa."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """gqa: RMSNorm of queries and keys: none, per head (Qwen3) or over all heads together (OLMoE)."""
+    window: Dim | None = None
+    """gqa: tokens that a token attends to, itself the last of them (sliding-window attention, Mistral); default: all
+    before it."""
+
+
+class GroupedQuery(Mixer):
+    """Attention whose key and value heads are shared by groups of query heads (arXiv 2305.13245)."""
+
+    kind = "gqa"
+    summary = "grouped-query attention"
+    aliases = ("mha", "mqa", "multi_head")
+    keys = GroupedQueryKeys
+    decides = {"window": "MEANT"}
+    styles = {"q_norm": "heads", "k_norm": "heads"}
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.a.head_dim or self.model.hidden // self.a.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """A whole head is turned."""
+        return self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.a.kv_heads or self.a.heads
+
+    @property
+    def _heads(self) -> Axis:
+        return Axis("heads", self.a.heads, self.head_dim, f"{self.path}.heads")
+
+    @property
+    def _kv_heads(self) -> Axis:
+        return Axis("kv_heads", self.kv_heads, self.head_dim, f"{self.path}.kv_heads")
+
+    def weights(self) -> Iterator[Weight]:
+        """Projections with biases, and norms."""
+        hidden = Axis("hidden", self.model.hidden)
+        for name, axis in (("q_proj", self._heads), ("k_proj", self._kv_heads), ("v_proj", self._kv_heads)):
+            yield Weight(f"{name}.weight", (axis, hidden))
+            if self.a.bias:
+                yield Weight(f"{name}.bias", (axis,), "bias")
+        yield Weight("o_proj.weight", (hidden, self._heads))
+        if self.a.bias:
+            yield Weight("o_proj.bias", (hidden,), "bias")
+        if self.a.qk_norm != "none":
+            full, one = self.a.qk_norm == "full", Axis("head_dim", self.head_dim)
+            yield Weight("q_norm.weight", (self._heads if full else one,), "norm")
+            yield Weight("k_norm.weight", (self._kv_heads if full else one,), "norm")
+
+    def flops(self, seq_len: int) -> float:
+        """Scores and sums over the keys that a query sees on average."""
+        return 4 * self.a.heads * self.head_dim * seen(seq_len, self.a.window)
+
+    def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
+        """Attention's inputs and result; the projection's input is that result."""
+        yield from kept_by_attention(self.a.heads, self.kv_heads, self.head_dim, self.head_dim, run)
+        yield Kept(self.a.heads * self.head_dim, "heads", selective=False)
+
+    def gathered(self) -> Iterator[Axis]:
+        """Keys and values."""
+        yield from (self._kv_heads, self._kv_heads)
+
+    def head_sizes(self) -> tuple[int, int, int, int]:
+        """Query heads, key heads, size of a query, size of a value."""
+        return self.a.heads, self.kv_heads, self.head_dim, self.head_dim
+
+    def check(self) -> list[Problem]:
+        """Heads divide what they share, and heads have pairs to turn."""
+        a, hidden, problems = self.a, self.model.hidden, []
+        if a.head_dim is None and hidden % a.heads:
+            rule = f"must divide model.hidden({hidden}) unless {self.path}.head_dim is given"
+            problems.append(Problem(f"{self.path}.heads", rule, f"one of {divisors(hidden)}"))
+        if a.kv_heads is not None and a.heads % a.kv_heads:
+            rule = f"must divide {self.path}.heads({a.heads})"
+            problems.append(Problem(f"{self.path}.kv_heads", rule, f"one of {divisors(a.heads)}"))
+        if not problems and self.rotary_dim % 2:
+            rule = f"rotary positions turn pairs: the size {self.rotary_dim} must be even"
+            problems.append(Problem(f"{self.path}.head_dim", rule, "use an even size"))
+        return problems
+
+    def megatron(self) -> list[Problem]:
+        """What Megatron-Core's attention has not."""
+        problems = []
+        if self.a.bias:
+            rule = "Megatron has no attention with a bias on every projection and none on the rest"
+            problems.append(Problem(f"{self.path}.bias", rule, "set it to false"))
+        if self.a.qk_norm == "full":
+            rule = "Megatron's norm of queries and keys is per head"
+            problems.append(Problem(f"{self.path}.qk_norm", rule, "set it to head"))
+        if self.a.window is not None:
+            rule = "Megatron's sliding window needs Transformer Engine: it is not in engine: megatron"
+            problems.append(Problem(f"{self.path}.window", rule, "remove it"))
+        return problems
+
+    def build(self) -> nn.Module:
+        """The module."""
+        from moesys.models.attention import GroupedQueryAttention
+
+        a = self.a
+        return GroupedQueryAttention(
+            self.model.hidden,
+            a.heads,
+            self.kv_heads,
+            self.head_dim,
+            bias=a.bias,
+            qk_norm=a.qk_norm,
+            eps=self.model.norm_eps,
+            window=a.window,
+        )

@@ -1,0 +1,114 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from moesys.config.section import Dim
+from moesys.errors import Problem
+from moesys.models.parts.axes import Axis, Kept, Weight
+from moesys.models.parts.mixer import Mixer, kept_by_attention, seen
+from moesys.models.parts.mixers.grouped_query import HeadsKeys
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LatentKeys(HeadsKeys):
+    """Keys of latent attention."""
+
+    q_lora_rank: Dim | None = None
+    """mla: rank of the query's compression; default: queries are not compressed."""
+    kv_lora_rank: Dim = 512
+    """mla: rank of the joint compression of keys and values."""
+    qk_nope_head_dim: Dim = 128
+    """mla: size of a head's part without rotary position."""
+    qk_rope_head_dim: Dim = 64
+    """mla: size of a head's part with rotary position, shared by all heads of the key."""
+    v_head_dim: Dim = 128
+    """mla: size of a head's value."""
+
+
+class Latent(Mixer):
+    """Attention whose keys and values come from one small latent."""
+
+    kind = "mla"
+    summary = "multi-head latent attention (DeepSeek-V2)"
+    aliases = ("latent", "multi_latent")
+    keys = LatentKeys
+    styles = {"shared_key": "summed"}
+
+    @property
+    def rotary_dim(self) -> int:
+        """The part of a head that is turned."""
+        return self.a.qk_rope_head_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Size of one head's query."""
+        return self.a.qk_nope_head_dim + self.a.qk_rope_head_dim
+
+    def _heads(self, each: int) -> Axis:
+        return Axis("heads", self.a.heads, each, f"{self.path}.heads")
+
+    def weights(self) -> Iterator[Weight]:
+        """Compressions, expansions, norms, and the output."""
+        a, hidden = self.a, Axis("hidden", self.model.hidden)
+        latent = Axis("latent", a.kv_lora_rank)
+        if a.q_lora_rank is None:
+            yield Weight("q_proj.weight", (self._heads(self.query_dim), hidden))
+        else:
+            rank = Axis("latent", a.q_lora_rank)
+            yield Weight("q_a_proj.weight", (rank, hidden))
+            yield Weight("q_a_norm.weight", (rank,), "norm")
+            yield Weight("q_b_proj.weight", (self._heads(self.query_dim), rank))
+        yield Weight("kv_a_proj.weight", (Axis("latent", a.kv_lora_rank + a.qk_rope_head_dim), hidden))
+        yield Weight("kv_a_norm.weight", (latent,), "norm")
+        yield Weight("kv_b_proj.weight", (self._heads(a.qk_nope_head_dim + a.v_head_dim), latent))
+        yield Weight("o_proj.weight", (hidden, self._heads(a.v_head_dim)))
+
+    def flops(self, seq_len: int) -> float:
+        """Scores and sums over the keys that a query sees on average."""
+        return 2 * self.a.heads * (self.query_dim + self.a.v_head_dim) * seen(seq_len)
+
+    def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
+        """Attention's inputs and result; the projection's input is that result."""
+        a = self.a
+        yield from kept_by_attention(a.heads, a.heads, self.query_dim, a.v_head_dim, run)
+        yield Kept(a.heads * (self.model.hidden // a.heads), "heads", selective=False)
+
+    def gathered(self) -> Iterator[Axis]:
+        """Keys and values of every head."""
+        yield from (self._heads(self.query_dim), self._heads(self.a.v_head_dim))
+
+    def head_sizes(self) -> tuple[int, int, int, int]:
+        """Query heads, key heads, size of a query, size of a value."""
+        return self.a.heads, self.a.heads, self.query_dim, self.a.v_head_dim
+
+    def check(self) -> list[Problem]:
+        """What is turned has pairs."""
+        if self.rotary_dim % 2 == 0:
+            return []
+        rule = f"rotary positions turn pairs: the size {self.rotary_dim} must be even"
+        return [Problem(f"{self.path}.qk_rope_head_dim", rule, "use an even size")]
+
+    def megatron(self) -> list[Problem]:
+        """All of it."""
+        return [Problem(f"{self.path}.kind", "latent attention is not in engine: megatron", "set it to gqa")]
+
+    def build(self) -> nn.Module:
+        """The module."""
+        from moesys.models.attention import LatentAttention
+
+        a = self.a
+        return LatentAttention(
+            self.model.hidden,
+            a.heads,
+            nope=a.qk_nope_head_dim,
+            rope=a.qk_rope_head_dim,
+            value=a.v_head_dim,
+            latent=a.kv_lora_rank,
+            query_rank=a.q_lora_rank,
+            eps=self.model.norm_eps,
+        )

@@ -1,0 +1,121 @@
+"""A whole model as a list of parts, each with its prefix and its block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moesys.config.registry import MIXERS, kinds
+from moesys.models.parts.axes import Axis, Weight
+from moesys.models.parts.feed_forward import DenseFeedForward
+from moesys.models.parts.mixer import Mixer
+from moesys.models.parts.moe import MoEFeedForward
+from moesys.models.parts.part import Part
+
+if TYPE_CHECKING:
+    from moesys.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Norm(Part):
+    """Root-mean-square norm of the stream (arXiv 1910.07467)."""
+
+    hidden: int
+
+    def weights(self) -> Iterator[Weight]:
+        """A factor per feature."""
+        yield Weight("weight", (Axis("hidden", self.hidden),), "norm")
+
+
+@dataclass(frozen=True)
+class Embedding(Part):
+    """The embedding of tokens; it is the head, too, where these are tied."""
+
+    vocab: int
+    hidden: int
+
+    def weights(self) -> Iterator[Weight]:
+        """A row per entry."""
+        axes = (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden))
+        yield Weight("weight", axes, looked_up=True)
+
+
+@dataclass(frozen=True)
+class Head(Part):
+    """The output head."""
+
+    vocab: int
+    hidden: int
+
+    def weights(self) -> Iterator[Weight]:
+        """A row per entry."""
+        yield Weight("weight", (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden)))
+
+
+@dataclass(frozen=True)
+class TiedHead(Part):
+    """The output head that has the embedding's weight."""
+
+    vocab: int
+    hidden: int
+
+    def weights(self) -> Iterator[Weight]:
+        """None of its own."""
+        yield from ()
+
+    def flops(self, seq_len: int) -> float:
+        """A product with the embedding's weight."""
+        return 2.0 * self.hidden * self.vocab
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """The two parts of a block that its norms stand before."""
+
+    mixer: Mixer
+    ffn: DenseFeedForward | MoEFeedForward
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A part of a model with its place: `prefix` of its weights' names, number of its block (None: of none)."""
+
+    part: Part
+    prefix: str
+    layer: int | None = None
+
+    def weights(self) -> Iterator[Weight]:
+        """Its weights by their full names."""
+        return (weight.within(self.prefix, self.layer) for weight in self.part.weights())
+
+
+def block(model: ModelConfig, layer: int) -> BlockParts:
+    """The parts of block `layer`, from 0."""
+    section, path = model.mixer(layer)
+    mixer = kinds(MIXERS)[section.kind](section, model, path)
+    if model.moe is not None and model.is_moe(layer):
+        return BlockParts(mixer, MoEFeedForward(model.moe, model.hidden, layer))
+    return BlockParts(mixer, DenseFeedForward(model.hidden, model.ffn_hidden or 0))
+
+
+def mixers(model: ModelConfig) -> list[Mixer]:
+    """The different mixers of a model, in the order of the blocks that first use them."""
+    found: dict[str, Mixer] = {}
+    for layer in range(model.depth):
+        mixer = block(model, layer).mixer
+        found.setdefault(mixer.path, mixer)
+    return list(found.values())
+
+
+def parts(model: ModelConfig, vocab_size: int) -> Iterator[Placed]:
+    """Every part of a model in the order of `moesys.models.Decoder`."""
+    yield Placed(Embedding(vocab_size, model.hidden), "embed.")
+    for layer in range(model.depth):
+        both, prefix = block(model, layer), f"layers.{layer}."
+        yield Placed(Norm(model.hidden), f"{prefix}attention_norm.", layer)
+        yield Placed(both.mixer, f"{prefix}attention.", layer)
+        yield Placed(Norm(model.hidden), f"{prefix}ffn_norm.", layer)
+        yield Placed(both.ffn, f"{prefix}ffn.", layer)
+    yield Placed(Norm(model.hidden), "norm.")
+    yield Placed((TiedHead if model.tie_embeddings else Head)(vocab_size, model.hidden), "head.")

@@ -1,0 +1,130 @@
+"""MoE layers: a gate, routed experts, and what stands beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moesys.models.parts import gate
+from moesys.models.parts.axes import Axis, Kept, Weight
+from moesys.models.parts.feed_forward import DenseFeedForward
+from moesys.models.parts.part import Part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moesys.config.schema import MoEConfig
+
+MIX_OUTPUTS = {"add": 0, "gate": 1, "residual": 2, "cmr": 1}
+"""Outputs of the linear map that mixes shared experts in, by `shared_mix`."""
+MIX_BRANCHES = {"add": 0, "gate": 1, "residual": 2, "cmr": 2}
+"""Branches whose outputs a mix multiplies, and keeps, by `shared_mix`."""
+
+
+@dataclass(frozen=True)
+class MoEFeedForward(Part):
+    """The MoE layer of a block.
+
+    Attributes:
+        m: the section of its keys.
+        hidden: size of the stream.
+        layer: number of the block, which makes random routing differ between layers.
+    """
+
+    m: MoEConfig
+    hidden: int
+    layer: int
+
+    @cached_property
+    def gate(self) -> gate.GateKind:
+        """Its gate."""
+        return gate.describe(self.m)
+
+    @cached_property
+    def shared(self) -> DenseFeedForward | None:
+        """Its shared experts, computed as one feed-forward."""
+        m = self.m
+        if not m.shared_experts:
+            return None
+        return DenseFeedForward(self.hidden, m.shared_width, m.activation, "model.moe.shared_experts")
+
+    def weights(self) -> Iterator[Weight]:
+        """Gate, experts, zero-computation experts, shared experts, mix."""
+        m, hidden = self.m, Axis("hidden", self.hidden)
+        for weight in self.gate.weights(self.hidden):
+            yield _router(weight, "gate.")
+        yield from (w.within("experts.") for w in self._experts())
+        if m.constant_experts:
+            yield Weight("zero.mix.weight", (Axis("candidate", 2 * m.constant_experts), hidden))
+            yield Weight("zero.constant.weight", (hidden, Axis("candidate", m.constant_experts)))
+        if self.shared is None:
+            return
+        yield from (w.within("shared.") for w in self.shared.weights())
+        outputs = Axis("output", MIX_OUTPUTS[m.shared_mix])
+        if outputs.count:
+            yield _router(Weight("projection.weight", (outputs, hidden)), "mix.")
+        if m.shared_mix in ("residual", "cmr"):
+            yield _router(Weight("projection.bias", (outputs,), "bias"), "mix.")
+
+    def _experts(self) -> Iterator[Weight]:
+        m, hidden = self.m, Axis("hidden", self.hidden)
+        expert, parts = Axis("expert", m.experts, key="model.moe.experts"), Axis("gate_and_up", 2 if m.gated else 1)
+        inner = Axis("expert_inner", m.ffn_hidden, key="model.moe.ffn_hidden")
+        if m.lora_rank is not None:
+            # The factors without an inner size are whole on each etp rank, so that none is split (`check`).
+            rank, inner = Axis("rank", m.lora_rank), Axis("base_inner", m.ffn_hidden)
+            yield Weight("fc1_lora_a", (expert, hidden, parts, rank))
+            yield Weight("fc1_lora_b", (expert, parts, rank, inner), start=0.0)
+            yield Weight("fc2_lora_a", (expert, inner, rank))
+            yield Weight("fc2_lora_b", (expert, rank, hidden), start=0.0)
+            both = Axis("base_inner", parts.count * m.ffn_hidden)
+            yield Weight("base.fc1.weight", (both, hidden), frozen=True)
+            yield Weight("base.fc2.weight", (hidden, inner), frozen=True)
+            return
+        yield Weight("fc1", (expert, hidden, parts, inner))
+        yield Weight("fc2", (expert, inner, hidden))
+        if m.bias:
+            yield Weight("fc1_bias", (expert, parts, inner), "bias")
+            yield Weight("fc2_bias", (expert, Axis("expert_output", self.hidden, key="model.hidden")), "bias")
+
+    def multiply_adds(self, weight: Weight, seq_len: int) -> float:
+        """Those of what the gate chooses, and all of what every token passes."""
+        chosen = weight.routed or (weight.router and weight.name.startswith("gate."))
+        return self.gate.multiply_adds(weight, seq_len) if chosen else 1.0
+
+    def active(self, weight: Weight) -> float:
+        """The chosen experts' share of the routed ones."""
+        return self.gate.active if weight.routed else 1.0
+
+    def flops(self, seq_len: int) -> float:
+        """Those of the gate."""
+        return self.gate.flops(self.hidden)
+
+    def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
+        """The products of fc1 of each row; where rows travel, also what arrived; scores; shared experts."""
+        m, gate = self.m, self.gate
+        parts = 2 if m.gated else 1
+        row = float(parts * m.ffn_hidden)
+        if m.lora_rank is not None:
+            # Also the rows, what the second product takes, and both products of low rank.
+            row += self.hidden + m.ffn_hidden + (parts + 1) * m.lora_rank
+        rows = gate.mean_choices * row + shape.arrived_rows * self.hidden
+        rows *= gate.rows_per_token(run.train.seq_len)
+        yield Kept(rows + 4 * m.experts, "tokens")
+        if self.shared is not None:
+            # The outputs of the branches that a mix has factors for.
+            yield Kept(MIX_BRANCHES[m.shared_mix] * self.hidden, "tokens")
+            yield from self.shared.kept(run, shape)
+
+    def build(self) -> nn.Module:
+        """The module."""
+        from moesys.models.moe import build_moe
+
+        return build_moe(self.m, self.hidden, self.layer)
+
+
+def _router(weight: Weight, prefix: str) -> Weight:
+    """A weight of a gate or of a mix, with float32 arithmetic."""
+    return replace(weight, name=prefix + weight.name, router=True)

@@ -1,0 +1,48 @@
+"""The base of all parts of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from moesys.errors import Problem
+from moesys.models.parts.axes import Kept, Weight
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Part:
+    """A part of a model: the answers to what sizes, plans, checks and builders ask."""
+
+    def weights(self) -> Iterator[Weight]:
+        """Its parameters in the order of the built module, by their names in it."""
+        raise NotImplementedError
+
+    def multiply_adds(self, weight: Weight, seq_len: int) -> float:
+        """Multiply-adds per token and element of one of its matrices."""
+        return 0.0 if weight.looked_up else 1.0
+
+    def active(self, weight: Weight) -> float:
+        """Share of one of its weights that a token uses."""
+        return 1.0
+
+    def flops(self, seq_len: int) -> float:
+        """FLOPs of one token's forward pass beside those of the matrices."""
+        return 0.0
+
+    def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
+        """What it keeps for backward. `run`: the configuration; `shape`: a `moesys.parallel.cost.StepShape`."""
+        yield from ()
+
+    def check(self) -> list[Problem]:
+        """Rules between its keys that are broken."""
+        return []
+
+    def megatron(self) -> list[Problem]:
+        """Keys that `engine: megatron` cannot follow, each with the rule; remedies are the engine's."""
+        return []
+
+    def build(self) -> nn.Module:
+        """The module, uninitialised on the meta device."""
+        raise NotImplementedError
