@@ -3,26 +3,39 @@
 So are benchmarks, comparisons with other systems; but of a checkout alone, not of a wheel.
 """
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+
 setup(
     name="moesys",
-    version="0.1.0",
+    version=runpy.run_path(str(ROOT / "moesys" / "version.py"))["__version__"],
     description="Train Mixture-of-Experts language models on many machines: launch, choose, measure",
-    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The moesys maintainers",
+    keywords="mixture-of-experts moe expert-parallelism all-to-all distributed-training pytorch ray",
     python_requires=">=3.11",
     classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
-        "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
     ],
     packages=find_packages(include=["moesys", "moesys.*"], exclude=["moesys.benchmarks", "moesys.benchmarks.*"]),
-    package_data={"moesys": ["configs/**/*.yaml", "configs/*.json", "docs/*.md", "docs/*.svg", "docs/*.png"]},
+    package_data={
+        "": ["*.json"],  # beside any module
+        "moesys": ["py.typed", "configs/**/*.yaml", "configs/*.json", "docs/*.md", "docs/*.svg", "docs/*.png"],
+    },
     install_requires=[
         "torch>=2.11,<2.15",
         "pydantic>=2.9",

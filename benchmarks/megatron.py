@@ -20,8 +20,8 @@ from moesys.config.schema import Config, MoEConfig
 from moesys.errors import ConfigError, Problem
 from moesys.files import read_json
 from moesys.measure.interleaved_timing import ratio
-from moesys.train import here
-from moesys.train.checked import load_checked
+from moesys.train import spawn
+from moesys.train.validate import load_checked
 from moesys.words import plural
 
 
@@ -82,8 +82,8 @@ def run(config: Config, rounds: int, steps: int) -> Result:
     """
     check(config)
     world = config.cluster.nodes * config.cluster.ranks_per_node
-    config = here.ready(config, world, "bench megatron")
-    with here.started(work, world, config, rounds, steps) as folder:
+    config = spawn.resolve_device(config, world, "bench megatron")
+    with spawn.processes(work, world, config, rounds, steps) as folder:
         told = read_json(folder / TOLD, "run the benchmark again")
     seconds = told["seconds"]
     return Result(

@@ -16,7 +16,7 @@ from moesys.data.samples import Samples
 from moesys.errors import TrainingError
 from moesys.files import write_json
 from moesys.measure.interleaved_timing import alone, interleave
-from moesys.train import here, native
+from moesys.train import native, spawn
 from moesys.train.engine import Engine
 
 PLUG_IN, OWN, NATIVE = "plug-in", "megatron", "native"
@@ -29,7 +29,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, range]
 
 def work(rank: int, world: int, config: Config, rounds: int, steps: int, folder: str) -> None:
     """Time all sides on this rank. Collective over the world."""
-    with here.joined(rank, world, config, folder) as mesh:
+    with spawn.process_group(rank, world, config, folder) as mesh:
         corpus = open_corpus(config)
         sides = {PLUG_IN: engine(config, mesh, corpus, True), OWN: engine(config, mesh, corpus, False)}
         own = config.model_copy(update={"engine": "native"})

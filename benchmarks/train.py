@@ -24,9 +24,9 @@ from moesys.data.corpus import open_corpus
 from moesys.loopback import stay_here
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.mesh import ParallelMesh
-from moesys.train.checked import load_checked
 from moesys.train.guard import demand_numbers
 from moesys.train.loop import Trainer
+from moesys.train.validate import load_checked
 from moesys.train.verify import reference
 from moesys.words import plural
 

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Kind:
+class Activation:
     """An activation `value(g)`, times `linear(u)` if `gated`; each with its backward(gradient, input).
 
     Functions that end in `_out` write into given memory.
@@ -75,18 +75,18 @@ def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 KINDS = {
-    "swiglu": Kind(
+    "swiglu": Activation(
         functional.silu,
         aten.silu_backward,
         gated=True,
         value_out=aten.silu.out,
         value_backward_out=aten.silu_backward.grad_input,
     ),
-    "geglu": Kind(functional.gelu, aten.gelu_backward, gated=True, value_out=aten.gelu.out),
-    "clipped_swiglu": Kind(_quick, _quick_backward, True, _shifted, _shifted_backward),
-    "gelu": Kind(functional.gelu, aten.gelu_backward),
-    "relu": Kind(functional.relu, _relu_backward),
-    "relu2": Kind(_relu2, _relu2_backward),
+    "geglu": Activation(functional.gelu, aten.gelu_backward, gated=True, value_out=aten.gelu.out),
+    "clipped_swiglu": Activation(_quick, _quick_backward, True, _shifted, _shifted_backward),
+    "gelu": Activation(functional.gelu, aten.gelu_backward),
+    "relu": Activation(functional.relu, _relu_backward),
+    "relu2": Activation(_relu2, _relu2_backward),
 }
 """SwiGLU, GeGLU: arXiv 2002.05202; squared ReLU: Primer, arXiv 2109.08668; clipped SwiGLU: GPT-OSS."""
 
@@ -170,7 +170,7 @@ def backward(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None)
     return dh.mul_(weight_N.to(dh.dtype).view(-1, 1, 1)), along.to(weight_N.dtype)
 
 
-def _value(k: Kind, g: Tensor, out: Tensor | None) -> Tensor:
+def _value(k: Activation, g: Tensor, out: Tensor | None) -> Tensor:
     if k.value_out is None or out is None or out.dtype != g.dtype:
         return k.value(g)
     return k.value_out(g, out=out)

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from moesys import __version__
 from moesys.files import json_text
 from moesys.launchers.command import command_line
+from moesys.version import __version__
 
 PACKAGES = ("torch", "ray", "megatron-core")
 """Packages whose versions are noted, if they are installed."""

@@ -26,6 +26,21 @@ DOES_NOT_FIT = 3
 """Exit code of a configuration that is legal, but needs more memory than it says there is."""
 
 
+def init(arguments: argparse.Namespace) -> int:
+    """Write a configuration to start from, or list those that there are."""
+    from moesys.config import starter
+
+    if arguments.name is None:
+        if arguments.to is not None:
+            arguments.parser.error("--to goes with a name: moesys init lists all names")
+        print("\n".join(f"{name}\n    {about}" for name, about in starter.starters().items()))
+        return 0
+    path = Path(f"{arguments.name}.yaml") if arguments.to is None else arguments.to
+    starter.write(arguments.name, path)
+    print(f"{path} is written; start it: moesys launch {path}")
+    return 0
+
+
 def launch(arguments: argparse.Namespace) -> int:
     """Train a configuration, or show what would be started."""
     from rich.console import Console
@@ -228,6 +243,7 @@ def _write_json(path: Path | None, facts: Callable[[], object]) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "init": init,
     "launch": launch,
     "sweep": sweep,
     "config": show_config,

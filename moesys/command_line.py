@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from moesys import __version__, shipped
+from moesys import shipped
 from moesys.config import suggest
+from moesys.config.registry import DISPATCHERS, kinds
 from moesys.options import count, finite, output, tolerance
+from moesys.version import __version__
 
 EXIT_CODES = """\
 exit codes:
@@ -82,6 +84,7 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=f"moesys {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="what to do; each has --help")
+    _init(commands)
     _launch(_configured(commands, "launch", "train a configuration", "configs/quickstart.yaml train.steps=50"))
     _sweep(commands)
     _config(commands)
@@ -123,6 +126,15 @@ def _configured(
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the file")
     sub.set_defaults(takes_overrides=True)
     return sub
+
+
+def _init(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write a commented configuration to start from"
+    sub = _command(commands, "init", text, "mixtral-8x7b --to mine.yaml", "launching.md")
+    text = "quickstart, a recipe or a model that comes with moesys (default: list them)"
+    sub.add_argument("name", nargs="?", metavar="NAME", help=text)
+    text = "the file to write, which must not exist (default: NAME.yaml in this folder)"
+    sub.add_argument("--to", type=output, metavar="FILE", help=text)
 
 
 def _launch(sub: Parser) -> None:
@@ -260,9 +272,8 @@ def a2a_options(sub: Parser) -> None:
     sub.add_argument("--matrix", type=Path, metavar="FILE", help=text)
     text = "also uneven all-to-alls as in a run that recorded its routing, output.record_routing (default: none)"
     sub.add_argument("--routing", type=Path, metavar="FOLDER", help=text)
-    kinds = ("all_to_all", "all_gather", "hierarchical")
     text = "time these dispatchers with batches of tokens, and collectives only if named (default: collectives)"
-    sub.add_argument("--dispatch", nargs="+", choices=kinds, help=text)
+    sub.add_argument("--dispatch", nargs="+", choices=kinds(DISPATCHERS), help=text)
     sub.add_argument("--tokens", type=int, default=1024, help="--dispatch: of each rank")
     sub.add_argument("--hidden", type=int, default=1024, help="--dispatch: elements of a token")
     sub.add_argument("--top-k", type=int, default=2, help="--dispatch: experts of a token")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import takewhile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -10,14 +12,35 @@ DOCS = FOLDER / "docs"
 
 
 def configs() -> list[tuple[str, str]]:
-    """Every shipped configuration as a path from `FOLDER`, with its first comment."""
+    """Every shipped configuration as a path from `FOLDER`, with a sentence about it."""
     paths = sorted(CONFIGS.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
-    return [(path.relative_to(FOLDER).as_posix(), _about(path)) for path in paths]
+    return [(path.relative_to(FOLDER).as_posix(), about(path)) for path in paths]
 
 
-def _about(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
+def about(path: Path) -> str:
+    """The first sentence of a configuration's first comment; "" if it begins with none."""
+    comment = takewhile(lambda line: line.strip("# "), path.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), comment))
+    return re.split(r"(?<=\.) ", text)[0]
+
+
+def names() -> dict[str, Path]:
+    """Every shipped configuration by its name: the file's, without folder and ending ("mixtral-8x7b")."""
+    return {path.stem: path for path in sorted(CONFIGS.rglob("*.yaml"), key=lambda path: path.stem)}
+
+
+def find(text: str) -> Path | None:
+    """The shipped configuration that `text` names; None if none has this name.
+
+    Its name alone ("mixtral-8x7b"), or its path with or without the folder configs ("models/mixtral-8x7b.yaml").
+    """
+    path = Path(text)
+    if path.is_absolute() or ".." in path.parts or "\0" in text:
+        return None
+    if text in (known := names()):
+        return known[text]
+    inside = CONFIGS.joinpath(*(path.parts[1:] if path.parts[:1] == ("configs",) else path.parts))
+    return inside if inside in known.values() else None
 
 
 def config(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""A file with everything that it includes."""
+"""A file with everything that it includes: files beside it, and configurations that come with the package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from moesys.config import legal
+from moesys import shipped
+from moesys.config import legal, suggest
 from moesys.config.read import LONGEST_NAME, nearest_file, read_file
 from moesys.config.schema import Config
 from moesys.config.tree import Entry, merge
@@ -36,7 +37,7 @@ def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem], files: c
     tree = _fill(Entry(keys, own.where), Config)
     under = Entry({}, own.where)
     for entry, name in includes:
-        target = Path(os.path.normpath(path.parent / name))
+        target = _target(path.parent, name)
         loop = (*chain, path, target)
         if not os.path.isfile(target):
             problems.append(_absent(entry, target))
@@ -50,6 +51,12 @@ def _read(path: Path, chain: tuple[Path, ...], problems: list[Problem], files: c
         elif (found := _read(target, loop[:-1], problems, files)) is not None:
             under = merge(under, found)
     return merge(under, tree)
+
+
+def _target(folder: Path, name: str) -> Path:
+    """The file that `name` includes: one in `folder`; or where there is none, a shipped one of this name."""
+    beside = Path(os.path.normpath(folder / name))
+    return beside if os.path.lexists(beside) else shipped.find(name) or beside
 
 
 def _paths(entry: Entry | None, problems: list[Problem]) -> list[tuple[Entry, str]]:
@@ -75,9 +82,16 @@ def _absent(entry: Entry, target: Path) -> Problem:
     elif os.path.lexists(target):
         rule, remedy = f"{target} is no regular file, or may not be read", "include another file"
     else:
-        rule, remedy = f"there is no file {str(target)[:1000]}", nearest_file(target)
+        rule, remedy = f"there is no file {str(target)[:1000]}", _nearest(entry, target)
     remedy = remedy or "paths are relative to the file that includes"
     return Problem("include", rule, remedy, entry.given(), entry.where)
+
+
+def _nearest(entry: Entry, target: Path) -> str:
+    """A remedy that names the file that was meant: the nearest beside the absent `target`, or a shipped one."""
+    near = nearest_file(target)
+    meant = suggest.nearest(Path(str(entry.value)).stem, shipped.names()) if "did you mean" not in near else None
+    return near if meant is None else f"did you mean {meant}, which comes with moesys?"
 
 
 def _fill(entry: Entry, kind: Any) -> Entry:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from moesys.config.registry import GATES, MIXERS, kinds, section
+from moesys.config.registry import DISPATCHERS, GATES, MIXERS, kinds, section
 from moesys.config.section import (
     LONGEST_RUN_NAME,
     AtMost,
@@ -224,20 +224,22 @@ class ModelConfig(Section):
         return self.mixers[name], f"model.mixers.{name}"
 
 
-class DispatchConfig(Kinds):
-    """How tokens travel to experts; the kind alone, as a word, stands for the section."""
+class DispatchKeys(Kinds):
+    """Keys of all dispatchers."""
 
-    kind: Literal["all_to_all", "all_gather", "hierarchical"] = "all_to_all"
-    """all_to_all: each row to the ranks of its expert; all_gather: every rank sees all tokens of its expert
-    group (small groups, many experts per token); hierarchical: once to each node that holds any of a
-    token's experts, then once to each rank there (groups that span nodes)."""
     chunks: Pieces = 1
-    """Pieces of a micro-batch's tokens: one travels while another is computed."""
+    """Chunks of a micro-batch's tokens: one is sent while another is computed."""
     overlap_shared: bool = True
-    """Compute shared experts while tokens travel."""
+    """Compute shared experts during dispatch."""
     payload: Literal["model", "fp8"] = "model"
-    """How rows travel to experts: in the model's precision, or as float8_e4m3 with a scale per 128 elements,
-    which rounds them to 4 significant bits. Results and gradients travel in the model's precision."""
+    """Encoding of rows that are sent to experts: the model's precision, or float8_e4m3 with a scale per 128 elements,
+    which rounds them to 4 significant bits. Results and gradients are sent in the model's precision."""
+
+
+if TYPE_CHECKING:
+    DispatchConfig: TypeAlias = Any
+else:
+    DispatchConfig = section(DISPATCHERS, "all_to_all", "DispatchConfig", DispatchKeys)
 
 
 class ParallelConfig(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,9 +19,24 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def _mixed(weight: Tensor, share_GE: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight [E, …] of this device, or its mixtures [G, …] by shares, in `dtype`."""
+class _ScaledGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx, weight, scale):  # type: ignore[override]
+        ctx.scale = scale
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad * ctx.scale, None
+
+
+def _mixed(weight: Tensor, share_GE: Tensor | None, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """The weight [E, …] of this device, or its mixtures [G, …] by shares, in `dtype`; its gradient times `scale`."""
     own = local(weight)
+    if scale != 1.0:
+        own = _ScaledGradient.apply(own, scale)
     return own if share_GE is None else torch.tensordot(share_GE.to(own.dtype), own, 1).to(dtype)
 
 
@@ -35,12 +52,16 @@ class Experts(nn.Module):
         experts, hidden, ffn_hidden: E, H, F.
         activation: a kind of `moesys.kernels.activation`.
         bias: whether both products add a bias.
+
+    Attributes:
+        gradient_scale: factor on the gradients of all weights, for training loops that average other gradients.
     """
 
     def __init__(self, experts: int, hidden: int, ffn_hidden: int, activation: str = "swiglu", bias: bool = False):
         super().__init__()
         parts = kernel.KINDS[activation].parts
         self.activation = activation
+        self.gradient_scale = 1.0
         self.fc1 = nn.Parameter(torch.empty(experts, hidden, parts, ffn_hidden))
         self.fc2 = nn.Parameter(torch.empty(experts, ffn_hidden, hidden))
         self.fc1_bias = nn.Parameter(torch.empty(experts, parts, ffn_hidden)) if bias else None
@@ -81,8 +102,9 @@ class Experts(nn.Module):
         which `tokens_per_expert` [G] then refers.
         """
         # `expert_ffn` casts wider weights itself: autograd would keep a copy made here.
-        fc1, fc2 = (_mixed(w, share_GE, x_NH.dtype) for w in (self.fc1, self.fc2))
-        bias1, bias2 = (None if b is None else _mixed(b, share_GE, x_NH.dtype) for b in self.biases())
+        mixed = partial(_mixed, share_GE=share_GE, dtype=x_NH.dtype, scale=self.gradient_scale)
+        fc1, fc2 = mixed(self.fc1), mixed(self.fc2)
+        bias1, bias2 = (None if b is None else mixed(b) for b in self.biases())
         out = expert_ffn(x_NH, fc1, fc2, tokens_per_expert, self.activation, weight_N, bias1, p)
         if bias2 is None:
             return out

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from moesys import __version__
 from moesys.config.changes import Change, known, saved_form
 from moesys.config.schema import Config, ModelConfig
 from moesys.data.corpus import Corpus
@@ -35,6 +34,7 @@ from moesys.train import manifest, resume, storage
 from moesys.train.engine import Engine
 from moesys.train.manifest import META, complete, damaged, read
 from moesys.train.manifest import newest as newest
+from moesys.version import __version__
 
 PARTIAL = re.compile(r"\.partial-\d{8,}")
 TOKENIZER = "tokenizer.json"

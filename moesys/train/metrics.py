@@ -9,12 +9,12 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-import moesys
 from moesys.config.schema import Config
 from moesys.files import json_objects, json_text, write_whole
 from moesys.train.exporter import Exporter
 from moesys.train.tensorboard_run import TensorBoardRun, layout
 from moesys.train.wandb_run import WandbRun
+from moesys.version import __version__
 
 LOADS = 200
 """Records of every expert's load that a run keeps at most: thousands of experts at every step would be too many."""
@@ -95,7 +95,7 @@ class MetricsLog:
 def about(config: Config) -> dict[str, str]:
     """Labels that describe a run."""
     degrees = " ".join(f"{axis}={degree}" for axis, degree in layout(config).items())
-    return {"version": moesys.__version__, "engine": config.engine, "parallel": degrees}
+    return {"version": __version__, "engine": config.engine, "parallel": degrees}
 
 
 def _continued(path: Path, last: int) -> TextIO:

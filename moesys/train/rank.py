@@ -22,11 +22,11 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-import moesys
 from moesys.errors import MoesysError
 from moesys.train import heartbeat
 from moesys.train.failure import Failure
 from moesys.train.heartbeat import Heartbeat
+from moesys.version import __version__
 
 MARK = "=== attempt "
 """Begins the header line of an attempt in a log."""
@@ -48,7 +48,7 @@ def header(log: Path) -> str:
         before = sum(line.startswith(MARK.encode()) for line in lines)
     env, now = os.environ, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     process = f"rank {env.get('RANK', 0)} of {env.get('WORLD_SIZE', 1)}, host {socket.gethostname()}, pid {os.getpid()}"
-    versions = f"moesys {moesys.__version__}, torch {_version('torch')}, Python {platform.python_version()}"
+    versions = f"moesys {__version__}, torch {_version('torch')}, Python {platform.python_version()}"
     return f"{MARK}{before + 1}, {now}: {process}, {versions}: {env.get(COMMAND) or shlex.join(sys.orig_argv)}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moesys.moe.record import Recorder
+from moesys.moe.record import RoutingRecorder
 from moesys.train import routing_files
 from moesys.train.engine import Engine
 from moesys.train.routing_files import block
@@ -19,7 +19,7 @@ class RoutingLog:
     def __init__(self, engine: Engine, folder: Path, resumed: int):
         self.engine, self.folder = engine, folder
         self.steps = engine.config.output.record_routing
-        self.recorder = Recorder(engine.moe_layers()) if self.steps > resumed else None
+        self.recorder = RoutingRecorder(engine.moe_layers()) if self.steps > resumed else None
         if self.recorder is not None and engine.mesh.rank == 0:
             # No rank ends a step, and writes it, before this rank begins the step.
             routing_files.forget(folder, resumed)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from moesys import shipped
 from moesys.config.load import load
 from moesys.errors import ConfigError
 
@@ -140,3 +141,20 @@ def test_a_broken_included_file_is_told_beside_other_mistakes(tmp_path):
         f"{tmp_path / 'm.yaml'}:2: is not valid YAML: a bracket that is not closed, in what starts in line 1",
         f"{run}:2: seed is 'x': must be a whole number of at least 0",
     ]
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "models/mixtral-8x7b.yaml", "configs/models/mixtral-8x7b.yaml"])
+def test_what_comes_with_the_package_is_included_by_name_from_any_folder(tmp_path, name):
+    loaded = load(write(tmp_path, run=f"include: [{name}]\nmodel: {{layers: 2}}\n"))
+    assert (loaded.config.model.hidden, loaded.config.model.layers) == (4096, 2)
+    assert loaded.sources["model.hidden"].startswith(str(shipped.CONFIGS / "models" / "mixtral-8x7b.yaml:"))
+
+
+def test_a_file_beside_the_including_one_wins_over_a_shipped_one(tmp_path):
+    run = write(tmp_path, run="include: models/mixtral-8x7b.yaml\n", **{"models__mixtral-8x7b": MODEL})
+    assert load(run).config.model.hidden == 64
+
+
+def test_a_misspelt_shipped_name_is_suggested(tmp_path):
+    (problem,) = problems(write(tmp_path, run="include: models/mixtral-8x7.yaml\n" + MODEL))
+    assert problem.endswith("remedy: did you mean mixtral-8x7b, which comes with moesys?")

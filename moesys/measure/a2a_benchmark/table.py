@@ -14,12 +14,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-import moesys
 from moesys.measure.a2a_benchmark.fitted_links import flat, lines
 from moesys.measure.a2a_benchmark.options import BenchmarkOptions
 from moesys.measure.a2a_benchmark.result import CollectiveResult
 from moesys.measure.a2a_benchmark.sizes import human
 from moesys.measure.predict.links import LinkModel
+from moesys.version import __version__
 from moesys.words import plural
 
 LARGER = "measure several sizes and larger ones, as --min 1K --max 64M"
@@ -30,7 +30,7 @@ def show(results: list[CollectiveResult], facts: dict[str, Any], console: Consol
     hosts = len(set(facts["hosts"]))
     console.print(
         f"{plural(facts['ranks'], 'rank')} on {plural(hosts, 'node')}, {facts['backend']}, {facts['device']}, "
-        f"torch {torch.__version__}, moesys {moesys.__version__}, {date.today().isoformat()}"
+        f"torch {torch.__version__}, moesys {__version__}, {date.today().isoformat()}"
     )
     console.print("bytes: what a rank sends in all, its own part included; algbw = bytes / time, busbw as nccl-tests")
     seen = dict.fromkeys((r.kind, r.group, r.dtype) for r in results)
@@ -85,7 +85,7 @@ def as_json(results: list[CollectiveResult], facts: dict[str, Any], options: Ben
     """The shape of nccl-tests' `-J`, with our own keys after theirs."""
     rates = [r.busbw / 1e9 for r in results]
     return {
-        "version": moesys.__version__,
+        "version": __version__,
         "args": asdict(options),
         "env": {k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "GLOO_"))},
         "nccl_version": ".".join(map(str, torch.cuda.nccl.version())) if facts["backend"] == "nccl" else None,

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-import moesys
 from moesys.measure.checkout import ROOT
 from moesys.measure.gpu_check.rows import CheckTask, Figures, Row, tried
+from moesys.version import __version__
 from moesys.words import plural
 
 PACKAGES = ("triton", "transformers", "pytest", "hypothesis", "numpy")
@@ -73,7 +73,7 @@ def software(task: CheckTask, what: str) -> Row:
         "cudnn": cudnn,
         "nccl": ".".join(map(str, nccl)) if nccl else None,
         **{name: _installed(name) for name in PACKAGES},
-        "moesys": moesys.__version__,
+        "moesys": __version__,
         "commit": commit(),
     }
     said = ", ".join(f"{name} {value or 'missing'}" for name, value in figures.items())

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from moesys.config.registry import DISPATCHERS, kinds
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.measure.explain.averages import explain, summaries
@@ -86,9 +87,9 @@ def variants(config: Config) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     if degrees.ep > 1:
         found[f"experts over {plural(degrees.ep // 2, 'rank')}"] = [f"parallel.ep={degrees.ep // 2}"]
-        kind = config.parallel.dispatch.kind
-        if kind != "hierarchical" and config.cluster.nodes > 1:
-            found["hierarchical dispatch"] = ["parallel.dispatch.kind=hierarchical"]
+        for kind, described in kinds(DISPATCHERS).items():
+            if described.for_nodes and kind != config.parallel.dispatch.kind and config.cluster.nodes > 1:
+                found[f"{kind} dispatch"] = [f"parallel.dispatch.kind={kind}"]
         if config.parallel.dispatch.chunks == 1:
             found["four chunks that overlap"] = ["parallel.dispatch.chunks=4"]
         found["capacity factor 1"] = ["model.moe.capacity_factor=1.0"]
