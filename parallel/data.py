@@ -112,9 +112,11 @@ def _summed(shape: StepShape) -> list[Collective]:
     if shape.leads:
         order += [w for some in shape.rank_weights for w in some if late(w)]
     moves = []
-    for routed, every in ((False, DENSE), (True, ROUTED)):
-        own = [w for w in order if w.routed == routed and shape.trained(w) and not _managed(w, d)]
-        moves += [Collective("all_reduce", every, size, 1) for size in buckets(4 * shape.local(w) for w in own)]
+    own = [w for w in order if shape.trained(w) and not _managed(w, d)]
+    whole = shape.size(DENSE) == shape.size(ROUTED) == d.world  # the world is one group, however it is called
+    for every in (DENSE, ROUTED):
+        sizes = (4 * shape.local(w) for w in own if (ROUTED if w.routed and not whole else DENSE) == every)
+        moves += [Collective("all_reduce", every, size, 1) for size in buckets(sizes)]
     return moves
 
 

@@ -131,6 +131,8 @@ def _gradients(shape: StepShape) -> list[Collective]:
     if shape.leads:
         sizes = [4.0 * w.numel for some in shape.rank_weights for w in some if _partial(shape, w, not sharded)]
         moves += [Collective("all_reduce", ("tp",), size, 1) for size in buckets(sizes)]
+    norms = [w for w in shape.weights() if w.normalized and shape.trained(w)]
+    moves += [Collective("all_reduce", ("tp",), 4.0 * w.shape[0], shape.micro_batches, small=True) for w in norms]
     if sharded:
         # What several micro-batches have added up is float32.
         narrow = each or (shape.micro_batches == 1 and shape.degrees.pp == 1)
@@ -143,11 +145,11 @@ def _gradients(shape: StepShape) -> list[Collective]:
 def _partial(shape: StepShape, weight: Weight, others: bool) -> bool:
     """Whether a gradient is a partial sum, of a router or of one of the `others`.
 
-    Without sp the stream is whole on every rank, and so are gradients of what lies on it: norms and output biases.
+    Not so of biases that all ranks hold: sums are whole when these are added. Nor, without sp, of norms of the stream.
     """
     if weight.routed or weight.split_by("tp") is not None or not (weight.router or others) or not shape.trained(weight):
         return False
-    return shape.config.parallel.sp or not weight.on_stream
+    return weight.router or not (weight.kind == "bias" or (weight.on_stream and not shape.config.parallel.sp))
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

@@ -70,7 +70,8 @@ class Weight:
         start: number of its initial values; None: as its kind has it (matrices N(0, init_std²), norms 1, biases 0).
         router: it belongs to a gate, or to a mix of shared experts.
         frozen: it is never trained.
-        on_stream: it works on the stream as it lies between blocks (norms), or on what is added to it (biases).
+        on_stream: it works on the stream as it lies between blocks (its norms).
+        normalized: it is used divided by the norms of its rows, whose gradients tensor ranks sum in every pass.
         unit: FSDP gathers it apart from the rest of its block, together with the weights of the same unit.
         looked_up: rows are taken from it, and it is not multiplied with (embeddings).
     """
@@ -84,6 +85,7 @@ class Weight:
     frozen: bool = False
     looked_up: bool = False
     on_stream: bool = False
+    normalized: bool = False
     unit: str = ""
 
     def within(self, prefix: str, layer: int | None = None) -> Weight:

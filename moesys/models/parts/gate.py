@@ -119,6 +119,28 @@ class GateKind(Described):
         """Share of the routed experts' weights that one token uses."""
         return self.mean_choices / self.moe.experts
 
+    @property
+    def weighted(self) -> bool:
+        """Whether assignments have weights, which are sent to experts."""
+        return self.counted
+
+    @property
+    def learned(self) -> bool:
+        """Whether these weights have gradients."""
+        return any(True for _ in self.weights(1))
+
+    @property
+    def even_rows(self) -> bool:
+        """Whether all ranks send as many rows to each expert, which is known beforehand."""
+        return False
+
+    def assignments(self, tokens: int, ranks: int, seq_len: int) -> float:
+        """Assignments of `tokens` of one rank to routed experts, where as many `ranks` share a micro-batch.
+
+        On average, and before any is dropped.
+        """
+        return tokens * self.rows_per_token(seq_len) * self.mean_choices
+
     def rows_per_token(self, seq_len: int) -> float:
         """Rows per token of a sequence: a row is a token, unless experts get slots."""
         return 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from moesys.errors import Problem
@@ -32,6 +33,19 @@ class TokenChoice(GateKind):
         yield Weight("projection.weight", (candidate, Axis("hidden", hidden)))
         if self.moe.gate.bias:
             yield Weight("projection.bias", (candidate,), "bias")
+
+    @property
+    def even_rows(self) -> bool:
+        """Whether experts are filled up to their capacity."""
+        return self.moe.capacity_factor is not None and self.moe.pad_to_capacity
+
+    def assignments(self, tokens: int, ranks: int, seq_len: int) -> float:
+        """Each token's choices, or as many for each expert as it takes of the whole micro-batch."""
+        m = self.moe
+        if not self.even_rows or m.capacity_factor is None or m.zero_computation:
+            return super().assignments(tokens, ranks, seq_len)
+        taken = ceil(m.capacity_factor * tokens * ranks * m.top_k / m.experts * (1 - 1e-12))
+        return m.experts * min(max(taken, m.min_capacity), tokens)
 
     def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
         """What orders assignments where capacity is limited, and the loads that losses are computed from."""

@@ -80,7 +80,7 @@ class GroupedQuery(Mixer):
                 yield Weight(f"{name}.bias", (axis,), "bias")
         yield Weight("o_proj.weight", (hidden, self._heads))
         if self.a.bias:
-            yield Weight("o_proj.bias", (hidden,), "bias", on_stream=True)
+            yield Weight("o_proj.bias", (hidden,), "bias")
         if self.a.qk_norm != "none":
             full, one = self.a.qk_norm == "full", Axis("head_dim", self.head_dim)
             yield Weight("q_norm.weight", (self._heads if full else one,), "norm")
