@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
+    """Rules of expert parallelism, of gates and of experts that `config` breaks."""
     moe, problems = config.model.moe, []
     if moe is None:
         return [
