@@ -53,7 +53,7 @@ def expert_parallel(
     mesh: DeviceMesh | dist.ProcessGroup,
     data: dist.ProcessGroup | None = None,
     *,
-    dispatcher: Literal["all_to_all", "all_gather", "hierarchical"] = "all_to_all",
+    dispatcher: str = "all_to_all",
     chunks: int = 1,
     overlap_shared: bool = True,
     payload: Literal["model", "fp8"] = "model",
@@ -83,7 +83,8 @@ def expert_parallel(
             along the second share the experts of a layer. Or a process group that shares the experts of a layer.
         data: beside a process group, the group of the ranks at this rank's place in their expert groups, which hold
             the same experts. None: the expert group is the whole world.
-        dispatcher: how tokens get to their experts; see `parallel.dispatch.kind` of a configuration.
+        dispatcher: a kind of dispatcher, as `parallel.dispatch.kind` of a configuration: all_to_all, all_gather,
+            hierarchical, or one of an installed plug-in.
         chunks: pieces of the token stream; one is on its way while another is computed.
         overlap_shared: compute shared experts while tokens are on their way.
         payload: "fp8" sends tokens to experts in eight bits, with scales.
@@ -96,7 +97,8 @@ def expert_parallel(
     loss is divided by a number n of accumulated micro-batches, set `layer.loss_scale /= n` of every MoE layer too.
 
     Raises:
-        MoesysError: no MoE layer; experts that cannot be split, or are split already; groups that do not fit.
+        MoesysError: no MoE layer; experts that cannot be split, or are split already; groups that do not fit; an
+            unknown dispatcher.
     """
     layers = moe_layers(model)
     if not layers:
