@@ -88,6 +88,7 @@ class GateKind(Described):
         even: its experts all take part, or choose their tokens: balance means nothing there, or is given.
         counted: its tokens go to experts, as can be recorded and replayed; not so where experts get mixtures.
         seeded: it draws by `seed` without force.
+        for_megatron: the plug-in for Megatron-Core takes it by `--moesys-gate`.
         whole: what it computes over, where parallelism must not split that: by axis, the reason.
     """
 
@@ -96,6 +97,7 @@ class GateKind(Described):
     even: ClassVar[bool] = False
     counted: ClassVar[bool] = True
     seeded: ClassVar[bool] = False
+    for_megatron: ClassVar[bool] = False
     whole: ClassVar[Mapping[str, str]] = {}
     decides = STEPS | SHAPES
 

@@ -29,6 +29,7 @@ for comparison, unless `causal`"
     )
     aliases = ("ec",)
     keys = ExpertChoiceKeys
+    for_megatron = True
     ignores = CAPACITY | BALANCE | ZERO | WEIGHTS
     even = True
 

@@ -16,6 +16,7 @@ class Sinkhorn(GateKind):
     kind = "sinkhorn"
     summary = "k experts per token, balanced by Sinkhorn's algorithm in training (Megatron-Core)"
     keys = ForceKeys
+    for_megatron = True
     ignores = FIXED | WEIGHTS
 
     def build(self, hidden: int, layer: int) -> Gate:
