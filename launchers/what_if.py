@@ -20,7 +20,8 @@ from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
 from moesys.measure.explain.step_selection import RecordedStep, steps_to_explain
 from moesys.measure.predict.links import Profile
-from moesys.measure.predict.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
+from moesys.measure.predict.settings import MODEL, WhatIfError, variants
+from moesys.measure.predict.what_if import Prediction, Predictor
 from moesys.measure.record import step_files as records
 from moesys.train.validate import load_checked
 

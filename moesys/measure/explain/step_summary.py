@@ -17,11 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from moesys.files import json_text
 from moesys.measure.explain.breakdown import OTHERS
 from moesys.measure.explain.explanation import Breakdown
-from moesys.measure.explain.layer_sums import (
-    LAYER_COLUMNS,
-    PHASE_COLUMNS,
-    Key,
-)
+from moesys.measure.explain.layer_sums import LAYER_COLUMNS, PHASE_COLUMNS, Key
 from moesys.measure.step import Rank, Seconds
 
 DETAILED = 64

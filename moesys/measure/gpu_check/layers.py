@@ -10,7 +10,7 @@ import torch
 from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 from moesys.measure.layer_benchmark import one_device
-from moesys.measure.layer_benchmark.one_device import LEAST_SHARE, SHAPES, LayerShape
+from moesys.measure.layer_benchmark.layer_times import LEAST_SHARE, SHAPES, LayerShape
 
 
 def run(task: CheckTask) -> Iterator[Row]:

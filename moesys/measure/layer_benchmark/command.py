@@ -9,9 +9,9 @@ import torch
 
 from moesys.errors import MoesysError
 from moesys.measure.layer_benchmark import many_ranks, one_device
-from moesys.measure.layer_benchmark.one_device import SHAPES, LayerShape
+from moesys.measure.layer_benchmark.layer_times import SHAPES, LayerShape, LayerTimes
 
-Result = one_device.LayerTimes | many_ranks.ShardedLayerTimes
+Result = LayerTimes | many_ranks.ShardedLayerTimes
 
 
 class LayerBenchError(MoesysError):

@@ -24,7 +24,8 @@ from moesys.kernels.cpu.expert_ffn_blocked import working_type
 from moesys.loopback import stay_here
 from moesys.measure.interleaved_timing import interleave, slowest
 from moesys.measure.layer_benchmark import deepspeed_layer
-from moesys.measure.layer_benchmark.one_device import LayerShape, both, build, dense
+from moesys.measure.layer_benchmark.layer_times import LayerShape
+from moesys.measure.layer_benchmark.sides import both, build, dense
 from moesys.moe import MoELayer
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher

@@ -10,7 +10,7 @@ was; a change of computation is refused by name. Without pipelining, its bubble 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from statistics import fmean
@@ -18,47 +18,19 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from moesys.config.registry import DISPATCHERS, kinds
 from moesys.config.schema import Config
-from moesys.errors import MoesysError
 from moesys.measure.explain.averages import explain, summaries
 from moesys.measure.explain.step_selection import RecordedStep
 from moesys.measure.explain.step_summary import COLUMNS, Summary
 from moesys.measure.predict.links import Profile
+from moesys.measure.predict.settings import MODEL, WhatIfError, degrees_of, unmodelled
 from moesys.measure.step import Seconds
 from moesys.parallel import dimension, nodes
 from moesys.parallel.cost import Collective, StepShape
-from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
+from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees
 from moesys.parallel.gradient_sync import settled
-from moesys.words import plural
 
 EXPERT = ("ep", "etp")
-
-MODELLED = (
-    "parallel.ep",
-    "parallel.etp",
-    "parallel.dp",
-    "parallel.dp_shard",
-    "parallel.dispatch.kind",
-    "parallel.dispatch.chunks",
-    "parallel.dispatch.payload",
-    "model.moe.capacity_factor",
-    "launch.link_gbit",
-)
-MODEL = f"{', '.join(MODELLED)}, and parallel.pp to 1"
-"""The changes that a prediction may have, in words."""
-
-PIPELINE = ("parallel.pp", "parallel.pp_schedule", "parallel.pp_virtual", "parallel.pp_split")
-"""Keys that may change when pipelining ends."""
-
-WITHOUT_EFFECT = ("name", "output", "measure")
-"""Keys and sections that do not change a step."""
-
-
-class WhatIfError(MoesysError):
-    """A run is no base for predictions, or a setting is not modelled."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -86,57 +58,6 @@ class Prediction:
     def as_json(self) -> dict[str, Any]:
         """All figures, with the error."""
         return {**asdict(self), "error": self.error}
-
-
-def variants(config: Config) -> dict[str, list[str]]:
-    """Settings that are worth a prediction, as overrides of `config`."""
-    degrees = degrees_of(config)
-    found: dict[str, list[str]] = {}
-    if degrees.ep > 1:
-        found[f"experts over {plural(degrees.ep // 2, 'rank')}"] = [f"parallel.ep={degrees.ep // 2}"]
-        for kind, described in kinds(DISPATCHERS).items():
-            if described.for_nodes and kind != config.parallel.dispatch.kind and config.cluster.nodes > 1:
-                found[f"{kind} dispatch"] = [f"parallel.dispatch.kind={kind}"]
-        if config.parallel.dispatch.chunks == 1:
-            found["four chunks that overlap"] = ["parallel.dispatch.chunks=4"]
-        found["capacity factor 1"] = ["model.moe.capacity_factor=1.0"]
-        rate = config.launch.link_gbit
-        found["links twice as fast"] = [] if rate is None else [f"launch.link_gbit={2 * rate:g}"]
-    return found
-
-
-def unmodelled(before: Config, after: Config) -> list[str]:
-    """The changes that cannot be predicted, each with its reason; empty if all can."""
-    old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (before, after))
-    found = []
-    for key in dict.fromkeys([*old, *new]):
-        change = f"{key} ({old.get(key)} → {new.get(key)})"
-        if old.get(key) == new.get(key) or key in MODELLED or key.split(".")[0] in WITHOUT_EFFECT:
-            if key == "launch.link_gbit" and old.get(key) != new.get(key) and not (old.get(key) and new.get(key)):
-                found.append(f"{change} cannot be predicted: the rate of the recorded run's links is unknown")
-            continue
-        if key in PIPELINE and after.parallel.pp == 1:
-            continue
-        why = "only the end of pipelining is" if key in PIPELINE else "predictions assume unchanged computation"
-        found.append(f"{change} cannot be predicted: it is not modelled ({why})")
-    return found
-
-
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _leaves(item, f"{prefix}{key}.")
-        else:
-            yield prefix + key, item
-
-
-def degrees_of(config: Config) -> Degrees:
-    """The degrees of parallelism. Raises MoesysError for an illegal configuration."""
-    degrees, problems = resolve(config)
-    if degrees is None:
-        raise MoesysError("; ".join(map(str, problems)))
-    return degrees
 
 
 def _seconds(steps: Sequence[Summary], column: str) -> float:

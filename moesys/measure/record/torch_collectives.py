@@ -6,22 +6,19 @@ DTensor uses, are operators. Both are replaced inside `record_torch_collectives`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.measure.record.collective_bytes import METHODS, Sizes
 from moesys.measure.record.cuda_streams import Streams, followed
-from moesys.measure.record.purpose import starter
-from moesys.parallel import comm
-from moesys.parallel.comm import CollectiveRecord, Time, now
-
-Sizes = Callable[..., tuple[int, tuple[int, ...]]]
-"""(group, a method's arguments) → bytes that this rank contributes, and bytes to each rank (empty if unknown)."""
+from moesys.measure.record.functional_collectives import DTENSOR, OPERATORS, StartOperator, WaitOperator
+from moesys.measure.record.in_flight import CPU, CUDA, InFlight
+from moesys.parallel.comm import now
 
 
 @contextmanager
@@ -31,7 +28,7 @@ def record_torch_collectives(functional: bool = True) -> Iterator[None]:
     functional: also those that are operators. Set it to False for compiled code, which must see its operators.
     """
     with ExitStack() as stack:
-        in_flight = _InFlight()
+        in_flight = InFlight()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             in_flight.streams = Streams()
             stack.enter_context(followed(in_flight.streams))
@@ -44,47 +41,11 @@ def record_torch_collectives(functional: bool = True) -> Iterator[None]:
         if functional:
             for packets, names in ((torch.ops._c10d_functional, OPERATORS), (torch.ops._dtensor, DTENSOR)):
                 for name, kind in names.items():
-                    operator = _Operator(getattr(packets, name), kind, in_flight)
+                    operator = StartOperator(getattr(packets, name), kind, in_flight)
                     stack.enter_context(_replaced(packets, name, operator))
             waits = torch.ops._c10d_functional
-            stack.enter_context(_replaced(waits, "wait_tensor", _WaitTensor(waits.wait_tensor, in_flight)))
+            stack.enter_context(_replaced(waits, "wait_tensor", WaitOperator(waits.wait_tensor, in_flight)))
         yield
-
-
-class _InFlight:
-    """Collectives that were started and not waited for.
-
-    Attributes:
-        works: by the `Work` that waits for them; several if they were started as one (`_start_coalescing`).
-        batches: collectives of each group's open batch.
-        tensors: by the address of the result.
-        streams: what the streams of a GPU have waited for; None without one.
-    """
-
-    def __init__(self) -> None:
-        self.works: WeakKeyDictionary[Any, list[CollectiveRecord]] = WeakKeyDictionary()
-        self.batches: dict[str, list[CollectiveRecord]] = {}
-        self.tensors: dict[int, CollectiveRecord] = {}
-        self.streams: Streams | None = None
-
-    def start(self, kind: str, size: int, begin: Time, group: dist.ProcessGroup, **facts: Any) -> CollectiveRecord:
-        """Record a collective that started now."""
-        ranks = facts.pop("ranks", None) or tuple(dist.get_process_group_ranks(group))
-        by = starter() or ""
-        event = CollectiveRecord(kind, size, begin, begin, begin, group=group.group_name, ranks=ranks, by=by, **facts)
-        comm.add(event)
-        return event
-
-    def arrived(self, events: Sequence[CollectiveRecord], before: Time) -> None:
-        """Note that the current thread has waited for the collectives since `before`."""
-        for event in events:
-            if self.streams is None or isinstance(before, float):
-                event.waited, event.end = before, now(_CPU)
-            else:
-                self.streams.arrived(event, before)
-
-
-_CPU, _CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @contextmanager
@@ -109,76 +70,7 @@ def _first(arguments: tuple[Any, ...]) -> Tensor:
     return torch.empty(0)
 
 
-def _bytes(x: Any) -> int:
-    return sum(map(_bytes, x)) if isinstance(x, (list, tuple)) else int(x.nbytes)
-
-
-def _own(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """Bytes of the first argument."""
-    return _bytes(arguments[0]), ()
-
-
-def _gathered(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """The larger of output and input: the bytes of all ranks together."""
-    return max(map(_bytes, arguments[:2])), ()
-
-
-def _to_root(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """This rank's bytes times the ranks. Only the root has an output."""
-    return group.size() * _bytes(arguments[1]), ()
-
-
-def _from_root(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """This rank's bytes times the ranks. Only the root has an input."""
-    return group.size() * _bytes(arguments[0]), ()
-
-
-def _split(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    return _parts(arguments[1], arguments[3], group.size())
-
-
-def _parts(x: Tensor, rows: list[int] | None, ranks: int) -> tuple[int, tuple[int, ...]]:
-    """Bytes of x [rows, …], and of the `rows` of it for each rank; equal parts without `rows`."""
-    if not rows:
-        return x.nbytes, (x.nbytes // ranks,) * ranks
-    per_row = x.nbytes // max(1, len(x))
-    return x.nbytes, tuple(n * per_row for n in rows)
-
-
-def _listed(group: dist.ProcessGroup, *arguments: Any) -> tuple[int, tuple[int, ...]]:
-    """Bytes of a list with a tensor for each rank."""
-    sent = tuple(map(_bytes, arguments[1]))
-    return sum(sent), sent
-
-
-METHODS: dict[str, tuple[str, Sizes]] = {
-    "allreduce": ("all_reduce", _own),
-    "allreduce_coalesced": ("all_reduce", _own),
-    "broadcast": ("broadcast", _own),
-    "reduce": ("reduce", _own),
-    "allgather": ("all_gather", _gathered),
-    "allgather_coalesced": ("all_gather", _gathered),
-    "reduce_scatter": ("reduce_scatter", _gathered),
-    "gather": ("gather", _to_root),
-    "scatter": ("scatter", _from_root),
-    "alltoall": ("all_to_all", _listed),
-    "send": ("send", _own),
-    "recv": ("recv", _own),
-    # Names until torch 2.12, and names since.
-    "_allgather_base": ("all_gather", _gathered),
-    "all_gather_single": ("all_gather", _gathered),
-    "allgather_into_tensor_coalesced": ("all_gather", _gathered),
-    "all_gather_single_coalesced": ("all_gather", _gathered),
-    "_reduce_scatter_base": ("reduce_scatter", _gathered),
-    "reduce_scatter_single": ("reduce_scatter", _gathered),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _gathered),
-    "reduce_scatter_single_coalesced": ("reduce_scatter", _gathered),
-    "alltoall_base": ("all_to_all", _split),
-    "all_to_all_single": ("all_to_all", _split),
-}
-
-
-def _method(name: str, kind: str, sizes: Sizes, in_flight: _InFlight) -> Callable[..., Any]:
+def _method(name: str, kind: str, sizes: Sizes, in_flight: InFlight) -> Callable[..., Any]:
     original = getattr(dist.ProcessGroup, name)
 
     def call(group: dist.ProcessGroup, *arguments: Any, **more: Any) -> Any:
@@ -204,7 +96,7 @@ def _method(name: str, kind: str, sizes: Sizes, in_flight: _InFlight) -> Callabl
     return call
 
 
-def _start_batch(in_flight: _InFlight) -> Callable[..., Any]:
+def _start_batch(in_flight: InFlight) -> Callable[..., Any]:
     """`_start_coalescing`: NCCL starts a batch of messages at once, as the pipeline does (`batch_isend_irecv`)."""
     original = dist.ProcessGroup._start_coalescing
 
@@ -215,7 +107,7 @@ def _start_batch(in_flight: _InFlight) -> Callable[..., Any]:
     return start
 
 
-def _end_batch(in_flight: _InFlight) -> Callable[..., Any]:
+def _end_batch(in_flight: InFlight) -> Callable[..., Any]:
     original = dist.ProcessGroup._end_coalescing
 
     def end(group: dist.ProcessGroup, *arguments: Any) -> Any:
@@ -230,81 +122,16 @@ def _end_batch(in_flight: _InFlight) -> Callable[..., Any]:
     return end
 
 
-def _wait(in_flight: _InFlight) -> Callable[..., Any]:
+def _wait(in_flight: InFlight) -> Callable[..., Any]:
     original = dist.Work.wait
 
     def wait(work: Any, *arguments: Any, **more: Any) -> Any:
         events = in_flight.works.pop(work, None)
         if not events:
             return original(work, *arguments, **more)
-        before = now(_CPU if isinstance(events[0].begin, float) else _CUDA)
+        before = now(CPU if isinstance(events[0].begin, float) else CUDA)
         done = original(work, *arguments, **more)
         in_flight.arrived(events, before)
         return done
 
     return wait
-
-
-OPERATORS = {
-    "all_reduce": "all_reduce",
-    "all_gather_into_tensor": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "all_to_all_single": "all_to_all",
-    "broadcast": "broadcast",
-    "all_reduce_coalesced": "all_reduce",
-    "all_gather_into_tensor_coalesced": "all_gather",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-}
-
-DTENSOR = {"shard_dim_alltoall": "all_to_all"}
-"""DTensor's operators that return when the result is there."""
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""Types of tensors with memory of their own. Other types may have no address."""
-
-
-class _Operator:
-    """An operator that starts a functional collective. Its last argument is the name of the group."""
-
-    def __init__(self, packet: Any, kind: str, in_flight: _InFlight):
-        self._packet, self._kind, self._in_flight = packet, kind, in_flight
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._packet, name)
-
-    def __call__(self, x: Any, *arguments: Any) -> Any:
-        inputs = x if isinstance(x, (list, tuple)) else [x]
-        if any(type(one) not in PLAIN for one in inputs) or comm.is_kept(self._packet.default):
-            return self._packet(x, *arguments)
-        begin = now(inputs[0].device)
-        out = self._packet(x, *arguments)
-        group = dist.distributed_c10d._resolve_process_group(arguments[-1])
-        size = _bytes(x) * (group.size() if self._kind == "all_gather" else 1)
-        sent: tuple[int, ...] = ()
-        if self._kind == "all_to_all":
-            size, sent = _parts(x, arguments[1] if isinstance(arguments[1], list) else None, group.size())
-        event = self._in_flight.start(self._kind, size, begin, group, sent=sent)
-        if self._packet.__name__ in DTENSOR:
-            self._in_flight.arrived([event], begin)
-        else:  # coalesced collectives arrive together
-            self._in_flight.tensors[(out[0] if isinstance(out, (list, tuple)) else out).data_ptr()] = event
-        return out
-
-
-class _WaitTensor:
-    """The operator that waits for the result of a functional collective."""
-
-    def __init__(self, packet: Any, in_flight: _InFlight):
-        self._packet, self._in_flight = packet, in_flight
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._packet, name)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        event = self._in_flight.tensors.pop(x.data_ptr(), None) if type(x) in PLAIN else None
-        if event is None:
-            return self._packet(x)
-        before = now(x.device)
-        out = self._packet(x)
-        self._in_flight.arrived([event], before)
-        return out

@@ -8,10 +8,11 @@ from pathlib import Path
 from moesys.files import write_whole
 from moesys.measure.explain.explanation import Explanation
 from moesys.measure.report import figures
+from moesys.measure.report.contents import Run
 from moesys.measure.report.facts import RESULTS, bits_per_byte, configuration, shown
 from moesys.measure.report.figures import Curve
 from moesys.measure.report.page import figure, page, section, sentence, table
-from moesys.measure.report.run import CURVES, Run
+from moesys.measure.report.run import CURVES
 from moesys.measure.report.run_files import is_number
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from moesys.measure.explain.explanation import Explanation
 from moesys.measure.report import figures
+from moesys.measure.report.communication import part_rows, rank_names
 from moesys.measure.report.page import figure, page, section, sentence, table
-from moesys.measure.report.run import part_rows, rank_names
 
 NOTE = (
     "Compute: a kernel other than communication ran. Hidden communication ran beside such a kernel, exposed "

@@ -8,7 +8,8 @@ import pytest
 
 from moesys.config.schema import Config
 from moesys.measure.predict.links import LinkModel, Profile, ProfileError
-from moesys.measure.predict.what_if import Predictor, WhatIfError, variants
+from moesys.measure.predict.settings import WhatIfError, variants
+from moesys.measure.predict.what_if import Predictor
 from moesys.measure.step import CollectiveSpan, RankStep, Step
 
 BASE: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from moesys.measure.record.step_files import (
     summaries,
     summary_file,
 )
-from moesys.measure.report.run import sampled
+from moesys.measure.report.communication import sampled
 from moesys.measure.simulated_recording import SimulatedRun, SimulationResult, measured
 from moesys.measure.step import CollectiveSpan, GroupArrival, RankStep
 

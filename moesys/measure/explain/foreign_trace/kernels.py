@@ -44,7 +44,6 @@ WIDTHS = {
 }
 """Bytes of an element, by the type in NCCL's metadata; 1 for all others."""
 
-
 MOST = 2**20
 """Ranks of the largest group whose members are listed."""
 

@@ -7,34 +7,18 @@ compute kernels.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moesys.measure.explain.foreign_trace import chrome_json
-from moesys.measure.explain.foreign_trace.chrome_json import TraceError, TraceEvent, count, number
-from moesys.measure.explain.foreign_trace.kernels import (
-    DEEP_EP,
-    ProcessGroups,
-    is_communication,
-    is_nameless,
-    is_unnamed,
-    kind_of,
-    purpose_of,
-    size_of,
-)
-from moesys.measure.step import DEEP_EP as DEEP_EP_KIND
-from moesys.measure.step import CollectiveSpan, RankStep, Step
+from moesys.measure.explain.foreign_trace.chrome_json import TraceError, count, number
+from moesys.measure.explain.foreign_trace.joined_steps import joined
+from moesys.measure.explain.foreign_trace.kernels import ProcessGroups, is_nameless, is_unnamed
+from moesys.measure.explain.foreign_trace.rank_steps import KERNELS, UNMARKED, RankTrace, rank_steps
+from moesys.measure.step import Step
 from moesys.words import plural
-
-KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
-STEP = re.compile(r"^ProfilerStep#(\d{1,15})(?!\d)")
-WRAPPER = re.compile(r"(c10d|_c10d_functional|record_param_comms)")
-"""Operators that only start communication, or wait for it."""
-
-SHORTEST_S = 1e-9
-"""Shortest length of a step: shares need a length."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +27,6 @@ class Traces:
 
     steps: list[Step]
     notes: list[str]
-
-
-@dataclass(frozen=True)
-class _RankTrace:
-    """The trace of one rank.
-
-    Attributes:
-        base: zero of time in nanoseconds; None if unknown.
-        all_to_all: kernels without metadata that count as all-to-all.
-    """
-
-    path: Path
-    rank: int
-    host: str
-    base: float | None
-    groups: ProcessGroups
-    events: list[TraceEvent]
-    all_to_all: re.Pattern[str] | None = None
 
 
 def read(
@@ -95,18 +61,18 @@ def read(
     rows = {}
     for t in traces:
         offset = ((t.base or 0) - zero) / 1e9 if comparable else 0.0
-        rows[t.rank] = dict(_steps(t, offset, ranks if comparable else ()))
+        rows[t.rank] = dict(rank_steps(t, offset, ranks if comparable else ()))
     shared = sorted(set.intersection(*(set(row) for row in rows.values())))
     if not shared:
         raise TraceError("the traces have no step in common: record the same steps on all ranks")
-    found = [_joined(number, [rows[rank][number] for rank in ranks]) for number in shared]
+    found = [joined(number, [rows[rank][number] for rank in ranks]) for number in shared]
     if unequal := [step.number for step, equal in found if not equal]:
         where = "" if unequal == [UNMARKED] else f" in {plural(len(unequal), 'step')}"
         notes.append(f"Traces have unequal numbers of collectives{where}: waiting in them is unknown.")
     return Traces([step for step, _ in found], notes)
 
 
-def _load(path: Path, place: int, tell: Callable[[str], object], notes: list[str]) -> _RankTrace:
+def _load(path: Path, place: int, tell: Callable[[str], object], notes: list[str]) -> RankTrace:
     tell(f"reading {path} …")
     document = chrome_json.read(path)
     if document.damage:
@@ -120,10 +86,10 @@ def _load(path: Path, place: int, tell: Callable[[str], object], notes: list[str
         rank = int(named.group(1)) if named else place
     host = next((str(about[key]) for key in ("hostname", "host_name") if isinstance(about.get(key), str)), "")
     base = number(about.get("baseTimeNanoseconds"))
-    return _RankTrace(path, rank, host, base, ProcessGroups.of(info, rank), document.events)
+    return RankTrace(path, rank, host, base, ProcessGroups.of(info, rank), document.events)
 
 
-def _with_all_to_all(traces: Sequence[_RankTrace], asked: str | None, notes: list[str]) -> list[_RankTrace]:
+def _with_all_to_all(traces: Sequence[RankTrace], asked: str | None, notes: list[str]) -> list[RankTrace]:
     """The traces with a decision on kernels without metadata; `notes` gets its reason."""
     unnamed = sum(is_unnamed(e.name, e.facts) for t in traces for e in t.events)
     if asked is not None:
@@ -149,117 +115,3 @@ def _with_all_to_all(traces: Sequence[_RankTrace], asked: str | None, notes: lis
         return list(traces)
     notes.append(f"Counted as all-to-all, since no group is named a pipeline's: {kernels}; {decides}.")
     return [replace(t, all_to_all=re.compile(r"(?i)send_?recv")) for t in traces]
-
-
-UNMARKED = 0
-"""Number of the step that stands for a whole trace."""
-
-
-def _steps(trace: _RankTrace, offset: float, given: Sequence[int]) -> Iterator[tuple[int, tuple[RankStep, bool]]]:
-    """(number, (step, marked)) of each step. `given`: ranks whose traces compare; empty if clocks do not."""
-    kernels = [e for e in trace.events if e.category in KERNELS]
-    on_gpu = bool(kernels)
-    if not on_gpu:
-        kernels = [e for e in trace.events if e.name.startswith("gloo:") or e.category == "cpu_op"]
-    if not kernels:
-        raise TraceError(f"{trace.path} holds no kernels: record it with ProfilerActivity.CUDA, or CPU for gloo")
-    moving = [e for e in kernels if _moves(e, trace)]
-    computing = [e for e in kernels if not _moves(e, trace) and not _is_wrapper(e)]
-    spans = _annotated(trace.events, kernels, on_gpu)
-    for number_, begin, end in spans or [(UNMARKED, min(k.begin for k in kernels), max(k.end for k in kernels))]:
-        inside = [e for e in moving if begin <= e.begin < end or (not spans and e.begin == end)]
-        collectives = tuple(_spans(inside, trace, offset, given))
-        compute = tuple((e.begin + offset, e.end + offset) for e in computing if begin <= e.begin < end)
-        last = max([end, begin + SHORTEST_S, *(e.end for e in inside if not on_gpu)])
-        step = RankStep(trace.rank, trace.host, begin + offset, last + offset, collectives, compute)
-        yield number_, (step, bool(spans))
-
-
-def _annotated(
-    events: Sequence[TraceEvent], kernels: Sequence[TraceEvent], on_gpu: bool
-) -> list[tuple[int, float, float]]:
-    """(number, begin, end) of each marked step. GPU marks are preferred, if the trace has them."""
-    steps = [(int(m.group(1)), e) for e in events if (m := STEP.match(e.name))]
-    seen = [(n, e) for n, e in steps if e.category == "gpu_user_annotation"]
-    chosen = seen if on_gpu and seen else [(n, e) for n, e in steps if e.category != "gpu_user_annotation"]
-    # Every stream has its own mark of a step.
-    spans: dict[int, tuple[float, float]] = {}
-    for n, e in chosen:
-        begin, end = spans.get(n, (e.begin, e.end))
-        spans[n] = min(begin, e.begin), max(end, e.end)
-    ordered = sorted((begin, end, n) for n, (begin, end) in spans.items())
-    if not ordered:
-        return []
-    # The last kernels of a step run after the next step began on the host, so a step ends where the next begins.
-    last = max([ordered[-1][1], *(k.end for k in kernels if k.begin >= ordered[-1][0])])
-    ends = [*(begin for begin, _, _ in ordered[1:]), last]
-    return [(n, begin, end) for (begin, _, n), end in zip(ordered, ends, strict=True)]
-
-
-def _spans(
-    events: Sequence[TraceEvent], trace: _RankTrace, offset: float, given: Sequence[int]
-) -> Iterator[CollectiveSpan]:
-    numbers: Counter[tuple[object, ...]] = Counter()
-    for e in sorted(events, key=lambda e: e.begin):
-        kind = kind_of(e.name, e.facts, trace.all_to_all)
-        description = trace.groups.descriptions.get(str(e.facts.get("Process Group Name")), "")
-        purpose = purpose_of(kind, e.name, e.facts, description)
-        deep = bool(DEEP_EP.search(e.name))
-        ranks = (trace.groups.members(e.facts, given) if given and not deep else ()) or (trace.rank,)
-        key = (purpose, ranks, kind == "send")
-        numbers[key] += 1
-        begin, end = e.begin + offset, e.end + offset
-        part = "dispatch" if "dispatch" in e.name else "combine" if "combine" in e.name else ""
-        yield CollectiveSpan(
-            DEEP_EP_KIND if deep else kind or "collective", purpose, ranks, numbers[key] - 1, begin, begin, end,
-            size_of(kind, e.facts), layer="", part=part, level="flat" if purpose == "expert" else "",
-        )  # fmt: skip
-
-
-def _moves(e: TraceEvent, trace: _RankTrace) -> bool:
-    """Whether an event is communication, by its name or by the option."""
-    named = trace.all_to_all is not None and e.category in KERNELS and trace.all_to_all.search(e.name)
-    return bool(named) or is_communication(e.name)
-
-
-def _is_wrapper(e: TraceEvent) -> bool:
-    return e.category == "cpu_op" and bool(WRAPPER.match(e.name))
-
-
-def _joined(number_: int, parts: Sequence[tuple[RankStep, bool]]) -> tuple[Step, bool]:
-    """The step of all ranks from the first begin on, and whether the ranks of each group made equally many collectives.
-
-    If they did not, some are missing, and the rest cannot be matched.
-    """
-    start = min(r.begin for r, _ in parts)
-    made: dict[_Key, Counter[int]] = defaultdict(Counter)
-    for r, _ in parts:
-        for t in r.collectives:
-            made[_group(t)][r.rank] += 1
-    present = {r.rank for r, _ in parts}
-    unequal = {
-        key for key, by_rank in made.items() if len({by_rank.get(rank, 0) for rank in key[0] if rank in present}) > 1
-    }
-    ranks = tuple(_shifted(r, start, unequal) for r, _ in parts)
-    return Step(number_, ranks, marked=all(marked for _, marked in parts)), not unequal
-
-
-_Key = tuple[tuple[int, ...], str, bool]
-"""A key to count collectives by: ranks, purpose, and whether it is a message."""
-
-
-def _group(t: CollectiveSpan) -> _Key:
-    return t.ranks, t.purpose, t.kind == "send"
-
-
-def _shifted(r: RankStep, start: float, unequal: Collection[_Key]) -> RankStep:
-    """The step with its times from `start`. Collectives of `unequal` groups lose their group."""
-    collectives = tuple(
-        replace(
-            t, begin=t.begin - start, waited=t.waited - start, end=t.end - start,
-            ranks=(r.rank,) if _group(t) in unequal else t.ranks,
-        )
-        for t in r.collectives
-    )  # fmt: skip
-    compute = None if r.compute is None else tuple((a - start, b - start) for a, b in r.compute)
-    return RankStep(r.rank, r.host, r.begin - start, r.end - start, collectives, compute)
