@@ -33,8 +33,8 @@ class ForceKeys(Section):
 
     force: Literal["none", "balanced", "skewed"] = "none"
     """Replaces the choice of gates that send each token to top_k experts, for benchmarks, by the token's number.
-    Weights stay the gate's own. none: the gate chooses. balanced: experts in turn. skewed: at random, expert e with a chance
-    ∝ 1 / (e + 1)^skew."""
+    Weights stay the gate's own. none: the gate chooses. balanced: experts in turn. skewed: at random, expert e with a
+    chance ∝ 1 / (e + 1)^skew."""
     skew: Annotated[float, Field(ge=0), AtMost(64)] = 1.0
     """force skewed: Zipf's exponent."""
     seed: Seed = 0
