@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 from moesys.measure.interleaved_timing import alone
-from moesys.measure.layer_benchmark.one_device import made_on
+from moesys.measure.layer_benchmark.sides import made_on
 from moesys.models.block import Block
 from moesys.models.layers import rotary_angles
 from moesys.parallel.recompute import prepare

@@ -20,7 +20,8 @@ from torch import nn
 from moesys.loopback import stay_here
 from moesys.measure import checkout
 from moesys.measure.gpu_check.rows import CheckTask, Row, tried
-from moesys.measure.layer_benchmark.one_device import LayerShape, build
+from moesys.measure.layer_benchmark.shape import LayerShape
+from moesys.measure.layer_benchmark.sides import build
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
 
 SHAPE = LayerShape(tokens=64, hidden=32, ffn_hidden=16, experts=8, top_k=2)

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import torch
 
 from moesys.errors import MoesysError
-from moesys.measure.layer_benchmark import many_ranks, one_device
-from moesys.measure.layer_benchmark.one_device import SHAPES, LayerShape
+from moesys.measure.layer_benchmark import many_ranks, one_device, other_systems
+from moesys.measure.layer_benchmark.other_systems import OtherSystems
+from moesys.measure.layer_benchmark.shape import SHAPES, LayerShape
 
 Result = one_device.LayerTimes | many_ranks.ShardedLayerTimes
 
@@ -20,7 +21,7 @@ class LayerBenchError(MoesysError):
     exit_code = 2
 
 
-def run(arguments: argparse.Namespace, peers: many_ranks.OtherLayers) -> list[Result]:
+def run(arguments: argparse.Namespace) -> list[Result]:
     """Run the benchmark that the command line asks for, and print each result as it comes.
 
     Raises:
@@ -29,15 +30,18 @@ def run(arguments: argparse.Namespace, peers: many_ranks.OtherLayers) -> list[Re
     shape = shape_of(arguments)
     device = device_of(arguments.device)
     results: list[Result] = []
+    others = other_systems.found()
     print(one_device.describe(device), flush=True)
     # Ranks run on the host's cores, whatever else is there.
     for name in types_of(arguments.dtype, device if arguments.ranks == 1 else torch.device("cpu")):
         dtype = getattr(torch, name)
         if arguments.ranks > 1:
-            results.append(many_ranks.run(shape, dtype, arguments.ranks, arguments.rounds, peers))
+            results.append(many_ranks.run(shape, dtype, arguments.ranks, arguments.rounds, others))
         else:
-            results.append(alone(shape, dtype, device, arguments.rounds))
+            results.append(alone(shape, dtype, device, arguments.rounds, others))
         print("\n".join(results[-1].lines()), flush=True)
+    if others.missing:
+        print(f"  {others.missing}")
     return results
 
 
@@ -48,10 +52,12 @@ def types_of(name: str | None, device: torch.device) -> tuple[str, ...]:
     return ("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16")
 
 
-def alone(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
+def alone(
+    shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None, others: OtherSystems
+) -> Result:
     """`one_device.run`, whose lack of memory is told in the user's words."""
     try:
-        return one_device.run(shape, dtype, device, rounds)
+        return one_device.run(shape, dtype, device, rounds, others)
     except torch.OutOfMemoryError:
         size = 3 * shape.experts * shape.hidden * shape.ffn_hidden * dtype.itemsize / 1e9
         rule = f"a layer of this shape does not fit {one_device.describe(device)}: {size:.1f} GB of weights, as much"
