@@ -12,8 +12,8 @@ import torch.distributed as dist
 from moesys.benchmarks import megatron_layer, transformers_layer
 from moesys.benchmarks.deepspeed_layer import DeepSpeedLayer
 from moesys.measure import checkout
+from moesys.measure.layer_benchmark.layer_times import LayerShape
 from moesys.measure.layer_benchmark.other_systems import Layers, OtherSystems
-from moesys.measure.layer_benchmark.shape import LayerShape
 from moesys.moe import MoELayer
 
 SYSTEMS = {"transformers": "transformers", "megatron": "megatron-core", "deepspeed": "DeepSpeed"}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.measure import checkout
-from moesys.measure.layer_benchmark.shape import LayerShape
+from moesys.measure.layer_benchmark.layer_times import LayerShape
 from moesys.moe import MoELayer
 
 

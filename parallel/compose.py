@@ -3,7 +3,7 @@
 1. pipeline: the layers of this rank's stages; everything after concerns only those;
 2. context: positions, and attention across the context axis;
 3. tensor: weights split inside layers, on plain parameters;
-4. expert: experts split over their own mesh, tokens travel;
+4. expert: experts split over their own mesh, with a dispatcher;
 5. recompute and compile each block by its parts: inside sharding, so that gathering weights stays outside;
 6. data: FSDP2 last, since it must see parameters as the others leave them.
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from moesys.benchmarks.layer import other_systems
 from moesys.measure.layer_benchmark import many_ranks
-from moesys.measure.layer_benchmark.shape import LayerShape
+from moesys.measure.layer_benchmark.layer_times import LayerShape
 
 
 def gradients(module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:

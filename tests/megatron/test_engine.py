@@ -16,7 +16,7 @@ from moesys.config.schema import Config
 from moesys.launchers.dry_run import plan
 from moesys.measure.explain.averages import explain
 from moesys.measure.record.step_files import recorded
-from moesys.train.checkpoint import newest_layout
+from moesys.train.manifest import newest
 from moesys.train.verify import Trace, compare, reference
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -207,4 +207,4 @@ def test_a_run_through_ray_is_measured_and_explained(small: dict, tmp_path: Path
     assert [layer.name for layer in e.layers] == [f"layers.{i}" for i in range(2)]
     assert {kind for kind, seconds in e.total.others.items() if seconds > 0} == {"data"}
     assert (run / "report.html").exists()
-    assert newest_layout(run / "checkpoints") is not None
+    assert newest(run / "checkpoints") is not None

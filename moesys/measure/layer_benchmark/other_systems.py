@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moesys import comparisons
-from moesys.measure.layer_benchmark.shape import LayerShape
+from moesys.measure.layer_benchmark.layer_times import LayerShape
 from moesys.moe import MoELayer
 
 Layers = dict[str, nn.Module]

@@ -1,4 +1,4 @@
-"""What is timed beside each other in one process: the layer, products of the same arithmetic, the layer's parts."""
+"""The sides of the benchmark of one MoE layer: the layer, its parts, dense products, and transformers' block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from moesys.kernels.expert_ffn import expert_ffn
 from moesys.kernels.permute import permute, sort_by_expert, unpermute
 from moesys.measure.interleaved_timing import Step
-from moesys.measure.layer_benchmark.shape import LayerShape
+from moesys.measure.layer_benchmark.layer_times import LayerShape
 from moesys.models.layers import FeedForward
 from moesys.moe import MoELayer, Routing, Tokens
 from moesys.moe.experts import Experts
@@ -37,7 +37,7 @@ def dense(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 @contextmanager
 def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules are made on the device and in the type at once, not on the host in float32."""
+    """A context in which modules are made on the device and in the type at once, not on the host in float32."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -48,15 +48,15 @@ def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def both(module: nn.Module, x: Tensor, grad: Tensor) -> Step:
-    """One forward and backward pass of `module`, with respect to its input and its weights."""
+    """One forward and backward pass of `module`, for its input x [1, T, H] and its weights. `grad`: of the output."""
 
     def step() -> None:
-        given = x.detach().requires_grad_()
+        leaf = x.detach().requires_grad_()
         try:
-            # As in a model, whose next layer consumes the output: nothing holds it during backward.
-            edge = get_gradient_edge(module(given))
+            # In a model the next layer consumes the output, and nothing holds it during backward.
+            edge = get_gradient_edge(module(leaf))
             torch.autograd.backward(edge, grad)
-        finally:  # also where memory ended
+        finally:  # also when memory runs out
             for parameter in module.parameters():
                 parameter.grad = None
 
@@ -78,7 +78,7 @@ def product(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> Step
 
 
 def parts(layer: MoELayer, shape: LayerShape, x_TH: Tensor) -> dict[str, Step]:
-    """Forward and backward of each part of the layer alone, on what the layer would give it."""
+    """Forward and backward of each part of the layer alone, on the input that the layer would give it. x_TH: [T, H]."""
     tokens = Tokens(torch.arange(shape.tokens, device=x_TH.device))
     routing = layer.gate(x_TH, tokens, layer.scope)
     assert isinstance(routing, Routing)

@@ -66,10 +66,12 @@ class Randomness:
         object.__setattr__(self, "keys", keys)
 
     def shake(self, x_TH: Tensor, number_T: Tensor) -> Tensor:
+        """Tokens times uniform numbers from 1 ± jitter (Switch, arXiv 2101.03961)."""
         factor_TH = noise.uniform(number_T, x_TH.shape[1], self.keys["jitter"])
         return x_TH * (1 + self.jitter * (2 * factor_TH - 1))
 
     def disturb(self, logits_TE: Tensor, width_TE: Tensor, number_T: Tensor) -> Tensor:
+        """Logits with Gaussian noise of a width per token and expert (Shazeer et al. 2017)."""
         return logits_TE + width_TE * noise.normal(number_T, logits_TE.shape[1], self.keys["noise"])
 
     def kept(self, weight_T2: Tensor, number_T: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moesys.measure.record import torch_collectives
+from moesys.measure.record.collective_bytes import METHODS
+from moesys.measure.record.functional_collectives import OPERATORS
 from moesys.measure.record.purpose import purpose_of, purposes
-from moesys.measure.record.torch_collectives import METHODS, OPERATORS, record_torch_collectives
+from moesys.measure.record.torch_collectives import record_torch_collectives
 from moesys.parallel import comm
 from moesys.parallel.comm import CONTEXT, GRADIENTS, STEP, UNTAGGED, CollectiveRecord, Tag
 from moesys.parallel.degrees import Degrees
@@ -224,4 +225,3 @@ def test_nothing_is_watched_outside(world: dist.ProcessGroup) -> None:
     with record_torch_collectives():
         assert dist.ProcessGroup.allreduce is not before[0]
     assert (dist.ProcessGroup.allreduce, dist.Work.wait, torch.ops._c10d_functional.all_reduce) == before
-    assert torch_collectives.METHODS is METHODS
