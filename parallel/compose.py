@@ -102,7 +102,7 @@ class Composed:
             self._forward(mine)
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
-        """Forward only, shapes as in `train`; samples below 0 are padding."""
+        """Forward only, shapes as in `train`; samples below 0 are padding. tokens, labels: int64 [B, S]."""
         self._mode(training=False)
         return self._forward(self._mine(tokens, labels, samples))
 

@@ -257,6 +257,7 @@ class TopKGate(Gate):
         return torch.cat(wanted) if self.training and wanted else None
 
     def count(self, counted: Tensor) -> None:
+        """Add a pass's assignments, `counted` [N], to the step's statistics."""
         self.load = counted + (0 if self.load is None else self.load)
 
     def _global_load(self, counted_E: Tensor, scope: MicroBatch) -> Tensor | None:
@@ -272,12 +273,14 @@ class TopKGate(Gate):
         return self.load
 
     def before_step(self, total: Tensor) -> None:
+        """Take the global batch's load, `total` [N], for the balance loss."""
         self.global_load, self.load = total[-self.candidates :], None
 
     def skip_step(self) -> None:
         self.load = self.global_load = None
 
     def after_step(self, total: Tensor) -> None:
+        """Move the selection bias by the step's load, `total` [N]."""
         self.skip_step()
         if self.bias_rate:
             load_E = total[: self.candidates]
