@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from moesys.config.schema import Config as Config
     from moesys.errors import ConfigError as ConfigError
     from moesys.errors import MoesysError as MoesysError
+    from moesys.measure.explain.explanation import Explanation as Explanation
+    from moesys.measure.record.loop_recorder import CommunicationRecorder as CommunicationRecorder
     from moesys.moe.capacity import Capacity as Capacity
     from moesys.moe.experts import Experts as Experts
     from moesys.moe.gates.expert_choice import ExpertChoiceGate as ExpertChoiceGate
@@ -37,10 +39,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
 _MODULES = {
     "Balance": "moesys.moe.losses",
     "Capacity": "moesys.moe.capacity",
+    "CommunicationRecorder": "moesys.measure.record.loop_recorder",
     "Config": "moesys.config.schema",
     "ConfigError": "moesys.errors",
     "ExpertChoiceGate": "moesys.moe.gates.expert_choice",
     "Experts": "moesys.moe.experts",
+    "Explanation": "moesys.measure.explain.explanation",
     "Gate": "moesys.moe.gates.gate",
     "MoELayer": "moesys.moe.layer",
     "MoesysError": "moesys.errors",

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 
+from moesys.errors import MoesysError
+
 STOPPED = 130
 
 _asked: list[int] = []
@@ -25,6 +27,9 @@ def main() -> int:
         return command()
     except KeyboardInterrupt:
         return STOPPED
+    except MoesysError as error:  # of a plug-in: the schema loads them as it is imported
+        print(f"moesys: {error}", file=sys.stderr)
+        return error.exit_code
     except Exception:
         if _asked:  # libraries that are being imported turn it into errors of their own
             return STOPPED

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from moesys import shipped
 from moesys.config import suggest
+from moesys.config.registry import DISPATCHERS, kinds
 from moesys.options import count, finite, output, tolerance
 from moesys.version import __version__
 
@@ -271,9 +272,8 @@ def a2a_options(sub: Parser) -> None:
     sub.add_argument("--matrix", type=Path, metavar="FILE", help=text)
     text = "also uneven all-to-alls as in a run that recorded its routing, output.record_routing (default: none)"
     sub.add_argument("--routing", type=Path, metavar="FOLDER", help=text)
-    kinds = ("all_to_all", "all_gather", "hierarchical")
     text = "time these dispatchers with batches of tokens, and collectives only if named (default: collectives)"
-    sub.add_argument("--dispatch", nargs="+", choices=kinds, help=text)
+    sub.add_argument("--dispatch", nargs="+", choices=kinds(DISPATCHERS), help=text)
     sub.add_argument("--tokens", type=int, default=1024, help="--dispatch: of each rank")
     sub.add_argument("--hidden", type=int, default=1024, help="--dispatch: elements of a token")
     sub.add_argument("--top-k", type=int, default=2, help="--dispatch: experts of a token")

@@ -65,7 +65,7 @@ def _model(config: Config) -> list[Problem]:
     problems = pattern_check.check(m)
     if problems:
         return problems
-    problems += [problem for mixer in mixers(m) for problem in mixer.check()]
+    problems += [problem for mixer in mixers(m) for problem in (*mixer.unused(), *mixer.check())]
     if m.ffn_hidden is None and len(m.moe_blocks) < m.depth:
         rule = "is needed: some layers are dense"
         problems.append(Problem("model.ffn_hidden", rule, "set it, or make every layer MoE"))

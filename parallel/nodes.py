@@ -6,8 +6,10 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from moesys.config.schema import ClusterConfig
+if TYPE_CHECKING:
+    from moesys.config.schema import ClusterConfig
 
 OVERRIDE = "MOESYS_NODES"
 """Environment variable that names the node of each rank, as in "0,0,1,1", for experiments on one machine."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +93,26 @@ print(*(step["loss"] for step in steps), trainer.evaluate())
     assert done.returncode == 0, done.stderr
     losses = [float(word) for word in done.stdout.split()]
     assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses) and losses[2] < losses[0]
+
+
+GUIDE = [
+    block[1] for block in re.finditer(r"^```python\n(.*?)^```", (ROOT / "docs/library.md").read_text(), re.M | re.S)
+]
+
+
+def test_the_guide_calls_what_there_is():
+    seen = set()
+    for call in (node for text in GUIDE for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "moesys":
+            kinds = inspect.signature(getattr(moesys, call.func.attr)).parameters
+            free = any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in kinds.values())
+            assert free or {word.arg for word in call.keywords} <= set(kinds), ast.unparse(call)
+            seen.add(call.func.attr)
+    assert {"expert_parallel", "CommunicationRecorder", "build_trainer", "TopKGate"} <= seen
+
+
+def test_the_guides_layers_run():
+    names: dict[str, object] = {}
+    for text in GUIDE[:2]:
+        exec(text, names)
+    assert names["y"].shape == (4, 128, 512) and names["layer"](torch.randn(1, 2, 512)).shape == (1, 2, 512)

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from moesys.config.legal import annotation, section_of
-from moesys.config.registry import GATES, MIXERS, Slot, kinds
+from moesys.config.registry import DISPATCHERS, GATES, MIXERS, Slot, kinds
 from moesys.config.schema import Config, Section
 
 SECRET = ("launch.env",)
@@ -81,7 +81,7 @@ _WORDS = {
     Kind.RUNNING: """
         engine
         parallel: dp dp_shard sync_gradients tp sp pp pp_schedule pp_virtual pp_split cp ep etp
-        parallel.dispatch: kind chunks overlap_shared
+        parallel.dispatch: chunks overlap_shared
         train: recompute compile deterministic eval_sequences
         cluster: nodes ranks_per_node device
         """,
@@ -116,7 +116,9 @@ def _described(slot: Slot) -> Iterator[tuple[str, Kind]]:
             yield f"{slot.key}.{key}", Kind[described.decides[key]] if key in described.decides else default
 
 
-KINDS: dict[str, Kind] = {**dict(_table(_WORDS)), **dict(_described(MIXERS)), **dict(_described(GATES))}
+KINDS: dict[str, Kind] = dict(_table(_WORDS))
+for _slot in (MIXERS, GATES, DISPATCHERS):
+    KINDS |= dict(_described(_slot))
 """Of every key of the schema that is no section."""
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from moesys.config import legal
-from moesys.config.registry import GATES, MIXERS, kinds
+from moesys.config.registry import DISPATCHERS, GATES, MIXERS, kinds
 from moesys.config.schema import Config, Section
 
 ELSEWHERE: dict[str, str] = {
@@ -99,9 +99,6 @@ SAME: tuple[tuple[str, ...], ...] = (
     ("apex", "fusedadam"),
     ("swiglu", "silu", "swish"),
     ("relu2", "squared_relu", "relu_squared"),
-    ("all_to_all", "alltoall", "a2a", "all2all"),
-    ("all_gather", "allgather"),
-    ("hierarchical", "two_level", "2dh"),
     ("interleaved-1f1b", "interleaved", "vpp"),
     ("zero-bubble", "zb", "zb_h1", "zbv"),
     ("wsd", "warmup_stable_decay", "trapezoidal", "linear"),
@@ -134,7 +131,7 @@ def choice(word: str, words: Iterable[str]) -> str | None:
         return bare[asked]
     if asked in ("on", "yes", "true"):
         return None  # no word of ours in particular
-    known = [*SAME, *((kind, *d.aliases) for slot in (MIXERS, GATES) for kind, d in kinds(slot).items())]
+    known = [*SAME, *((kind, *d.aliases) for slot in (MIXERS, GATES, DISPATCHERS) for kind, d in kinds(slot).items())]
     meant = [ours for ours, *others in known if ours in words and asked in (o.replace("_", "") for o in others)]
     return meant[0] if meant else nearest(word, words, 0.5)
 

@@ -27,9 +27,9 @@ from moesys.moe.gates import Gate
 from moesys.moe.gates.projection import GateProjection
 from moesys.moe.layer import MoELayer
 from moesys.moe.shared import build_mix
-from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
-from moesys.parallel.dispatchers.build import KINDS, levels
+from moesys.parallel.dispatchers.kind import describe
+from moesys.parallel.dispatchers.ranks import ExpertRanks
 
 
 def build(m: MoEConfig, config: Any, groups: ProcessGroups, dispatch: DispatchConfig) -> MegatronMoE:
@@ -111,15 +111,9 @@ def build_megatron_gate(m: MoEConfig, config: Any) -> Gate:
 def _dispatcher(
     experts: int, groups: ProcessGroups, d: DispatchConfig, device: torch.device
 ) -> ExpertParallelDispatcher:
-    more: dict[str, Any] = {"chunks": d.chunks, "overlap_shared": d.overlap_shared, "payload": d.payload}
-    if d.kind == "hierarchical":
-        names: list[Any] = [None] * groups.tp_ep.size()
-        dist.all_gather_object(names, socket.gethostname(), group=groups.tp_ep)
-        more["levels"] = levels(groups.tp_ep, names, device, timedelta(minutes=10))
-    dispatcher = KINDS[d.kind](experts, groups.tp_ep, groups.ep.size(), groups.expt_tp.size(), **more)
-    if isinstance(dispatcher, AllGatherDispatcher):
-        dispatcher.wide = True
-    return dispatcher
+    ep, etp, timeout = groups.ep.size(), groups.expt_tp.size(), timedelta(minutes=10)
+    ranks = ExpertRanks(groups.tp_ep, ep, etp, device, timeout, socket.gethostname(), wide=True)
+    return describe(d).build(ranks)(experts)
 
 
 SPLIT = {"fc1": 3, "linear_fc1.bias": 2, "fc2": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}

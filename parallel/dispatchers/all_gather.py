@@ -5,20 +5,15 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
 from moesys.parallel.async_collectives import all_gather_autograd, reduce_scatter_autograd
-from moesys.parallel.dispatchers.base import (
-    ChunkSteps,
-    ExpertParallelDispatcher,
-    bounds,
-    chunk_of,
-    compute,
-    in_progress,
-)
+from moesys.parallel.dispatchers.base import ChunkSteps, ExpertParallelDispatcher, compute_experts, in_progress
+from moesys.parallel.dispatchers.chunks import chunk_bounds, chunk_of
 
 
 class AllGatherDispatcher(ExpertParallelDispatcher):
@@ -28,13 +23,25 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
     experts it has. Assignments may be uneven. Where tokens are too, each chunk is padded to the most of any
     rank. Every rank splits its own tokens into chunks, so no rank needs the others' sizes before the counts arrive.
 
-    Attributes:
+    Args:
         wide: sum over the ranks in float32, as Megatron-Core does, for twice the bytes of combine. Sums of narrower
             numbers depend on the order of the ranks, which differs from rank to rank: equal tokens have equal outputs
             only if they are on one rank.
     """
 
-    wide = False
+    def __init__(
+        self,
+        experts: int,
+        group: dist.ProcessGroup,
+        ep: int,
+        etp: int,
+        chunks: int = 1,
+        overlap_shared: bool = True,
+        payload: str = "model",
+        wide: bool = False,
+    ):
+        super().__init__(experts, group, ep, etp, chunks, overlap_shared, payload)
+        self.wide = wide
 
     def chunk_steps(
         self,
@@ -59,7 +66,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
         counts = torch.stack((count_RCP.sum((2, 3)), count_RCP[:, :, rank].sum(2)), 1).flatten(1)
         sizes = torch.cat((counts, table[:, -1:]), 1).tolist()
         assigned, mine = [s[:chunks] for s in sizes], [s[chunks:-1] for s in sizes]
-        starts = bounds(tokens, chunks)
+        starts = chunk_bounds(tokens, chunks)
         padded = _most([s[-1] for s in sizes], chunks)
         ends = [0, *accumulate(assigned[rank])]
         result = []
@@ -102,7 +109,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
         token = chosen // most * len(x_TH) + packed[chosen] // self.places
         if weight is not None:
             weight = weight.index_select(0, chosen)
-        sums = compute(every_TH, token, place[chosen] - rank * self.local, weight, self.local, experts)
+        sums = compute_experts(every_TH, token, place[chosen] - rank * self.local, weight, self.local, experts)
         wide = torch.promote_types(sums.dtype, torch.float32) if self.wide else sums.dtype
         reduced = reduce_scatter_autograd(sums.to(wide), self.group, self.tag("combine"))
         yield from in_progress(reduced)
@@ -111,5 +118,5 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
 
 def _most(tokens: list[int], chunks: int) -> list[int]:
     """The most tokens of any rank in each chunk; `tokens`: how many each rank has."""
-    cuts = [bounds(count, chunks) for count in tokens]
-    return [max(cut[c + 1] - cut[c] for cut in cuts) for c in range(chunks)]
+    cuts = [chunk_bounds(count, chunks) for count in tokens]
+    return [max(ends[c + 1] - ends[c] for ends in cuts) for c in range(chunks)]

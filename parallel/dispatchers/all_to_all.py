@@ -13,7 +13,8 @@ from moesys.kernels.permute import Permutation, permute, sort_by_expert, unpermu
 from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
 from moesys.parallel.async_collectives import all_to_all_autograd
-from moesys.parallel.dispatchers.base import ChunkSteps, ExpertParallelDispatcher, bounds, chunk_of, cut, in_progress
+from moesys.parallel.dispatchers.base import ChunkSteps, ExpertParallelDispatcher, in_progress
+from moesys.parallel.dispatchers.chunks import chunk_bounds, chunk_of, split_by_chunk
 
 Blocks = Sequence[Sequence[int]]
 """Rows from each rank for each of this rank's experts."""
@@ -52,9 +53,9 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         send = [[source[0] for source in chunk] for chunk in sizes]
         blocks = [[source[1:] for source in chunk] for chunk in sizes]
         rows = [sum(chunk) for chunk in send]
-        starts = bounds(tokens, chunks)
+        starts = chunk_bounds(tokens, chunks)
         x = x_TH.split([b - a for a, b in pairwise(starts)])
-        pieces = cut(p, starts, [0, *accumulate(rows)])
+        pieces = split_by_chunk(p, starts, [0, *accumulate(rows)])
         weights = [None] * chunks if weight_A is None else weight_A.split(rows)
         return [
             self._chunk(x[c], whole, pieces[c], weights[c], send[c], blocks[c], received_RCE[:, c], experts)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesys.kernels.permute import Permutation, sort_by_expert
+from moesys.kernels.permute import sort_by_expert
 from moesys.moe.dispatch import Assignments, Dispatcher, ExpertsFunction
 from moesys.parallel.async_collectives import AsyncCollective, Codec
 from moesys.parallel.comm import Tag, Work
@@ -90,7 +89,7 @@ class ExpertParallelDispatcher(Dispatcher):
         experts: ExpertsFunction,
         each: int | None = None,
     ) -> list[ChunkSteps]:
-        """The steps of each chunk of the tokens (`bounds`); `token_A` ascending, `weight_A` None for 1.
+        """The steps of each chunk of the tokens (`chunk_bounds`); `token_A` ascending, `weight_A` None for 1.
 
         Every count is exchanged before any row, so that the host waits for the device once. `each`: how many
         assignments every rank has for every place; None where that is not known.
@@ -149,36 +148,9 @@ def in_progress(*collectives: AsyncCollective | Work | None) -> Generator[None, 
         raise
 
 
-def bounds(tokens: int, chunks: int) -> list[int]:
-    """First token of each chunk, and the end of the last: [chunks + 1]."""
-    return [tokens * i // chunks for i in range(chunks + 1)]
-
-
-def chunk_of(token_A: Tensor, tokens: int, chunks: int) -> Tensor:
-    """The chunk of each token [A], by `bounds`."""
-    return ((token_A + 1) * chunks - 1) // max(1, tokens)
-
-
-def compute(
+def compute_experts(
     x_TH: Tensor, token_A: Tensor, expert_A: Tensor, weight_A: Tensor | None, local: int, experts: ExpertsFunction
 ) -> Tensor:
     """Each token's weighted sum over this rank's experts [T, H]; `token_A` ascending, `expert_A` < local."""
     p = sort_by_expert(token_A, expert_A, len(x_TH), local)
     return experts(x_TH, p.counts_E, None if weight_A is None else weight_A.index_select(0, p.order_A), p)
-
-
-def cut(p: Permutation, tokens: list[int], rows: list[int]) -> list[Permutation]:
-    """One permutation per chunk, of one sorted by chunk, then expert; `tokens`, `rows`: ends of the chunks, from 0."""
-    if len(rows) == 2:
-        return [p]
-    counts = p.counts_E.view(len(rows) - 1, -1)
-    return [
-        Permutation(
-            token_A=p.token_A[a:b] - t,
-            row_A=p.row_A[a:b] - a,
-            offsets_T1=p.offsets_T1[t : u + 1] - a,
-            order_A=p.order_A[a:b] - a,
-            counts_E=count,
-        )
-        for (t, u), (a, b), count in zip(pairwise(tokens), pairwise(rows), counts, strict=True)
-    ]

@@ -18,15 +18,10 @@ from moesys.moe.dispatch import ExpertsFunction
 from moesys.parallel import comm
 from moesys.parallel.async_collectives import all_to_all_autograd
 from moesys.parallel.comm import Tag
-from moesys.parallel.dispatchers.base import (
-    ChunkSteps,
-    ExpertParallelDispatcher,
-    bounds,
-    chunk_of,
-    compute,
-    in_progress,
-)
-from moesys.parallel.dispatchers.level import IdCodec, Level, LevelExchange, Sizes
+from moesys.parallel.dispatchers.base import ChunkSteps, ExpertParallelDispatcher, compute_experts, in_progress
+from moesys.parallel.dispatchers.chunks import chunk_bounds, chunk_of
+from moesys.parallel.dispatchers.exchange import IdCodec, LevelExchange, Sizes
+from moesys.parallel.dispatchers.levels import Level
 
 
 class HierarchicalDispatcher(ExpertParallelDispatcher):
@@ -71,7 +66,7 @@ class HierarchicalDispatcher(ExpertParallelDispatcher):
         tokens = len(x_TH)
         sizes, assigned = self._sizes(token_A, place_A // self.local, tokens, chunks)
         parts = zip(
-            pairwise(bounds(tokens, chunks)),
+            pairwise(chunk_bounds(tokens, chunks)),
             token_A.split(assigned),
             place_A.split(assigned),
             [None] * chunks if weight_A is None else weight_A.split(assigned),
@@ -140,7 +135,7 @@ class HierarchicalDispatcher(ExpertParallelDispatcher):
         experts: ExpertsFunction,
     ) -> ChunkSteps:
         if not levels:
-            return compute(x_TH, token_A, place_A % self.local, weight_A, self.local, experts)
+            return compute_experts(x_TH, token_A, place_A % self.local, weight_A, self.local, experts)
         level, size = levels[0], sizes[0]
         exchange = LevelExchange(level, size, token_A, self._destinations[level.name][place_A // self.local], len(x_TH))
         tag = self.tag("dispatch", level.name)

@@ -19,6 +19,12 @@ LATENT = {
     "moe": {"first_dense": 1, "shared_experts": 2, "capacity_factor": 1.25, "drop": "position"},
 }  # fmt: skip
 UNEVEN = {"hidden": 65, "attention": {"bias": True, "head_dim": 16}}  # tp and data shards split the same dim
+PATTERN = {
+    "ffn_hidden": 96,
+    "layers": {"count": 4, "first": ["attention dense"], "repeat": ["local moe", "wide dense"]},
+    "mixers": {"local": {"heads": 4, "kv_heads": 2, "window": 5}, "wide": {"heads": 2, "head_dim": 24, "window": 16}},
+}
+"""A dense block, then windows that end within a context rank's chunk and beyond it, in heads of other sizes."""
 NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "normalize": False, "experts": 8}}
 
 
@@ -40,6 +46,7 @@ class Case:
         p = self.parallel
         data = self.world // (p.get("tp", 1) * p.get("cp", 1) * p.get("pp", 1))
         layers = 4 if p.get("pp", 1) > 1 else 2  # a dense and an MoE layer, in every stage
+        layers = self.model.get("layers", layers)
         return {"model": {"layers": layers}, "train": {"global_batch": self.batch or max(data, min(4, 2 * data))}}
 
 
@@ -77,6 +84,8 @@ MORE = [
     Case("shard-tp-cp-ep", 8, {**FULL, "tp": 2, "cp": 2, "ep": 4}, LATENT),
     Case("pp-tp-cp-etp", 8, {"pp": 2, "tp": 2, "cp": 2, "etp": 2, "ep": 2}, DROPPING),
     Case("hybrid-tp-ep", 8, {"dp_shard": 2, "tp": 2, "ep": 2}, DROPPING, {"recompute": "full"}),
+    Case("pattern-cp-ep", 2, {"cp": 2, "ep": 2}, PATTERN, {"recompute": "selective"}),
+    Case("pattern-pp-shard-tp", 8, {**FULL, "pp": 2, "tp": 2}, PATTERN),
     Case("each-shard-ep", 2, {**FULL, "sync_gradients": "each", "ep": 2}, DROPPING),
     Case("each-hybrid-tp", 8, {"dp_shard": 2, "sync_gradients": "each", "tp": 2}, LATENT, batch=8),
     Case("each-pp-shard-ep", 4, {**FULL, "sync_gradients": "each", "pp": 2, "ep": 2}),

@@ -15,11 +15,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moesys.config.schema import DispatchConfig
 from moesys.moe.layer import Lazy
 from moesys.moe.routing import Routing
 from moesys.parallel import comm
 from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
-from moesys.parallel.dispatchers.build import KINDS, levels
+from moesys.parallel.dispatchers.kind import describe
+from moesys.parallel.dispatchers.ranks import ExpertRanks
 
 H, F, E = 16, 24, 8
 
@@ -85,9 +87,9 @@ def whole(world: int, count: int, kind: str) -> dict[str, Tensor]:
 
 
 def make(kind: str, group: dist.ProcessGroup, ep: int, etp: int, nodes: str = "", **more) -> ExpertParallelDispatcher:
-    if kind == "hierarchical" and nodes:
-        more["levels"] = levels(group, list(nodes), torch.device("cpu"), timedelta(seconds=600))
-    return KINDS[kind](E, group, ep, etp, **more)
+    node = nodes[group.rank()] if nodes else "0"
+    ranks = ExpertRanks(group, ep, etp, torch.device("cpu"), timedelta(seconds=600), node)
+    return describe(DispatchConfig(kind=kind, **more)).build(ranks)(E)
 
 
 def slices(group_rank: int, ep: int, etp: int, dtype: torch.dtype) -> list[Tensor]:

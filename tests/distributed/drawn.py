@@ -14,9 +14,11 @@ import torch.distributed as dist
 from dispatcher_ranks import PlainExperts
 from torch import Tensor
 
+from moesys.config.schema import DispatchConfig
 from moesys.moe.routing import Routing
 from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
-from moesys.parallel.dispatchers.build import KINDS, levels
+from moesys.parallel.dispatchers.kind import describe
+from moesys.parallel.dispatchers.ranks import ExpertRanks
 
 F = 8
 
@@ -136,14 +138,14 @@ def computed(rank: int, case: Case) -> dict[str, Tensor]:
 
 
 def dispatcher(case: Case) -> ExpertParallelDispatcher:
-    group = dist.group.WORLD
-    assert group is not None
-    more = {"levels": levels_of(case.nodes)} if case.kind == "hierarchical" else {}
-    return KINDS[case.kind](case.experts, group, case.ep, case.etp, case.chunks, True, case.payload, **more)
+    dispatch = DispatchConfig(kind=case.kind, chunks=case.chunks, payload=case.payload)
+    return describe(dispatch).build(ranks_of(case.nodes, case.ep, case.etp))(case.experts)
 
 
 @cache
-def levels_of(nodes: str) -> tuple:
-    """All cases on the same nodes share groups."""
-    assert dist.group.WORLD is not None
-    return tuple(levels(dist.group.WORLD, list(nodes), torch.device("cpu"), timedelta(seconds=60)))
+def ranks_of(nodes: str, ep: int, etp: int) -> ExpertRanks:
+    """The ranks of all cases on the same nodes: they share groups."""
+    group = dist.group.WORLD
+    assert group is not None
+    node = nodes[group.rank()] if nodes else "0"
+    return ExpertRanks(group, ep, etp, torch.device("cpu"), timedelta(seconds=60), node)

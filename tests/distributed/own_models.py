@@ -196,3 +196,42 @@ def refusals(rank: int) -> list[str]:
         except moesys.MoesysError as error:
             found.append(str(error))
     return found
+
+
+def from_meta(rank: int) -> dict[str, Any]:
+    """A model that is made on the meta device, split, and only then given memory and values; two steps of it."""
+    with torch.device("meta"):
+        model = Model()
+    moesys.expert_parallel(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert")))
+    _fsdp(model).to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    optimizers = [torch.optim.AdamW(model.parameters(), foreach=False)]
+    for optimizer in optimizers:
+        loss_of(model, rank, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layer = model.blocks[0].moe
+    return {
+        "fc1": layer.experts.fc1.full_tensor().detach(),
+        "held": layer.experts.fc1.to_local().numel(),
+        "bias": layer.gate.selection_bias,
+        "loss": loss_of(model, rank, 0).item(),
+    }
+
+
+def recorded(rank: int) -> tuple[str, list[tuple[str, str, bool]], list[list[int]]]:
+    """The sentence, the phases and the bytes between ranks that a recorder tells of steps of an own FSDP2 loop."""
+    model = Model()
+    moesys.expert_parallel(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert")))
+    _fsdp(model)
+    recorder = moesys.CommunicationRecorder(model)
+    for number in range(2):
+        with recorder.step():
+            loss_of(model, rank, number).backward()
+    found = recorder.explain()
+    if found is None:
+        return "", [], []
+    others = dict(found.total.others)
+    return f"{found.sentence} {sorted(others)}", [(p.layer, p.part, p.backward) for p in found.phases], found.bytes

@@ -20,9 +20,9 @@ from support import changed
 
 from moesys import cli
 from moesys.config import Config
+from moesys.config.registry import DISPATCHERS, kinds
 from moesys.parallel import dimension
 from moesys.parallel.dispatchers.all_to_all import by_expert, transpose_blocks
-from moesys.parallel.dispatchers.build import KINDS
 from moesys.train import verify
 
 
@@ -102,7 +102,7 @@ def cases(kind: str) -> st.SearchStrategy[Case]:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(DISPATCHERS))
 @FEW
 @given(data=st.data())
 def test_computes_the_definition_of_any_case(ranks, kind, data):
@@ -233,7 +233,7 @@ def test_shared_work_runs_while_rows_travel_in_both_directions(found, name):
 
 
 @pytest.mark.parametrize("name", KINDS_OF_LAYOUTS)
-def test_recomputation_that_ends_early_leaves_nothing_in_the_air(found, name):
+def test_recomputation_that_ends_early_leaves_no_collective_unwaited(found, name):
     expected = whole(4, 13, "top_k")
     for rank, every in enumerate(found):
         left, _, x, fc1 = every["unwaited"][name]

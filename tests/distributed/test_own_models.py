@@ -68,3 +68,25 @@ def test_what_does_not_fit_is_refused_with_a_remedy(four):
     assert len(said) == len(rules)
     for text, rule in zip(said, rules, strict=True):
         assert rule in text and "remedy: " in text
+
+
+def test_a_model_made_on_the_meta_device_gets_its_values_afterwards(four):
+    answers = four.ask(own_models.from_meta)
+    for answer in answers:
+        assert answer["held"] * own_models.WORLD == answer["fc1"].numel(), "each rank holds its part alone"
+        assert answer["fc1"].abs().max() < 0.5 and answer["fc1"].std() > 0.1, "as nn.Linear starts, a step later"
+        assert torch.equal(answer["fc1"], answers[0]["fc1"])
+        assert not answer["bias"].any() and answer["loss"] < 10
+
+
+def test_the_recorder_tells_what_an_own_loop_sends(four):
+    (sentence, phases, moved), *others = four.ask(own_models.recorded)
+    assert others == [("", [], [])] * 3, "rank 0 alone has the explanation"
+    assert "xposed all-to-all is" in sentence and sentence.endswith("['data']"), "FSDP2's collectives are data's"
+    layers = [("blocks.0.moe", "blocks.1.moe")]
+    ways = {("dispatch", False), ("combine", False), ("combine", True), ("dispatch", True)}
+    assert set(phases) == {(layer, *way) for layer in layers[0] for way in ways}
+    groups = [[0, 1], [2, 3]]
+    assert all(
+        (moved[a][b] > 0) == (a != b and any({a, b} <= set(g) for g in groups)) for a in range(4) for b in range(4)
+    )

@@ -30,6 +30,15 @@ def mixtral():
     return transformers.MixtralForCausalLM(theirs), ours
 
 
+def mixtral_windows():
+    theirs = transformers.MixtralConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=48, num_local_experts=4, sliding_window=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    ours = {"attention": {"heads": 4, "kv_heads": 2, "window": 5}, "moe": {**MOE, "ffn_hidden": 48}}
+    return transformers.MixtralForCausalLM(theirs), ours
+
+
 def qwen3_moe():
     theirs = transformers.Qwen3MoeConfig(
         **COMMON, num_key_value_heads=2, intermediate_size=48, num_experts=4, moe_intermediate_size=16, head_dim=16,
@@ -128,7 +137,7 @@ def rotary_halves(weight: Tensor, path: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "make", [mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3], ids=lambda f: f.__name__
+    "make", [mixtral, mixtral_windows, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3], ids=lambda f: f.__name__
 )
 def test_logits_and_gradients_equal_transformers(make):
     torch.manual_seed(0)

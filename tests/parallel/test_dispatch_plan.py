@@ -11,9 +11,9 @@ from support import changed
 from moesys.config import Config
 from moesys.parallel import dimension, nodes
 from moesys.parallel.degrees import resolve
-from moesys.parallel.dispatchers.base import bounds, chunk_of
+from moesys.parallel.dispatchers.chunks import chunk_bounds, chunk_of
+from moesys.parallel.dispatchers.kinds.hierarchical import reached
 from moesys.parallel.dispatchers.payload import Fp8Rows
-from moesys.parallel.dispatchers.plan import reached
 
 
 def config(small: dict, dispatch: dict, parallel: dict, nodes: int, per_node: int, moe: dict | None = None) -> Config:
@@ -93,7 +93,7 @@ def test_one_row_or_none_can_be_read():
 def test_chunks_are_consecutive_and_nearly_equal():
     for tokens in (0, 1, 5, 16):
         for chunks in (1, 2, 3, 7):
-            ends = bounds(tokens, chunks)
+            ends = chunk_bounds(tokens, chunks)
             expected = [c for c in range(chunks) for _ in range(ends[c + 1] - ends[c])]
             assert chunk_of(torch.arange(tokens), tokens, chunks).tolist() == expected
             assert max(b - a for a, b in pairwise(ends)) <= -(-tokens // chunks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moesys.config.registry import DISPATCHERS, kinds
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.parallel.degrees import Degrees, resolve
@@ -45,9 +46,9 @@ def variants(config: Config) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     if degrees.ep > 1:
         found[f"experts over {plural(degrees.ep // 2, 'rank')}"] = [f"parallel.ep={degrees.ep // 2}"]
-        kind = config.parallel.dispatch.kind
-        if kind != "hierarchical" and config.cluster.nodes > 1:
-            found["hierarchical dispatch"] = ["parallel.dispatch.kind=hierarchical"]
+        for kind, described in kinds(DISPATCHERS).items():
+            if described.for_nodes and kind != config.parallel.dispatch.kind and config.cluster.nodes > 1:
+                found[f"{kind} dispatch"] = [f"parallel.dispatch.kind={kind}"]
         if config.parallel.dispatch.chunks == 1:
             found["four chunks that overlap"] = ["parallel.dispatch.chunks=4"]
         found["capacity factor 1"] = ["model.moe.capacity_factor=1.0"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from moesys.measure.record.purpose import purpose_of, purposes
 from moesys.measure.record.step_files import append, forget_after, rank_file, recorded, sample, summary_file
 from moesys.measure.record.torch_collectives import record_torch_collectives
 from moesys.measure.record.world import GlooWorld
-from moesys.measure.step import CollectiveSpan
+from moesys.measure.step import CollectiveSpan, Purpose
 from moesys.parallel import comm, nodes
 from moesys.parallel.comm import Time
 from moesys.parallel.degrees import Degrees
@@ -94,22 +94,16 @@ class StepRecorder:
         if not self.due(number):
             yield None
             return
-        recording, m = Recording(number), self.config.measure
-        with record_torch_collectives(not self.config.train.compile), comm.record(m.audit) as recording.events:
-            self._synchronise()  # the step before must not run on the device when this one begins
-            if self.mesh.device.type == "cuda":
-                recording.anchor = torch.cuda.Event(enable_timing=True)
-                recording.anchor.record()
-            recording.begin = perf_counter()
+        m = self.config.measure
+        with recorded_step(number, self.mesh.device, not self.config.train.compile, m.audit) as recording:
             yield recording
-            self._synchronise()
-            recording.end = perf_counter()
 
     def keep(self, recording: Recording | None, load: list[list[float]] | None) -> list[Summary]:
         """Keep a recorded step; `flush` after every `GATHER_EVERY` of them. Returns as `flush` does."""
         if recording is None:
             return []
-        self._local.append(LocalStep(recording.number, recording.begin, recording.end, list(self._spans(recording))))
+        spans = list(spans_of(recording, self._purposes))
+        self._local.append(LocalStep(recording.number, recording.begin, recording.end, spans))
         if self.mesh.rank == 0:
             self._loads[recording.number] = dict(zip(self._layers, load or [], strict=False))
         return self.flush() if len(self._local) == GATHER_EVERY else []
@@ -131,34 +125,54 @@ class StepRecorder:
         """The explanation of the run's recorded steps, on rank 0; None without such steps, and on other ranks."""
         return explain_run(recorded(self.run_dir)) if self.mesh.rank == 0 else None
 
-    def _synchronise(self) -> None:
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize()
 
-    def _spans(self, recording: Recording) -> Iterator[CollectiveSpan]:
-        numbers: Counter[tuple[Any, ...]] = Counter()
-        for event in recording.events:
-            purpose = purpose_of(event, self._purposes)
-            message = event.kind if event.kind in ("send", "recv") else ""
-            key = (purpose, event.ranks, message)
-            numbers[key] += 1
-            tag = event.tag
-            yield CollectiveSpan(
-                kind=event.kind,
-                purpose=purpose,
-                ranks=event.ranks,
-                number=numbers[key] - 1,
-                begin=recording.at(event.begin),
-                waited=recording.at(event.waited),
-                end=recording.at(event.end),
-                bytes=event.bytes,
-                sent=event.sent,
-                layer=tag.layer,
-                part=tag.part,
-                backward=tag.backward,
-                level=tag.level,
-                met=None if event.met is None else recording.at(event.met),
-            )
+@contextmanager
+def recorded_step(
+    number: int, device: torch.device, functional: bool = True, audit: bool = False
+) -> Iterator[Recording]:
+    """Record all collectives inside as step `number`; see `record_torch_collectives` and `comm.record`."""
+    recording = Recording(number)
+    with record_torch_collectives(functional), comm.record(audit) as recording.events:
+        _synchronise(device)  # the step before must not run on the device when this one begins
+        if device.type == "cuda":
+            recording.anchor = torch.cuda.Event(enable_timing=True)
+            recording.anchor.record()
+        recording.begin = perf_counter()
+        yield recording
+        _synchronise(device)
+        recording.end = perf_counter()
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def spans_of(recording: Recording, groups: Mapping[str, tuple[Purpose, ...]]) -> Iterator[CollectiveSpan]:
+    """The collectives of a recorded step; `groups`: the purposes that process groups serve, by name."""
+    numbers: Counter[tuple[Any, ...]] = Counter()
+    for event in recording.events:
+        purpose = purpose_of(event, groups)
+        message = event.kind if event.kind in ("send", "recv") else ""
+        key = (purpose, event.ranks, message)
+        numbers[key] += 1
+        tag = event.tag
+        yield CollectiveSpan(
+            kind=event.kind,
+            purpose=purpose,
+            ranks=event.ranks,
+            number=numbers[key] - 1,
+            begin=recording.at(event.begin),
+            waited=recording.at(event.waited),
+            end=recording.at(event.end),
+            bytes=event.bytes,
+            sent=event.sent,
+            layer=tag.layer,
+            part=tag.part,
+            backward=tag.backward,
+            level=tag.level,
+            met=None if event.met is None else recording.at(event.met),
+        )
 
 
 def write(

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from moesys.config.registry import Described
+from moesys.config.registry import MIXERS, Described, used, users
+from moesys.errors import Problem
 from moesys.models.parts.axes import Axis, Kept
 from moesys.models.parts.part import Part
 
@@ -35,10 +36,23 @@ class Mixer(Part, Described):
     styles: ClassVar[Mapping[str, Style]] = {}
     decides_by_default: ClassVar[str] = "WEIGHTS"
 
+    def unused(self) -> list[Problem]:
+        """Keys of other kinds that are set."""
+        problems, mine = [], used(MIXERS, self.kind)
+        for key, info in type(self.a).model_fields.items():
+            if key != "kind" and key not in mine and getattr(self.a, key) != info.default:
+                rule = f"{self.kind} does not use it; {', '.join(users(MIXERS, key))} does"
+                problems.append(Problem(f"{self.path}.{key}", rule, "remove it, or choose another kind"))
+        return problems
+
     @property
     def rotary_dim(self) -> int:
         """Size of the part of a head that carries rotary positions; 0: none."""
         return 0
+
+    def megatron(self) -> list[Problem]:
+        """All of it, unless a kind says what of it Megatron-Core has."""
+        return [Problem(f"{self.path}.kind", f"mixer {self.kind} is not in engine: megatron", "set it to gqa")]
 
     def gathered(self) -> Iterator[Axis]:
         """What of each token context parallelism gathers: axes whose sizes are elements per token."""

@@ -1,4 +1,4 @@
-"""One level of hierarchical dispatch: it finds the rows for each destination, and the assignments that they carry.
+"""The all-to-alls of one level of hierarchical dispatch: rows for each destination, and their assignments.
 
 T tokens, A assignments, D destinations of the level.
 """
@@ -8,25 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moesys.kernels.permute import sort_by_expert
 from moesys.parallel.async_collectives import AsyncCollective, Codec, all_to_all_autograd
 from moesys.parallel.comm import Tag
+from moesys.parallel.dispatchers.levels import Level
 from moesys.parallel.dispatchers.payload import dense
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level of a hierarchy: rows for rank r of the experts' group go to rank `destination[r]` of `group`.
-
-    `name` is "inter" nodes, "intra" a node, or "flat" where there is one level only.
-    """
-
-    name: str
-    group: dist.ProcessGroup
-    destination: tuple[int, ...]
 
 
 @dataclass(frozen=True)
