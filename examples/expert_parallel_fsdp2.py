@@ -57,8 +57,7 @@ def main() -> None:
         fully_shard(block)
     fully_shard(model)
 
-    # Parameters lie on two meshes: the update without foreach takes them one by one.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1 + rank)  # other data on every rank
     for step in range(1, arguments.steps + 1):
         x = torch.randn(8, TOKENS // 8, 16, generator=generator).to(device)

@@ -69,7 +69,7 @@ def recorded(run_dir: Path) -> tuple[Config, list[RecordedStep]]:
         WhatIfError: it has none.
     """
     if not (run_dir / "summary.json").exists():
-        raise WhatIfError(f"{run_dir} is no finished run: give the folder that moesys launch made")
+        raise WhatIfError(f"{run_dir} is not a finished run: give the folder that moesys launch made")
     choice = steps_to_explain(records.recorded(run_dir))
     if not choice.steps:
         raise WhatIfError(f"{run_dir} recorded no steps: launch it with --measure")

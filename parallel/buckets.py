@@ -16,7 +16,7 @@ BUCKET_BYTES = 64 * 2**20
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a (possibly distributed) tensor that this rank holds."""
+    """The part of a (possibly distributed) tensor that this rank holds. x may have any shape."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

@@ -27,10 +27,12 @@ class Stage:
 
     @property
     def first(self) -> bool:
+        """Whether the embedding is on it."""
         return self.index == 0
 
     @property
     def last(self) -> bool:
+        """Whether the head is on it."""
         return self.index == self.count - 1
 
     def holds(self, weight: Weight, tied: bool) -> bool:
@@ -96,6 +98,7 @@ class StepShape:
 
     @property
     def layers(self) -> int:
+        """The number of its blocks."""
         return len(self.stage.layers)
 
     @property

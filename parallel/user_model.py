@@ -3,7 +3,7 @@
 The model is any `nn.Module` with MoE layers of this project in it. Its experts are split over ranks; its other layers
 stay as they are, for DDP, FSDP2 or the loop itself to replicate.
 
-Gradients. Every rank computes the loss of its own tokens, and tokens travel to whatever rank holds their experts. So
+Gradients. Every rank computes the loss of its own tokens, and tokens are sent to the ranks of their experts. So
 after backward an expert has the *sum* of the gradients of all tokens that its expert group sent to it. These sums are
 added up over the ranks that hold copies of the expert, and divided by what the dense layers' gradients are divided by:
 all data × expert ranks, because DDP and FSDP2 average dense gradients over all of them; or by nothing, where the loop
@@ -43,6 +43,7 @@ class DataMicroBatch(MicroBatch):
         self.groups = [group for group in groups if group.size() > 1]
 
     def sum_global(self, x: Tensor) -> Tensor:
+        """Sum of x, of any shape, over all ranks that run a micro-batch now."""
         for group in self.groups:
             x = comm.all_reduce(x, group)
         return x
@@ -53,7 +54,7 @@ def expert_parallel(
     mesh: DeviceMesh | dist.ProcessGroup,
     data: dist.ProcessGroup | None = None,
     *,
-    dispatcher: Literal["all_to_all", "all_gather", "hierarchical"] = "all_to_all",
+    dispatcher: str = "all_to_all",
     chunks: int = 1,
     overlap_shared: bool = True,
     payload: Literal["model", "fp8"] = "model",
@@ -70,8 +71,8 @@ def expert_parallel(
             fully_shard(block)        # experts are left to expert_parallel
         fully_shard(model)
 
-    With DDP, give `DistributedDataParallel` this very `model`: it is told to leave experts alone. In a plain loop
-    reduce the gradients of all parameters but the experts', which are complete after backward.
+    With DDP, give `DistributedDataParallel` this very `model`: `expert_parallel` makes it ignore the experts. In a
+    plain loop reduce the gradients of all parameters but the experts', which are complete after backward.
 
     Each rank keeps E / ep of a layer's E experts, as DTensors [E, …] that are sharded over the expert axis, and,
     where several ranks have the same experts, by FSDP2 over the data axis. Weights start as those of the first rank;
@@ -83,9 +84,10 @@ def expert_parallel(
             along the second share the experts of a layer. Or a process group that shares the experts of a layer.
         data: beside a process group, the group of the ranks at this rank's place in their expert groups, which hold
             the same experts. None: the expert group is the whole world.
-        dispatcher: how tokens get to their experts; see `parallel.dispatch.kind` of a configuration.
-        chunks: pieces of the token stream; one is on its way while another is computed.
-        overlap_shared: compute shared experts while tokens are on their way.
+        dispatcher: a kind of dispatcher, as `parallel.dispatch.kind` of a configuration: all_to_all, all_gather,
+            hierarchical, or one of an installed plug-in.
+        chunks: pieces of the token stream; one is sent while another is computed.
+        overlap_shared: compute shared experts during dispatch.
         payload: "fp8" sends tokens to experts in eight bits, with scales.
         gradients: what the loop makes of dense gradients over all data × expert ranks. "mean": their mean, as DDP
             and FSDP2 do, of losses that are means over a rank's tokens. "sum": their sum, of losses that are divided
@@ -96,7 +98,8 @@ def expert_parallel(
     loss is divided by a number n of accumulated micro-batches, set `layer.loss_scale /= n` of every MoE layer too.
 
     Raises:
-        MoesysError: no MoE layer; experts that cannot be split, or are split already; groups that do not fit.
+        MoesysError: no MoE layer; experts that cannot be split, or are split already; groups that do not fit; an
+            unknown dispatcher.
     """
     layers = moe_layers(model)
     if not layers:

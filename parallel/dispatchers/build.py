@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from moesys.config.registry import DISPATCHERS, kinds
 from moesys.config.schema import ClusterConfig, Config, DispatchConfig
+from moesys.errors import MoesysError
 from moesys.parallel import nodes
 from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
 from moesys.parallel.dispatchers.kind import describe
@@ -41,7 +43,13 @@ def dispatchers(
     """A function that makes the dispatcher of a layer of so many experts, which the ranks of `group` share.
 
     Collective over `group`. `options`: further keys of `parallel.dispatch`.
+
+    Raises:
+        MoesysError: there is no dispatcher `kind`.
     """
+    if kind not in kinds(DISPATCHERS):
+        rule = f"there is no dispatcher {kind!r}"
+        raise MoesysError(f"{rule}\n    remedy: choose one of {', '.join(kinds(DISPATCHERS))}")
     world = dist.get_world_size()
     one_machine = ClusterConfig(nodes=1, ranks_per_node=world)
     node = nodes.here(dist.get_rank(), world, one_machine)

@@ -127,6 +127,8 @@ def together(rank: int, data: int, loop: str, groups: bool, gradients: str, opti
     wrapped = LOOPS[loop](model)
     total = 0.0
     for number in range(MICRO_BATCHES):
+        if loop == "fsdp" and data == 2:  # gradients are summed once, after the last
+            wrapped.set_requires_gradient_sync(number == MICRO_BATCHES - 1)
         loss = loss_of(wrapped, rank, number) / passes
         loss.backward()
         total += loss.item()
@@ -207,11 +209,10 @@ def from_meta(rank: int) -> dict[str, Any]:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    optimizers = [torch.optim.AdamW(model.parameters(), foreach=False)]
-    for optimizer in optimizers:
+    for update in ({"foreach": True}, {"fused": True}):
         loss_of(model, rank, 0).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.optim.AdamW(model.parameters(), **update).step()
+        model.zero_grad()
     layer = model.blocks[0].moe
     return {
         "fc1": layer.experts.fc1.full_tensor().detach(),

@@ -85,7 +85,7 @@ OTHERS: dict[str, tuple[Call, str, int]] = {
     "recv": (lambda g: dist.recv(part(), 0, group=g), "recv", SIZE),
     "functional all_reduce": (lambda g: functional.all_reduce(part(), "sum", g).wait(), "all_reduce", SIZE),
     "functional all_reduce_coalesced": (
-        lambda g: functional.all_reduce_coalesced([part(), part()], "sum", g)[0].wait(), "all_reduce", 2 * SIZE,
+        lambda g: [x.wait() for x in functional.all_reduce_coalesced([part(), part()], "sum", g)][0], "all_reduce", 2 * SIZE,
     ),
 }  # fmt: skip
 
