@@ -125,7 +125,7 @@ def source(*folders: str) -> Source:
 
 def _functions(path: Path, node: ast.AST, owner: ast.ClassDef | None, public: bool) -> Iterator[Function]:
     for child in ast.iter_child_nodes(node):
-        named = public and not getattr(child, "name", "_").startswith("_")
+        named = public and not (getattr(child, "name", None) or "_").startswith("_")
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield Function(path, child, owner, named)
             yield from _functions(path, child, None, False)
