@@ -51,10 +51,10 @@ def build_model(config: Config, vocabulary: int) -> nn.Module:
     assert moe is not None
     theirs = MixtralConfig(
         vocab_size=vocabulary, hidden_size=m.hidden, intermediate_size=moe.ffn_hidden, num_hidden_layers=m.depth,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, num_local_experts=moe.experts, num_experts_per_tok=moe.top_k,
-        router_aux_loss_coef=moe.balance_loss, output_router_logits=True, tie_word_embeddings=m.tie_embeddings,
-        max_position_embeddings=config.train.seq_len, use_cache=False, pad_token_id=None, bos_token_id=None,
-        eos_token_id=None,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, num_local_experts=moe.experts,
+        num_experts_per_tok=moe.top_k, router_aux_loss_coef=moe.balance_loss, output_router_logits=True,
+        tie_word_embeddings=m.tie_embeddings, max_position_embeddings=config.train.seq_len, use_cache=False,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return MixtralForCausalLM(theirs)
 

@@ -297,7 +297,7 @@ def check_reachable(address: str) -> None:
         if ":" not in address:
             return  # "auto" and the like, which Ray resolves by itself
         remedy = "give HOST:PORT of the head node, an IPv6 address in brackets: [::1]:6379"
-        raise LaunchError(f"{address!r} is no address of a Ray cluster\n    remedy: {remedy}")
+        raise LaunchError(f"{address!r} is not the address of a Ray cluster\n    remedy: {remedy}")
     try:
         socket.create_connection(parts, CONNECT_S).close()
     except (OSError, OverflowError, ValueError) as error:  # ports above 65535; invalid names

@@ -14,7 +14,7 @@ from moesys.measure.explain.explanation import Explanation
 from moesys.measure.explain.step_selection import newest_layout
 from moesys.measure.record.step_files import read_steps
 from moesys.measure.report import compare, run
-from moesys.measure.report.run import ReportError, Run
+from moesys.measure.report.contents import ReportError, Run
 from moesys.measure.step import Step
 
 

@@ -20,7 +20,8 @@ from moesys.launchers.launch import launch
 from moesys.launchers.spec import RunSpec
 from moesys.measure.explain.step_selection import RecordedStep, steps_to_explain
 from moesys.measure.predict.links import Profile
-from moesys.measure.predict.what_if import MODEL, Prediction, Predictor, WhatIfError, variants
+from moesys.measure.predict.settings import MODEL, WhatIfError, variants
+from moesys.measure.predict.what_if import Prediction, Predictor
 from moesys.measure.record import step_files as records
 from moesys.train.validate import load_checked
 
@@ -68,7 +69,7 @@ def recorded(run_dir: Path) -> tuple[Config, list[RecordedStep]]:
         WhatIfError: it has none.
     """
     if not (run_dir / "summary.json").exists():
-        raise WhatIfError(f"{run_dir} is no finished run: give the folder that moesys launch made")
+        raise WhatIfError(f"{run_dir} is not a finished run: give the folder that moesys launch made")
     choice = steps_to_explain(records.recorded(run_dir))
     if not choice.steps:
         raise WhatIfError(f"{run_dir} recorded no steps: launch it with --measure")

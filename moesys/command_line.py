@@ -143,7 +143,7 @@ def _launch(sub: Parser) -> None:
     sub.add_argument("--measure", action="store_true", help="record about twenty steps, unless measure says which")
     text = "serve metrics for Prometheus on this port (default: measure.metrics_port)"
     sub.add_argument("--metrics-port", type=int, metavar="PORT", help=text)
-    text = "show ranks, meshes, memory; start nothing; exit code 3 where memory does not fit"
+    text = "show ranks, meshes, memory; start nothing; exit code 3 if memory does not fit"
     sub.add_argument("--dry-run", action="store_true", help=text)
     sub.add_argument("--json", type=output, metavar="FILE", help="with --dry-run: write its facts (default: nowhere)")
 
@@ -273,7 +273,7 @@ def a2a_options(sub: Parser) -> None:
     text = "also uneven all-to-alls as in a run that recorded its routing, output.record_routing (default: none)"
     sub.add_argument("--routing", type=Path, metavar="FOLDER", help=text)
     text = "time these dispatchers with batches of tokens, and collectives only if named (default: collectives)"
-    sub.add_argument("--dispatch", nargs="+", choices=kinds(DISPATCHERS), help=text)
+    sub.add_argument("--dispatch", nargs="+", choices=list(kinds(DISPATCHERS)), help=text)
     sub.add_argument("--tokens", type=int, default=1024, help="--dispatch: of each rank")
     sub.add_argument("--hidden", type=int, default=1024, help="--dispatch: elements of a token")
     sub.add_argument("--top-k", type=int, default=2, help="--dispatch: experts of a token")

@@ -61,7 +61,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     except OSError as error:
         raise FileError(f"{path}: {(error.strerror or str(error)).lower()}\n    remedy: {remedy}") from None
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is no JSON ({error})\n    remedy: {remedy}") from None
+        raise FileError(f"{path} is not JSON ({error})\n    remedy: {remedy}") from None
     if not isinstance(value, dict):
         raise FileError(f"{path} holds a JSON {type(value).__name__}, not an object\n    remedy: {remedy}")
     return value

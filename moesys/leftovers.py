@@ -111,7 +111,7 @@ def root() -> Path:
         path.mkdir(mode=0o700)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise FileError(f"{path} is no folder of this user\n    remedy: have it removed")
+        raise FileError(f"{path} is not a folder of this user\n    remedy: have it removed")
     if stat.S_IMODE(found.st_mode) != 0o700:
         path.chmod(0o700)
     return path

@@ -41,7 +41,7 @@ def output(text: str) -> Path:
     """The path of a file that can be written: results of minutes must not be lost because a folder is missing."""
     path = Path(text)
     if "\0" in text or len(path.name) > 255:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}… is no name that a file can have")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}… cannot be the name of a file")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: give a file in it")
     if not path.absolute().parent.is_dir():

@@ -13,6 +13,7 @@ from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.parts.axes import Weight
 from moesys.models.parts.mixer import Mixer
+from moesys.models.parts.model import block as describe
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees
 
@@ -67,6 +68,9 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     model.positions = torch.cat([torch.arange(r.start, r.stop) for r in held]).to(mesh.device)
     group = mesh.group("cp")
     if group is not None:
-        for attention in (block.attention for block in model.blocks()):
-            attention.core = GatheredCore(group, config.train.seq_len, cast("CausalCore", attention.core).window)
+        for name, block in model.layers.items():
+            if any(describe(config.model, int(name)).mixer.gathered()):
+                attention = block.get_submodule("attention")
+                window = cast("CausalCore", attention.core).window
+                attention.core = GatheredCore(group, config.train.seq_len, window)
     return model

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import early as commands
@@ -27,6 +29,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if EARLY in config.stash:
         config.stash[EARLY].close()
+
+
+@pytest.fixture(autouse=True)
+def collectives_are_waited_for() -> Iterator[None]:
+    """A test waits for every collective that it starts: torch would only warn, when the process ends."""
+    before = _collectives()
+    yield
+    assert _collectives() <= before, "a collective was started and not waited for"
+
+
+def _collectives() -> int:
+    """How many collectives this process has started and not waited for."""
+    c10d = sys.modules.get("torch._C._distributed_c10d")
+    return 0 if c10d is None else c10d._get_work_registry_size()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from moesys.files import json_objects, json_text, read_json, write_json, write_w
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:

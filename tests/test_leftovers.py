@@ -77,7 +77,7 @@ def test_folders_are_private(tmp_path: Path) -> None:
 
 def test_what_is_not_ours_in_that_place_is_refused(own_root: Path) -> None:
     own_root.symlink_to("/")
-    with pytest.raises(FileError, match="is no folder of this user\n    remedy: have it removed"):
+    with pytest.raises(FileError, match="is not a folder of this user\n    remedy: have it removed"):
         leftovers.root()
 
 

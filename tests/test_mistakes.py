@@ -55,7 +55,7 @@ RULES = {
     "a schedule not Megatron's": ({"engine": "megatron", "parallel": {"pp": 2, "pp_schedule": "gpipe"}}, "Megatron's schedules are 1f1b and interleaved-1f1b"),
     "hybrid sharding in Megatron": ({"engine": "megatron", "parallel": {"dp_shard": 2}}, "is over all data ranks (4) or none"),
     "experts under tp without sp in Megatron": ({"engine": "megatron", "parallel": {"tp": 2, "sp": False}}, "with sequence parallelism alone"),
-    "latent attention in Megatron": ({"engine": "megatron", "model": {"attention": {"kind": "mla"}}}, "latent attention is not in engine: megatron"),
+    "latent attention in Megatron": ({"engine": "megatron", "model": {"attention": {"kind": "mla"}}}, "mixer mla is not in engine: megatron"),
     "biases of attention in Megatron": ({"engine": "megatron", "model": {"attention": {"bias": True}}}, "no attention with a bias on every projection"),
     "a norm over all heads in Megatron": ({"engine": "megatron", "model": {"attention": {"qk_norm": "full"}}}, "norm of queries and keys is per head"),
     "LoRA in Megatron": ({"engine": "megatron", "model": {"moe": {"lora_rank": 2}}}, "LoRA experts are not in engine: megatron"),

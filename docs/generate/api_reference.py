@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
+
+from pydantic import BaseModel
 
 import moesys
 
@@ -29,11 +32,21 @@ def page() -> str:
     """A section for every exported name, filled in by mkdocstrings."""
     lines = ["# The library", "", _inside(moesys), "", "The [guide](../library.md) shows how they are used.", ""]
     for name, thing in exported().items():
-        target = path(name, thing)
-        lines += [f"## `moesys.{name}` {{ #moesys.{name} }}", "", f"::: {target}", ""]
-        lines += ["    options:", "      show_root_heading: false", "      show_root_toc_entry: false"]
-        lines += ["      heading_level: 3", ""]
+        lines += [f"<span id='moesys.{name}'></span>", "", f"::: {path(name, thing)}", "    options:"]
+        lines += [f"      heading: moesys.{name}", f"      toc_label: {name}", *_members(thing), ""]
     return "\n".join(lines)
+
+
+def _members(thing: Any) -> list[str]:
+    """Of a section of the YAML its methods alone: its keys have pages of their own."""
+    if not (inspect.isclass(thing) and issubclass(thing, BaseModel)):
+        return []
+    return [f"      members: {[name for name in vars(thing) if _is_method(thing, name)]}"]
+
+
+def _is_method(thing: type, name: str) -> bool:
+    member = vars(thing)[name]
+    return not name.startswith("_") and (inspect.isroutine(member) or isinstance(member, property))
 
 
 def undocumented() -> list[str]:
@@ -48,10 +61,8 @@ def undocumented() -> list[str]:
 
 
 def _undocumented_members(thing: type) -> Iterator[str]:
-    for name, member in vars(thing).items():
-        if name.startswith("_") or not (inspect.isroutine(member) or isinstance(member, property)):
-            continue
-        if not inspect.getdoc(getattr(thing, name, member)):
+    for name in filter(partial(_is_method, thing), vars(thing)):
+        if not inspect.getdoc(getattr(thing, name)):
             yield name
 
 

@@ -27,7 +27,7 @@ FLOW = (
     ("records", "runs/NAME", PURPLE),
     ("report", "moesys/measure", PURPLE),
 )
-"""Stations of a run, their homes, and the colour of who works there: the command, every rank before a step, training."""
+"""Stations of a run, their homes, and a colour: of the command, of a rank before its first step, of training."""
 SAYS = {
     "cli": "the command",
     "launchers": "Ray, processes, hosts, Slurm; the dry run",

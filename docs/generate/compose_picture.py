@@ -37,7 +37,7 @@ LEGEND = (
     ("ep", "expert", "different experts of every layer", "tokens to their experts and back: all-to-all"),
     ("edp", "data of experts", "the same experts for different tokens", "gradients of experts, summed once per step"),
 )
-"""Axis, its name, what the ranks of one of its groups hold, and what travels between them."""
+"""Axis, its name, what the ranks of one of its groups hold, and what they send each other."""
 
 
 def text(axes: Axes, x: float, y: float, words: str, size: float = 11, **style: object) -> None:
@@ -78,7 +78,7 @@ def vertical(axes: Axes, ranks: list[int], panel: str, color: str) -> None:
 
 
 def stages(axes: Axes, panel: str) -> None:
-    """The boxes of both stages, and the way between them."""
+    """The boxes of both stages, and the arrows between them."""
     left, width = PANELS[panel] - 22, COLUMNS[-1] + CELL_WIDTH + 44
     height = ROWS[-1] + CELL_HEIGHT + 62
     for top in STAGES:
@@ -145,7 +145,7 @@ def experts(axes: Axes) -> None:
 
 def legend(axes: Axes) -> None:
     columns, top = (128, 182, 330, 640), 724
-    for x, title in zip(columns[2:], ("the ranks of a group hold", "what travels between them"), strict=True):
+    for x, title in zip(columns[2:], ("the ranks of a group hold", "what they send each other"), strict=True):
         text(axes, x, top, title, 10, ha="left", color=PALE)
     for number, (axis, *words) in enumerate(LEGEND, 1):
         y = top + 28 * number

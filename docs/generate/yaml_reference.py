@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from moesys.config import changes, legal
+from moesys.config import changes, legal, registry
 from moesys.config.schema import Config
 from moesys.config.sweep import SweepFile
 from moesys.config.write import json_schema
@@ -40,6 +40,8 @@ class Entry:
         meaning: its docstring in the schema.
         words: the words among its legal values.
         sections: the classes of sections that it may hold.
+        same_as: the key under which the keys of its section are listed, where that is another.
+        users: the kinds of its section that use it; () where all do.
         change: what it decides, so what follows if it changes between a checkpoint and its resumption; "" for sections.
     """
 
@@ -49,26 +51,33 @@ class Entry:
     meaning: str
     words: tuple[str, ...] = ()
     sections: tuple[type[BaseModel], ...] = ()
+    same_as: str = ""
+    users: tuple[str, ...] = ()
     change: str = ""
 
 
-def entries(root: type[BaseModel] = Config, prefix: str = "", above: tuple[type, ...] = ()) -> Iterator[Entry]:
+def entries(
+    root: type[BaseModel] = Config, prefix: str = "", listed: dict[type[BaseModel], str] | None = None
+) -> Iterator[Entry]:
     """Every key of `root` and of all sections under it, each before those under it.
 
-    Kinds of one section may share a key: it comes once, as the first kind has it.
+    Kinds of one section may share a key: it comes once, as the first kind has it. So do the keys of a section that
+    stands under a second key: that one names the first (`same_as`). `listed`: the first key of each section so far.
     """
+    listed = {root: prefix.removesuffix(".")} if listed is None else listed
     for name, field in root.model_fields.items():
-        entry = _entry(prefix + name, field)
+        entry = _entry(prefix + name, field, listed)
         yield entry
         seen: set[str] = set()
         for section in entry.sections:
-            if section not in above:
-                below = [e for e in entries(section, f"{entry.key}.", (*above, root)) if e.key not in seen]
+            if section not in listed:
+                listed[section] = entry.key
+                below = [e for e in entries(section, f"{entry.key}.", listed) if e.key not in seen]
                 seen |= {e.key for e in below}
                 yield from below
 
 
-def _entry(key: str, field: FieldInfo) -> Entry:
+def _entry(key: str, field: FieldInfo, listed: dict[type[BaseModel], str]) -> Entry:
     kind = legal.annotation(field)
     inner = tuple(dict.fromkeys(sections(kind)))
     change = changes.KINDS.get(key)
@@ -79,8 +88,20 @@ def _entry(key: str, field: FieldInfo) -> Entry:
         field.description or next((_docstring(section) for section in inner if _docstring(section)), ""),
         tuple(legal.choices(kind)),
         inner,
+        next((listed[section] for section in inner if section in listed), ""),
+        _users(key),
         change.value if change else "",
     )
+
+
+def _users(key: str) -> tuple[str, ...]:
+    """The kinds that use a key, where its section takes kinds and some do not use it."""
+    section, _, name = key.rpartition(".")
+    for slot in vars(registry).values():
+        if isinstance(slot, registry.Slot) and slot.key == section:
+            found = registry.users(slot, name)
+            return tuple(found) if len(found) < len(registry.kinds(slot)) else ()
+    return ()
 
 
 def sections(kind: Any) -> Iterator[type[BaseModel]]:
@@ -153,6 +174,10 @@ def _body(entry: Entry) -> list[str]:
         facts.append("required")
     elif not entry.sections or entry.default != "{}":
         facts.append(f"default `{entry.default}`")
+    if entry.same_as:
+        facts.append(f"keys as in [`{entry.same_as}`](#{entry.same_as})")
+    if entry.users:
+        facts.append(f"used by {', '.join(f'`{kind}`' for kind in entry.users)}")
     if entry.change:
         facts.append(f"[{entry.change}](../launching.md#stopping-failing-resuming)")
     return [f"<p class='facts' markdown>{' · '.join(facts)}</p>", "", explained(entry), ""]

@@ -1,7 +1,7 @@
 """The meaning of each key's change to a run that goes on from its checkpoint.
 
-saved = saved_form(config)               # what a checkpoint keeps
-differences(saved, saved_form(other))    # [Change("train.optimizer.lr", 0.003, 0.5)]
+change = Change("train.optimizer.lr", 0.003, 0.5)
+change.effect                                        # "changes numbers"
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from moesys.config.legal import annotation, section_of
 from moesys.config.registry import DISPATCHERS, GATES, MIXERS, Slot, kinds
-from moesys.config.schema import Config, Section
-
-SECRET = ("launch.env",)
-"""Keys that config.yaml alone keeps, and without what `moesys.config.secret` knows to be secret: more may be."""
 
 
 class Kind(Enum):
@@ -122,6 +117,16 @@ for _slot in (MIXERS, GATES, DISPATCHERS):
 """Of every key of the schema that is no section."""
 
 
+NAMED_MIXERS = "model.mixers."
+"""Prefix of the sections of mixers that have names; they have the keys of `model.attention`."""
+
+
+def table_key(key: str) -> str:
+    """The key of `KINDS` for `key`: "model.attention.heads" for "model.mixers.local.heads"."""
+    _, dot, rest = key.removeprefix(NAMED_MIXERS).partition(".")
+    return f"{MIXERS.key}.{rest}" if key.startswith(NAMED_MIXERS) and dot else key
+
+
 HARMLESS_SECTIONS = ("launch.", "output.", "measure.", "cluster.")
 """Prefixes of sections whose keys change no number, those of other versions included."""
 
@@ -148,7 +153,7 @@ class Change:
         """The kind of the key."""
         if self.given is not None:
             return self.given
-        known = KINDS.get(self.key) or (Kind.WEIGHTS if GIVEN in (self.saved, self.now) else None)
+        known = KINDS.get(table_key(self.key)) or (Kind.WEIGHTS if GIVEN in (self.saved, self.now) else None)
         return known or (Kind.FREE if harmless(self.key, self.saved) else Kind.UNKNOWN)
 
     @property
@@ -178,121 +183,3 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value)
-
-
-def saved_form(config: Config) -> dict[str, Any]:
-    """The configuration as JSON without `SECRET` keys."""
-    tree = config.model_dump(mode="json")
-    for key in SECRET:
-        section, _, name = key.rpartition(".")
-        tree[section].pop(name)
-    return tree
-
-
-def defaults(section: type[Section] = Config, prefix: str = "") -> dict[str, Any]:
-    """The default of every key that has one, by its dotted name; of a section only null, before its keys."""
-    found: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        key = prefix + name
-        value = None if field.is_required() else field.get_default(call_default_factory=True)
-        if (inner := section_of(annotation(field))) is not None:
-            found |= {} if field.is_required() or value is not None else {key: None}
-            found |= defaults(inner, f"{key}.")
-            found |= flat(value.model_dump(mode="json"), f"{key}.") if value is not None else {}
-        elif not field.is_required():
-            found[key] = list(value) if isinstance(value, tuple) else value
-    return found
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value of a nested mapping; `launch.env` and its like, which hold free names, stay whole."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = prefix + name
-        inner = isinstance(value, Mapping) and key not in KINDS
-        found |= flat(value, f"{key}.") if inner else {key: value}
-    return found
-
-
-def known(
-    tree: Mapping[str, Any], section: type[Section] = Config, prefix: str = ""
-) -> tuple[dict[str, Any], list[str]]:
-    """The keys of a `saved_form` that this version knows, and the dotted names of others that may change numbers."""
-    found: dict[str, Any] = {}
-    unknown: list[str] = []
-    for name, value in tree.items():
-        key = prefix + name
-        if name not in section.model_fields:
-            rest = flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
-            unknown += [inner for inner, setting in rest.items() if not harmless(inner, setting)]
-            continue
-        inner_section = section_of(annotation(section.model_fields[name]))
-        if inner_section is None or not isinstance(value, Mapping):
-            found[name] = value
-        else:
-            found[name], more = known(value, inner_section, f"{key}.")
-            unknown += more
-    return found, unknown
-
-
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Every key that differs between two `saved_form`s, except those of no effect; the gravest first.
-
-    A key that one of them lacks, written by an older version, has its default there. A derived value (as many
-    key heads as heads) equals the same one written out.
-    """
-    default = defaults()
-    given = [_completed(flat(tree), default) for tree in (saved, now)]
-    old, new = (_meant(values) for values in given)
-    found = []
-    for key in [*KINDS, *sorted((old.keys() | new.keys()) - KINDS.keys())]:
-        if not (_present(key, old) and _present(key, new)):
-            continue
-        change = Change(key, *(_value(key, values) for values in given))
-        meant = [_value(key, values) for values in (old, new)]
-        if change.saved != change.now and meant[0] != meant[1] and change.kind is not Kind.FREE:
-            found.append(change)
-    return found
-
-
-def _completed(values: dict[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the default of every key that they lack."""
-    found = dict(values)
-    for key, value in default.items():
-        given = value is None and any(other.startswith(f"{key}.") for other in values)
-        if key not in found and not given and _present(key, found):
-            found[key] = value
-    return found
-
-
-def _value(key: str, values: Mapping[str, Any]) -> Any:
-    if key not in values and any(other.startswith(f"{key}.") for other in values):
-        return GIVEN
-    return values.get(key, ABSENT)
-
-
-def _present(key: str, values: Mapping[str, Any]) -> bool:
-    """True if no section around the key is null: then the section itself is what differs."""
-    parts = key.split(".")
-    return not any(".".join(parts[:n]) in values for n in range(1, len(parts)))
-
-
-DERIVED = {
-    "model.attention.kv_heads": "model.attention.heads",
-    "model.moe.shared_ffn_hidden": "model.moe.ffn_hidden",
-    "model.moe.lora_alpha": "model.moe.lora_rank",
-    "model.moe.eval_capacity_factor": "model.moe.capacity_factor",
-}
-"""Keys whose null stands for another key's value."""
-
-
-def _meant(values: dict[str, Any]) -> dict[str, Any]:
-    """With the values that null stands for. A section that is null is kept as such, one that is there is not."""
-    meant = dict(values)
-    for key, other in DERIVED.items():
-        if meant.get(key) is None and meant.get(other) is not None:
-            meant[key] = meant[other]
-    hidden, heads = meant.get("model.hidden"), meant.get("model.attention.heads")
-    if meant.get("model.attention.head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
-        meant["model.attention.head_dim"] = hidden // heads
-    return meant

@@ -195,7 +195,9 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     """Use the embedding's weight as the output head."""
     norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in every RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the wavelengths of rotary positions."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of all matrices."""
 
@@ -258,6 +260,7 @@ class ParallelConfig(Section):
     pp: Ranks = 1
     """Pipeline parallelism: stages of consecutive layers."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"] = "1f1b"
+    """Order of the forward and backward passes of micro-batches, as in `torch.distributed.pipelining`."""
     pp_virtual: Layers = 1
     """Stages per rank (interleaved-1f1b and zero-bubble)."""
     pp_split: list[Layers] | Literal["auto"] = "auto"
@@ -276,8 +279,11 @@ class OptimizerConfig(Section):
     """adamw: torch's, fused where the device has it; apex: NVIDIA apex's FusedAdam (GPU; both continue each other's
     checkpoints)."""
     lr: PositiveFloat = 3e-4
+    """Learning rate after the warm-up."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of Adam's two moments."""
     eps: PositiveFloat = 1e-8
+    """Added to the square root of Adam's second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decay of matrices, those of gates, mixes and LoRA factors and embeddings among them; norms, biases (experts'
     stacked ones too) and a cosine gate's temperature have none."""
@@ -307,6 +313,7 @@ class SkipsConfig(Section):
 
 class TrainConfig(Section):
     steps: Positive = 100
+    """Optimizer steps of the run."""
     seq_len: Annotated[int, Field(ge=1), AtMost(2**27)] = 256
     """Tokens per sequence."""
     global_batch: Batch = 8
@@ -356,9 +363,11 @@ class DataConfig(Section):
 
 class ClusterConfig(Section):
     nodes: Ranks = 1
+    """Machines of the run."""
     ranks_per_node: Annotated[int, Field(ge=1), AtMost(1024)] = 1
     """Worker processes per node: one per GPU; on CPU, any number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of every worker. auto: GPUs if every worker gets one of its own, else CPU."""
     memory_gib: PositiveFloat | None = None
     """Memory of one device (or of one node, on CPU), for the dry run's verdict."""
 
@@ -393,6 +402,7 @@ class OutputConfig(Section):
     keep: Positive = 2
     """Checkpoints to keep, the newest."""
     tensorboard: bool = True
+    """Write the metrics for TensorBoard as well."""
     wandb: bool = False
     """Log to Weights & Biases, where it is installed."""
     log_every: Positive = 1
@@ -427,6 +437,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(LONGEST_RUN_NAME)] = "run"
     """Name of the run and of its folder; default: the configuration file's name."""
     seed: Seed = 0
+    """Seed of the initial weights and of the order of samples."""
     engine: Literal["native", "megatron"] = "native"
     """native: this project's model and parallelism; megatron: Megatron-Core's GPTModel, schedules, gradient reduction
     and optimizer, with this project's MoE layer."""

@@ -165,7 +165,7 @@ def _check_local(path: Path, data: DataConfig) -> list[Problem]:
         return _check_saved(path, data)
     found = files.listing(path, lambda name: name.endswith((*BUILDERS, ".txt")), _hidden)
     if not found:
-        rule = "the folder is no dataset saved to disk, and has no file that ends in one of"
+        rule = "the folder is not a dataset saved to disk, and has no file that ends in one of"
         return [Problem("data.path", f"{rule} {', '.join(BUILDERS)}", "name another folder")]
     return []
 

@@ -135,7 +135,7 @@ def count_tokens(data: DataConfig) -> int:
     """All tokens of the dataset, by its index, which is checked whole.
 
     Raises:
-        DataError: the index is no index, contradicts itself, or the files are shorter than it says.
+        DataError: the index is none, contradicts itself, or the files are shorter than it says.
     """
     prefix = _prefix(data)
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
@@ -180,7 +180,7 @@ def _read_index(idx: Path, size: int) -> tuple[int, int, np.ndarray, np.ndarray,
     with idx.open("rb") as stream:
         header = stream.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise DataError(f"{idx} is no index of a Megatron dataset: it does not begin with MMIDIDX")
+            raise DataError(f"{idx} is not an index of a Megatron dataset: it does not begin with MMIDIDX")
         _, version, code, sequences, bounds = HEADER.unpack(header)
         if version != 1 or code not in ITEM_SIZES:
             raise DataError(f"{idx}: version {version} with tokens of type {code} cannot be read")

@@ -155,7 +155,7 @@ class HFTokenizer:
         try:
             return call()
         except Exception as error:
-            raise DataError(f"{self.path} is no tokenizer of the package tokenizers: {error}") from None
+            raise DataError(f"{self.path} is not a tokenizer of the package tokenizers: {error}") from None
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
@@ -221,15 +221,15 @@ def _ids(path: Path) -> list[int]:
     model = content.get("model") if isinstance(content, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not vocabulary or not isinstance(vocabulary, (dict, list)):
-        raise DataError(f"{path} is no tokenizer.json: it has no model with a vocabulary")
+        raise DataError(f"{path} is not a tokenizer.json: it has no model with a vocabulary")
     own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # unigram: a list
     try:
         ids = [*own, *(token["id"] for token in content.get("added_tokens") or ())]
     except (KeyError, TypeError):
-        raise DataError(f"{path} is no tokenizer.json: its added_tokens are no list of tokens with ids") from None
+        raise DataError(f"{path} is not a tokenizer.json: its added_tokens are not a list of tokens with ids") from None
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
-        raise DataError(f"{path} is no tokenizer.json: its vocabulary has ids that are not integers")
+        raise DataError(f"{path} is not a tokenizer.json: its vocabulary has ids that are not integers")
     if not 0 <= min(ids) <= max(ids) < MOST_IDS:
         rule = f"has ids from {min(ids)} to {max(ids)}, and they must be from 0 to {MOST_IDS - 1}"
-        raise DataError(f"{path} is no tokenizer.json: its vocabulary {rule}")
+        raise DataError(f"{path} is not a tokenizer.json: its vocabulary {rule}")
     return ids

@@ -1,4 +1,4 @@
-"""Imports of other packages where this repository's folders bear their names."""
+"""Imports of packages that share a name with a folder of this repository."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Inside, imports do not find the checkout's folders; those of `moesys` go on.
-
-    transformers asks whether a package `kernels` is installed. At the repository's root, or with it in $PYTHONPATH,
-    it would find ours, which refuses that name.
-    """
+    """A context in which this repository's folders are not on the import path."""
     found = sys.path
     sys.path = [entry for entry in found if Path(entry or ".").resolve() != ROOT]
     try:

@@ -1,4 +1,4 @@
-"""Timing several things side by side on a noisy machine: in turn, many times, compared round by round."""
+"""Times several steps in turn, many times, and compares them round by round: fair on a noisy machine."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from moesys.data.progress import Progress
 
 Step = Callable[[], object]
 Timer = Callable[[Step], float]
-"""Runs a step and says how many seconds it took."""
+"""Runs a step and returns its seconds."""
 
 BUDGET_S = 60.0
-"""What all rounds may take together where their number is free."""
+"""Seconds of all rounds together, if their number is free."""
 
 FEWEST, MOST = 3, 31
-"""Rounds, where their number is free."""
+"""Least and most rounds, if their number is free."""
 
 SLOW_S = 1.0
-"""What takes longer is warm after one run."""
+"""A step that takes longer is warm after one run."""
 
 
 def interleave(
@@ -33,12 +33,12 @@ def interleave(
     what: str = "",
     optional: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Seconds of every side in every round; in each round each side runs once, the order alternating.
+    """Seconds of every side in every round. Each round runs each side once; the order alternates.
 
     Args:
-        rounds: None for as many as fit into `BUDGET_S` seconds, within limits.
+        rounds: number of rounds; None for as many as fit into `BUDGET_S` seconds, within limits.
         warmup: most runs of each side before the first round.
-        what: names the work in a line about its progress; "" for none.
+        what: name of the work in its line of progress; "" for no line.
         optional: sides that are left out if their first run finds too little memory on the device.
     """
     taken = _first(sides, timer, optional)
@@ -59,7 +59,7 @@ def interleave(
 
 
 def _first(sides: Mapping[str, Step], timer: Timer, optional: Collection[str]) -> dict[str, float]:
-    """Seconds of every side's first run, without the optional ones that do not fit."""
+    """Seconds of every side's first run, without optional sides that do not fit."""
     taken: dict[str, float] = {}
     for name, step in sides.items():
         try:
@@ -71,17 +71,17 @@ def _first(sides: Mapping[str, Step], timer: Timer, optional: Collection[str]) -
 
 
 def affordable(round_s: float) -> int:
-    """How many rounds of `round_s` seconds to run."""
+    """The number of rounds of `round_s` seconds to run."""
     return max(FEWEST, min(MOST, int(BUDGET_S / max(round_s, 1e-9))))
 
 
 def alone(device: torch.device) -> Timer:
-    """Times what this process does on `device`."""
+    """A timer of this process's work on `device`."""
     return _on_gpu if device.type == "cuda" else _on_host
 
 
 def slowest(step: Step) -> float:
-    """Times what all processes do on their CPUs: they begin together, and each is told of the slowest."""
+    """Seconds of the slowest process, on CPUs. All processes begin together. Collective."""
     dist.barrier()
     taken = torch.tensor(_on_host(step), dtype=torch.float64)
     dist.all_reduce(taken, dist.ReduceOp.MAX)
@@ -105,5 +105,5 @@ def _on_gpu(step: Step) -> float:
 
 
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
-    """Median over the rounds of `over` / `under`: what the machine does to one round it does to both."""
+    """Median over rounds of `over` / `under`. A disturbance of one round affects both."""
     return median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))

@@ -1,4 +1,4 @@
-"""Bytes that a computation holds at its fullest moment."""
+"""The peak memory of a computation in bytes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from moesys.kernels.cpu import memory_pool
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors that were alive at once during `step`, beyond those alive before it.
+    """Most bytes of tensors alive at once during `step`, beyond those alive before it.
 
-    On CPU: of this thread's tensors, and of large ones that the kernels make in any.
+    On CPU it counts tensors of this thread, and large ones that kernels allocate in any thread.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""A recorded training step: what each rank sent and waited for, on one clock."""
+"""A recorded training step: the collectives of every rank as spans of time on one clock."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from moesys.files import json_text
 
 Purpose = Literal["expert", "data", "tensor", "context", "pipeline", "step"]
-"""What a collective is for: a dimension of parallelism, or what all ranks of a step share."""
+"""The dimension of parallelism that a collective serves; "step": work that all ranks share."""
 
 DEEP_EP = "deep_ep"
-"""Kind of collectives in traces that are DeepEP's kernels: their group is not known, and they wait inside themselves."""
+"""Kind of a span that is a DeepEP kernel in a trace. Its group is unknown, and its wait is part of the kernel."""
 
 Seconds = Annotated[float, Field(allow_inf_nan=False, ge=-1e10, le=1e10)]
 Size = Annotated[int, Field(ge=0, le=2**60)]
@@ -29,23 +29,23 @@ PURPOSES: tuple[Purpose, ...] = ("expert", "data", "tensor", "context", "pipelin
 
 @dataclass(frozen=True)
 class CollectiveSpan:
-    """One collective, or one message, of one rank. Times are seconds since the step began on rank 0.
+    """One collective, or one point-to-point message, of one rank. Times are seconds since the step began on rank 0.
 
     Attributes:
         kind: "all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send", "recv", ….
         purpose: the dimension of parallelism that it serves.
-        ranks: its group, in group order; of a message the sender and the receiver.
-        number: it is the number-th of its group in the step, from 0: the same on all its ranks.
-        begin, waited, end: when it was started, when its result was needed, and when that was there.
-            Between `begin` and `waited` this rank did something else; from `waited` to `end` nothing.
-        bytes: S of nccl-tests: what this rank contributes, its own part included (the gathered size of an all-gather
-            or a reduce-scatter; what is reduced in an all-reduce); of a message its size.
-        sent: how many of them go to each of `ranks`, where that is known.
-        layer: the MoE layer ("layers.3") that it belongs to, or "".
+        ranks: its group, in group order; sender and receiver of a message.
+        number: its place among the collectives of its group in the step, from 0; the same on all its ranks.
+        begin, waited, end: times of its start, of the first need for its result, and of the result.
+            Between `begin` and `waited` this rank did something else; from `waited` to `end` it did nothing.
+        bytes: S of nccl-tests: the bytes that this rank contributes, its own part included (the gathered size of an
+            all-gather or a reduce-scatter; the reduced size of an all-reduce); the size of a message.
+        sent: the bytes to each of `ranks`; empty if unknown.
+        layer: its MoE layer ("layers.3"), or "".
         part: "dispatch" to the experts (counts, rows, weights), "combine" back from them, or "".
-        backward: whether gradients span.
-        level: "flat", "inter" nodes or "intra" a node for rows to experts and back; else "".
-        met: in an audit, when all ranks had arrived, before anything travelled.
+        backward: whether it moves gradients span.
+        level: level of a dispatch or combine: "flat", "inter" nodes or "intra" a node; else "".
+        met: end of the barrier before it, in an audit: all ranks had arrived, and no byte had moved.
     """
 
     kind: str
@@ -65,26 +65,28 @@ class CollectiveSpan:
 
     @property
     def exposed(self) -> tuple[tuple[float, float], ...]:
-        """When its rank did nothing else."""
+        """The intervals in which its rank did nothing else."""
         arrival = () if self.met is None else ((self.begin, self.met),)
         return (*arrival, (self.waited, self.end))
 
     @property
     def direction(self) -> str:
+        """ "backward" or "forward"."""
         return "backward" if self.backward else "forward"
 
 
 @dataclass(frozen=True)
 class GroupArrival:
-    """What the ranks of a collective have told each other about it.
+    """The last arrival at a collective, as all its ranks get to know it.
 
     Attributes:
-        arrived: when the `last` of them began.
-        whole: whether all of them were seen.
-        computed: seconds that the last one's experts had computed before, None if it does not follow them.
-        bytes: of the last one.
+        arrived: time at which the last rank began.
+        last: that rank.
+        whole: whether all ranks of the group recorded it.
+        computed: seconds that the last rank's experts computed before it; None if it does not follow experts.
+        bytes: bytes of the last rank.
         evenness: bytes that a rank moves to and from others, mean over the group / most of any rank; 1 if unknown.
-        least: in an audit, the shortest that any of them took to meet the others.
+        least: the shortest time of any rank in the barrier, in an audit.
     """
 
     arrived: Seconds
@@ -98,10 +100,11 @@ class GroupArrival:
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank's step: it lasted from `begin` to `end` on the same clock as its collectives.
+    """One rank's step, from `begin` to `end` on the clock of its collectives.
 
-    `arrivals` has what other ranks told of each collective while the run went on; None: it is found by matching their
-    collectives.
+    Attributes:
+        compute: the intervals in which it computed, from traces of a GPU; None: whenever it did not wait.
+        arrivals: the group arrival of each collective, exchanged in the run; None: match the collectives of all ranks.
     """
 
     rank: Rank
@@ -110,11 +113,11 @@ class RankStep:
     end: Seconds
     collectives: tuple[CollectiveSpan, ...]
     compute: tuple[tuple[Seconds, Seconds], ...] | None = None
-    """When it computed, where that was seen (traces of a GPU); None: whenever it did not wait."""
     arrivals: tuple[GroupArrival, ...] | None = None
 
     @property
     def seconds(self) -> float:
+        """Its length."""
         return self.end - self.begin
 
 
@@ -123,10 +126,10 @@ class Step:
     """One training step of all ranks, in their order.
 
     Attributes:
-        load: assignments per MoE layer and expert, over all ranks.
-        audit: whether a barrier before each collective kept its wait and its transfer apart.
-        layout: degrees of parallelism and sizes of batches that it ran with; "" of old records and of traces.
-        marked: False if this is a whole trace, of however many steps, that does not tell where steps begin.
+        load: assignments of each MoE layer and expert, over all ranks.
+        audit: whether a barrier before each collective separated its wait from its transfer.
+        layout: degrees of parallelism and batch sizes; "" in old records and traces.
+        marked: False for a whole trace without marks of its steps.
     """
 
     number: int
@@ -138,11 +141,11 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """From the first rank's begin to the last one's end."""
+        """Seconds from the first rank's begin to the last rank's end."""
         return max(r.end for r in self.ranks) - min(r.begin for r in self.ranks)
 
     def to_json(self) -> str:
-        """One line; collectives as lists in the order of `CollectiveSpan`'s fields."""
+        """One line of JSON. Collectives ("travels") are lists in the order of `CollectiveSpan`'s fields."""
         ranks = [{**_shallow(r), "travels": [list(_shallow(t).values()) for t in r.collectives]} for r in self.ranks]
         for r in ranks:
             del r["arrivals"], r["collectives"]
@@ -150,22 +153,22 @@ class Step:
 
     @classmethod
     def from_json(cls, line: str) -> Step:
-        """Inverse of `to_json`; ValueError if the line is no such object."""
+        """The inverse of `to_json`. Raises ValueError if the line is no step."""
         return step_of(json.loads(line))
 
     @property
     def members(self) -> list[int]:
-        """Numbers of its ranks."""
+        """The numbers of its ranks."""
         return [r.rank for r in self.ranks]
 
 
 def to_nan(value: float | None) -> float:
-    """`value` for a table of numbers, which knows no None."""
+    """`value` for a table of numbers: NaN stands for None."""
     return nan if value is None else value
 
 
 def from_nan(value: float) -> float | None:
-    """Inverse of `to_nan`."""
+    """The inverse of `to_nan`."""
     return None if isnan(value) else value
 
 
@@ -182,7 +185,7 @@ def _schema() -> TypeAdapter[Step]:
 
 
 def step_of(value: Mapping[str, Any]) -> Step:
-    """A step from JSON; ValueError if it is none, or contradicts itself."""
+    """The step that JSON holds. Raises ValueError if it is no step or contradicts itself."""
     try:
         ranks = [
             {**r, "collectives": [dict(zip(FIELDS, t, strict=False)) for t in r["travels"]]} for r in value["ranks"]
@@ -194,14 +197,14 @@ def step_of(value: Mapping[str, Any]) -> Step:
 
 
 def checked(step: Step) -> Step:
-    """The step; ValueError if it contradicts itself."""
+    """The step itself. Raises ValueError if it contradicts itself."""
     if not step.ranks or len({r.rank for r in step.ranks}) < len(step.ranks):
-        raise ValueError("no ranks, or one twice")
+        raise ValueError("no ranks, or a rank twice")
     for r in step.ranks:
         if r.end <= r.begin or any(
             r.rank not in t.ranks or len(t.sent) not in (0, len(t.ranks)) for t in r.collectives
         ):
-            raise ValueError(f"rank {r.rank}: times or groups that cannot be")
+            raise ValueError(f"rank {r.rank}: times or groups are impossible")
         if r.arrivals is not None and len(r.arrivals) != len(r.collectives):
-            raise ValueError(f"rank {r.rank}: {len(r.arrivals)} arrivals of {len(r.collectives)} travels")
+            raise ValueError(f"rank {r.rank}: {len(r.arrivals)} arrivals for {len(r.collectives)} collectives")
     return step

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from moesys.config.changes import Change, known, saved_form
+from moesys.config.changes import Change
+from moesys.config.differences import known, saved_form
 from moesys.config.schema import Config, ModelConfig
 from moesys.data.corpus import Corpus
 from moesys.data.tokenizers import HFTokenizer

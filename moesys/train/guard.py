@@ -77,7 +77,7 @@ class Guard:
             rule = f"{self.total} in this run, and train.skips.total is {a.total}"
         else:
             return ""
-        return f"step {skip.step}: skipped for it is not finite, {rule}: {skip}"
+        return f"step {skip.step}: skipped because it is not finite, {rule}: {skip}"
 
     def check(self, newest: Path | None = None) -> None:
         """Raise if a step was one too many; `newest` is the newest checkpoint, for the message.

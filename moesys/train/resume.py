@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from moesys.config.changes import Change, Kind, differences, saved_form
+from moesys.config.changes import Change, Kind
+from moesys.config.differences import differences, saved_form
 from moesys.config.load import attempt
 from moesys.config.schema import Config
 from moesys.data.corpus import vocab_size

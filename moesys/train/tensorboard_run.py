@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from moesys.config.changes import saved_form
+from moesys.config.differences import saved_form
 from moesys.config.schema import Config
 from moesys.train.metric_table import LOAD, metric
 

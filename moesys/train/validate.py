@@ -11,7 +11,7 @@ from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from moesys.config.changes import KINDS, Kind
+from moesys.config.changes import KINDS, NAMED_MIXERS, Kind, table_key
 from moesys.config.load import attempt, in_order, locate
 from moesys.config.placeholders import independent
 from moesys.config.schema import Config, TrainConfig
@@ -159,9 +159,9 @@ def resumption(config: TrainConfig) -> list[Problem]:
     wanted = [key for key, kind in KINDS.items() if kind in NAMED] + ["data.path", "data.tokenizer"]
     remedy = f"choose from {', '.join(wanted)}"
     return [
-        Problem("train.resume_changed", f"{key!r} is no key whose change must be asked for by name", remedy)
+        Problem("train.resume_changed", f"{key!r} is not a key whose change must be named", remedy)
         for key in config.resume_changed
-        if key not in wanted
+        if table_key(key) not in wanted and not (key.startswith(NAMED_MIXERS) and key.count(".") == 2)
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from moesys.config.changes import saved_form
+from moesys.config.differences import saved_form
 from moesys.config.schema import Config
 from moesys.files import read_json, write_json
 from moesys.train.metric_table import metric

@@ -187,7 +187,7 @@ def _write_reports(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
         if report_.faults:
             log.warn(step, sentence(report_.faults))
         if report_.skip is not None:
-            log.warn(step, f"skipped, for it is not finite: {report_.skip}")
+            log.warn(step, f"skipped because it is not finite: {report_.skip}")
     trainer.guard.check(checkpoint.newest(folder) if trainer.guard.over else None)
 
 

@@ -6,7 +6,8 @@ import pytest
 from support import changed
 
 from moesys.config import Config, legal
-from moesys.config.changes import KINDS, SECRET, Kind, differences, saved_form
+from moesys.config.changes import KINDS, Kind
+from moesys.config.differences import SECRET, differences, known, saved_form
 
 RAW: dict = {"model": {"hidden": 64, "layers": 2, "moe": {"experts": 4, "ffn_hidden": 32}}}
 
@@ -61,6 +62,45 @@ def test_a_key_that_only_another_version_knows_is_told_unless_it_is_harmless() -
     (change,) = differences(newer, saved())
     assert change.row() == "model.moe.novelty: saved 2, now absent (unknown to this version)"
     assert change.kind is Kind.UNKNOWN
+
+
+PATTERN = {"model": {"layers": {"count": 2, "repeat": ["local moe", "attention moe"]}, "mixers": {"local": {}}}}
+
+
+def test_the_keys_of_a_named_mixer_are_those_of_attention() -> None:
+    old = saved(PATTERN)
+    local = old["model"]["mixers"]["local"]
+    del local["window"], local["qk_norm"]  # keys that an older version does not know
+    assert differences(old, saved(PATTERN)) == []
+    (change,) = differences(old, saved(PATTERN, {"model": {"mixers": {"local": {"qk_norm": "head"}}}}))
+    assert change.row() == "model.mixers.local.qk_norm: saved none, now head (cannot fit)"
+    assert differences(saved(PATTERN), saved(PATTERN, {"model": {"mixers": {"local": {"kv_heads": 4}}}})) == []
+
+
+def test_unknown_keys_are_left_out_and_named_unless_they_are_harmless() -> None:
+    tree = saved(PATTERN)
+    tree["model"]["mixers"]["local"] |= {"sinks": False, "novelty": 3}
+    tree["model"]["attention"] |= {"novelty": None}
+    found, unknown = known(tree, Config)
+    assert unknown == ["model.mixers.local.novelty"]
+    assert Config.model_validate(found) == Config.model_validate(saved(PATTERN))
+
+
+def test_mixers_and_patterns_that_one_side_lacks_are_told_as_a_whole() -> None:
+    assert [str(c) for c in differences(saved(), saved(PATTERN))] == [
+        "model.layers: saved 2, now given",
+        "model.mixers: saved {}, now given",
+    ]
+    more = {"model": {"mixers": {"far": {"window": 8}}}}
+    found = differences(saved(PATTERN), saved(PATTERN, more))
+    assert [str(c) for c in found] == ["model.mixers.far: saved absent, now given"]
+
+
+def test_a_key_that_the_kind_of_attention_does_not_use_has_no_effect() -> None:
+    assert differences(saved(), saved({"model": {"attention": {"kv_lora_rank": 64}}})) == []
+    latent = {"model": {"attention": {"kind": "mla"}}}
+    (change,) = differences(saved(latent), saved(latent, {"model": {"attention": {"kv_lora_rank": 64}}}))
+    assert change.key == "model.attention.kv_lora_rank"
 
 
 def test_what_may_be_a_secret_is_not_saved() -> None:

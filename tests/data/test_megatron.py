@@ -124,8 +124,8 @@ def overwrite(path, offset, content):
 
 
 DAMAGE = {
-    "magic": (lambda i, b: overwrite(i, 0, b"PARQUET"), "is no index of a Megatron dataset"),
-    "short header": (lambda i, b: cut(i, 20), "is no index of a Megatron dataset"),
+    "magic": (lambda i, b: overwrite(i, 0, b"PARQUET"), "is not an index of a Megatron dataset"),
+    "short header": (lambda i, b: cut(i, 20), "is not an index of a Megatron dataset"),
     "version": (lambda i, b: overwrite(i, 9, struct.pack("<Q", 7)), "version 7"),
     "floating point": (lambda i, b: overwrite(i, 17, b"\x06"), "tokens of type 6"),
     "short index": (lambda i, b: cut(i, i.stat().st_size - 8), "ends early: it should list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from moesys.parallel.recompute import prepare
 
 PARTS = ("run_dense", "route", "run_experts", "run_shared", "finish")
 """Of a block, as `Block.parts` names them."""
+
+FILE = {"run_shared": "layer"}
+"""Where a part is defined if not in block.py: other files have functions of the same names."""
 
 VOCABULARY, LENGTH = 32, 8
 
@@ -52,7 +56,8 @@ class Graphs:
 
     def __call__(self, module: GraphModule, _: list[Any]) -> Callable[..., Any]:
         nodes = list(_nodes(module))
-        part = next((p for p in PARTS for n in nodes if f", in {p}\n" in (n.stack_trace or "")), "elsewhere")
+        traces = "".join(n.stack_trace or "" for n in nodes)
+        part = next((part for part in PARTS if _place(part).search(traces)), "elsewhere")
         self.made[part] += 1
         self.inside.setdefault(part, set()).update(str(getattr(n.target, "__name__", n.target)) for n in nodes)
         return module.forward
@@ -61,6 +66,11 @@ class Graphs:
         breaks = sum(counters["graph_break"].values())
         counts = [f"{part} {self.made[part]}" for part in (*PARTS, "elsewhere") if self.made[part]]
         return ", ".join([*counts, f"breaks {breaks}"])
+
+
+def _place(part: str) -> re.Pattern[str]:
+    """How a stack's trace names a part."""
+    return re.compile(rf'/{FILE.get(part, "block")}\.py", line \d+, in {part}\n')
 
 
 def _nodes(module: nn.Module) -> Iterator[Node]:
@@ -106,6 +116,7 @@ def compiled(raw: dict[str, Any], world: int) -> tuple[Graphs, list[str], compos
             count = config.train.global_batch // degrees.dp
             ids = torch.randint(VOCABULARY, (count, LENGTH), generator=draw)
             model.train(ids, ids, range(count))
+            model.gradients.reduce()  # waits for the sums that backward started
             model.after_step(torch.zeros((), dtype=torch.bool))
             after.append(str(graphs))
     finally:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from moesys.measure.layer_benchmark import many_ranks
-from moesys.measure.layer_benchmark.one_device import LayerShape
+from moesys.measure.layer_benchmark.layer_times import LayerShape
 from moesys.megatron.own_layer import peers
 
 

@@ -17,7 +17,7 @@ from moesys.config.schema import DispatchConfig, GateConfig
 from moesys.parallel import dimension
 from moesys.train import routing_files, verify
 
-EXPERTS, LAYERS, WORLD, STEPS = 4, 2, 4, 2
+EXPERTS, LAYERS, WORLD, STEPS = 4, 1, 4, 2
 KINDS = get_args(GateConfig.model_fields["kind"].annotation)
 DISPATCHERS = get_args(DispatchConfig.model_fields["kind"].annotation)
 
@@ -73,13 +73,16 @@ PAIRS = [
 LIKE = {"spread": "spread"} | dict.fromkeys(set(LAYOUTS) - {"spread"}, "all_to_all")
 """The layout whose micro-batches a layout has."""
 
+BATCHES = {"spread": {"global_batch": 4, "micro_batch": 4}, "all_to_all": {"global_batch": 8, "micro_batch": 2}}
+"""One pass for each data rank."""
+
 
 def config(small: dict, gate: str, layout: str, folder: Path) -> Config:
     raw = changed(
         small,
         {
             "model": {"hidden": 32, "layers": LAYERS, "attention": {"heads": 2, "kv_heads": 2}},
-            "train": {"global_batch": 8, "micro_batch": 2 if layout != "spread" else 4},
+            "train": BATCHES[LIKE[layout]],
             "parallel": LAYOUTS[layout],
             "cluster": {"nodes": 2, "ranks_per_node": 2},
         },

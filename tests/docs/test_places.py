@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from pages import PAGES, ROOT, prose
 
+from moesys.config import registry
+
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 FOLDERS = ("moesys", "parallel", "kernels", "launchers", "tests", "docs", "configs", "examples", "benchmarks")
 
@@ -62,10 +64,15 @@ def test_paths_and_modules_in_sentences_exist(page):
     assert wrong == []
 
 
+SLOTS = {slot.group for slot in vars(registry).values() if isinstance(slot, registry.Slot)}
+"""Groups of entry points: they look like modules."""
+
+
 def is_place(code: str) -> bool:
     """Whether it is written as a path of the repository or a name in the package, and stands for nothing else."""
-    path = re.fullmatch(r"(?:%s)/[\w./*-]*" % "|".join(FOLDERS), code)
-    return bool(path or re.fullmatch(r"moesys(\.(?!json$)\w+)+", code)) and "…" not in code
+    path = re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*", code)
+    module = re.fullmatch(r"moesys(\.(?!json$)\w+)+", code)
+    return bool(path or module) and code not in SLOTS
 
 
 def there(code: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from command_reference import parsers
 from pages import PAGES, ROOT, Block, Command, blocks, commands, prose
 
 from moesys import cli
@@ -46,7 +47,7 @@ def documents(block: Block, folder: Path) -> Iterator[dict[str, Any]]:
     for part in parts:
         (folder / "part.yaml").write_text(part)
         new = read(folder / "part.yaml") if re.match(r"\w", part) else {}
-        if together.keys() & new.keys():
+        if not together.keys().isdisjoint(new):
             yield together
             together = {}
         together |= new
@@ -67,7 +68,8 @@ def placed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _places(name: str) -> list[str]:
-    return [key for key in legal.keys() if key.endswith(f".{name}") and legal.section_of(legal.type_at(key.split(".")))]
+    every = list(legal.keys())
+    return [key for key in every if key.endswith(f".{name}") and legal.section_of(legal.type_at(key.split(".")))]
 
 
 def merged(base: Any, over: Any) -> Any:
@@ -129,24 +131,17 @@ def test_commands_and_keys_in_sentences_exist():
         for code in re.findall(r"`([^`\n]+)`", prose(page)):
             if re.fullmatch(r"moesys [a-z].*", code):
                 wrong += [f"{page.name}: {code}"] if not understood(code) else []
-            elif re.fullmatch(r"(%s)\.[a-z_.0-9]+" % "|".join(Config.model_fields), code) and code not in NOT_KEYS:
+            elif re.fullmatch(rf"({'|'.join(Config.model_fields)})\.[a-z_.0-9]+", code) and code not in NOT_KEYS:
                 wrong += [f"{page.name}: {code}"] if legal.type_at(code.split(".")) is None else []
     assert wrong == []
 
 
 def understood(code: str) -> bool:
     """Whether the command and the options of `code` exist; what stands for values is not read."""
-    commands = {sub.prog: sub for sub in every(parser())}
+    commands = {sub.prog: sub for sub in parsers(parser())}
     words = code.split()
     found = max((name for name in commands if code == name or code.startswith(f"{name} ")), key=len)
     options = [word.partition("=")[0].strip("[]") for word in words if word.strip("[").startswith("--")]
     beyond = words[len(found.split())] if len(words) > len(found.split()) else ""
     is_command = not any(name.startswith(f"{found} ") for name in commands) or beyond.startswith("--") or not beyond
     return is_command and set(options) <= set(commands[found].options())
-
-
-def every(found: Any) -> Iterator[Any]:
-    yield found
-    for action in found._actions:
-        for sub in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
-            yield from every(sub)

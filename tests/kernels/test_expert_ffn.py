@@ -9,7 +9,8 @@ from moesys.kernels import activation, choose, expert_ffn
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels.cpu import expert_ffn_blocked, workers
 from moesys.kernels.permute import sort_by_expert
-from moesys.measure.layer_benchmark.one_device import LayerShape, build
+from moesys.measure.layer_benchmark.layer_times import LayerShape
+from moesys.measure.layer_benchmark.sides import build
 from moesys.parallel import recompute
 
 H, F = 6, 5

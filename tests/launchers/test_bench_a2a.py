@@ -261,7 +261,7 @@ def test_times_that_do_not_grow_make_no_line(capsys) -> None:
     show(results, facts, Console(width=200))
     told = capsys.readouterr().out
     assert (
-        "all_to_all intra = all_to_all world: no bandwidth can be told (β = ∞): up to 2 KiB took no longer than 512 B"
+        "all_to_all intra = all_to_all world: no bandwidth can be fitted (β = ∞): up to 2 KiB took no longer than 512 B"
         in told
     )
     assert "2 ranks on 1 node" in told

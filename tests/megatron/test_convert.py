@@ -111,6 +111,5 @@ def test_grouped_experts_are_sequential_ones_by_other_names() -> None:
 
 def test_a_weight_that_no_decoder_has_is_named() -> None:
     with pytest.raises(KeyError, match=r"linear_q_proj"):
-        ParameterNames(MODEL, VOCABULARY, Place())._block(
-            "layers.0.", "self_attention.linear_q_proj.weight", torch.empty(1)
-        )
+        names = ParameterNames(MODEL, VOCABULARY, Place())
+        names._block("layers.0.", "self_attention.linear_q_proj.weight", torch.empty(1))

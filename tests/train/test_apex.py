@@ -25,7 +25,7 @@ def test_missing_apex_is_named():
     assert "cluster.device is cpu" in rules(cluster={"device": "cpu"})
     assert "Megatron-Core takes the fused Adam that it finds itself" in rules(engine="megatron")
     with pytest.raises(MoesysError, match=r"train\.optimizer\.kind: apex: .*No module named 'apex'\n.*remedy"):
-        build(OptimizerConfig(kind="apex"), {"w": torch.nn.Parameter(torch.ones(2))})
+        build(OptimizerConfig(kind="apex"), {"w": torch.nn.Parameter(torch.ones(2))}, bool)
 
 
 @pytest.mark.parametrize("name", ["apex/__init__.py", "apex.py"])
@@ -43,7 +43,7 @@ def test_apex_is_found_and_gets_no_part_without_elements(monkeypatch):
     assert rules() == ""
     try:
         parameters = {name: torch.nn.Parameter(torch.ones(size, 2)) for name, size in (("full", 3), ("none", 0))}
-        optimizers = {kind: build(OptimizerConfig(kind=kind, lr=0.1), parameters) for kind in ("apex", "adamw")}
+        optimizers = {kind: build(OptimizerConfig(kind=kind, lr=0.1), parameters, bool) for kind in ("apex", "adamw")}
         results = {}
         for kind, optimizer in optimizers.items():
             with torch.no_grad():

@@ -105,7 +105,7 @@ def test_what_is_read_later_is_what_was_read_at_once(trainer):
     records = [often.train_step() for _ in range(6)]
     found = [seldom.train_step(due=step in (4, 6)) for step in range(1, 7)]
     assert [bool(record) for record in found] == [False, False, False, True, False, True]
-    assert [known.measured.step for known in seldom.known] == [5, 6]
+    assert [report.measured.step for report in seldom.reports] == [5, 6]
     for step in (3, 5):
         ours, theirs = ({k: v for k, v in r[step].items() if k not in TIMES} for r in (found, records))
         assert ours == theirs
@@ -123,10 +123,10 @@ def test_the_device_skips_what_is_not_finite_and_the_host_hears_of_it_later(trai
         else:
             without.train_step()
     assert same(run, without)
-    assert [known.skip is not None for known in run.known] == [False, True, True, False, False]
-    assert {str(known.skip.gradients) for known in run.known[1:3]} == {f"['{TARGET}']"}
+    assert [report.skip is not None for report in run.reports] == [False, True, True, False, False]
+    assert {str(report.skip.gradients) for report in run.reports[1:3]} == {f"['{TARGET}']"}
     assert (run.guard.consecutive, run.guard.total) == (0, 2)
-    with pytest.raises(TrainingError, match="step 3: skipped for it is not finite, 2 in a row") as error:
+    with pytest.raises(TrainingError, match="step 3: skipped because it is not finite, 2 in a row") as error:
         run.guard.check()
     assert f"norm of the gradients inf, first in the gradient of {TARGET}" in str(error.value)
 

@@ -102,6 +102,6 @@ def test_a_run_keeps_its_id_where_it_is_moved_but_not_where_it_is_copied(tmp_pat
     shutil.move(tmp_path / "a", tmp_path / "moved")
     assert identity(tmp_path / "moved") == known
     (tmp_path / "moved" / "wandb.json").write_text("[")
-    with pytest.raises(FileError, match=r"wandb.json is no JSON(?s:.*)remedy: remove it"):
+    with pytest.raises(FileError, match=r"wandb.json is not JSON(?s:.*)remedy: remove it"):
         identity(tmp_path / "moved")
     assert read_json(tmp_path / "copy" / "wandb.json", "")["id"] == copied

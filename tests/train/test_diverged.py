@@ -58,9 +58,9 @@ def test_the_run_stops_and_says_where_it_went_wrong(diverged):
     assert good.returncode == 0, good.stderr
     text = bad.stdout + bad.stderr
     assert bad.returncode == 1 and "Traceback" not in text and "NaN or Inf" not in text, text
-    assert "step 7: skipped for it is not finite, 3 in a row, and train.skips.consecutive is 2: loss " in text
+    assert "step 7: skipped because it is not finite, 3 in a row, and train.skips.consecutive is 2: loss " in text
     assert "norm of the gradients" in text and "first in the gradient of" in text and "remedy: lower" in text
-    assert "step 5: skipped, for it is not finite" in bad.stdout
+    assert "step 5: skipped because it is not finite" in bad.stdout
 
 
 def test_good_checkpoints_stay(diverged):
@@ -139,9 +139,9 @@ def test_a_run_survives_as_many_skips_as_are_allowed(monkeypatch):
     allowed = SkipsConfig(consecutive=2, total=3)
     assert ended(allowed, [True, True, False, True, False], monkeypatch) is None
     in_a_row = ended(allowed, [False, True, True, True], monkeypatch)
-    assert "step 4: skipped for it is not finite, 3 in a row, and train.skips.consecutive is 2" in in_a_row
+    assert "step 4: skipped because it is not finite, 3 in a row, and train.skips.consecutive is 2" in in_a_row
     in_all = ended(allowed, [True, False] * 4, monkeypatch)
-    assert "step 7: skipped for it is not finite, 4 in this run, and train.skips.total is 3" in in_all
+    assert "step 7: skipped because it is not finite, 4 in this run, and train.skips.total is 3" in in_all
     assert "loss 1, norm of the gradients nan, first in the gradient of norm.weight" in in_all
     assert "the run goes on from runs/a/checkpoints/step-00000001" in in_all
     assert "step 1: " in ended(SkipsConfig(consecutive=0), [True], monkeypatch)

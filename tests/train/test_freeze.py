@@ -24,13 +24,15 @@ def config(*patterns: str, dp: int = 1) -> Config:
 
 def test_the_optimizer_has_the_others_alone():
     trained, frozen = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2), requires_grad=False)
-    groups = optimizer.build(OptimizerConfig(), {"a.weight": trained, "b.weight": frozen}).param_groups
+    groups = optimizer.build(
+        OptimizerConfig(), {"a.weight": trained, "b.weight": frozen}, lambda name: True
+    ).param_groups
     assert [p is trained for group in groups for p in group["params"]] == [True]
 
 
 def test_a_stage_without_trained_parameters_steps():
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-    optimizer.build(OptimizerConfig(), {"b.bias": frozen}).step()
+    optimizer.build(OptimizerConfig(), {"b.bias": frozen}, lambda name: False).step()
     assert frozen.tolist() == [1, 1]
 
 

@@ -10,6 +10,7 @@ import torch
 from moesys.config import Config
 from moesys.config.schema import OptimizerConfig, TrainConfig
 from moesys.models.decoder import Decoder
+from moesys.models.size import weights
 from moesys.train.optimizer import build, learning_rate
 
 
@@ -41,11 +42,14 @@ def test_matrices_decay_and_biases_norms_and_temperatures_do_not():
     moe = {"experts": 4, "ffn_hidden": 8, "bias": True, "gate": {"kind": "cosine"}}
     moe |= {"shared_experts": 1, "shared_mix": "residual", "constant_experts": 2}
     raw = {"hidden": 16, "layers": 1, "moe": moe, "attention": {"heads": 2, "bias": True, "qk_norm": "head"}}
-    model = Decoder(Config.model_validate({"model": raw}).model, 32)
+    config = Config.model_validate({"model": raw}).model
+    model, kinds = Decoder(config, 32), {weight.name: weight.kind for weight in weights(config, 32)}
     for p in model.parameters():
         p.data.fill_(1.0)
         p.grad = torch.zeros_like(p)
-    build(OptimizerConfig(lr=0.5, weight_decay=0.1), dict(model.named_parameters())).step()
+    build(
+        OptimizerConfig(lr=0.5, weight_decay=0.1), dict(model.named_parameters()), lambda name: kinds[name] == "matrix"
+    ).step()
     stay = {name for name, p in model.named_parameters() if torch.equal(p, torch.ones_like(p))}
     assert stay == {
         *(f"layers.0.attention.{name}_proj.bias" for name in "qkvo"),

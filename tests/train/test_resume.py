@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, Te
 
 from moesys import cli
 from moesys.config import Config
-from moesys.config.changes import saved_form
+from moesys.config.differences import saved_form
 from moesys.errors import CheckpointError, ConfigError, FileError
 from moesys.models.size import weights
-from moesys.train import manifest, metrics, resume, run_folder, saved_shapes
+from moesys.train import manifest, metrics, resume, run_folder, saved_shapes, validate
 from moesys.train.validate import load_checked
 
 RAW: dict = {
@@ -74,10 +74,10 @@ def test_names_are_matched_whole_and_ordered_by_number(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("[]", "holds a JSON list, not an object"),
-        ("", "is no JSON"),
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("\udc80", "is no JSON"),
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("\udc80", "is not JSON"),
         ("{}", "step must be a whole number of at least 0, and is null"),
         ('{"step": "4", "samples": 8, "config": {}}', 'step must be a whole number of at least 0, and is "4"'),
         ('{"step": -1, "samples": 8}', "is -1"),
@@ -215,6 +215,18 @@ def test_keys_of_another_version_are_refused_unless_they_change_no_number(tmp_pa
     )
 
 
+def test_a_key_of_a_named_mixer_may_change_if_it_is_named(tmp_path: Path) -> None:
+    pattern = {"model": {"layers": {"count": 1, "repeat": ["local moe"]}, "mixers": {"local": {"heads": 4}}}}
+    path, change = write(tmp_path, config=saved_form(config(pattern))), {"model": {"mixers": {"local": {"window": 8}}}}
+    with pytest.raises(CheckpointError, match=r"add 'train.resume_changed=\[model\.mixers\.local\.window\]'"):
+        judged(path, pattern, change)
+    named = {"train": {"resume_changed": ["model.mixers.local.window"]}}
+    assert judged(path, pattern, change, named) == ["model.mixers.local.window: null → 8"]
+    assert validate.training(config(pattern, named).train) == []
+    (problem,) = validate.training(config({"train": {"resume_changed": ["model.mixers.local.widow"]}}).train)
+    assert problem.key == "train.resume_changed"
+
+
 def test_a_key_that_decides_weights_may_change_where_all_fit_if_it_is_named(tmp_path: Path) -> None:
     """Twice as many heads of half the size have the same matrices, and compute something else."""
     path, change = write(tmp_path), {"model": {"attention": {"heads": 8}}}
@@ -294,7 +306,7 @@ def test_a_checkpoint_of_the_first_format_is_compared_by_what_it_keeps(tmp_path:
 def test_only_keys_that_need_it_can_be_named(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(json.dumps(changed(RAW, {"train": {"resume_changed": ["seed", "data.helduot"]}})))
-    with pytest.raises(ConfigError, match=r"'data.helduot' is no key whose change must be asked for by name"):
+    with pytest.raises(ConfigError, match=r"'data.helduot' is not a key whose change must be named"):
         load_checked(file, with_data=False)
 
 

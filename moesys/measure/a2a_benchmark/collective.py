@@ -19,13 +19,14 @@ from moesys.measure.a2a_benchmark.timing import timed
 from moesys.measure.a2a_benchmark.traffic import Matrix
 
 SUMS = ("reduce_scatter", "all_reduce")
+"""Collectives that add up."""
 
 CHUNK = 2**22
 """Elements that are made or checked at a time."""
 
 
 class CollectiveCase:
-    """One collective of one size: buffers, the call, and what must come out."""
+    """One collective of one size: its buffers, its call and its right result."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class CollectiveCase:
         return traffic.even(self.n, self.size, self.grain)
 
     def _elements(self, row: list[int], column: list[int]) -> tuple[int, int]:
+        """Elements of the input and of the output."""
         part = self.size // self.n // self.grain
         if self.kind == "all_gather":
             return part, part * self.n
@@ -68,12 +70,12 @@ class CollectiveCase:
         return (part * self.n, 0) if self.kind == "all_reduce" else (sum(row), sum(column))
 
     def call(self) -> None:
-        """The collective, to its end."""
+        """Run the collective to its end."""
         own = self.group.own
         if self.kind.startswith("all_to_all"):
             dist.all_to_all_single(self.out, self.x, self.splits[1], self.splits[0], group=own)
         elif self.kind == "all_gather":
-            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name since torch 2.13
             gather(self.out, self.x, group=own)
         elif self.kind == "reduce_scatter":
             scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -88,16 +90,16 @@ class CollectiveCase:
                 work.wait()
 
     def wrong(self) -> int:
-        """Elements that a call gets wrong on this rank."""
+        """The number of elements that a call gets wrong on this rank."""
         self._fill()
         self.call()
         wrong = self.differing(self.x if self.kind == "all_reduce" else self.out)
         if self.kind == "all_reduce":
-            self.x.zero_()  # sums of sums would grow beyond all numbers
+            self.x.zero_()  # repeated sums would overflow
         return wrong
 
     def differing(self, result: Tensor) -> int:
-        """Elements of `result` that are not what this rank must have after a call, found where they lie."""
+        """The number of elements of `result` [N] that differ from this rank's right result, found on its device."""
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         for part in _chunks(len(result)):
             wrong += (result[part].float() != self._expected(self._places(part))).sum()
@@ -116,7 +118,7 @@ class CollectiveCase:
         return torch.arange(part.start, part.stop, device=self.device)
 
     def _expected(self, place: Tensor) -> Tensor:
-        """The elements at places `place` of what this rank must have, float32."""
+        """The right elements at the places `place` [N], float32."""
         if self.kind in SUMS:
             first = self.rank * len(self.out) if self.kind == "reduce_scatter" else 0
             return payload.totals(place + first, self.n, self.dtype).float()
@@ -128,8 +130,7 @@ class CollectiveCase:
 
     @cached_property
     def _arrivals(self) -> tuple[Tensor, Tensor]:
-        """The place behind which each sender's part of what arrives ends, and the distance from there to its place in
-        what that rank sent: int64 [ranks] each."""
+        """Ends of each sender's part in the output, and shifts from there to the sender's input: int64 [ranks] each."""
         matrix = np.asarray(self.sent) // self.grain
         column = matrix[:, self.rank]
         behind = column.cumsum()
@@ -137,12 +138,12 @@ class CollectiveCase:
         return torch.from_numpy(behind).to(self.device), torch.from_numpy(shift).to(self.device)
 
     def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> CollectiveResult | None:
-        """Time it on all ranks; the result on rank 0, else None."""
+        """Time the collective on all ranks; the result on rank 0, else None. Collective."""
         wrong = self.wrong() if self.options.check else 0
         bare = self._bare if self.options.plain and self.kind.startswith("all_to_all") else None
-        told = timed(self.call, bare, self.options, on_host, offset, self.device)
+        times = timed(self.call, bare, self.options, on_host, offset, self.device)
         everyone: list[Any] = [None] * len(nodes)
-        dist.all_gather_object(everyone, RankTimes(*told, wrong), group=on_host)
+        dist.all_gather_object(everyone, RankTimes(*times, wrong), group=on_host)
         if dist.get_rank() != 0:
             return None
         name = str(self.dtype).removeprefix("torch.")
@@ -154,6 +155,6 @@ class CollectiveCase:
 
 
 def _chunks(elements: int) -> Iterator[slice]:
-    """So many elements at a time that arithmetic on them needs little memory."""
+    """Slices of a tensor, small enough that arithmetic on each needs little memory."""
     for begin in range(0, elements, CHUNK):
         yield slice(begin, min(elements, begin + CHUNK))

@@ -1,4 +1,4 @@
-"""Dispatch of real batches of tokens to experts and back, with experts that do nothing. Collective over the world."""
+"""Times dispatch and combine of real batches of tokens, with experts that return their rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moesys.parallel.mesh import ParallelMesh
 
 
 class DispatchCase:
-    """One dispatcher with tokens whose experts are drawn at random, or by Zipf's law with `options.skew`."""
+    """One dispatcher, with tokens whose experts are drawn uniformly, or by Zipf's law with `options.skew`."""
 
     def __init__(self, kind: str, config: Config, mesh: ParallelMesh, dtype: torch.dtype, options: BenchmarkOptions):
         assert config.model.moe is not None
@@ -46,14 +46,15 @@ class DispatchCase:
         return Routing(token_A=token_A.to(device), expert_A=expert_A.to(device), weight_A=weight_A.to(device))
 
     def call(self) -> Tensor:
-        """Every token to its experts and back."""
+        """Send every token to its experts and back; returns the output [T, H]."""
         with torch.no_grad():
             return self.dispatcher(self.x_TH, self.routing, unchanged)
 
     def measure(self, on_host: dist.ProcessGroup, offset: float, nodes: list[str]) -> CollectiveResult | None:
-        """Time it on all ranks; the result on rank 0, else None.
+        """Time the dispatcher on all ranks; the result on rank 0, else None.
 
-        `bytes` are those that the busiest rank sends in all-to-alls, `limit` those between nodes that limit.
+        Its `bytes` are those that the busiest rank sends in all-to-alls. Its `limit` are the limiting bytes between
+        nodes.
         """
         with comm.record() as events:
             out = self.call()
@@ -77,7 +78,7 @@ class DispatchCase:
 
 
 def unchanged(x: Tensor, counts_E: Tensor, weight: Tensor | None = None, p: Permutation | None = None, /) -> Tensor:
-    """Experts that give every row back, weighed."""
+    """The rows [N, H] of experts that return their input, times `weight` [A] if given."""
     rows = x if p is None else permute(x, p)
     if weight is not None:
         rows = (rows * weight[:, None]).to(x.dtype)

@@ -9,15 +9,15 @@ from moesys.measure.predict.links import LinkModel, fit
 
 
 def lines(results: Sequence[CollectiveResult]) -> dict[str, LinkModel]:
-    """The link model of every collective and group measured with more than one size, from transfers.
+    """The link model of every collective and group with more than one size, fitted to transfers.
 
-    Without those whose bandwidth cannot be told: `flat`.
+    Models without a bandwidth are left out: see `flat`.
     """
     return {name: line for name, line in _fitted(results).items() if line.per_byte > 0}
 
 
 def flat(results: Sequence[CollectiveResult]) -> dict[str, LinkModel]:
-    """Those whose larger messages took no longer than small ones: no line, for it would have β = ∞."""
+    """The models without a bandwidth (β = ∞): larger messages took no longer than small ones."""
     return {name: line for name, line in _fitted(results).items() if line.per_byte <= 0}
 
 

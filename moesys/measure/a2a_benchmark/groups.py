@@ -13,9 +13,11 @@ from moesys.parallel.mesh import ParallelMesh
 
 @dataclass(frozen=True)
 class BenchmarkGroup:
-    """This rank's group of a kind, and all groups of that kind, by ranks: they communicate at the same time.
+    """This rank's group of a kind, and all groups of that kind, which communicate at the same time.
 
-    `also`: other kinds that are the same groups.
+    Attributes:
+        all: the ranks of each group.
+        also: names of other kinds with the same groups.
     """
 
     name: str
@@ -25,8 +27,7 @@ class BenchmarkGroup:
 
 
 def groups(mesh: ParallelMesh, names: Sequence[str], nodes: list[str]) -> list[BenchmarkGroup]:
-    """Those of `names` that have more than one rank, each once: of a node, of equal places in all nodes, of experts,
-    of all."""
+    """This rank's groups of more than one rank of the kinds in `names`, each once. Collective over the world."""
     made = []
     for every, same in divisions(names, nodes, mesh.degrees.ep * mesh.degrees.etp):
         own = [dist.new_group(ranks) for ranks in every]
@@ -36,7 +37,10 @@ def groups(mesh: ParallelMesh, names: Sequence[str], nodes: list[str]) -> list[B
 
 
 def divisions(names: Sequence[str], nodes: Sequence[str], size: int) -> list[tuple[list[list[int]], list[str]]]:
-    """The divisions of the world by `names`, each with the names that divide alike; `size` ranks share the experts."""
+    """The divisions of the world by `names`, each with all names that divide alike.
+
+    nodes: the node of each rank. size: ranks that share the experts.
+    """
     world = list(range(len(nodes)))
     members = [[rank for rank in world if nodes[rank] == node] for node in dict.fromkeys(nodes)]
     found: dict[str, list[list[int]]] = {"world": [world], "intra": members}
@@ -47,7 +51,7 @@ def divisions(names: Sequence[str], nodes: Sequence[str], size: int) -> list[tup
     for name in names:
         every = [ranks for ranks in found.get(name, []) if len(ranks) > 1]
         if sum(map(len, every)) == len(world):
-            # Several groups between nodes share their links: what limits them is counted by node.
+            # Several groups between nodes share the links of a node, so their limit is counted by node.
             rails = name == "inter" and len(every) > 1
             alike.setdefault((rails, tuple(map(tuple, every))), []).append(name)
     return [([list(ranks) for ranks in every], same) for (_, every), same in alike.items()]

@@ -11,14 +11,16 @@ from moesys.measure.a2a_benchmark.traffic import Matrix
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What to measure.
+    """The collectives, groups and sizes to measure.
 
     Attributes:
-        smallest, largest, factor: sizes in bytes, each `factor` times the one before.
-        skew, matrix: also all-to-alls of uneven traffic, by Zipf's law or in this pattern.
+        kinds: collectives.
+        groups: kinds of groups of ranks.
+        smallest, largest, factor: sizes in bytes; each is `factor` times the one before.
+        skew, matrix: additional all-to-alls with uneven traffic, by Zipf's law or in this pattern.
         check: validate one result of every case.
-        dispatch: also these dispatchers, with `tokens` of `hidden` elements from each rank to `top_k` experts each.
         plain: interleave a bare loop around `torch.distributed.all_to_all_single`, for comparison.
+        dispatch: additional dispatchers, with `tokens` of `hidden` elements from each rank to `top_k` experts each.
     """
 
     kinds: Sequence[str] = COLLECTIVES
@@ -39,6 +41,7 @@ class BenchmarkOptions:
     top_k: int = 2
 
     def sizes(self) -> Iterator[int]:
+        """All sizes in bytes."""
         size = self.smallest
         while size <= self.largest:
             yield size

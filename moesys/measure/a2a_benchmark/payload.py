@@ -1,7 +1,7 @@
-"""What the ranks of a benchmark send to each other: small whole numbers that tell where they come from.
+"""The data of the benchmark: small whole numbers that identify their sender and place.
 
-Every value, and every sum that a reduction makes of them, is exact in the type that carries it, on any number of
-ranks and in any order. What must arrive is known by arithmetic from the place alone: no rank makes what others send.
+Every value, and every sum of a reduction, is exact in its type, for any number of ranks and any order. The right result
+follows from the place alone by arithmetic: no rank makes the data of another.
 """
 
 from __future__ import annotations
@@ -10,30 +10,31 @@ import torch
 from torch import Tensor
 
 DIGITS = 6
-"""Elements in a row of which the ranks' numbers in base 8 make all different: up to 8^6 ranks."""
+"""Elements in a row that identify a rank: its number in base 8 with six digits, up to 8^6 ranks."""
 
 ADDENDS = 64
-"""Most ranks that add something to an element."""
+"""Most ranks that add to one element."""
 
 
 def sent(rank: int | Tensor, place: Tensor) -> Tensor:
-    """The elements at places `place` of what `rank` sends (a number, or one for each element), int64 in 1 … 8.
+    """The elements at the places `place` [N] of a rank's data: int64 in 1 … 8.
 
-    Among any six that follow one another some tell this rank from any other, and other places from these.
+    rank: a number, or one for each element [N]. Six elements in a row differ between ranks, and mostly between places.
     """
     digit = (rank >> (3 * (place % DIGITS))) & 7
     return ((digit + _mixed(place // DIGITS)) & 7) + 1
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """Spread over all bits from 13 on (Knuth, The Art of Computer Programming, 6.4)."""
+    """A hash that spreads over the bits from 13 on (Knuth, The Art of Computer Programming, 6.4)."""
     return (number * 2654435761) >> 13
 
 
 def added(rank: int, place: Tensor, ranks: int, dtype: torch.dtype) -> Tensor:
-    """What `rank` of `ranks` adds to the elements at places `place` of a sum in `dtype`, int64 in 0 … 3.
+    """The elements that `rank` adds at the places `place` [N] of a sum in `dtype`: int64 in 0 … 3.
 
-    A type knows all whole numbers up to a limit (bfloat16 256, float8_e4m3fn 16), so each rank adds to some elements.
+    A type represents whole numbers up to a limit (bfloat16 256, float8_e4m3fn 16), so each rank adds to some elements
+    only.
     """
     stride, reach = _stride(ranks, dtype), 1 + place % 3
     turn = place + rank
@@ -41,7 +42,7 @@ def added(rank: int, place: Tensor, ranks: int, dtype: torch.dtype) -> Tensor:
 
 
 def totals(place: Tensor, ranks: int, dtype: torch.dtype) -> Tensor:
-    """The sum of `added` over all ranks, int64, as arithmetic series: as long for a thousand ranks as for two."""
+    """The sum of `added` over all ranks at the places `place` [N], int64, at a cost that does not depend on `ranks`."""
     stride, reach = _stride(ranks, dtype), 1 + place % 3
     first, behind = -(-place // stride), (place + ranks - 1) // stride + 1
     return _series(behind, reach) - _series(first, reach) + (behind - first)
@@ -54,6 +55,6 @@ def _series(count: Tensor, reach: Tensor) -> Tensor:
 
 
 def _stride(ranks: int, dtype: torch.dtype) -> int:
-    """Every how many elements a rank adds something, so that at most a sum of 3 · addends is needed."""
+    """Distance of the elements to which a rank adds, so that no sum exceeds 3 · addends."""
     exact = int(2 / torch.finfo(dtype).eps)
     return -(-ranks // max(1, min(ADDENDS, exact // 3 - 1)))

@@ -1,4 +1,4 @@
-"""What the benchmark of collectives finds, as nccl-tests defines and writes it. Needs no torch."""
+"""A result of the benchmark, by nccl-tests' definitions. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import Any
 from moesys.measure.explain.link_load import limits
 
 FACTORS = {"all_reduce": 2.0, "send_recv": 0.0}
-"""busbw = algbw · f · (n−1)/n: f where it is not 1; 0 stands for no factor at all."""
+"""busbw = algbw · f · (n−1)/n, with f if it is not 1. 0 stands for busbw = algbw."""
 
 
 @dataclass(frozen=True)
 class RankTimes:
-    """The times of one rank: (begin, end) of every iteration in seconds on one clock (on GPUs from 0, where all streams
-    met), and of the plain loop before and after each; and how many elements were wrong."""
+    """The times of one rank.
+
+    Attributes:
+        own: (begin, end) of every iteration in seconds on one clock (on GPUs from 0, where all streams met).
+        plain: the same for the bare loop before and after each iteration.
+        wrong: number of wrong elements.
+    """
 
     own: list[tuple[float, float]]
     plain: list[tuple[float, float]]
@@ -28,18 +33,18 @@ class CollectiveResult:
     """One collective of one size on groups of one kind.
 
     Attributes:
-        bytes: S of nccl-tests, behind both bandwidths: what a rank sends in all, its own part included (the
-            gathered size of all-gather and reduce-scatter); of uneven traffic the most of any rank's sent or
-            received.
-        times: seconds of each iteration: the slowest rank's.
-        transfers: of each iteration, from the last begin of a group to its last end; the slowest group's.
-        waits, medians: per rank, median over iterations of its wait and of its whole time. On GPUs streams meet before
-            each iteration, so that no wait is told: all are 0.
-        limit: bytes that limit an all-to-all on its links: of a node where `crosses` them, else of a rank.
-        plain: median seconds of the plain loop, the slowest rank's; None if there was none.
-        noise: by how much, of 1, that median differs between the passes before and after each iteration.
-        wrong: elements with a wrong value, on all ranks.
-        also: other names of the same groups ("intra", "expert" and "world" on one node are one).
+        bytes: S of nccl-tests, for both bandwidths: all bytes that a rank sends, its own part included (the gathered
+            size
+            for all-gather and reduce-scatter); with uneven traffic, most bytes that any rank sends or receives.
+        times: seconds of each iteration on the slowest rank.
+        transfers: seconds of each iteration from the last begin to the last end in a group; the slowest group's.
+        waits, medians: medians over iterations of each rank's wait and time. Waits are 0 on GPUs, where streams meet
+            first.
+        limit: limiting bytes of an all-to-all: of a node between nodes, else of a rank.
+        plain: median seconds of the bare loop on the slowest rank; None without one.
+        noise: relative difference of that median between the passes before and after each iteration.
+        wrong: number of wrong elements on all ranks.
+        also: other names of the same groups ("intra", "expert" and "world" are one on a single node).
     """
 
     kind: str
@@ -76,7 +81,7 @@ class CollectiveResult:
         samples: Sequence[RankTimes],
         also: Sequence[str] = (),
     ) -> CollectiveResult:
-        """From what all ranks saw; `sent` is the byte matrix of a group."""
+        """The result from the times of all ranks. `sent`: the byte matrix of a group."""
         n, iterations = len(groups[0]), range(len(samples[0].own))
         arrived = [{r: max(samples[r].own[i][0] for r in g) for g in groups for r in g} for i in iterations]
         own = [s.own for s in samples]
@@ -111,7 +116,7 @@ class CollectiveResult:
         samples: Sequence[RankTimes],
         limit: tuple[float, float],
     ) -> CollectiveResult:
-        """Of a dispatcher, from what all ranks saw and sent; `limit` as `links.limits`."""
+        """The result of a dispatcher, from the times and bytes of all ranks. `limit`: as `link_load.limits`."""
         size = max(map(sum, sent))
         found = cls.of(f"dispatch {kind}", "expert", groups, size, dtype, 1, sent, samples)
         return replace(found, bytes=size, count=size, limit=limit[1] or limit[0])
@@ -133,19 +138,19 @@ class CollectiveResult:
 
     @property
     def busbw(self) -> float:
-        """algbw times what each link carries of a rank's bytes: (n−1)/n, all-reduce twice that."""
+        """algbw times the part of a rank's bytes that each link carries: (n−1)/n, twice that for all-reduce."""
         factor = FACTORS.get(self.kind, 1.0) * (self.ranks - 1) / self.ranks
         return self.algbw * (factor or 1.0)
 
     @property
     def straggler(self) -> tuple[int, float] | None:
-        """The rank that others wait for, and how long: the one that itself waits least; None if nobody waits."""
+        """The rank that others wait for (it waits least itself), and the longest wait; None without waiting."""
         last = min(range(len(self.waits)), key=lambda rank: self.waits[rank])
         waited = max(self.waits)
         return (last, waited) if waited > 0.1 * self.seconds else None
 
     def as_json(self) -> dict[str, Any]:
-        """One of nccl-tests' `results`, with our own keys after theirs. Microseconds and 10⁹ bytes per second."""
+        """One entry of nccl-tests' `results`, with our own keys after theirs. Microseconds and 10⁹ bytes per second."""
         micro = [t * 1e6 for t in self.times]
         mean, spread = fmean(micro), pstdev(micro)
         ranked = sorted(micro)
@@ -190,16 +195,16 @@ class CollectiveResult:
 
 
 def slowest(stamps: Sequence[Sequence[tuple[float, float]]]) -> list[float]:
-    """Of every iteration, the longest time of any rank."""
+    """The longest time of any rank in each iteration."""
     return [max(end - begin for begin, end in row) for row in zip(*stamps, strict=True)]
 
 
 def percentile(ranked: Sequence[float], share: float) -> float:
-    """Of sorted values, the nearest rank."""
+    """The nearest rank of sorted values."""
     return ranked[min(len(ranked) - 1, round(share * (len(ranked) - 1)))]
 
 
 def _limit(group: str, groups: Sequence[Sequence[int]], sent: Sequence[Sequence[int]]) -> float:
-    """Bytes of the busiest rank to others, or, between nodes, of a node: all groups use its link at once."""
+    """Bytes of the busiest rank to others; between nodes those of a node, because all groups share its link."""
     inside, _ = limits(sent, [0] * len(sent))
     return inside * len(groups) if group == "inter" else inside

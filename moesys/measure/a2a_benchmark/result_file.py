@@ -1,4 +1,4 @@
-"""Reads what `moesys bench a2a --json` wrote back for reports, and checks what of it is drawn. Needs no torch."""
+"""Reads the file of `moesys bench a2a --json` for reports, and checks what they draw. Needs no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REMEDY = "give a file that moesys bench a2a --json wrote"
 
 @dataclass(frozen=True)
 class Rates:
-    """10⁹ bytes per second, and wrong elements."""
+    """Bandwidths in 10⁹ bytes per second, and the number of wrong elements."""
 
     alg_bw: Number
     bus_bw: Number
@@ -32,7 +32,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds."""
+    """Times in microseconds."""
 
     p50_us: Number
     min_us: Number
@@ -74,7 +74,7 @@ class _Link:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """Results, fitted lines by name, and where they were measured."""
+    """Results, fitted links by name, and the circumstances of the measurement."""
 
     results: tuple[ResultEntry, ...]
     links: Mapping[str, _Link]
@@ -82,6 +82,7 @@ class ResultFile:
 
     @property
     def lines(self) -> dict[str, LinkModel]:
+        """The link models by name."""
         return {name: LinkModel(**vars(link)) for name, link in self.links.items()}
 
 
@@ -94,13 +95,13 @@ def read(path: Path) -> ResultFile:
     """The file at `path`.
 
     Raises:
-        FileError: it cannot be read, or is not what --json writes; names the first key that is wrong.
+        FileError: it cannot be read, or --json did not write it. The message names the first wrong key.
     """
     value = read_json(path, REMEDY)
     links = value.get("links")
-    if isinstance(links, dict):  # a bandwidth that could not be told was written as 0 seconds per byte
-        told = {k: v for k, v in links.items() if not (isinstance(v, dict) and v.get("per_byte") == 0)}
-        value = {**value, "links": told}
+    if isinstance(links, dict):  # older versions wrote an unknown bandwidth as 0 seconds per byte
+        known = {k: v for k, v in links.items() if not (isinstance(v, dict) and v.get("per_byte") == 0)}
+        value = {**value, "links": known}
     try:
         return _schema().validate_python(value)
     except ValidationError as error:

@@ -1,8 +1,8 @@
-"""A benchmark of collectives in the manner of nccl-tests, on all ranks of a run. Collective over the world.
+"""Runs the benchmark of collectives on all ranks, in the manner of nccl-tests. Collective over the world.
 
-Every iteration begins with a barrier, which is not timed. A rank's time is from its begin to its end; on
-one clock for all ranks it divides into *wait*, until the last rank of its group began, and *transfer*. On GPUs no
-clock is shared: there streams meet in an all-reduce first, and a rank's time is the duration between two events.
+Every iteration begins with a barrier, which is not timed. A rank's time is from its begin to its end. On one clock for
+all ranks it divides into *wait*, until the last rank of its group began, and *transfer*. GPUs share no clock: their
+streams meet in an all-reduce first, and a rank's time is the duration between two events.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run(
     nodes: list[str],
     tell: Callable[[CollectiveResult], None],
 ) -> list[CollectiveResult]:
-    """Measure every case; `tell` gets each result on rank 0 as it comes. All results on rank 0, else none."""
+    """Measure every case; returns all results on rank 0, else none. Rank 0 calls `tell` with each result."""
     on_host = dist.group.WORLD if mesh.device.type == "cpu" else dist.new_group(backend="gloo")
     assert on_host is not None
     offset, results = clocks.offset(on_host), []
@@ -60,7 +60,7 @@ def _kinds(options: BenchmarkOptions) -> list[str]:
 
 
 def _fits(size: int, device: torch.device, on_host: dist.ProcessGroup, neighbours: int) -> bool:
-    """Whether every rank has memory for a buffer of `size` bytes to send and one to receive, and copies."""
+    """Whether every rank has memory for an input and an output of `size` bytes, and for copies."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:

@@ -1,4 +1,4 @@
-"""The benchmark's results on the terminal, and as the JSON of nccl-tests."""
+"""Shows the benchmark's results on the terminal, and as the JSON of nccl-tests."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ LARGER = "measure several sizes and larger ones, as --min 1K --max 64M"
 
 
 def show(results: list[CollectiveResult], facts: dict[str, Any], console: Console) -> None:
-    """A table for each collective and group, and the fitted links."""
+    """Print a table for each collective and group, and the fitted links."""
     hosts = len(set(facts["hosts"]))
     console.print(
         f"{plural(facts['ranks'], 'rank')} on {plural(hosts, 'node')}, {facts['backend']}, {facts['device']}, "
         f"torch {torch.__version__}, moesys {__version__}, {date.today().isoformat()}"
     )
-    console.print("bytes: what a rank sends in all, its own part included; algbw = bytes / time, busbw as nccl-tests")
+    console.print(
+        "bytes: all bytes that a rank sends, its own part included; algbw = bytes / time, busbw as in nccl-tests"
+    )
     seen = dict.fromkeys((r.kind, r.group, r.dtype) for r in results)
     for kind, group, dtype in seen:
         mine = [r for r in results if (r.kind, r.group, r.dtype) == (kind, group, dtype)]
@@ -45,12 +47,12 @@ def show(results: list[CollectiveResult], facts: dict[str, Any], console: Consol
         fitted.add_row(name, *values)
     if fitted.row_count:
         console.print(fitted)
-    untold: dict[LinkModel, list[str]] = {}
+    flat_links: dict[LinkModel, list[str]] = {}
     for name, line in flat(results).items():
-        untold.setdefault(line, []).append(name)
-    for line, names in untold.items():
+        flat_links.setdefault(line, []).append(name)
+    for line, names in flat_links.items():
         console.print(
-            f"{' = '.join(names)}: no bandwidth can be told (β = ∞): up to {human(int(line.largest))} took no longer "
+            f"{' = '.join(names)}: no bandwidth can be fitted (β = ∞): up to {human(int(line.largest))} took no longer "
             f"than {human(int(line.smallest))}, so it is in no profile; {LARGER}",
             highlight=False,
             soft_wrap=True,
@@ -58,7 +60,7 @@ def show(results: list[CollectiveResult], facts: dict[str, Any], console: Consol
 
 
 def table(results: list[CollectiveResult], title: str) -> Table:
-    """One row for each size; microseconds and 10⁹ bytes per second."""
+    """A row for each size; microseconds and 10⁹ bytes per second."""
     plain = any(r.plain is not None for r in results)
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     names = ["bytes", "median\nµs", "min", "p95", "max", "wait", "transfer", "algbw\nGB/s", "busbw", "wrong"]
@@ -76,7 +78,7 @@ def table(results: list[CollectiveResult], title: str) -> Table:
 
 
 def progress_line(line: str) -> str:
-    """One line of progress for a result as JSON."""
+    """A line of progress for a result in JSON."""
     r = json.loads(line)
     return f"{r['collective']:<17} {r['group']:<6} {human(r['size']):>8} {r['out_of_place']['time']:>12,.1f} µs"
 

@@ -1,4 +1,4 @@
-"""Times of repeated calls on all ranks, which begin each iteration together."""
+"""Times of repeated calls on all ranks. The ranks begin each iteration together."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ def timed(
     offset: float,
     device: torch.device,
 ) -> tuple[list[Span], list[Span]]:
-    """Begins and ends of every iteration of `call`, and of `bare` before and after each, on rank 0's clock.
-
-    Collective.
-    """
+    """(begin, end) of every iteration of `call`, and of `bare` before and after each, on rank 0's clock. Collective."""
     own: list[Stamp] = []
     plain: list[Stamp] = []
     sides: list[tuple[list[Stamp], Callable[[], object]]] = [(own, call)]
@@ -44,11 +41,12 @@ def timed(
 
 
 class AlignedStart:
-    """The begin of an iteration on all ranks at one time, as near as can be.
+    """Aligns the begin of an iteration on all ranks.
 
-    A barrier of the hosts does not align what their GPUs do. There the streams meet in an all-reduce of one number,
-    behind so much work that the hosts have started what is timed before it begins: what the launch itself takes is
-    not in the times. (DeepEP's benchmarks put a GPU to sleep for that.) The work also empties the cache.
+    A barrier of the hosts does not align their GPUs. There the streams meet in an all-reduce of one number. Earlier
+    work on
+    the stream gives the hosts time to launch the timed call before it begins, so launch time is not measured. (DeepEP's
+    benchmarks put a GPU to sleep for that.) The work also empties the cache.
     """
 
     def __init__(self, device: torch.device, on_host: dist.ProcessGroup):
@@ -58,7 +56,7 @@ class AlignedStart:
             self.one = torch.zeros(1, device=device)
 
     def meet(self) -> None:
-        """Collective over the world."""
+        """Return when all ranks are here. Collective over the world."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier(self.on_host)
@@ -69,7 +67,7 @@ class AlignedStart:
 
 
 def _seconds(stamps: list[Stamp], offset: float, device: torch.device) -> list[Span]:
-    """Begins and ends on rank 0's clock; on a GPU from 0, where all ranks' streams have met."""
+    """(begin, end) on rank 0's clock; on a GPU from 0, the time at which all streams met."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return [(0.0, comm.between(a, b)) for a, b in stamps]

@@ -1,8 +1,8 @@
-"""Why each rank waited in a recorded step: matched_members the collectives of all ranks and takes them apart.
+"""Attributes the time that a rank waited for a collective to its causes.
 
-A collective cannot end before its last rank has begun it. What a rank waits until then is *wait*, what
-follows is *transfer*. Of the wait for results of experts, the part by which the last rank computed
-longer because it had more rows is *uneven*; the rest is *late*.
+A collective cannot end before its last rank has begun it. The time until then is *wait*; the time after it is
+*transfer*. A wait for results of experts has two causes. The last rank computed longer because it had more rows:
+this part is *uneven*. The rest is *late*.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from moesys.measure.step import CollectiveSpan, GroupArrival, RankStep, Step
 
 @dataclass(frozen=True)
 class Attribution:
-    """One collective of a rank, taken apart.
+    """One collective of a rank with the causes of its exposed time.
 
     Attributes:
-        wait: seconds of its exposed time until the last rank of the group began.
-        transfer: the rest of its exposed time, where all ranks of the group were seen.
-        unattributed: the rest where they were not: bytes moving, or waiting for ranks that were not seen.
+        wait: exposed seconds until the last rank of the group began.
+        transfer: exposed seconds after that, if all ranks of the group were recorded.
+        unattributed: the same if some were not: transfer, or wait for ranks that were not recorded.
         uneven: the part of `wait` that uneven experts caused.
-        last: the rank that began last, None if it is this one or the group's collectives are not known.
+        last: the rank that began last; None if it is this one, or unknown.
         evenness: bytes that a rank moves to and from others, mean over the group / most of any rank; 1 if unknown.
     """
 
@@ -40,25 +40,27 @@ class Attribution:
 
     @property
     def causes(self) -> Causes:
+        """The exposed seconds by cause."""
         return Causes(self.transfer, self.wait - self.uneven, self.uneven, self.unattributed)
 
 
 def attributions(step: Step) -> dict[int, list[Attribution]]:
-    """Every collective of the step taken apart, by rank, in the order in which they were waited for."""
+    """The attribution of every collective of a step, by rank, in the order of waiting."""
     met = arrivals(step)
     return {r.rank: rank_attributions(r, met[r.rank]) for r in step.ranks}
 
 
 def rank_attributions(r: RankStep, met: Sequence[GroupArrival]) -> list[Attribution]:
-    """Every collective of a rank taken apart, given its group_arrival, in the order in which they were waited for."""
+    """The attribution of every collective of a rank, in the order of waiting. `met`: their group arrivals."""
     here = dict(computed(r))
     found = [_attributed(r.rank, t, m, here.get(id(t))) for t, m in zip(r.collectives, met, strict=True)]
     return sorted(found, key=lambda c: c.span.waited)
 
 
 def _attributed(rank: int, t: CollectiveSpan, met: GroupArrival, here: float | None) -> Attribution:
+    """The attribution of one collective. `here`: seconds that this rank's experts computed before it."""
     if t.met is not None and met.least is not None:
-        t = replace(t, met=t.met - met.least)  # without what the group_arrival itself took, which the last rank tells
+        t = replace(t, met=t.met - met.least)  # the barrier itself took the last rank this long
     seconds = sum(max(0.0, end - begin) for begin, end in t.exposed)
     wait = 0.0
     if t.met is not None:
@@ -73,10 +75,11 @@ def _attributed(rank: int, t: CollectiveSpan, met: GroupArrival, here: float | N
 
 
 def _longer(mine: CollectiveSpan, met: GroupArrival, here: float | None) -> float:
-    """Seconds by which the last rank's experts computed longer for having more rows.
+    """Seconds by which the last rank's experts computed longer because they had more rows.
 
-    Never more than rows explain: a rank that has a tenth more rows may take a tenth longer. Rows can be
-    told from bytes where each row returns to where it came from.
+    The rows bound it: a rank with a tenth more rows may take a tenth longer. Bytes stand for rows where each row
+        returns
+    to the rank that it came from.
     """
     there = met.computed
     if here is None or there is None:

@@ -1,4 +1,4 @@
-"""From recorded steps to what is told of them."""
+"""Averages recorded steps: makes their explanation."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from moesys.measure.step import Step
 
 
 def explain_run(steps: Sequence[RecordedStep]) -> Explanation | None:
-    """The explanation of those recorded steps of a run's folder that `steps_to_explain` takes; None of none."""
+    """The explanation of a run's recorded steps that `steps_to_explain` selects; None without any."""
     choice = steps_to_explain(steps)
     return explain(choice.steps, [choice.note] if choice.note else []) if choice.steps else None
 
 
 def summaries(steps: Sequence[RecordedStep]) -> list[Summary]:
-    """The steps, those whose collectives are at hand summarised."""
+    """The summaries of the steps. Steps with all collectives are summarised."""
     return [summarised(step) if isinstance(step, Step) else step for step in steps]
 
 
 def explain(steps: Sequence[RecordedStep], notes: Sequence[str] = ()) -> Explanation:
-    """The explanation of `steps`, at least one and all of the same ranks; `notes` are told after the sentence."""
+    """The explanation of `steps`: at least one, all of the same ranks. `notes` follow the sentence."""
     every = summaries(steps)
     last = every[-1]
     rows = np.array([s.by_rank for s in every], dtype=float)  # [steps, ranks, columns], NaN for None
     for column in map(COLUMNS.index, OTHERS):
-        if not np.isnan(rows[..., column]).all():  # other communication that is there anywhere is 0 where it is not
+        if not np.isnan(rows[..., column]).all():  # a purpose that occurs anywhere is 0 where it does not
             rows[..., column] = np.nan_to_num(rows[..., column])
     causes = rows.mean((0, 1))[[COLUMNS.index(name) for name in ("transfer", "late", "uneven", "unattributed")]]
     waited_for = np.array([s.waited_for for s in every]).sum(0) / (len(every) * len(last.members))
@@ -63,7 +63,7 @@ def explain(steps: Sequence[RecordedStep], notes: Sequence[str] = ()) -> Explana
 
 
 def _phases(every: Sequence[Summary]) -> list[LayerPhase]:
-    """Means over the ranks that hold the layer."""
+    """Means of each phase over the ranks that hold the layer."""
     ranks = len(every[-1].members)
     sums: dict[Key, Table] = defaultdict(lambda: np.zeros(PHASE_COLUMNS))
     detailed = all(s.phase_causes or not s.phases for s in every)
@@ -77,7 +77,7 @@ def _phases(every: Sequence[Summary]) -> list[LayerPhase]:
 
 
 def _layers(every: Sequence[Summary]) -> list[Layer]:
-    """Means over the ranks that hold them."""
+    """Means of each layer over the ranks that hold it."""
     sums: dict[str, Table] = defaultdict(lambda: np.zeros(LAYER_COLUMNS))
     each: dict[str, list[Table]] = defaultdict(list)
     most: dict[str, list[tuple[float, int]]] = defaultdict(list)

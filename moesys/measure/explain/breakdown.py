@@ -1,4 +1,4 @@
-"""Where the seconds of one rank's step went."""
+"""The breakdown of one rank's step: compute, exposed communication by purpose, bubble and idle time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from moesys.measure.explain.intervals import Interval, common, length, union, wi
 from moesys.measure.step import PURPOSES, RankStep
 
 OTHERS = tuple(p for p in PURPOSES if p not in ("expert", "step"))
+"""Purposes of communication other than dispatch and combine."""
 
 
 def breakdown(r: RankStep, mine: Sequence[Attribution]) -> Breakdown:
-    """Where one rank's step went; what overlaps is counted once, for what was waited for first."""
+    """The breakdown of a rank's step. Overlapping waits count once, for the collective that was waited for first."""
     whole = [(r.begin, r.end)]
     busy = None if r.compute is None else common(union(r.compute), whole)
     spent: dict[str, float] = defaultdict(float)
@@ -25,7 +26,7 @@ def breakdown(r: RankStep, mine: Sequence[Attribution]) -> Breakdown:
         waited = seconds * item.wait / (item.wait + item.transfer + item.unattributed) if item.wait > 0 else 0.0
         purpose = item.span.purpose
         if purpose == "step":
-            # With pipelining the first thing that all ranks share is where stages wait for the last one.
+            # In a pipeline, stages wait for the last one in the first collective that all ranks share.
             spent["bubble" if piped else "idle"] += waited
             spent["idle"] += seconds - waited
             piped = False
@@ -39,15 +40,15 @@ def breakdown(r: RankStep, mine: Sequence[Attribution]) -> Breakdown:
     spent["idle"] += r.seconds - compute - length(taken)
     hidden = None
     if busy is not None:
-        air = common(union((t.begin, t.end) for t in r.collectives if t.purpose == "expert"), whole)
-        hidden = length(common(air, busy))
+        moving = common(union((t.begin, t.end) for t in r.collectives if t.purpose == "expert"), whole)
+        hidden = length(common(moving, busy))
     used = {item.span.purpose for item in mine}
     others: dict[str, float] = {name: spent[name] for name in OTHERS if name in used}
     return Breakdown(r.seconds, compute, spent["expert"], others, spent["bubble"], spent["idle"], hidden)
 
 
 def exposures(r: RankStep, mine: Sequence[Attribution], busy: list[Interval]) -> list[list[Interval]]:
-    """When the rank waited for each of `mine` inside its step, and neither for one before nor was `busy`."""
+    """The intervals in which the rank waited for each of `mine` alone, not for an earlier one, and was not `busy`."""
     found: list[list[Interval]] = [[] for _ in mine]
     begins, ends = [b for b, _ in busy], [e for _, e in busy]
     covered = r.begin

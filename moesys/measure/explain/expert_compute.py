@@ -7,30 +7,30 @@ from collections.abc import Iterable, Iterator
 from moesys.measure.step import CollectiveSpan, RankStep
 
 AFTER_EXPERTS = {("combine", False), ("dispatch", True)}
-"""What travels when experts have computed: part, and whether backward."""
+"""(part, backward) of collectives that carry results of experts."""
 
 
 def computed(r: RankStep) -> Iterator[tuple[int, float]]:
-    """For every collective that follows experts' computation, by identity: the seconds that these took.
+    """(id of a span, seconds) for every collective that carries results of experts: the time that experts computed.
 
-    From the end of the last collective towards the experts that had ended before it began.
+    The time counts from the end of the last collective towards the experts that had ended before.
     """
-    for occurrence in passes(r.collectives):
-        towards = [t for t in occurrence if (t.part, t.backward) not in AFTER_EXPERTS]
-        for t in occurrence:
+    for one in passes(r.collectives):
+        to_experts = [t for t in one if (t.part, t.backward) not in AFTER_EXPERTS]
+        for t in one:
             if (t.part, t.backward) in AFTER_EXPERTS:
-                ended = [u.end for u in towards if u.end <= t.begin]
+                ended = [u.end for u in to_experts if u.end <= t.begin]
                 if ended:
                     yield id(t), t.begin - max(ended)
 
 
 def experts_seconds(r: RankStep) -> float:
-    """Seconds that its experts computed, as told by what travelled before and after."""
+    """Seconds that a rank's experts computed, seen from the collectives before and after."""
     return sum(seconds for _, seconds in computed(r))
 
 
 def passes(collectives: Iterable[CollectiveSpan]) -> list[list[CollectiveSpan]]:
-    """Those of MoE layers, one list for each time that rows went to a layer's experts and came back."""
+    """The collectives of MoE layers, one list for each pass of rows through a layer's experts."""
     found: list[list[CollectiveSpan]] = []
     current: dict[tuple[str, bool], list[CollectiveSpan]] = {}
     for t in sorted((t for t in collectives if t.layer), key=lambda t: t.begin):
@@ -46,6 +46,6 @@ def passes(collectives: Iterable[CollectiveSpan]) -> list[list[CollectiveSpan]]:
 
 
 def _open(before: list[CollectiveSpan], t: CollectiveSpan) -> bool:
-    """Whether t belongs to a pass whose first results are already on their way back: another chunk's rows."""
+    """Whether t belongs to a pass whose first results already return: it carries another chunk's rows."""
     returned = min(u.end for u in before if (u.part, u.backward) in AFTER_EXPERTS)
     return t.begin < returned

@@ -1,6 +1,6 @@
-"""What recorded steps say: figures only, as they stand in summary.json and in every report.
+"""The figures that explain recorded steps, as in summary.json and in every report.
 
-All seconds are per step, means over ranks and recorded steps unless a name says otherwise.
+All seconds are per step, means over ranks and recorded steps, unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the seconds of a step go. All but `hidden` and `step` add up to `step`.
+    """The seconds of a step by use. All but `hidden` and `step` add up to `step`.
 
     Attributes:
         step: length of the step.
-        compute: the rank computed, or did anything else that is not communication.
+        compute: the rank computed, or did anything else that is no communication.
         exposed: it waited for dispatch or combine of an MoE layer, and did nothing else.
         others: the same for other communication, by purpose ("data", "tensor", "context", "pipeline").
-        bubble: it waited for a pipeline neighbour that was not done computing.
-        idle: it waited for other ranks in what all ranks of a step share, or (in traces of a GPU) did nothing.
-        hidden: dispatch or combine was on its way while the rank computed: part of `compute`. None where nobody saw
-            when it computed: a run's own record has when bytes set off and when they were needed, not what was done
-            meanwhile, nor whether they had arrived long before.
+        bubble: it waited for a pipeline neighbour that still computed.
+        idle: it waited for other ranks in work that all ranks share, or (in traces of a GPU) did nothing.
+        hidden: dispatch or combine ran while the rank computed; part of `compute`. None without a record of the time of
+            computing. A run's own record is none: it has the times of start and need, not of what the rank did between.
     """
 
     step: float
@@ -35,7 +34,7 @@ class Breakdown:
 
     @property
     def parts(self) -> dict[str, float]:
-        """What adds up to `step`, by name, in the order of a stacked bar."""
+        """The parts that add up to `step`, by name, in the order of a stacked bar."""
         others = {f"{name} communication": seconds for name, seconds in self.others.items()}
         head = {"compute": self.compute, "exposed all-to-all": self.exposed}
         return {**head, **others, "pipeline bubble": self.bubble, "idle": self.idle}
@@ -43,12 +42,12 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Causes:
-    """Causes of exposed all-to-all: they add up to the exposed seconds.
+    """Exposed seconds of all-to-all by cause.
 
     Attributes:
-        transfer: every rank had arrived, and bytes moved.
-        late: another rank had not arrived yet, for a reason other than its experts.
-        uneven: another rank had not arrived yet because its experts had more tokens than this rank's.
+        transfer: all ranks had arrived, and bytes moved.
+        late: another rank had not arrived, for a reason other than its experts.
+        uneven: another rank had not arrived because its experts had more tokens than this rank's.
         unattributed: one of the three, in traces that lack ranks of the group. 0 in runs of this project.
     """
 
@@ -59,15 +58,17 @@ class Causes:
 
     @property
     def exposed(self) -> float:
+        """All exposed seconds."""
         return self.transfer + self.waiting + self.unattributed
 
     @property
     def waiting(self) -> float:
+        """Seconds of waiting for late ranks and for uneven experts."""
         return self.late + self.uneven
 
     @property
     def parts(self) -> dict[str, float]:
-        """All by name; `unattributed` only if there is any."""
+        """All causes by name; without `unattributed` if it is 0."""
         parts = asdict(self)
         return parts if self.unattributed > 0 else {k: v for k, v in parts.items() if k != "unattributed"}
 
@@ -75,22 +76,25 @@ class Causes:
         return Causes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def scaled(self, factor: float) -> Causes:
+        """All causes times `factor`."""
         return Causes(*(value * factor for value in astuple(self)))
 
 
 @dataclass(frozen=True)
 class LayerPhase:
-    """One way of one MoE layer: dispatch or combine, forward or backward.
+    """One phase of one MoE layer: dispatch or combine, forward or backward.
 
     Attributes:
-        causes: of its exposed seconds.
-        bytes_inter, bytes_intra: bytes per step, of all ranks together, between nodes and inside
-            them; what a rank keeps for itself is in neither.
-        bandwidth: bytes per second: the most bytes that any rank sent to others, over the seconds from
-            the last rank's arrival to the end; None if nothing moved.
-        by_rank: causes of each rank; none where there are many.
-        each, inside, between: of one collective of rows, means: seconds from the last arrival to the end, most bytes
-            that a rank moves inside its node, and that a node moves to or from others. None and 0 if not seen.
+        causes: causes of its exposed seconds.
+        bytes_inter, bytes_intra: bytes per step of all ranks together, between nodes and inside nodes, without the
+            bytes
+            that a rank keeps.
+        bandwidth: most bytes that any rank sent to others / seconds from the last arrival to the end; None if nothing
+            moved.
+        by_rank: causes of each rank; empty for many ranks.
+        each, inside, between: means over its collectives of rows: seconds from the last arrival to the end, most bytes
+            that
+            a rank moves inside its node, most bytes that a node moves to or from others. None and 0 if not recorded.
     """
 
     layer: str
@@ -111,13 +115,13 @@ class Layer:
     """One MoE layer.
 
     Attributes:
-        seconds: from dispatch's start to combine's end, forward and backward together.
-        even_seconds: an estimate of the same if every expert had received equally many tokens.
-        rank_imbalance: tokens that the busiest rank of a step received / mean over ranks, mean over steps.
-        expert_imbalance: tokens of the busiest expert of a step / mean over experts, mean over steps; None if not
-            known. The mean of it over layers is what metrics of these steps call `imbalance`.
-        busiest_rank: who had most tokens in those steps in which nobody had more, None if not known.
-        busiest_expert: who had most in all steps together, None if not known.
+        seconds: from the start of dispatch to the end of combine, forward and backward together.
+        even_seconds: an estimate of `seconds` with equally many tokens for every expert.
+        rank_imbalance: tokens of the busiest rank of a step / mean over ranks; mean over steps.
+        expert_imbalance: tokens of the busiest expert of a step / mean over experts; mean over steps. None if unknown.
+            Its mean over layers is the metric `imbalance` of these steps.
+        busiest_rank: the rank that most often had the most tokens, by their number; None if unknown.
+        busiest_expert: the expert with most tokens in all steps together; None if unknown.
     """
 
     name: str
@@ -131,25 +135,27 @@ class Layer:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the recorded steps of a run say.
+    """The explanation of the recorded steps of a run.
 
     Attributes:
         steps: numbers of the recorded steps.
-        sentence: the summary in plain words.
-        total: means over ranks and steps.
-        by_step, by_rank: the same per recorded step (mean over ranks) and per rank (mean over steps).
-        causes: of all exposed dispatch and combine.
-        phases, layers: per MoE layer.
-        ranks: numbers of the ranks, in the order of `by_rank`, `waited_for`, `hosts`, `bytes` and each phase's `by_rank`.
+        sentence: the explanation in plain words.
+        total: mean over ranks and steps.
+        by_step, by_rank: breakdown of each recorded step (mean over ranks) and of each rank (mean over steps).
+        causes: causes of all exposed dispatch and combine.
+        phases, layers: figures of each MoE layer.
+        ranks: numbers of the ranks: the order of `by_rank`, `waited_for`, `hosts`, `bytes`, and `by_rank` of each
+            phase.
         waited_for: seconds per step that others waited for each rank.
-        hosts: of each rank.
-        bytes: [sender][receiver] per step of dispatch and combine; a rank's own part is 0. Of many ranks, between
-            blocks of `block` ranks that follow one another.
+        hosts: node of each rank.
+        bytes: [sender][receiver] bytes per step of dispatch and combine, 0 from a rank to itself. Many ranks form
+            blocks of
+            `block` neighbours, and the bytes are between blocks.
         load: [recorded step] of [layer][expert] assignments.
-        recorded: the ranks whose single collectives are on file: of many a sample.
-        audit: whether barriers kept wait and transfer apart.
-        marked: False if a "step" is a whole trace that does not tell where its steps begin.
-        unattributed_because: why some waiting cannot be told, as "this is the trace of one rank"; "" if all of it can.
+        recorded: the ranks whose single collectives are on file: a sample of many.
+        audit: whether barriers separated wait from transfer.
+        marked: False for whole traces without marks of their steps.
+        unattributed_because: the reason for unattributed time, as "this is the trace of one rank"; "" if there is none.
     """
 
     steps: list[int]
@@ -173,7 +179,7 @@ class Explanation:
 
     @property
     def unit(self) -> str:
-        """The span that all seconds are of: "step", or "trace" if steps cannot be told apart."""
+        """The span that all seconds refer to: "step", or "trace" without marks of steps."""
         return "step" if self.marked else "trace"
 
     @property
@@ -183,14 +189,14 @@ class Explanation:
 
     @property
     def hidden_share(self) -> float | None:
-        """Hidden all-to-all / step, where it was seen."""
+        """Hidden all-to-all / step; None if not recorded."""
         return None if self.total.hidden is None else self.total.hidden / self.total.step
 
     @property
     def wait_share(self) -> float | None:
-        """Waiting, for late ranks or for uneven experts, / exposed all-to-all of which waiting can be told.
+        """Waiting (late and uneven) / attributed exposed all-to-all.
 
-        0 if none is exposed, None if it cannot be told of any.
+        0 if nothing is exposed; None if all of it is unattributed.
         """
         known = self.causes.exposed - self.causes.unattributed
         if known > 0:
@@ -199,16 +205,16 @@ class Explanation:
 
     @property
     def shares(self) -> dict[str, float | None]:
-        """`exposed_share` and `wait_share`, and `hidden_share` where it was seen."""
+        """`exposed_share`, `wait_share`, and `hidden_share` if recorded."""
         hidden = {} if self.hidden_share is None else {"hidden_share": self.hidden_share}
         return {"exposed_share": self.exposed_share, "wait_share": self.wait_share, **hidden}
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with the shares."""
+        """All figures, with the shares."""
         return self.shares | asdict(self)
 
     def headline(self) -> dict[str, Any]:
-        """What summary.json keeps: the shares, the parts of the step, and causes per layer."""
+        """The part that summary.json keeps: the shares, the parts of the step, and causes of each layer."""
         hidden = {} if self.total.hidden is None else {"hidden all-to-all": self.total.hidden}
         return {
             "sentence": self.sentence,

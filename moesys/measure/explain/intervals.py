@@ -1,4 +1,4 @@
-"""Arithmetic of time intervals: lists of (begin, end), sorted and apart from each other."""
+"""Arithmetic of time intervals: sorted lists of (begin, end) that do not overlap."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """What any of them covers; empty and reversed ones cover nothing."""
+    """The time that any of the intervals covers. Empty and reversed intervals cover nothing."""
     merged: list[Interval] = []
     for begin, end in sorted(i for i in intervals if i[1] > i[0]):
         if merged and begin <= merged[-1][1]:
@@ -19,7 +19,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def common(a: list[Interval], b: list[Interval]) -> list[Interval]:
-    """What both cover; each as `union` gives it."""
+    """The time that both lists cover. Each is a result of `union`."""
     found, i, j = [], 0, 0
     while i < len(a) and j < len(b):
         begin, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -33,7 +33,7 @@ def common(a: list[Interval], b: list[Interval]) -> list[Interval]:
 
 
 def without(a: list[Interval], b: list[Interval]) -> list[Interval]:
-    """What a covers and b does not; each as `union` gives it."""
+    """The time that a covers and b does not. Each is a result of `union`."""
     left, j = [], 0
     for begin, end in a:
         while j < len(b) and b[j][1] <= begin:
@@ -50,5 +50,5 @@ def without(a: list[Interval], b: list[Interval]) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """Sum of their lengths."""
+    """The sum of their lengths."""
     return sum(end - begin for begin, end in intervals)

@@ -1,4 +1,7 @@
-"""What a recorded step says of each MoE layer, and of who sends how much to whom: sums of a rank, and means of all."""
+"""Sums of a rank over one step, for each MoE layer and each of its phases, and the means made of them.
+
+A phase is dispatch or combine of one layer, forward or backward.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from moesys.measure.explain.explanation import Causes, Layer, LayerPhase
 from moesys.measure.step import CollectiveSpan, RankStep
 
 ROWS = ("all_to_all", "all_gather", "reduce_scatter")
-"""Kinds that carry rows; the others carry counts, names and weights."""
+"""Kinds that carry rows of tokens. Others carry counts, names or weights."""
 
 Key = tuple[str, str, bool]
-"""Layer, part, and whether backward."""
+"""A phase: layer, part, and whether backward."""
 
 Table = NDArray[np.float64]
 
 CAUSES = slice(0, 4)
 HOLDERS, INTER, INTRA, RATES, RATE_BYTES, RATE_SECONDS, INSIDE, BETWEEN = range(4, 12)
-"""Columns of the sums of a phase, beside causes as `Causes` has them: see `LayerPhase`."""
+"""Columns of the sums of a phase after its `Causes`: see `LayerPhase`."""
 PHASE_COLUMNS = 12
 
 SECONDS, EVEN, LAYER_HOLDERS, LAYER_ROWS, ROW_HOLDERS = range(5)
@@ -33,14 +36,14 @@ LAYER_COLUMNS = 5
 
 
 def order(key: Key) -> tuple[object, ...]:
-    """Layers by number; forward before backward, and the way there before the way back."""
+    """A sort key: layers by number, forward before backward, to the experts before back from them."""
     layer, part, backward = key
     numbers = tuple(int(word) for word in layer.split(".") if word.isdigit())
     return (numbers, layer, backward, (part, backward) in AFTER_EXPERTS)
 
 
 def phase_sums(attributions: Sequence[Attribution], hosts: Mapping[int, str], place: Mapping[Key, int]) -> Table:
-    """[phases, columns] of a rank: what it waited for and sent; phases that have no place are left out."""
+    """[phases, columns] seconds that a rank waited and bytes that it sent. Phases without a place are left out."""
     sums = np.zeros((len(place), PHASE_COLUMNS))
     for item in attributions:
         t = item.span
@@ -59,19 +62,19 @@ def phase_sums(attributions: Sequence[Attribution], hosts: Mapping[int, str], pl
 
 
 def add_rate(sums: Table, t: CollectiveSpan, rate: TransferRate | None, place: Mapping[Key, int]) -> None:
-    """Add how fast one collective of rows went to the sums of its phase."""
+    """Add the rate of one collective of rows to the sums of its phase."""
     at = place.get((t.layer, t.part, t.backward))
     if rate is not None and at is not None:
         sums[at, RATES : BETWEEN + 1] += 1, *rate
 
 
 def carries_rows(t: CollectiveSpan) -> bool:
-    """Whether rows of an MoE layer span."""
+    """Whether a collective carries rows of an MoE layer."""
     return bool(t.layer) and t.kind in ROWS
 
 
 def layer_sums(r: RankStep, attributions: Sequence[Attribution], place: Mapping[str, int]) -> tuple[Table, Table]:
-    """[layers, columns] of a rank, and the rows that its experts computed, −1 of layers that it does not hold."""
+    """[layers, columns] sums of a rank, and rows that its experts computed (−1 for layers that it does not hold)."""
     sums, rows = np.zeros((len(place), LAYER_COLUMNS)), np.full(len(place), -1.0)
     spent: dict[str, float] = defaultdict(float)
     for one in passes(r.collectives):
@@ -91,12 +94,12 @@ def layer_sums(r: RankStep, attributions: Sequence[Attribution], place: Mapping[
 
 
 def computed_rows(t: CollectiveSpan) -> float:
-    """What tells how many rows this rank's experts computed, in any unit: what goes back from them."""
+    """A number proportional to the rows that this rank's experts computed: the bytes that return from them."""
     return t.bytes if t.kind in ROWS and (t.part, t.backward) == ("combine", False) and t.level != "inter" else 0.0
 
 
 def phase_of(key: Key, sums: Table, by_rank: Table, steps: int) -> LayerPhase:
-    """Means from sums over all steps and ranks; `by_rank` [ranks, causes] is summed over the steps."""
+    """The means of a phase from its sums over steps and ranks. `by_rank` [ranks, causes]: sums over the steps."""
     rates, seconds = sums[RATES], sums[RATE_SECONDS]
     return LayerPhase(
         *key,
@@ -114,7 +117,12 @@ def phase_of(key: Key, sums: Table, by_rank: Table, steps: int) -> LayerPhase:
 def layer_of(
     name: str, sums: Table, most: Sequence[tuple[float, int]], loads: Sequence[Sequence[float]], each: Sequence[Table]
 ) -> Layer:
-    """Means from sums over all steps and ranks; of each step `most` has most rows and whose, `each` its sums."""
+    """The means of a layer from its sums over all steps and ranks.
+
+    most: of each step, most rows of any rank and that rank. loads: of each step, rows of each expert. each: of each
+        step,
+    the layer's sums.
+    """
     total = [sum(column) for column in zip(*loads, strict=False)]
     ratios = [_ratio(rows, s[LAYER_ROWS] / max(1.0, s[ROW_HOLDERS])) for (rows, _), s in zip(most, each, strict=True)]
     busiest: dict[int, float] = defaultdict(float)
@@ -132,7 +140,7 @@ def layer_of(
 
 
 def imbalance(loads: Sequence[float]) -> float:
-    """Largest / mean; 1 of nothing."""
+    """Largest / mean; 1 for no loads."""
     return _ratio(max(loads), sum(loads) / len(loads)) if loads else 1.0
 
 
@@ -141,7 +149,7 @@ def _ratio(most: float, mean: float) -> float:
 
 
 def sent_row(r: RankStep, place: Mapping[int, int], rows: int) -> Table:
-    """[rows] bytes of dispatch and combine that a rank sends to others; `place`: the row of each rank in the table."""
+    """[rows] bytes of dispatch and combine that a rank sends to others. `place`: the row of each rank in the table."""
     sent = np.zeros(rows)
     for t in r.collectives:
         if t.purpose == "expert":

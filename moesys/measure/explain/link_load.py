@@ -9,9 +9,9 @@ import numpy as np
 
 
 def limits(sent: Any, nodes: Sequence[object]) -> tuple[float, float]:
-    """Most bytes that any rank moves inside its node, and that any node moves to or from others.
+    """Most bytes that any rank moves inside its node, and most bytes that any node moves to or from others.
 
-    sent: [sender][receiver] bytes, an array or lists.
+    sent: [sender][receiver] bytes, an array or lists. nodes: the node of each rank.
     """
     if not len(nodes):
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""The sums of one rank in a recorded step: what it adds to the step's summary."""
+"""The sums of one rank over one recorded step: its part of the step's summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from moesys.measure.step import RankStep
 
 @dataclass
 class TableIndex:
-    """Where each rank, phase and layer lies in the tables of a summary."""
+    """The place of each rank, phase and layer in the tables of a summary.
+
+    Attributes:
+        members, hosts: ranks, and the node of each.
+        phases, layers: row of each phase and layer.
+        block: ranks of a block in the table of bytes; `blocks` is their number.
+    """
 
     members: Sequence[int]
     hosts: Mapping[int, str]
@@ -33,14 +39,22 @@ class TableIndex:
 
     @classmethod
     def of(cls, members: Sequence[int], hosts: Mapping[int, str], keys: Sequence[Key]) -> TableIndex:
-        """For these phases and their layers."""
+        """The index for these phases and their layers."""
         layers = dict.fromkeys(layer for layer, _, _ in keys)
         return cls(members, hosts, {k: i for i, k in enumerate(keys)}, {name: i for i, name in enumerate(layers)})
 
 
 @dataclass
 class RankSums:
-    """What one rank adds to the summary of a step: see there. `rows` are −1 of layers that it does not hold."""
+    """The part of one rank in the summary of a step.
+
+    Attributes:
+        row: [columns] as `step_summary.COLUMNS`.
+        waited_for: [ranks] seconds that this rank waited for each rank.
+        phases, layers: sums as `layer_sums` makes them.
+        rows: [layers] rows that its experts computed; −1 for layers that it does not hold.
+        bytes: [blocks] bytes that it sends to each block of ranks.
+    """
 
     row: Table
     waited_for: Table

@@ -1,15 +1,15 @@
-"""What all-to-all costs a run, in a few plain words."""
+"""Says in a few plain words how much time a run spent on all-to-all."""
 
 from __future__ import annotations
 
 from moesys.measure.explain.explanation import Explanation, Layer
 
 NOTEWORTHY = 1.2
-"""Imbalance from which a layer's busiest expert is worth naming."""
+"""Least imbalance at which the sentence names a layer's busiest expert."""
 
 
 def sentence(e: Explanation) -> str:
-    """One to three sentences: how much, how much of it is seen, what it is spent on, and who is waited for."""
+    """One to three sentences: the share of all-to-all, its exposed part, the causes, and the slowest rank."""
     whole = _whole(e)
     if not e.phases and e.total.exposed + (e.total.hidden or 0) == 0:
         if e.total.hidden is None:
@@ -24,7 +24,7 @@ def sentence(e: Explanation) -> str:
 
 
 def _whole(e: Explanation) -> str:
-    """The whole that the shares are of: "the step of 1.1 s (mean of 18 recorded steps)"."""
+    """The whole that the shares refer to: "the step of 1.1 s (mean of 18 recorded steps)"."""
     if not e.marked:
         return f"the trace of {_time(e.total.step)}, which does not mark its steps"
     mean = f" (mean of {len(e.steps)} recorded steps)" if len(e.steps) > 1 else ""
@@ -34,11 +34,11 @@ def _whole(e: Explanation) -> str:
 def _why(e: Explanation) -> str:
     unattributed = e.causes.unattributed / e.causes.exposed if e.causes.exposed > 0 else 0.0
     if unattributed < 0.02:
-        return f"{_cause(e, 'what is exposed')}."
-    cannot = f"it cannot be told whether it is waiting or moving bytes: {e.unattributed_because}"
+        return f"{_cause(e, 'the exposed time')}."
+    cannot = f"cannot be divided into waiting and moving bytes: {e.unattributed_because}"
     if unattributed > 0.98:
-        return f"Of what is exposed {cannot}."
-    return f"Of {_percent(unattributed)} of what is exposed {cannot}. {_cause(e, 'the rest')}."
+        return f"The exposed time {cannot}."
+    return f"{_percent(unattributed)} of the exposed time {cannot}. {_cause(e, 'the rest')}."
 
 
 def _cause(e: Explanation, what: str) -> str:
@@ -58,7 +58,7 @@ def _cause(e: Explanation, what: str) -> str:
 
 
 def _uneven(e: Explanation) -> str | None:
-    """The most uneven layer and who is busiest in it."""
+    """The most uneven layer with its busiest rank and expert."""
     found = max(e.layers, key=lambda layer: layer.rank_imbalance, default=None)
     if found is None or found.busiest_rank is None:
         return None
@@ -73,7 +73,7 @@ def _expert(layer: Layer) -> str:
 
 
 def _fraction(x: float) -> str:
-    """The share in words where words are exact enough."""
+    """The share in words where a word is exact enough."""
     words = ((0.97, "Nearly all"), (0.72, "Three quarters"), (0.63, "Two thirds"), (0.46, "Half"), (0.29, "A third"))
     for least, word in words:
         if least <= x < least + 0.07:

@@ -1,7 +1,7 @@
-"""A recorded step of all ranks without its single collectives: what each rank's own sums come to.
+"""The summary of a recorded step of all ranks, without their single collectives.
 
-Its size grows with ranks and with layers, not with their product, nor with what travelled. Written one JSON object a
-line to runs/NAME/measure/summary.jsonl.
+Its size grows with ranks and with layers, not with their product, and not with the bytes moved. Runs write one JSON
+object a line to runs/NAME/measure/summary.jsonl.
 """
 
 from __future__ import annotations
@@ -17,24 +17,20 @@ from pydantic import Field, TypeAdapter, ValidationError
 from moesys.files import json_text
 from moesys.measure.explain.breakdown import OTHERS
 from moesys.measure.explain.explanation import Breakdown
-from moesys.measure.explain.layer_sums import (
-    LAYER_COLUMNS,
-    PHASE_COLUMNS,
-    Key,
-)
+from moesys.measure.explain.layer_sums import LAYER_COLUMNS, PHASE_COLUMNS, Key
 from moesys.measure.step import Rank, Seconds
 
 DETAILED = 64
-"""Ranks up to which everything is told of each; of more, collectives of a sample, and bytes between ranks by blocks."""
+"""Most ranks with full detail. With more, a sample keeps its collectives, and bytes are between blocks of ranks."""
 
 COLUMNS = (
     "step", "compute", "exposed", *OTHERS, "bubble", "idle", "hidden",
     "transfer", "late", "uneven", "unattributed", "experts", "counts",
 )  # fmt: skip
-"""What a summary has of each rank, in seconds: `Breakdown`, `Causes`, what experts computed, and exchange of counts."""
+"""A summary's columns for each rank, in seconds: `Breakdown`, `Causes`, computing of experts, exchange of counts."""
 
 OLD_KEYS = {"legs": "phases", "leg_causes": "phase_causes", "untold": "unattributed"}
-"""Keys of summaries that older versions wrote, with their names now."""
+"""Keys of summaries of older versions, and their names now."""
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 Row = list[Number]
@@ -46,17 +42,17 @@ class Summary:
 
     Attributes:
         number, load, audit, layout, marked: as `Step`.
-        members, hosts: of all ranks.
-        recorded: those of them whose collectives are on file.
-        seconds: from the first rank's begin to the last one's end.
-        by_rank: `COLUMNS` of each rank; None where there is nothing of that kind or nobody saw it.
-        waited_for: seconds that others, all together, waited for each rank.
-        phases: layer, part and whether backward, with sums over ranks (`phases.phase_sums`).
-        phase_causes: causes of each phase and rank, where there are no more than `DETAILED` ranks.
-        layers: names, with sums over ranks (`phases.layer_sums`).
-        most: of each layer, most rows of any rank, and which.
-        bytes: from each block of ranks to each; a block has `block` ranks, one where there are few.
-        unattributed: why some waiting cannot be told; "" if all can.
+        members, hosts: all ranks, and the node of each.
+        recorded: the ranks whose single collectives are on file.
+        seconds: from the first rank's begin to the last rank's end.
+        by_rank: `COLUMNS` of each rank; None for a value that does not exist or was not recorded.
+        waited_for: seconds that all other ranks together waited for each rank.
+        phases: layer, part and whether backward, with sums over ranks (`layer_sums.phase_sums`).
+        phase_causes: causes of each phase and rank; empty for more than `DETAILED` ranks.
+        layers: names, with sums over ranks (`layer_sums.layer_sums`).
+        most: most rows of any rank in each layer, and that rank.
+        bytes: from each block of ranks to each; a block has `block` ranks.
+        unattributed: the reason for unattributed time; "" if there is none.
     """
 
     number: int
@@ -79,12 +75,12 @@ class Summary:
     unattributed: str = ""
 
     def to_json(self) -> str:
-        """One line."""
+        """One line of JSON."""
         return json_text(vars(self), compact=True)
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Summary:
-        """Inverse of `to_json`, as JSON has it; ValueError if it is none, or contradicts itself."""
+        """The inverse of `to_json`, from parsed JSON. Raises ValueError if it is no summary or contradicts itself."""
         renamed = {OLD_KEYS.get(key, key): content for key, content in value.items()}
         try:
             found = _schema().validate_python(renamed)
@@ -107,7 +103,7 @@ class Summary:
             and len(self.bytes) == blocks and all(len(row) == blocks for row in self.bytes)
         )  # fmt: skip
         if not fits:
-            raise ValueError("sizes or times that cannot be")
+            raise ValueError("sizes or times are impossible")
 
 
 @cache
@@ -116,7 +112,7 @@ def _schema() -> TypeAdapter[Summary]:
 
 
 def breakdown_of(row: Sequence[float]) -> Breakdown:
-    """From the first of `COLUMNS`; NaN: nothing of that kind."""
+    """The breakdown in the first of `COLUMNS`. NaN stands for a value that does not exist."""
     value = dict(zip(COLUMNS, row, strict=True))
     others: dict[str, float] = {name: value[name] for name in OTHERS if value[name] == value[name]}
     hidden = None if value["hidden"] != value["hidden"] else value["hidden"]

@@ -17,7 +17,7 @@ from moesys.measure.step import DEEP_EP, Step
 
 
 def summarised(step: Step) -> Summary:
-    """The summary of a step whose collectives are all at hand."""
+    """The summary of a step with the collectives of all its ranks."""
     met = arrivals(step)
     attributions = {r.rank: rank_attributions(r, met[r.rank]) for r in step.ranks}
     keys = {(t.layer, t.part, t.backward) for r in step.ranks for t in r.collectives if t.layer}
@@ -53,7 +53,7 @@ def summarised(step: Step) -> Summary:
         audit=step.audit,
         layout=step.layout,
         marked=step.marked,
-        unattributed=_unattributed_because([c for mine in attributions.values() for c in mine], step.members),
+        unattributed=_why_unattributed([c for mine in attributions.values() for c in mine], step.members),
     )
 
 
@@ -69,9 +69,9 @@ def assembled(
     blocks: Table,
     **facts: Any,
 ) -> Summary:
-    """A summary from tables over all ranks; phases and layers that no rank had are left out.
+    """The summary from tables over all ranks. Phases and layers that no rank has are left out.
 
-    phase_causes: [phases, ranks, 4], which many ranks do not have.
+    phase_causes: [phases, ranks, 4], empty for many ranks.
     """
     seen = [i for i in range(len(index.phases)) if phases[i, 4] > 0]
     known = [i for i in range(len(index.layers)) if layers[i, 2] > 0]
@@ -91,8 +91,8 @@ def assembled(
     )
 
 
-def _unattributed_because(attributions: Sequence[Attribution], ranks: Sequence[int]) -> str:
-    """The reason that waiting cannot be told from moving bytes in some of the attributions; "" if it can in all."""
+def _why_unattributed(attributions: Sequence[Attribution], ranks: Sequence[int]) -> str:
+    """The reason for unattributed time, as "this is the trace of one rank"; "" if there is none."""
     unattributed = [item.span for item in attributions if item.span.purpose == "expert" and item.unattributed > 0]
     absent = sorted({rank for t in unattributed for rank in t.ranks} - set(ranks))
     if not unattributed:
@@ -100,8 +100,8 @@ def _unattributed_because(attributions: Sequence[Attribution], ranks: Sequence[i
     if len(ranks) == 1:
         return "this is the trace of one rank"
     if any(t.kind == DEEP_EP for t in unattributed):
-        return "DeepEP's kernels wait inside themselves and do not tell their group"
+        return "DeepEP's kernels wait inside themselves and do not name their group"
     if absent:
         names = ", ".join(map(str, absent[:4])) + ", …" * (len(absent) > 4)
         return f"the traces of other ranks of its groups ({names}) are missing"
-    return "the traces do not tell the ranks of its groups, or when they began"
+    return "the traces do not say which ranks form its groups, or when they began"

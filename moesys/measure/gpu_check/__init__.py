@@ -1,4 +1,4 @@
-"""The check of a machine's GPU: what runs on it, and how fast, as one JSON file and one table.
+"""The check of a machine's GPU: the features that run on it, and their speed, as one JSON file and one table.
 
-Needs torch alone; Triton, transformers and pytest add to what is checked.
+It needs torch alone. It also checks Triton, transformers and pytest if they are installed.
 """

@@ -1,7 +1,7 @@
-"""The check as a command.
+"""The command of the GPU check.
 
-python -m moesys.measure.gpu_check                # on a machine with a GPU; anywhere else it is a dry run
-python -m moesys.measure.gpu_check --dry-run      # what the CPU can do of it, at shrunken shapes
+python -m moesys.measure.gpu_check                # on a machine with a GPU; a dry run on any other
+python -m moesys.measure.gpu_check --dry-run      # the parts that a CPU can run, at shrunken shapes
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from moesys.measure.gpu_check import check
 PARTS = {plan.name: plan for plan in check.PLANS}
 
 DRY = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-"""The environment of a dry run: Triton reads it when it is imported."""
+"""The environment of a dry run. Triton reads it at import."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the check; returns 1 if anything failed."""
+    """Run the check; returns 1 if a part failed."""
     options = _parser().parse_args(arguments)
     dry = options.dry_run or not _has_gpu()
     if dry:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _has_gpu() -> bool:
-    """Whether torch finds a GPU; asked in another process, for to ask is to touch it."""
+    """Whether torch finds a GPU. Another process asks, because asking initialises CUDA."""
     asked = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
     code = subprocess.run([sys.executable, "-c", asked]).returncode
     if code not in (0, 3):

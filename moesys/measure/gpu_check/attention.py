@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels the shipped models' shapes run on, and how long each takes that can."""
+"""Checks which of torch's attention kernels run for the shipped models' shapes, and times them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 TOKENS, FEW = 4096, 64
-"""Of a sequence; of a dry run's."""
+"""Tokens of a sequence, and of a dry run's sequence."""
 
 SHARE = 4
-"""Under context parallelism this part of a sequence's queries attends to all its keys."""
+"""Context parallelism in the check: this part of the queries attends to all keys."""
 
 
 class AttentionShape(NamedTuple):
-    """h query heads and g key heads of size d, whose values have size dv."""
+    """h query heads and g key heads of size d; values have size dv."""
 
     h: int
     g: int
@@ -40,7 +40,7 @@ class AttentionShape(NamedTuple):
 
 
 def shapes() -> dict[AttentionShape, list[str]]:
-    """Every attention shape of the shipped models, with their names."""
+    """Every attention shape of the shipped models, with the names of its models."""
     found: dict[AttentionShape, list[str]] = {}
     for name, section in models.sections().items():
         model = models.config(section)
@@ -49,8 +49,8 @@ def shapes() -> dict[AttentionShape, list[str]]:
     return found
 
 
-class _Watch(TorchDispatchMode):
-    """Notes which kernel computes attention."""
+class _KernelWatch(TorchDispatchMode):
+    """Notes the kernel that computes attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class _Watch(TorchDispatchMode):
 
 
 def ran(work: Callable[[], object]) -> str:
-    """The kind of kernel that `work` computes attention with: a key of `BACKENDS`, or its own name; "" for none."""
-    with _Watch() as watch:
+    """The kind of kernel with which `work` computes attention: a key of `BACKENDS`, or its own name; "" for none."""
+    with _KernelWatch() as watch:
         work()
     return watch.ran
 
 
 def run(task: CheckTask) -> Iterator[Row]:
-    """A row for each shape, of whole sequences and of a context rank's queries."""
+    """A row for each shape, with whole sequences and with the queries of a context rank."""
     for shape, names in shapes().items():
         for queries in ("whole", "context parallel"):
             what = f"{queries}: {shape.h} heads of {shape.d}"
@@ -86,7 +86,7 @@ def run(task: CheckTask) -> Iterator[Row]:
 
 
 def _row(task: CheckTask, what: str, shape: AttentionShape, queries: str) -> Row:
-    """Which kernel runs unasked, and how long each takes, forward and backward."""
+    """The kernel that torch chooses, and the time of every kernel, forward and backward."""
     tokens = FEW if task.dry else TOKENS
     step = _step(task.device, shape, tokens // (SHARE if queries == "context parallel" else 1), tokens)
     chosen = ran(step)
@@ -99,7 +99,7 @@ def _row(task: CheckTask, what: str, shape: AttentionShape, queries: str) -> Row
             with sdpa_kernel(backend):
                 step()
                 milliseconds = min(alone(torch.device("cuda"))(step) for _ in range(3)) * 1e3
-        except RuntimeError as error:  # it does not take this shape, or has too little memory
+        except RuntimeError as error:  # the kernel refuses this shape, or has too little memory
             print(f"{what}: {name}: {first_line(error)}", flush=True)
             figures[f"{name}_ms"] = None
             continue
@@ -118,7 +118,7 @@ def _step(device: str, shape: AttentionShape, queries: int, keys: int) -> Callab
     sizes = ((queries, shape.h, shape.d), (keys, shape.g, shape.d), (keys, shape.g, shape.dv))
     q, k, v = (torch.randn(1, *size, device=device, dtype=dtype, requires_grad=True) for size in sizes)
 
-    # Made beforehand, as the attention of a context rank does.
+    # A context rank makes the bias beforehand, too.
     bias = causal_lower_right(queries, keys) if queries < keys else None
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""One decoder block of a published model, forward and backward, compiled and not."""
+"""Checks one decoder block of published models, forward and backward, compiled and not."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 from moesys.measure.interleaved_timing import alone
-from moesys.measure.layer_benchmark.one_device import made_on
+from moesys.measure.layer_benchmark.sides import made_on
 from moesys.models.block import Block
 from moesys.models.layers import rotary_angles
 from moesys.parallel.recompute import prepare
 from moesys.words import plural
 
 TOKENS, FEW = 4096, 16
-"""Of the sequence; of a dry run's."""
+"""Tokens of the sequence, and of a dry run's sequence."""
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Most that compilation may change results, as a part of them. In bfloat16 a few tokens choose other experts."""
+"""Largest relative change of results by compilation. In bfloat16 a few tokens choose other experts."""
 
 
 def run(task: CheckTask) -> Iterator[Row]:
     """A row for each model."""
-    # On CPU without the first, which is of the second's kind.
+    # A dry run skips the first, which is like the second.
     for name in models.BLOCKS[1:] if task.dry else models.BLOCKS:
         section = models.sections()[name]
         yield tried(_row, task, name, section)
@@ -39,7 +39,7 @@ def run(task: CheckTask) -> Iterator[Row]:
 
 
 class GraphCounter:
-    """A backend of torch.compile that counts the graphs it is given, and passes them on."""
+    """A backend of torch.compile that counts its graphs, and passes them on."""
 
     def __init__(self, backend: str):
         self.count = 0
@@ -89,11 +89,11 @@ def _step(
     cos, sin = rotary_angles(torch.arange(tokens, device=device), block.rotary_dim, config.rope_theta)
 
     def step() -> list[Tensor]:
-        given = x.detach().requires_grad_()
-        out = block(given, cos, sin)
+        leaf = x.detach().requires_grad_()
+        out = block(leaf, cos, sin)
         out.backward(grad)
-        assert given.grad is not None
-        found = [out.detach(), given.grad]
+        assert leaf.grad is not None
+        found = [out.detach(), leaf.grad]
         block.zero_grad()
         return found
 

@@ -1,7 +1,7 @@
-"""Runs the parts of the check, each in a process of its own with its own time, and reports what they found.
+"""Runs the parts of the check, each in a process of its own with its own time limit, and reports their results.
 
-A part that crashes, hangs or leaves the GPU in error costs one row; the others still run. Their processes are forked
-from one that has imported everything and never touched a GPU.
+A part that crashes, hangs or leaves the GPU in error costs one row, and the others still run. Processes are forked from
+one that has imported everything and never used a GPU.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from moesys.measure.gpu_check.rows import CheckTask, Part, Row
 from moesys.measure.gpu_check.table import CheckReport, PartResult
 
 GRACE_S = 3.0
-"""Between the end of a part's time and that of its process by force."""
+"""Seconds between a part's time limit and the forced end of its process."""
 
 CRASHED = 1
-"""Exit code of a part that ended in an error of its own."""
+"""Exit code of a part with an error."""
 
 
 @dataclass(frozen=True)
 class CheckPart:
-    """A part: `run` of the module runs it, in so many seconds at most."""
+    """A part of the check. Its module has a function `run`; `limit_s` are its most seconds."""
 
     name: str
     about: str
@@ -41,7 +41,7 @@ class CheckPart:
     module: str = ""
 
     def run(self) -> Part:
-        """What yields the part's rows."""
+        """The part's rows, as an iterator."""
         run: Part = import_module(self.module or f"moesys.measure.gpu_check.{self.name}").run
         return run
 
@@ -55,16 +55,16 @@ PLANS = (
     CheckPart("blocks", "one block, compiled and not", 100),
     CheckPart("kernel_tests", "the compiled tests of kernels", 75),
 )
-"""In the order in which they run; together under 8 minutes."""
+"""All parts in their order. Together they take less than 8 minutes."""
 
 
 def run(plans: Sequence[CheckPart], dry: bool, folder: Path, patience: float, command: str) -> CheckReport:
-    """Run the parts, tell of each row as it comes, and write `gpu-check.json` and `gpu-check.md` into `folder`.
+    """Run the parts, print each row, and write `gpu-check.json` and `gpu-check.md` into `folder`.
 
     Args:
-        folder: made where it is missing. Keeps what each part wrote, as PART.log.
+        folder: made if it does not exist. It keeps the output of each part as PART.log.
         patience: factor on every part's seconds.
-        command: as it was called, for the report.
+        command: the command line, for the report.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
@@ -76,15 +76,15 @@ def run(plans: Sequence[CheckPart], dry: bool, folder: Path, patience: float, co
         process = context.Process(target=work, args=(plan, folder, limit, dry))
         found.append(_part(plan, process, folder, limit))
         report = CheckReport(date.today().isoformat(), command, dry, found)
-        # After every part, so that a check that is stopped leaves what it found.
+        # After every part: a stopped check leaves its results.
         write_json(folder / "gpu-check.json", report.as_json())
         write_whole(folder / "gpu-check.md", report.markdown())
     return report
 
 
 def work(plan: CheckPart, folder: Path, limit: float, dry: bool) -> None:
-    """What the process of a part does: it writes each row as it is found, and all else into a log."""
-    os.setsid()  # so that it can be ended with all that it started
+    """Run a part in its process: write each row to its file, and all output to its log."""
+    os.setsid()  # one signal ends it with all that it started
     with (folder / f"{plan.name}.log").open("w", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -94,33 +94,33 @@ def work(plan: CheckPart, folder: Path, limit: float, dry: bool) -> None:
 
 
 def _part(plan: CheckPart, process: ForkServerProcess, folder: Path, limit: float) -> PartResult:
-    """Run one part to its end, or until its time is over."""
-    told, log = folder / f"{plan.name}.rows", folder / f"{plan.name}.log"
-    for path in (told, log):
+    """Run one part to its end, or to its time limit."""
+    found, log = folder / f"{plan.name}.rows", folder / f"{plan.name}.log"
+    for path in (found, log):
         path.unlink(missing_ok=True)
     process.start()
     begin, shown = monotonic(), 0
     try:
         while process.is_alive() and monotonic() < begin + limit + GRACE_S:
             sleep(0.1)
-            shown = _show(rows.read(told), shown)
+            shown = _show(rows.read(found), shown)
     finally:
         late = process.is_alive()
         _end(process)
-    every = rows.read(told) + _ending(plan, process.exitcode, late, limit, log)
+    every = rows.read(found) + _ending(plan, process.exitcode, late, limit, log)
     _show(every, shown)
     return PartResult(plan.name, plan.about, every, monotonic() - begin, limit)
 
 
 def _show(every: Sequence[Row], shown: int) -> int:
-    """Print the rows from number `shown` on; returns how many there are."""
+    """Print the rows from number `shown` on; returns the number of rows."""
     for row in every[shown:]:
         print(f"  {row.state:<8} {row.what}: {row.said}", flush=True)
     return len(every)
 
 
 def _end(process: ForkServerProcess) -> None:
-    """End the process and all that it started."""
+    """End the process and all processes that it started."""
     if process.pid is not None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -129,14 +129,14 @@ def _end(process: ForkServerProcess) -> None:
 
 
 def _ending(plan: CheckPart, code: int | None, late: bool, limit: float, log: Path) -> list[Row]:
-    """A failed row for a part that did not come to its end."""
+    """A failed row for a part that did not finish; none otherwise."""
     what = f"all of {plan.name}"
     if late:
-        said = f"not finished within {limit:.0f} s but for what is above; --patience 2 gives it twice as long"
+        said = f"not finished within {limit:.0f} s, except for the rows above; --patience 2 doubles the time"
         return [Row(what, "failed", said)]
     if code == 0:
         return []
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
     died = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    return [Row(what, "failed", f"its process ended with {died}: {lines[-1] if lines else 'no word'}")]
+    return [Row(what, "failed", f"its process ended with {died}: {lines[-1] if lines else 'no output'}")]

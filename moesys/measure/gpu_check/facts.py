@@ -1,4 +1,4 @@
-"""What is there: the device, and the versions of everything that decides what runs on it."""
+"""Reports the device, and the versions of all software that decides what runs on it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PACKAGES = ("triton", "transformers", "pytest", "hypothesis", "numpy")
 
 
 def run(task: CheckTask) -> Iterator[Row]:
-    """One row of the device, one of the software."""
+    """A row for the device, and one for the software."""
     yield tried(device, task, "device")
     yield tried(software, task, "software")
 
 
 def device(task: CheckTask, what: str) -> Row:
-    """The GPU that is checked, or the CPU of a dry run."""
+    """The GPU, or the CPU of a dry run."""
     if task.dry:
         name = f"{platform.machine()} CPU"
         said = f"no GPU is used; {name}, {plural(os.cpu_count() or 1, 'core')}"
@@ -47,7 +47,7 @@ def device(task: CheckTask, what: str) -> Row:
 
 
 def _driver() -> Figures:
-    """What nvidia-smi tells of the first visible GPU; nothing where it is missing."""
+    """Facts of nvidia-smi on the first visible GPU; empty without nvidia-smi."""
     asked = {"driver": "driver_version", "clock": "clocks.max.sm", "power": "power.limit"}
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -63,7 +63,7 @@ def _driver() -> Figures:
 
 
 def software(task: CheckTask, what: str) -> Row:
-    """Versions of Python, of torch and what comes with it, and of what else is installed."""
+    """Versions of Python, torch and its libraries, and other installed packages."""
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None
     figures: Figures = {
@@ -88,7 +88,7 @@ def _installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "+" if files differ from it; None where it is no git repository."""
+    """The commit of this checkout, with "+" for changed files; None outside of a git repository."""
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         return None

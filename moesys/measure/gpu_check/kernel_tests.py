@@ -1,6 +1,6 @@
-"""The repository's tests of kernels, each file in a process of its own, as Triton compiles them for this GPU.
+"""Runs the repository's tests of kernels, as Triton compiles them for this GPU, each file in a process of its own.
 
-Compiling takes most of their time, and needs a core of the host alone: so several files run at once.
+Most of their time is compilation, which needs one core of the host. So several files run at once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ TESTS = ROOT / "tests" / "kernels"
 NEEDED = ("pytest", "hypothesis", "triton")
 
 INTERPRETED = "test_activation.py::test_rows_wider_than_a_program"
-"""What a dry run takes of the tests; the repository's own run takes all, interpreted."""
+"""The test of a dry run. The repository's own tests interpret all kernels."""
 
 LONGEST = "test_grouped_matmul.py"
-"""The file that compiles most: it starts first."""
+"""The file with most compilation. It starts first."""
 
 
 def run(task: CheckTask) -> Iterator[Row]:
@@ -45,7 +45,7 @@ def run(task: CheckTask) -> Iterator[Row]:
 
 
 def _row(task: CheckTask, name: str) -> Row:
-    """What pytest says of one file."""
+    """The result of pytest for one file."""
     words = ["-k", "triton-cpu" if task.dry else "cuda or test_compile", "-p", "no:cacheprovider", "-vv"]
     command = [sys.executable, "-m", "pytest", *words, str(TESTS / name)]
     log = task.folder / f"{Path(name.replace('::', '-')).stem}.log"
@@ -70,17 +70,17 @@ def _row(task: CheckTask, name: str) -> Row:
 
 
 def _unfinished(what: str, log: Path) -> Row:
-    """The row of a file whose tests were not all over in time: no failure if some had passed, and none failed."""
+    """The row of a file that ran out of time: no failure if some tests passed and none failed."""
     words = re.findall(r" (PASSED|FAILED|ERROR)\b", log.read_text(encoding="utf-8", errors="replace"))
     passed = words.count("PASSED")
-    said = f"time was over after {plural(passed, 'passed test')}, {len(words) - passed} failed; --patience 2; see {log}"
+    said = f"out of time after {plural(passed, 'passed test')}, {len(words) - passed} failed; --patience 2; see {log}"
     return Row(what, "not run" if 0 < passed == len(words) else "failed", said, {"passed": passed})
 
 
 NOTHING_CHOSEN = 5
-"""pytest's exit code where no test has been chosen."""
+"""pytest's exit code if it selects no test."""
 
 
 def last_line(text: str) -> str:
-    """The last line that is not empty; "" where there is none."""
+    """The last line that is not empty; "" without one."""
     return next((line for line in reversed(text.splitlines()) if line.strip()), "")

@@ -1,7 +1,8 @@
-"""Every operation of `moesys.kernels` as Triton computes it, and as the device chooses it, beside its definition.
+"""Compares every operation of `moesys.kernels` with its definition: by Triton, and as the device chooses.
 
-A plain loop over the operations that needs no pytest, at the sizes of a published model. Definitions are computed in
-float64 from the same inputs.
+A plain loop over the operations, without pytest, at the sizes of a published model. Definitions use float64 and the
+same
+inputs.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from moesys.kernels.permute import Permutation, sort_by_expert
 from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
-"""Most that a result may differ from its definition, as a part of it."""
+"""Largest relative difference of a result from its definition."""
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class KernelSizes:
-    """T tokens of H, E experts of inner size F, k of them per token."""
+    """T tokens of size H, E experts of inner size F, k experts per token."""
 
     tokens: int
     hidden: int
@@ -40,7 +41,7 @@ LARGE, SMALL = KernelSizes(4096, 2048, 768, 128, 8), KernelSizes(8, 16, 8, 4, 2)
 
 @dataclass(frozen=True)
 class KernelCase:
-    """An operation, its definition, and the tensors they take; those that float are differentiated."""
+    """An operation, its definition, and their tensors. Gradients are compared for those of floating type."""
 
     operation: Function
     definition: Function
@@ -48,7 +49,7 @@ class KernelCase:
 
 
 def run(task: CheckTask) -> Iterator[Row]:
-    """A row for each operation, type and way."""
+    """A row for each operation, type and implementation."""
     if not choose.HAS_TRITON:
         yield Row("Triton", "not run", "Triton is not installed; pip install triton")
     ways = {"as chosen": ""} | ({"Triton": "triton"} if choose.HAS_TRITON else {})
@@ -65,7 +66,7 @@ def run(task: CheckTask) -> Iterator[Row]:
 
 
 def cases(size: KernelSizes, dtype: torch.dtype, device: torch.device) -> dict[str, KernelCase]:
-    """The operations by name. Routing is random, with an expert that nothing is sent to."""
+    """The operations by name. Routing is random; one expert gets no token."""
     torch.manual_seed(0)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -104,7 +105,7 @@ def cases(size: KernelSizes, dtype: torch.dtype, device: torch.device) -> dict[s
 
 
 def _floats(gate_: Callable[..., gate.GateResult], *options: object) -> Function:
-    """Weights and probabilities of a gate, and its load as floating numbers."""
+    """Weights, probabilities and load (as floating numbers) of a gate."""
 
     def function(logits_TE: Tensor) -> tuple[Tensor, ...]:
         found = gate_(logits_TE, *options)
@@ -134,7 +135,7 @@ def _experts(operation: Callable[..., Tensor], p: Permutation) -> Function:
 
 
 def _row(task: CheckTask, what: str, case: KernelCase, way: str, dtype: torch.dtype) -> Row:
-    """How far results and gradients are from the definition's, at most, and where."""
+    """The largest difference of results and gradients from the definition, and its place."""
     with forced(way):
         found = _passes(case.operation, case.inputs)
     with forced("reference"):
@@ -149,7 +150,7 @@ def _row(task: CheckTask, what: str, case: KernelCase, way: str, dtype: torch.dt
 
 
 def _passes(function: Function, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Outputs, and the gradients of every input with respect to the same drawn direction."""
+    """The outputs, and the gradients of every input for one random direction."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -164,7 +165,7 @@ def _passes(function: Function, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _distance(found: Tensor, right: Tensor) -> float:
-    """The norm of the difference as a part of the right one's; infinite where a number is not finite."""
+    """Norm of the difference / norm of the right tensor (any shape); infinite if a number is not finite."""
     if not found.isfinite().all():
         return float("inf")
     return float((found.double() - right).norm() / right.norm().clamp_min(1e-30))
@@ -172,7 +173,7 @@ def _distance(found: Tensor, right: Tensor) -> float:
 
 @contextmanager
 def forced(way: str) -> Iterator[None]:
-    """Inside, every operation runs this way; "": as it chooses itself."""
+    """A context in which every operation uses this implementation; "" for its own choice."""
     before = os.environ.get(choose.VARIABLE)
     os.environ[choose.VARIABLE] = way
     choose.forget()

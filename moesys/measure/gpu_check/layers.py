@@ -1,4 +1,4 @@
-"""`moesys bench layer` at the shapes of published models."""
+"""Runs `moesys bench layer` at the shapes of published models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 from moesys.measure.layer_benchmark import one_device
-from moesys.measure.layer_benchmark.one_device import LEAST_SHARE, SHAPES, LayerShape
+from moesys.measure.layer_benchmark.layer_times import LEAST_SHARE, SHAPES, LayerShape
 
 
 def run(task: CheckTask) -> Iterator[Row]:
@@ -24,7 +24,7 @@ def run(task: CheckTask) -> Iterator[Row]:
 
 
 def shrunken(shape: LayerShape) -> LayerShape:
-    """A shape that takes a CPU no time."""
+    """A shape that a CPU computes at once."""
     few = replace(shape, experts=min(shape.experts, 8), top_k=min(shape.top_k, 4))
     return replace(few, tokens=32, hidden=16, ffn_hidden=8)
 

@@ -1,6 +1,6 @@
-"""The shipped models' sections, whole, for machines that cannot read YAML.
+"""The `model` sections of the shipped models, for machines that cannot read YAML.
 
-python -m moesys.measure.gpu_check.models      # writes models.json anew, from configs/models
+python -m moesys.measure.gpu_check.models      # writes models.json again, from configs/models
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from moesys.files import json_text, write_whole
 FILE = Path(__file__).with_name("models.json")
 
 BLOCKS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")
-"""The models whose blocks and MoE layers are run."""
+"""The models whose blocks and MoE layers run."""
 
 
 def sections() -> dict[str, dict[str, Any]]:
-    """By name, the section `model` of each configuration in configs/models with its defaults, as in the file."""
+    """The section `model` of each configuration in configs/models, with its defaults, by name; from models.json."""
     return dict(json.loads(FILE.read_text(encoding="utf-8")))
 
 
 def config(section: dict[str, Any]) -> Any:
-    """What `Block` reads of a section: the attributes of `ModelConfig`, of a model whose block 0 is MoE."""
+    """A section's keys as the attributes that `Block` reads from `ModelConfig`; block 0 of the model is MoE."""
     moe = _named(section["moe"])
     moe.zero_computation = moe.zero_experts + moe.copy_experts + moe.constant_experts
     moe.shared_width = moe.shared_experts * (moe.shared_ffn_hidden or moe.ffn_hidden)
@@ -41,7 +41,7 @@ def _named(section: dict[str, Any]) -> SimpleNamespace:
 
 
 def shrunken(section: dict[str, Any]) -> dict[str, Any]:
-    """The section with sizes that a CPU computes at once; what kind of model it is stays."""
+    """The section with sizes that a CPU computes at once; the kind of model stays."""
     a, m = section["attention"], section["moe"]
     heads = 4
     attention = {key: min(8, value) if type(value) is int else value for key, value in a.items()}
@@ -52,7 +52,7 @@ def shrunken(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def shipped() -> dict[str, dict[str, Any]]:
-    """`sections`, from the configurations themselves."""
+    """`sections`, read from the configurations themselves."""
     from moesys import shipped
     from moesys.config.load import load
 

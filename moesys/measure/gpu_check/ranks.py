@@ -1,4 +1,4 @@
-"""One MoE layer over several processes: what NCCL and gloo do with them on this machine.
+"""Compares one MoE layer over several processes with the whole layer, on NCCL and gloo.
 
 python -m moesys.measure.gpu_check.ranks RANK RANKS BACKEND DEVICE FILE SECONDS      # one process, started by the check
 """
@@ -20,22 +20,23 @@ from torch import nn
 from moesys.loopback import stay_here
 from moesys.measure import checkout
 from moesys.measure.gpu_check.rows import CheckTask, Row, tried
-from moesys.measure.layer_benchmark.one_device import LayerShape, build
+from moesys.measure.layer_benchmark.layer_times import LayerShape
+from moesys.measure.layer_benchmark.sides import build
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
 
 SHAPE = LayerShape(tokens=64, hidden=32, ffn_hidden=16, experts=8, top_k=2)
 CLOSE = 1e-4
-"""Most that the distributed layer may differ from the whole one, in float32, as a part of it."""
+"""Largest relative difference of the distributed layer from the whole one, in float32."""
 
 SHARING = "NCCL_MULTI_RANK_GPU_ENABLE"
-"""Lets NCCL take several processes on one GPU, from about 2.30 on; older ones do not know it."""
+"""A variable that lets NCCL use one GPU for several processes, since about 2.30. Older versions ignore it."""
 
 REFUSALS = ("duplicate gpu", "multiple ranks", "invalid usage")
-"""What NCCL says where it does not take two processes on one GPU."""
+"""Words in NCCL's messages when it refuses two processes on one GPU."""
 
 
 def run(task: CheckTask) -> Iterator[Row]:
-    """A row for each number of processes, backend and place."""
+    """A row for each number of processes, backend and device."""
     stay_here()
     yield tried(_equal, task, "2 processes on CPU, gloo", "gloo", ["cpu", "cpu"])
     if task.dry:
@@ -50,7 +51,7 @@ def run(task: CheckTask) -> Iterator[Row]:
 
 
 def _equal(task: CheckTask, what: str, backend: str, devices: list[str]) -> Row:
-    """Whether the layer over all ranks computes what one process does."""
+    """A row: the layer over all ranks computes the same as one process, or not."""
     codes, texts = _processes(task, what, backend, devices)
     if any(code != 0 for code in codes):
         rank = next(n for n, code in enumerate(codes) if code != 0)
@@ -59,7 +60,7 @@ def _equal(task: CheckTask, what: str, backend: str, devices: list[str]) -> Row:
 
 
 def _sharing(task: CheckTask, what: str) -> Row:
-    """What NCCL says of two processes on one GPU, which it may refuse."""
+    """A row for two processes on one GPU, which NCCL may refuse."""
     codes, texts = _processes(task, what, "nccl", ["cuda:0", "cuda:0"])
     if not any(code != 0 for code in codes):
         return Row(what, "passed", "NCCL takes both: output and gradients are those of the whole layer")
@@ -73,19 +74,19 @@ def _sharing(task: CheckTask, what: str) -> Row:
 def _reason(text: str) -> str:
     """The error at the end of a process's output."""
     lines = [line for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no word")
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output")
 
 
 def _processes(task: CheckTask, what: str, backend: str, devices: list[str]) -> tuple[list[int | None], list[str]]:
-    """Exit codes of all processes, and what they wrote; one that takes too long is ended, with a code of None."""
+    """Exit codes of all processes, and their output. A process that takes too long is ended, with code None."""
     name = "-".join(what.replace(",", "").split())
-    meeting = task.folder / f"{name}.store"
-    meeting.unlink(missing_ok=True)
-    ranks, limit = len(devices), task.seconds_left() / 2  # the rest is for the trials after this one
+    store = task.folder / f"{name}.store"
+    store.unlink(missing_ok=True)
+    ranks, limit = len(devices), task.seconds_left() / 2  # the rest is for later trials
     paths = [task.folder / f"{name}-rank{rank}.log" for rank in range(ranks)]
     running = []
     for rank, path in enumerate(paths):
-        words = [str(rank), str(ranks), backend, devices[rank], str(meeting), str(limit)]
+        words = [str(rank), str(ranks), backend, devices[rank], str(store), str(limit)]
         command = [sys.executable, "-m", "moesys.measure.gpu_check.ranks", *words]
         with path.open("w", encoding="utf-8") as out:
             env = {**os.environ, "NCCL_DEBUG": "WARN", SHARING: "1"}
@@ -103,8 +104,8 @@ def _processes(task: CheckTask, what: str, backend: str, devices: list[str]) -> 
     return codes, [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
 
-def work(rank: int, ranks: int, backend: str, device: torch.device, meeting: Path, limit: float) -> None:
-    """Compare the layer whose experts lie over the ranks with the whole one, on tokens of this rank's own.
+def work(rank: int, ranks: int, backend: str, device: torch.device, store: Path, limit: float) -> None:
+    """Compare the layer with experts on all ranks with the whole layer, on this rank's own tokens.
 
     Raises:
         AssertionError: they differ.
@@ -113,7 +114,7 @@ def work(rank: int, ranks: int, backend: str, device: torch.device, meeting: Pat
         torch.cuda.set_device(device)
     dist.init_process_group(
         backend,
-        store=dist.FileStore(str(meeting), ranks),
+        store=dist.FileStore(str(store), ranks),
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=limit),
@@ -135,14 +136,14 @@ def work(rank: int, ranks: int, backend: str, device: torch.device, meeting: Pat
         x, grad = torch.randn(1, SHAPE.tokens, SHAPE.hidden), torch.randn(1, SHAPE.tokens, SHAPE.hidden)
         results = []
         for layer in (shared, whole):
-            given = x.to(device, copy=True).requires_grad_()
-            out = layer.to(device)(given)
+            leaf = x.to(device, copy=True).requires_grad_()
+            out = layer.to(device)(leaf)
             out.backward(grad.to(device))
-            assert given.grad is not None
-            results.append((out.detach(), given.grad))
+            assert leaf.grad is not None
+            results.append((out.detach(), leaf.grad))
         for found, right in zip(*results, strict=True):
             error = float((found - right).norm() / right.norm())
-            assert error <= CLOSE, f"it differs from the whole layer by {error:.1e} of that"
+            assert error <= CLOSE, f"relative difference from the whole layer: {error:.1e}"
         dist.barrier()
     finally:
         dist.destroy_process_group()

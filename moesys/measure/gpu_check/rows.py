@@ -1,4 +1,4 @@
-"""What the check found, row by row, as the process of a part writes it and the check reads it."""
+"""The rows of the check. The process of a part writes them; the check reads them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Figures = Mapping[str, float | int | str | None]
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was tried.
+    """The result of one trial.
 
-    `said` is the result in words: a failure's error, or why something was not run. `figures` are its numbers, by
-    names that end in their units.
+    Attributes:
+        said: the result in words: the error of a failure, or the reason why something did not run.
+        figures: numbers, by names that end in their units.
     """
 
     what: str
@@ -32,10 +33,12 @@ class Row:
 
 @dataclass(frozen=True)
 class CheckTask:
-    """What a part is to do.
+    """The task of a part.
 
-    `dry`: without a GPU, at shrunken shapes. `folder`: for files of its own. `ends`: when it must have ended, on
-    `monotonic`'s clock.
+    Attributes:
+        dry: without a GPU, at shrunken shapes.
+        folder: for files of its own.
+        ends: time limit on `monotonic`'s clock.
     """
 
     dry: bool
@@ -44,11 +47,11 @@ class CheckTask:
 
     @property
     def device(self) -> str:
-        """Where it computes, as torch calls it."""
+        """The device for its computations, as torch calls it."""
         return "cpu" if self.dry else "cuda"
 
     def seconds_left(self) -> float:
-        """Until it must have ended; never below 0."""
+        """Seconds until its time limit; at least 0."""
         return max(0.0, self.ends - monotonic())
 
 
@@ -56,7 +59,7 @@ Part = Callable[[CheckTask], Iterator[Row]]
 
 
 def tried(work: Callable[..., Row], task: CheckTask, what: str, *given: Any) -> Row:
-    """The row of `work(task, what, *given)`, or a failed one with its error; the traceback goes to stderr."""
+    """The row of `work(task, what, *given)`, or a failed row with its error. The traceback goes to stderr."""
     try:
         return work(task, what, *given)
     except Exception as error:
@@ -65,17 +68,17 @@ def tried(work: Callable[..., Row], task: CheckTask, what: str, *given: Any) -> 
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of its message."""
+    """The type of an error, and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def append(path: Path, row: Row) -> None:
-    """Add `row` to the file of a part."""
+    """Add a row to the file of a part."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json_text(asdict(row), compact=True) + "\n")
 
 
 def read(path: Path) -> list[Row]:
-    """The rows in the file of a part, as many as are whole."""
+    """The complete rows in the file of a part."""
     return [Row(**row) for row in json_objects(path)]

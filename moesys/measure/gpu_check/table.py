@@ -12,7 +12,7 @@ from moesys.words import plural
 
 @dataclass(frozen=True)
 class PartResult:
-    """What a part found, in so many seconds of those that it might take."""
+    """The rows of a part, its seconds and its limit."""
 
     part: str
     about: str
@@ -23,7 +23,7 @@ class PartResult:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The whole check: when, by which command, and what each part found."""
+    """The whole check: date, command, and the result of each part."""
 
     date: str
     command: str
@@ -32,15 +32,15 @@ class CheckReport:
 
     @property
     def failures(self) -> list[Row]:
-        """All that failed."""
+        """All failed rows."""
         return [row for part in self.found for row in part.rows if row.state == "failed"]
 
     def figures(self, what: str) -> Figures:
-        """Of the row of that name in any part; empty where there is none."""
+        """The figures of the row with this name in any part; empty without one."""
         return next((row.figures for part in self.found for row in part.rows if row.what == what), {})
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, of builtin types."""
+        """All results, in builtin types."""
         parts = [
             {
                 "part": found.part,
@@ -61,7 +61,7 @@ class CheckReport:
         }
 
     def markdown(self) -> str:
-        """A heading, a line that says on what and when, and one table of all rows."""
+        """A heading, a line with device, versions and date, and one table of all rows."""
         device, software = self.figures("device"), self.figures("software")
         name = device.get("name") or "unknown device"
         title = f"### {'Dry run of the GPU check' if self.dry else 'GPU check'}: {name}, {self.date}"
@@ -78,7 +78,7 @@ class CheckReport:
         return "\n".join(lines) + "\n"
 
     def summary(self) -> str:
-        """How many rows passed, failed and were not run, in how long."""
+        """The numbers of rows that passed, failed and were not run, and the seconds."""
         states = [row.state for found in self.found for row in found.rows]
         counts = [f"{states.count(state)} {state}" for state in ("passed", "failed", "not run") if state in states]
         seconds = sum(found.seconds for found in self.found)
@@ -86,5 +86,5 @@ class CheckReport:
 
 
 def cell(text: str) -> str:
-    """`text` on one line, without what ends a cell."""
+    """`text` on one line, safe for a table cell."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What `moesys bench layer` is asked for, checked, and run."""
+"""The command `moesys bench layer`: checks its options and runs it."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import torch
 
 from moesys.errors import MoesysError
 from moesys.measure.layer_benchmark import many_ranks, one_device
-from moesys.measure.layer_benchmark.one_device import SHAPES, LayerShape
+from moesys.measure.layer_benchmark.layer_times import SHAPES, LayerShape, LayerTimes
 
-Result = one_device.LayerTimes | many_ranks.ShardedLayerTimes
+Result = LayerTimes | many_ranks.ShardedLayerTimes
 
 
 class LayerBenchError(MoesysError):
-    """A benchmark that was asked for cannot be run."""
+    """The benchmark cannot run with these options."""
 
     exit_code = 2
 
 
-def run(arguments: argparse.Namespace, peers: many_ranks.OtherLayers) -> list[Result]:
-    """Run the benchmark that the command line asks for, and print each result as it comes.
+def run(arguments: argparse.Namespace, others: many_ranks.OtherLayers) -> list[Result]:
+    """Run the benchmark, and print each result when it is there.
+
+    others: other systems' layers, for several ranks.
 
     Raises:
-        LayerBenchError: what is asked for cannot be run.
+        LayerBenchError: the benchmark cannot run with these options.
     """
     shape = shape_of(arguments)
     device = device_of(arguments.device)
     results: list[Result] = []
     print(one_device.describe(device), flush=True)
-    # Ranks run on the host's cores, whatever else is there.
+    # Several ranks always run on the host's cores.
     for name in types_of(arguments.dtype, device if arguments.ranks == 1 else torch.device("cpu")):
         dtype = getattr(torch, name)
         if arguments.ranks > 1:
-            results.append(many_ranks.run(shape, dtype, arguments.ranks, arguments.rounds, peers))
+            results.append(many_ranks.run(shape, dtype, arguments.ranks, arguments.rounds, others))
         else:
             results.append(alone(shape, dtype, device, arguments.rounds))
         print("\n".join(results[-1].lines()), flush=True)
@@ -42,14 +44,14 @@ def run(arguments: argparse.Namespace, peers: many_ranks.OtherLayers) -> list[Re
 
 
 def types_of(name: str | None, device: torch.device) -> tuple[str, ...]:
-    """The types to run in: the one that is named, or those that the device is trained in."""
+    """The types to run in: the named one, or the usual types of training on the device."""
     if name:
         return (name,)
     return ("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16")
 
 
 def alone(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
-    """`one_device.run`, whose lack of memory is told in the user's words."""
+    """`one_device.run`, with a clear error for too little memory."""
     try:
         return one_device.run(shape, dtype, device, rounds)
     except torch.OutOfMemoryError:
@@ -59,7 +61,7 @@ def alone(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: i
 
 
 def shape_of(arguments: argparse.Namespace) -> LayerShape:
-    """The shape that is named, with what is given in its place."""
+    """The named shape, with single sizes replaced by options."""
     name = arguments.shape or ("two-ranks" if arguments.ranks > 1 else "laptop")
     if name not in SHAPES:
         raise LayerBenchError(f"--shape {name}: there is no such shape; one of {', '.join(SHAPES)}")
@@ -75,7 +77,7 @@ def shape_of(arguments: argparse.Namespace) -> LayerShape:
 
 
 def device_of(name: str) -> torch.device:
-    """The device to run on; auto: a GPU where there is one."""
+    """The device to run on. "auto" is a GPU if there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise LayerBenchError("--device cuda: torch finds no GPU here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

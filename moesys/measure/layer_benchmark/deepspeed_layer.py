@@ -1,4 +1,4 @@
-"""DeepSpeed's MoE layer, to be compared with where it is installed; the project does not depend on it."""
+"""DeepSpeed's MoE layer, for comparison where it is installed. The project does not depend on it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def installed() -> bool:
 
 
 class DeepSpeedLayer(nn.Module):
-    """`deepspeed.moe.layer.MoE`: k choices, nothing dropped, SwiGLU experts over all ranks; weights of its own.
+    """`deepspeed.moe.layer.MoE`: k choices, nothing dropped, SwiGLU experts over all ranks, weights of its own.
 
-    Collective over the world, whose process group must exist: [1, T, H] → same.
+    [1, T, H] → the same shape. Collective over the world, whose process group must exist.
     """
 
     def __init__(self, hidden: int, ffn_hidden: int, experts: int, top_k: int, dtype: torch.dtype):
@@ -44,4 +44,5 @@ class DeepSpeedLayer(nn.Module):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[1, T, H] → the same shape."""
         return self.layer(x)[0]

@@ -1,7 +1,7 @@
-"""One MoE layer whose experts lie over several processes, beside Megatron-Core's and DeepSpeed's, on gloo.
+"""Times one MoE layer with experts on several processes, beside Megatron-Core's and DeepSpeed's, on gloo.
 
-What counts is the time beyond the layer's arithmetic: as many rows through one dense feed-forward, in the type
-in which the layer multiplies.
+The result is the time beyond the layer's arithmetic: beyond as many rows through one dense feed-forward, in the type of
+the layer's products.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from moesys.kernels.cpu.expert_ffn_blocked import working_type
 from moesys.loopback import stay_here
 from moesys.measure.interleaved_timing import interleave, slowest
 from moesys.measure.layer_benchmark import deepspeed_layer
-from moesys.measure.layer_benchmark.one_device import LayerShape, both, build, dense
+from moesys.measure.layer_benchmark.layer_times import LayerShape
+from moesys.measure.layer_benchmark.sides import both, build, dense
 from moesys.moe import MoELayer
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
@@ -33,12 +34,12 @@ from moesys.words import plural
 OURS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
 
 OtherLayers = Callable[[MoELayer, int, int, int], AbstractContextManager[dict[str, nn.Module]]]
-"""(our layer, E, k, ranks) → other systems' layers with its weights, in a context in which they work."""
+"""(our layer, E, k, ranks) → context with other systems' layers with its weights."""
 
 
 @dataclass(frozen=True)
 class ShardedLayerTimes:
-    """Median milliseconds of every side (of each step the slowest rank's) and the time beyond its arithmetic."""
+    """Median milliseconds of every side (the slowest rank's in each step), and the time beyond its arithmetic."""
 
     shape: LayerShape
     dtype: str
@@ -49,6 +50,7 @@ class ShardedLayerTimes:
     date: str = field(default_factory=lambda: date.today().isoformat())
 
     def as_json(self) -> dict[str, object]:
+        """All figures."""
         return asdict(self)
 
     def lines(self) -> list[str]:
@@ -114,7 +116,7 @@ def _work(
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """The side that multiplies as the layer does, and nothing else."""
+    """The name of the side with the layer's products alone."""
     return f"arithmetic in {_name(dtype)}"
 
 
@@ -139,7 +141,7 @@ def sides(shape: LayerShape, dtype: torch.dtype, others: OtherLayers) -> Iterato
         layer.dispatcher = kind(shape.experts, group, ranks, 1)
         found[f"moesys {name}"] = layer
     with others(layer, shape.experts, shape.top_k, ranks) as theirs, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the others' own
+        warnings.simplefilter("ignore")  # warnings of the other systems
         found |= theirs
         if deepspeed_layer.installed():
             size = (shape.hidden, shape.ffn_hidden, shape.experts, shape.top_k)

@@ -1,4 +1,4 @@
-"""How long bytes take on a cluster's links: a latency and a bandwidth each, fitted to a benchmark. Needs no torch.
+"""The link model of a cluster: a latency and a bandwidth for each kind of link. Needs no torch.
 
 The model is Hockney's (α–β, Parallel Computing 20, 1994): seconds = α + bytes / β. `moesys bench a2a
 --profile FILE` fits it and writes the profile that predictions read.
@@ -21,7 +21,7 @@ from moesys.measure.explain.link_load import limits
 
 
 class ProfileError(MoesysError):
-    """A file is no cluster profile, or lacks what is asked of it."""
+    """A file is no cluster profile, or lacks a link that is needed."""
 
     exit_code = 2
 
@@ -31,8 +31,9 @@ class LinkModel:
     """seconds = alpha + bytes · per_byte.
 
     Attributes:
-        error: median over the points of |fitted − measured| / measured; `worst` the largest.
-        smallest, largest: bytes of the points. Beyond them the line is a guess.
+        error: median over the points of |fitted − measured| / measured.
+        worst: the largest such error.
+        smallest, largest: bytes of the points. Beyond them the model extrapolates.
     """
 
     alpha: float
@@ -43,7 +44,7 @@ class LinkModel:
     largest: float
 
     def seconds(self, size: float) -> float:
-        """Of so many bytes; 0 of none."""
+        """Seconds for `size` bytes; 0 for none."""
         return self.alpha + size * self.per_byte if size > 0 else 0.0
 
     @property
@@ -52,15 +53,16 @@ class LinkModel:
         return 1 / self.per_byte if self.per_byte > 0 else float("inf")
 
     def faster(self, factor: float) -> LinkModel:
-        """The same latency, the bandwidth times `factor`."""
+        """The same latency with `factor` times the bandwidth."""
         return LinkModel(self.alpha, self.per_byte / factor, self.error, self.worst, self.smallest, self.largest)
 
 
 def fit(points: Sequence[tuple[float, float]]) -> LinkModel:
-    """The line through (bytes, seconds), each at least once and above 0, that makes Σ (relative error)² least.
+    """The link model with the least Σ (relative error)² over points (bytes, seconds), all above 0.
 
-    Weighting by 1 / seconds lets a microsecond of a small message count as much as a millisecond of a large
-    one. Neither latency nor bandwidth comes out negative.
+    The weight 1 / seconds lets a microsecond of a small message count as much as a millisecond of a large one. Latency
+    and
+    bandwidth are never negative.
 
     Raises:
         ValueError: no points.
@@ -89,38 +91,39 @@ class Profile:
     """The links of a cluster.
 
     Attributes:
-        lines: by "collective group": "all_to_all intra" a node, "all_to_all inter" nodes (all ranks of a node at
-            once), "all_reduce world", …. Bytes are what a rank contributes; of all-to-all and send_recv, what limits
-            them: the bytes of a rank to others inside its node, and those of a *node* to others.
-        facts: where and when it was measured.
+        lines: models by "collective group": "all_to_all intra" a node, "all_to_all inter" nodes (all ranks of a node at
+            once), "all_reduce world", …. Bytes are those that a rank contributes. For all-to-all and send_recv they are
+            the
+            limiting ones: of a rank to others inside its node, or of a *node* to others.
+        facts: place and time of the measurement.
     """
 
     lines: Mapping[str, LinkModel]
     facts: Mapping[str, Any]
 
     def exchange(self, sent: Sequence[Sequence[float]], nodes: Sequence[object]) -> float:
-        """Seconds of an all-to-all in which rank i sends `sent[i][j]` bytes to rank j of node `nodes[j]`.
+        """Seconds of an all-to-all in which rank i sends `sent[i][j]` bytes to rank j on node `nodes[j]`.
 
-        The slower of two: the busiest rank inside its node, the busiest node to and from others.
+        The slower one counts: the busiest rank inside its node, or the busiest node to and from others.
 
         Raises:
-            ProfileError: bytes travel where nothing was measured.
+            ProfileError: bytes use a link that was not measured.
         """
         return self.seconds(*limits(sent, nodes))
 
     def seconds(self, inside: float, between: float) -> float:
-        """`exchange`, from what limits it: bytes of the busiest rank inside its node, and of the busiest node."""
+        """`exchange` from its limits: bytes of the busiest rank inside its node, and of the busiest node."""
         within = self._line("all_to_all intra").seconds(inside) if inside else 0.0
         return max(within, self._line("all_to_all inter").seconds(between) if between else 0.0)
 
     def collective(self, kind: str, size: float, nodes: Sequence[object]) -> float:
-        """Seconds of another collective to which each rank of a group on `nodes` contributes `size` bytes."""
+        """Seconds of another collective, to which each rank of a group on `nodes` contributes `size` bytes."""
         several = len(set(nodes))
         group = "intra" if several == 1 else "inter" if several == len(nodes) else "world"
         return self._line(f"{kind} {group}").seconds(size)
 
     def faster(self, factor: float) -> Profile:
-        """The same with every link between nodes, or the only link there is, `factor` times as fast."""
+        """The profile with `factor` times the bandwidth between nodes, or of the only kind of link."""
         several = any(name.endswith(" inter") for name in self.lines)
         slow = {name: not several or not name.endswith(" intra") for name in self.lines}
         return Profile(
@@ -140,7 +143,7 @@ class Profile:
         return line
 
     def save(self, path: Path) -> None:
-        """Write YAML, at once."""
+        """Write YAML, all of it or nothing."""
         text = yaml.safe_dump(
             {**self.facts, "lines": {name: asdict(line) for name, line in self.lines.items()}}, sort_keys=False
         )
@@ -148,7 +151,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path) -> Profile:
-        """Inverse of `save`.
+        """The inverse of `save`.
 
         Raises:
             ProfileError: there is no such file, or it is no profile.
@@ -161,13 +164,13 @@ class Profile:
             why = getattr(error, "strerror", None) or "is nested too deeply"
             raise ProfileError(f"measure.profile: {path}: {why}\n    remedy: {remedy}") from None
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-            told = f" ({error})" if isinstance(error, ValueError) else ""
-            raise ProfileError(f"{path} is no cluster profile{told}\n    remedy: {remedy}") from None
+            detail = f" ({error})" if isinstance(error, ValueError) else ""
+            raise ProfileError(f"{path} is no cluster profile{detail}\n    remedy: {remedy}") from None
         return cls(lines, facts)
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a line, none of which may be negative or infinite."""
+    """The figures of a line. Raises ValueError for negative or infinite ones."""
     found = {key: float(value) for key, value in line.items()}
     for key, value in found.items():
         if not (isfinite(value) and value >= 0):

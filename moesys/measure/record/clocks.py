@@ -1,4 +1,4 @@
-"""One clock for all ranks: how far each host's is from rank 0's."""
+"""Clock offsets between hosts: seconds from each host's clock to rank 0's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 ROUNDS = 20
-"""Questions to each host's clock, of which the fastest answer counts."""
+"""Questions to each host's clock. The fastest answer counts."""
 
 
 def host_clock() -> str:
-    """The same for processes that share a clock: this machine since it was last started."""
+    """A name that processes share if they share a clock: this machine since its last boot."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
@@ -39,17 +39,17 @@ def offset(group: dist.ProcessGroup) -> float:
 
 
 def _compare(mine: torch.Tensor, leader: int, group: dist.ProcessGroup) -> None:
-    """Rank 0 answers with its time; `leader` keeps the difference of the fastest answer in `mine`."""
+    """Rank 0 answers with its time. `leader` writes the difference of the fastest answer to `mine` [1]."""
     answer, best = torch.zeros(1, dtype=torch.float64), float("inf")
     for _ in range(ROUNDS):
         if dist.get_rank() == 0:
             dist.recv(answer, leader, group=group)
             dist.send(torch.tensor([perf_counter()], dtype=torch.float64), leader, group=group)
             continue
-        asked = perf_counter()
+        asked_at = perf_counter()
         dist.send(answer, 0, group=group)
         dist.recv(answer, 0, group=group)
-        told = perf_counter()
-        if told - asked < best:
-            best = told - asked
-            mine[0] = answer.item() - (asked + told) / 2
+        answered_at = perf_counter()
+        if answered_at - asked_at < best:
+            best = answered_at - asked_at
+            mine[0] = answer.item() - (asked_at + answered_at) / 2

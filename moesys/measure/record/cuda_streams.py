@@ -1,9 +1,8 @@
-"""When the computation on a GPU waited for a collective, whichever stream waited for it first.
+"""Finds when the computing stream of a GPU waited for a collective, through whichever other streams.
 
-A collective's result may be waited for on a stream of its own (FSDP2 gathers weights ahead like this). It costs the
-step nothing until the stream that computes waits for that stream. So what each stream has waited for is followed
-through events: an event that is recorded on a stream stands for all collectives that this stream has behind it, and a
-stream that waits for the event has them behind it, too. When that is the computing stream, they were needed then.
+FSDP2 waits for weights on a stream of its own. This costs the step nothing until the computing stream waits for that
+stream. CUDA events carry the dependency: an event recorded on a stream stands for all collectives that the stream has
+waited for, and a stream that waits for the event has waited for them too.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ _CUDA = torch.device("cuda")
 
 
 def _key(stream: Any) -> tuple[int, int]:
-    """The same for all objects that stand for one stream."""
+    """A key that is the same for all objects of one stream."""
     return stream.device_index, stream.stream_id
 
 
 class Streams:
-    """Collectives that streams have behind them, and the computing stream does not yet.
+    """The collectives that other streams have waited for, and the computing stream has not.
 
-    The stream that is current when this is made is the one that computes.
+    The computing stream is the current one when this object is made.
     """
 
     def __init__(self) -> None:
@@ -40,7 +39,7 @@ class Streams:
         self._open: dict[int, CollectiveRecord] = {}
 
     def arrived(self, event: CollectiveRecord, before: comm.Time) -> None:
-        """The current stream has waited for the collective since `before`."""
+        """Note that the current stream has waited for the collective since `before`."""
         event.waited, event.end = before, now(_CUDA)
         stream = _key(torch.cuda.current_stream())
         if stream != self._compute:
@@ -48,7 +47,7 @@ class Streams:
             self._behind[stream][id(event)] = self._open[id(event)] = event
 
     def record(self, original: Callable[..., Any], marker: Any, stream: Any = None) -> Any:
-        """`Event.record`: the marker stands for what its stream has behind it now."""
+        """`torch.cuda.Event.record`: the event now stands for what its stream has waited for."""
         key = _key(torch.cuda.current_stream() if stream is None else stream)
         behind = self._still_open(self._behind[key])
         self._behind[key] = dict(behind)
@@ -59,7 +58,7 @@ class Streams:
         return original(marker, stream)
 
     def wait(self, original: Callable[..., Any], marker: Any, stream: Any = None) -> Any:
-        """`Event.wait`: the stream gets behind it what the marker stands for."""
+        """`torch.cuda.Event.wait`: the stream now has waited for what the event stands for."""
         behind = self._still_open(self._marked.get(marker, {}))
         key = _key(torch.cuda.current_stream() if stream is None else stream)
         if not behind or key != self._compute:
@@ -78,7 +77,7 @@ class Streams:
 
 
 def _marker_on(stream: Any) -> torch.cuda.Event:
-    """When `stream`, or the current one, gets here."""
+    """A new event with time, recorded on `stream`, or on the current one."""
     marker = torch.cuda.Event(enable_timing=True)
     marker.record(stream)
     return marker
@@ -86,7 +85,7 @@ def _marker_on(stream: Any) -> torch.cuda.Event:
 
 @contextmanager
 def followed(streams: Streams) -> Iterator[None]:
-    """Inside, `streams` sees every event of a GPU that is recorded and waited for."""
+    """A context in which `streams` gets every CUDA event that is recorded or waited for."""
     record, wait = torch.cuda.Event.record, torch.cuda.Event.wait
 
     def recorded(marker: Any, stream: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """Gathers recorded steps: each rank sums up its own collectives, and rank 0 gets the sums.
 
 The size of what rank 0 gets does not depend on the number of collectives. To attribute a wait, a rank must know when
-the last rank of the group began: `arrival_exchange` tells it.
+the last rank of the group began: see `arrival_exchange`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The dimension of parallelism that a recorded collective serves: told by who started it, else by its group.
+"""The purpose of a recorded collective: the dimension of parallelism that it serves.
 
-A group of ranks alone does not say it: an axis that spans the world has the world's own group, and where the ranks of
-one axis are those of another, both may have one group.
+The module that started it decides; its group decides only without a known module. A group alone is ambiguous: an axis
+over all ranks uses the world's group, and two axes over the same ranks may share one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ STARTERS: tuple[tuple[str, Purpose], ...] = (
     ("megatron.core.optimizer", "step"),
     ("moesys.train", "step"),
 )
-"""Modules whose code serves one purpose whatever group it uses."""
+"""Modules whose collectives have one purpose, whatever group they use."""
 
 SPECIFIC: tuple[Purpose, ...] = ("tensor", "context", "pipeline", "data", "step")
-"""The order in which a group's purposes count where nobody knows who started a collective: what data parallelism and
-the step share is always told by its starter."""
+"""The order in which a group's purposes count for an unknown module. Modules of data parallelism and of the step are
+always known, so these come last."""
 
 
 def starter() -> Purpose | None:
-    """The purpose of the innermost module among `STARTERS` whose code is running now; None if there is none."""
+    """The purpose of the innermost running module among `STARTERS`; None without one."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
@@ -45,7 +45,7 @@ def starter() -> Purpose | None:
 
 
 def purpose_of(event: CollectiveRecord, groups: Mapping[str, tuple[Purpose, ...]]) -> Purpose:
-    """What a collective, or who started it, says that it is for; else what its group is for."""
+    """The purpose in the tag of a collective, else that of the module that started it, else that of its group."""
     tag, served = event.tag, groups.get(event.group, ())
     if tag.level:
         return "expert"
@@ -63,9 +63,9 @@ def purpose_of(event: CollectiveRecord, groups: Mapping[str, tuple[Purpose, ...]
 
 
 def purposes(mesh: Ranks) -> dict[str, tuple[Purpose, ...]]:
-    """The purposes that each process group of the run serves, by its name: several where axes share it.
+    """The purposes of each process group of the run, by its name; several where axes share a group.
 
-    What goes to experts says so itself.
+    Dispatch and combine are not included: their tags say so.
     """
     found: dict[str, tuple[Purpose, ...]] = {}
     for axes, group in mesh.groups():
@@ -76,7 +76,7 @@ def purposes(mesh: Ranks) -> dict[str, tuple[Purpose, ...]]:
 
 
 def _of_axes(axes: tuple[str, ...]) -> Purpose | None:
-    """What communicates along axes of more than one rank."""
+    """The purpose of collectives along axes with more than one rank."""
     if any("dp" in axis for axis in axes):
         return "data"
     if "pp" in axes:

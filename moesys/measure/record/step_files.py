@@ -1,11 +1,11 @@
-"""What a run recorded, in its folder: a summary of every recorded step, and the collectives of single ranks.
+"""The files of recorded steps in a run's folder: summaries of all ranks, and collectives of single ranks.
 
-    measure/summary.jsonl      of all ranks: one JSON object a line, written by rank 0
-    measure/rank-00003.npy     of one rank: three arrays of numpy's format for each step, one behind the other
-    measure/steps.jsonl        of all ranks with their collectives: as runs wrote it before
+    measure/summary.jsonl      summaries: one JSON object a line, written by rank 0
+    measure/rank-00003.npy     one rank's collectives: three numpy arrays for each step, one after another
+    measure/steps.jsonl        all ranks' collectives, as older versions wrote them
 
-Every rank writes its own file: nobody reads another's while the run goes on. Beyond `DETAILED` ranks a sample of as
-many writes one.
+Every rank writes its own file, and none reads another's while the run goes on. With more than `DETAILED` ranks, a
+sample of as many ranks writes one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moesys.measure.explain.step_summary import DETAILED, Summary
 from moesys.measure.step import RankStep, Step, checked, from_nan, step_of, to_nan
 
 NAMES = ("kind", "purpose", "layer", "part", "level")
-"""Fields of a collective that are words: numbers of a list of them."""
+"""Fields of a collective that are words. Files store their index in a list of words."""
 
 RECORD = np.dtype([
     *((name, "u2") for name in NAMES), ("group", "u4"), ("number", "u4"), ("backward", "?"),
@@ -38,33 +38,33 @@ RECORD = np.dtype([
     ("arrived", "f8"), ("last", "u4"), ("whole", "?"), ("computed", "f8"), ("last_bytes", "i8"), ("evenness", "f8"),
     ("least", "f8"),
 ])  # fmt: skip
-"""A collective and its group_arrival; NaN for None. `parts` of the array that follows are its `sent`."""
+"""A collective and its group arrival; NaN stands for None. `parts`: its number of values in the array of `sent`."""
 
 
 def folder_of(run_dir: Path) -> Path:
-    """Where a run keeps what it recorded."""
+    """The folder of a run's records."""
     return run_dir / "measure"
 
 
 def steps_file(run_dir: Path) -> Path:
-    """Where runs kept their recorded steps before."""
+    """The file in which older versions kept recorded steps."""
     return folder_of(run_dir) / "steps.jsonl"
 
 
 def summary_file(run_dir: Path) -> Path:
-    """Where a run keeps the summaries of its recorded steps."""
+    """The file of a run's summaries."""
     return folder_of(run_dir) / "summary.jsonl"
 
 
 def rank_file(run_dir: Path, rank: int) -> Path:
-    """Where a rank keeps its collectives."""
+    """The file of a rank's collectives."""
     return folder_of(run_dir) / f"rank-{rank:05d}.npy"
 
 
 def sample(world: int) -> list[int]:
-    """The ranks that keep their collectives: all of few; of many one of each of `DETAILED` runs of neighbours.
+    """The ranks that keep their collectives: all, or `DETAILED` of them, one from each run of neighbours.
 
-    It is another place of each, so that all index in a node, and thus in a group of neighbours, are among them.
+    The place in the run of neighbours varies, so that the sample has every place in a node and in groups of neighbours.
     """
     if world <= DETAILED:
         return list(range(world))
@@ -74,7 +74,7 @@ def sample(world: int) -> list[int]:
 
 
 def append(path: Path, number: int, r: RankStep, layout: str, audit: bool) -> None:
-    """Add a rank's step, with its arrivals, to its file."""
+    """Add a rank's step, with its group arrivals, to the rank's file."""
     names: dict[str, int] = {}
     groups: dict[tuple[int, ...], int] = {}
     assert r.arrivals is not None
@@ -83,8 +83,8 @@ def append(path: Path, number: int, r: RankStep, layout: str, audit: bool) -> No
         words = (names.setdefault(getattr(t, name), len(names)) for name in NAMES)
         group = groups.setdefault(t.ranks, len(groups))
         times = t.begin, t.waited, t.end, to_nan(t.met)
-        told = m.arrived, m.last, m.whole, to_nan(m.computed), m.bytes, m.evenness, to_nan(m.least)
-        rows.append((*words, group, t.number, t.backward, *times, t.bytes, len(t.sent), *told))
+        arrival = m.arrived, m.last, m.whole, to_nan(m.computed), m.bytes, m.evenness, to_nan(m.least)
+        rows.append((*words, group, t.number, t.backward, *times, t.bytes, len(t.sent), *arrival))
     head = {
         "step": number, "rank": r.rank, "host": r.host, "begin": r.begin, "end": r.end, "layout": layout,
         "audit": audit, "names": list(names), "groups": list(groups),
@@ -97,9 +97,9 @@ def append(path: Path, number: int, r: RankStep, layout: str, audit: bool) -> No
 
 
 def forget_after(run_dir: Path, step: int, rank: int, world: int) -> None:
-    """Remove records of steps after `step`, left by a run that ended after its last checkpoint.
+    """Remove the records of steps after `step`. A run that ended after its last checkpoint left them.
 
-    Each rank cuts its own file; rank 0 also what is of all, and of ranks that do not record now.
+    Each rank cuts its own file. Rank 0 also cuts the files of all ranks, and of ranks that do not record now.
     """
     mine = {rank_file(run_dir, rank)}
     if rank == 0:
@@ -126,8 +126,8 @@ def _cut(path: Path, step: int) -> None:
 
 
 def _frames(file: BinaryIO) -> Iterator[tuple[dict[str, Any], NDArray[Any], NDArray[Any]]]:
-    """Of every step the head, the collectives and what they sent; ends where the file is damaged or cut short."""
-    with suppress(Exception):  # numpy's parser of headers raises SyntaxError, tokenize.TokenError, MemoryError, …
+    """Head, collectives and sent bytes of each step. Ends where the file is damaged or cut short."""
+    with suppress(Exception):  # numpy's header parser raises SyntaxError, tokenize.TokenError, MemoryError, …
         while True:
             head, collectives, sent = (np.load(file, allow_pickle=False) for _ in range(3))
             value = json.loads(head.tobytes())
@@ -142,7 +142,7 @@ def _schema() -> TypeAdapter[RankStep]:
 
 
 def _rank_step(head: dict[str, Any], collectives: NDArray[Any], sent: NDArray[Any]) -> RankStep:
-    """Inverse of `append`; ValueError and others if it contradicts itself."""
+    """The inverse of `append`. Raises ValueError and others if the arrays contradict each other."""
     made, met = [], []
     at, names = 0, head["names"]
     for row in collectives:
@@ -162,7 +162,7 @@ def _rank_step(head: dict[str, Any], collectives: NDArray[Any], sent: NDArray[An
 
 
 def read_steps(run_dir: Path) -> list[Step]:
-    """The recorded steps of a run with the collectives of those ranks that kept them; what is damaged is left out."""
+    """The recorded steps of a run, with the ranks that kept their collectives. Damaged records are left out."""
     found = _old(run_dir)
     ranks: dict[int, dict[int, RankStep]] = defaultdict(dict)
     heads: dict[int, dict[str, Any]] = {}
@@ -192,7 +192,7 @@ def _old(run_dir: Path) -> list[Step]:
 
 
 def summaries(run_dir: Path) -> list[Summary]:
-    """The summaries that a run wrote, none of a run before; damaged lines are left out."""
+    """The summaries that a run wrote. Damaged lines are left out."""
     found = []
     for value in json_objects(summary_file(run_dir)):
         with suppress(ValueError):
@@ -201,5 +201,5 @@ def summaries(run_dir: Path) -> list[Summary]:
 
 
 def recorded(run_dir: Path) -> Sequence[RecordedStep]:
-    """All recorded steps of a run, in order: as it wrote them before, and summaries since."""
+    """All recorded steps of a run, in order: those of older versions, then summaries."""
     return [*_old(run_dir), *summaries(run_dir)]

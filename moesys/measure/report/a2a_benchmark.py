@@ -1,4 +1,4 @@
-"""The report of `moesys bench a2a`, from what its --json wrote."""
+"""The report of `moesys bench a2a`, from the file of its --json."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from moesys.measure.report.page import figure, page, section, table
 HEADS = ("bytes", "median µs", "min", "p95", "max", "wait", "transfer", "algbw GB/s", "busbw GB/s", "wrong")
 
 NOTE = (
-    "bytes: what a rank sends in all, its own part included; times are the slowest rank's; wait: until the last rank "
-    "of a group began; bandwidths as nccl-tests defines them."
+    "bytes: all bytes that a rank sends, its own part included. Times are those of the slowest rank. wait: until the "
+    "last rank of a group began. Bandwidths are those of nccl-tests."
 )
 
 
 def page_of(path: Path) -> str:
-    """The page.
+    """The page for the file at `path`.
 
     Raises:
-        FileError: the file is not what --json writes.
+        FileError: --json did not write this file.
     """
-    told = read(path)
-    parts = [_section(results, told.lines) for results in _grouped(told.results).values()]
-    facts = [(name, str(told.config.get(name))) for name in ("date", "ranks", "hosts", "backend", "device", "torch")]
-    return page("collectives", [table((), facts, text=True), *parts, _links(told.lines)])
+    file = read(path)
+    parts = [_section(results, file.lines) for results in _grouped(file.results).values()]
+    facts = [(name, str(file.config.get(name))) for name in ("date", "ranks", "hosts", "backend", "device", "torch")]
+    return page("collectives", [table((), facts, text=True), *parts, _links(file.lines)])
 
 
 def _grouped(results: Sequence[ResultEntry]) -> dict[tuple[str, str, str], list[ResultEntry]]:

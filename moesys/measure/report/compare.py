@@ -1,4 +1,4 @@
-"""The report of two runs beside each other."""
+"""The report that compares two runs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from pathlib import Path
 from moesys.files import write_whole
 from moesys.measure.explain.explanation import Explanation
 from moesys.measure.report import figures
+from moesys.measure.report.contents import Run
 from moesys.measure.report.facts import RESULTS, bits_per_byte, configuration, shown
 from moesys.measure.report.figures import Curve
 from moesys.measure.report.page import figure, page, section, sentence, table
-from moesys.measure.report.run import CURVES, Run
+from moesys.measure.report.run import CURVES
 from moesys.measure.report.run_files import is_number
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 OWN = ("name", "output.runs", "measure.metrics_port")
-"""Keys that differ between any two runs and say nothing about either."""
+"""Keys that differ between any two runs."""
 
 
 def write(a: Path, b: Path, path: Path) -> tuple[Run, Run]:
-    """Write a page on two runs beside each other; returns both."""
+    """Write a page that compares two runs; returns both."""
     runs = Run.read(a), Run.read(b)
     write_whole(path, page(f"{names(*runs)[0]} and {names(*runs)[1]}", _parts(*runs)))
     return runs
 
 
 def tables(a: Run, b: Run) -> list[Table]:
-    """Tables of both for screen and page: results, keys that differ, the parts of a step."""
+    """The tables for screen and page: results, keys that differ, parts of a step."""
     return [found for found in (outcome(a, b), differences(a, b), steps(a, b)) if found[1]]
 
 
 def outcome(a: Run, b: Run) -> Table:
-    """The results of each, and the second's difference from the first."""
+    """The results of each run, and the difference."""
     rows: list[tuple[str, ...]] = []
     for label, key, form in RESULTS:
         x, y = (r.summary.get(key) for r in (a, b))
@@ -44,7 +45,7 @@ def outcome(a: Run, b: Run) -> Table:
 
 
 def _change(x: object, y: object, form: str) -> str:
-    """From x to y: of shares in points, else relative to x; "" where either is unknown or nothing changed."""
+    """The change from x to y: in points for shares, else relative to x. "" if either is unknown or both are equal."""
     if not (is_number(x) and is_number(y)) or x == y:
         return ""
     if "%}" in form:
@@ -53,7 +54,7 @@ def _change(x: object, y: object, form: str) -> str:
 
 
 def differences(a: Run, b: Run) -> Table:
-    """The keys of the configurations whose values differ."""
+    """The configuration keys with different values."""
     x, y = configuration(a.folder), configuration(b.folder)
     keys = [key for key in dict.fromkeys([*x, *y]) if x.get(key) != y.get(key) and key not in OWN] if x and y else []
     rows: list[tuple[str, ...]] = [(key, *(str(c[key]) if key in c else "not there" for c in (x, y))) for key in keys]
@@ -61,7 +62,7 @@ def differences(a: Run, b: Run) -> Table:
 
 
 def steps(a: Run, b: Run) -> Table:
-    """The parts of a step of each, in milliseconds, and their difference; empty unless both recorded steps."""
+    """The parts of a step in each run, in milliseconds, and their difference; empty unless both runs recorded steps."""
     heads = ("ms per step", *names(a, b), "difference")
     if a.explanation is None or b.explanation is None:
         return heads, []
@@ -83,7 +84,7 @@ def _seconds(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float
 
 
 def _phases(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float]]:
-    """Exposed seconds of each way of each layer."""
+    """Exposed seconds of each phase of each layer."""
     seconds = [{(phase.layer, phase.part, phase.backward): phase.causes.exposed for phase in e.phases} for e in (a, b)]
     for phase in dict.fromkeys([*seconds[0], *seconds[1]]):
         layer, part, backward = phase
@@ -92,7 +93,7 @@ def _phases(a: Explanation, b: Explanation) -> Iterator[tuple[str, float, float]
 
 
 def names(a: Run, b: Run) -> tuple[str, str]:
-    """The folders' names, with as much of their paths as tells them apart."""
+    """The names of the two folders, with as much of their paths as distinguishes them."""
     x, y = a.folder.resolve().parts, b.folder.resolve().parts
     count = next((n for n in range(1, max(len(x), len(y))) if x[-n:] != y[-n:]), 1)
     return "/".join(x[-count:]), "/".join(y[-count:])
@@ -104,11 +105,11 @@ def _parts(a: Run, b: Run) -> list[str]:
     for name, run in zip(both, (a, b), strict=True):
         if run.explanation is not None:
             parts.append(sentence(f"{name}: {run.explanation.sentence}"))
-    parts.append(section("What came out", table(*outcome(a, b))))
+    parts.append(section("Results", table(*outcome(a, b))))
     heads, rows = differences(a, b)
     if configuration(a.folder) and configuration(b.folder):
-        told = table(heads, rows) if rows else "<p>No key of the configuration differs.</p>"
-        parts.append(section("Keys that differ", told))
+        shown_keys = table(heads, rows) if rows else "<p>No key of the configuration differs.</p>"
+        parts.append(section("Keys that differ", shown_keys))
     if a.explanation is not None and b.explanation is not None:
         totals = [a.explanation.total, b.explanation.total]
         bars = figures.stacked("a step of each, mean over ranks", both, totals)
@@ -119,7 +120,7 @@ def _parts(a: Run, b: Run) -> list[str]:
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], str]:
-    """Pictures in which a run has one colour everywhere, and a note on the unit of the loss."""
+    """Pictures in which a run keeps one colour, and a note on the unit of the loss."""
     sizes = [_bytes_per_token(run) for run in runs]
     named = [configuration(run.folder).get("data.tokenizer") for run in runs]
     same = named[0] == named[1] and (sizes[0] == sizes[1] or not all(sizes))

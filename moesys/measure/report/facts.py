@@ -1,4 +1,4 @@
-"""The circumstances and results of a run as rows of a table: label and text."""
+"""The circumstances and results of a run, as rows of a table: label and text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RESULTS = (
     ("routing", "routing", "{}"),
     ("workers", "world_size", "{:,}"),
 )
-"""Label, key of summary.json and format of what came out; a row that begins with blanks is part of the one before."""
+"""Label, key in summary.json and format of each result. A label that begins with blanks belongs to the row above."""
 
 AXES = (
     ("pp", ("pp",)),
@@ -38,17 +38,18 @@ AXES = (
     ("cp", ("cp",)),
     ("tp", ("tp",)),
 )
+"""Names of degrees, and the mesh axes in ranks.json whose sizes multiply to each."""
 EXPERT_AXES = (("edp", ("edp_replicate", "edp_shard")), ("ep", ("ep",)), ("etp", ("etp",)))
-"""Names of degrees, and the axes of a mesh in ranks.json whose sizes multiply to each."""
+"""The same for the mesh of experts."""
 
 
 def results(summary: Mapping[str, Any]) -> list[Row]:
-    """The results; figures that the run does not have are left out, and skipped steps where there are none."""
+    """The results that the run has. Skipped steps are left out if there were none."""
     return [(label, text) for label, key, form in RESULTS if (text := shown(summary, key, form))]
 
 
 def shown(summary: Mapping[str, Any], key: str, form: str) -> str:
-    """A figure of summary.json as text; "" where there is none."""
+    """A figure of summary.json as text; "" without one."""
     value = summary.get(key)
     if key == "heldout_loss" and key in summary and value is None:
         return "not finite"
@@ -60,7 +61,7 @@ def shown(summary: Mapping[str, Any], key: str, form: str) -> str:
 
 
 def circumstances(folder: Path, summary: Mapping[str, Any]) -> list[Row]:
-    """When, where, with what and how a run was made, as far as its folder says so."""
+    """The time, place, software and layout of a run, as far as its folder records them."""
     launches = list(json_objects(folder / "launches.jsonl"))
     rows = [(label, str(value)) for label, value in _launched(launches)]
     if ranks := placed(folder):
@@ -74,7 +75,7 @@ def circumstances(folder: Path, summary: Mapping[str, Any]) -> list[Row]:
 
 
 def placed(folder: Path) -> list[dict[str, Any]]:
-    """The entries of the run's ranks.json: of each rank its host, device and places in both meshes."""
+    """The entries of the run's ranks.json: each rank's host, device and coordinates in both meshes."""
     try:
         value = json.loads((folder / "ranks.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -95,7 +96,7 @@ def _launched(launches: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, obje
 
 
 def layout(ranks: Sequence[Mapping[str, Any]]) -> str:
-    """The degrees of parallelism of a run's ranks, as ranks.json places them: "pp 2 × dp 2; experts: ep 2"."""
+    """The degrees of parallelism in ranks.json: "pp 2 × dp 2; experts: ep 2"."""
 
     def degrees(axes: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
         sizes = []
@@ -109,7 +110,7 @@ def layout(ranks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    """The run's configuration by dotted keys; empty if its config.yaml is missing or damaged."""
+    """The run's configuration by dotted keys; empty if config.yaml is missing or damaged."""
     try:
         return flat(yaml.safe_load((folder / "config.yaml").read_bytes()))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -124,5 +125,5 @@ def flat(tree: object, prefix: str = "") -> dict[str, Any]:
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """A loss that does not depend on the tokenizer: bits for each byte of text, as in The Pile (arXiv 2101.00027)."""
+    """A loss that does not depend on the tokenizer: bits per byte of text, as in The Pile (arXiv 2101.00027)."""
     return nats_per_token / (log(2) * bytes_per_token)

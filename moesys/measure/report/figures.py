@@ -1,4 +1,4 @@
-"""Pictures as inline SVG that take their colours from the page, in light and dark."""
+"""Pictures as inline SVG. Their colours follow the page, light or dark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moesys.measure.explain.explanation import Breakdown
 from moesys.measure.predict.links import LinkModel
 
 INK = "#010203"
-"""Drawn in place of the page's text colour."""
+"""A colour that stands for the page's text colour."""
 
 COLOURS = {
     "compute": "#4c9f70",
@@ -25,22 +25,22 @@ COLOURS = {
     "pipeline bubble": "#d9a441",
     "idle": "#9aa0a6",
 }
-"""Of the parts of a step."""
+"""Colours of the parts of a step."""
 
 SERIES = ("#3d7ea6", "#d1495b", "#4c9f70", "#d9a441", "#8d6cab", "#b07d48")
 
 
 WIDE, NARROW = (8.0, 3), (3.9, 1)
-"""Inches across, and columns of a legend, of the two drawings of each picture: for a screen and for a phone."""
+"""Inches across, and columns of the legend, of the two drawings of a picture: for a screen and for a phone."""
 
 Paint = Callable[[Any, int], object]
-"""Draws on a pair of axes; the number is how many columns the legend may have."""
+"""Draws on a pair of axes. The number is the most columns of the legend."""
 
 
 def draw(title: str, height: float, paint: Paint, label: str = "", legend: int = 0) -> str:
-    """Two SVGs of the same axes, of which the page shows the one that fits its width.
+    """Two SVGs of the same axes. The page shows the one that fits its width.
 
-    `height` in inches, without the `legend` entries that stand below; `label` tells what it shows.
+    height: inches, without the `legend` entries below. label: names the content.
     """
     drawn, text = "", html.escape(label or title)
     for name, (width, columns) in (("wide", WIDE), ("narrow", NARROW)):
@@ -79,12 +79,12 @@ def _svg(title: str, size: tuple[float, float], paint: Paint, columns: int, attr
 
 
 def _legend(axes: Any, columns: int) -> None:
-    """Below the axes, where it hides nothing."""
+    """A legend below the axes, where it hides nothing."""
     axes.figure.legend(loc="outside lower left", ncols=columns, fontsize=8)
 
 
 def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) -> str:
-    """A step as stacked bars of milliseconds, one bar for each of `rows`; each bar may have parts that others lack."""
+    """Steps as stacked bars of milliseconds, one bar for each of `rows`. Bars may have different parts."""
     parts = [name for name in COLOURS if any(b.parts.get(name, 0.0) > 0 for b in breakdowns)]
 
     def paint(axes: Any, columns: int) -> None:
@@ -111,7 +111,7 @@ def stacked(title: str, rows: Sequence[str], breakdowns: Sequence[Breakdown]) ->
 
 
 def heat(title: str, table: Sequence[Sequence[float]], xs: Sequence[float], x: str, y: str, unit: str) -> str:
-    """Values by colour: `table` has a row for each y; `xs`, evenly spaced, are the places of the columns."""
+    """Values by colour. `table` has a row for each y; `xs` are the evenly spaced places of the columns."""
 
     def paint(axes: Any, columns: int) -> None:
         half = (xs[-1] - xs[0]) / (2 * max(1, len(xs) - 1)) or 0.5
@@ -162,7 +162,7 @@ def curves(title: str, lines: Mapping[str, Curve], levels: Mapping[str, float]) 
 
 
 def bandwidths(title: str, points: Mapping[str, Sequence[tuple[float, float]]], lines: Mapping[str, LinkModel]) -> str:
-    """Bytes per second against bytes, measured (dots) and fitted (lines)."""
+    """Bytes per second over bytes, measured (dots) and fitted (lines)."""
 
     from matplotlib.ticker import LogFormatter
 

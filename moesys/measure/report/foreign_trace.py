@@ -7,17 +7,17 @@ from pathlib import Path
 
 from moesys.measure.explain.explanation import Explanation
 from moesys.measure.report import figures
+from moesys.measure.report.communication import part_rows, rank_names
 from moesys.measure.report.page import figure, page, section, sentence, table
-from moesys.measure.report.run import part_rows, rank_names
 
 NOTE = (
-    "Compute is when any kernel ran that is no communication; hidden communication ran beside such, exposed did not; "
-    "idle: no kernel ran. Means over ranks and steps."
+    "Compute: a kernel other than communication ran. Hidden communication ran beside such a kernel, exposed "
+    "communication did not. Idle: no kernel ran. Means over ranks and steps."
 )
 
 
 def page_of(e: Explanation, files: Sequence[Path]) -> str:
-    """The page."""
+    """The page for an explanation of traces. `files`: their paths."""
     t = e.total
     rows = part_rows(e)
     if t.hidden is not None:

@@ -1,9 +1,9 @@
-"""A page of HTML that needs nothing but itself."""
+"""Pages of HTML in one file without external resources."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
+from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5c6670; --paper: #fff; --line: #d9dee3; --mark: #f2f5f7 }
@@ -37,42 +37,42 @@ pre { background: var(--mark); padding: .8rem; border-radius: .5rem; overflow-x:
 def page(title: str, parts: Iterable[str]) -> str:
     """The whole file."""
     width = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{width}<title>{_(title)}</title><style>{STYLE}</style>'
-    body = "\n".join((f"<h1>{_(title)}</h1>", *parts))
+    head = f'<meta charset="utf-8">{width}<title>{escape(title)}</title><style>{STYLE}</style>'
+    body = "\n".join((f"<h1>{escape(title)}</h1>", *parts))
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>\n{body}\n</main></body></html>\n'
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    """A heading, what is under it, and a remark."""
-    remark = f'<p class="note">{_(note)}</p>' if note else ""
-    return f"<section><h2>{_(title)}</h2>{remark}{''.join(parts)}</section>"
+    """A heading, its content, and a note."""
+    remark = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{remark}{''.join(parts)}</section>"
 
 
 def sentence(text: str) -> str:
-    """The summary."""
-    return f'<p class="sentence">{_(text)}</p>'
+    """The summary of a page."""
+    return f'<p class="sentence">{escape(text)}</p>'
 
 
 def figure(svg: str) -> str:
-    """A picture in its two widths, of which the page's width chooses one."""
+    """A picture in two widths; the width of the page chooses one."""
     return f'<div class="figure">{svg}</div>'
 
 
 def folded(title: str, text: str) -> str:
     """Text that opens on a click."""
-    return f"<details><summary>{_(title)}</summary><pre>{_(text)}</pre></details>"
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
 CARDS = 4
-"""Columns from which a narrow page shows each row of a table as a list of its cells."""
+"""Number of columns from which a narrow page shows each row of a table as a list."""
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: bool = False) -> str:
-    """A table; `text`: the last column holds text. A row whose first cell begins with blanks is part of the one before.
+    """A table. A row whose first cell begins with blanks belongs to the row before.
 
-    Where the page is narrow a table of many columns becomes a list; any other scrolls by itself if it must.
+    On a narrow page a table of many columns becomes a list; others scroll. `text`: the last column holds text.
     """
-    top = "".join(f'<th scope="col">{_(h)}</th>' for h in heads)
+    top = "".join(f'<th scope="col">{escape(h)}</th>' for h in heads)
     body = "".join(f"<tr>{_cells(heads, row, text)}</tr>" for row in rows)
     head = f"<thead><tr>{top}</tr></thead>" if heads else ""
     kind = ' class="cards"' if len(heads) >= CARDS else ""
@@ -85,9 +85,6 @@ def _cells(heads: Sequence[str], row: Sequence[str], text: bool) -> str:
         kind = "sub" if i == 0 and cell.startswith(" ") else "text" if text and i == len(row) - 1 else ""
         marks = f' class="{kind}"' if kind else ""
         if len(heads) >= CARDS:
-            marks += f' data-head="{_(heads[i])}"'
-        cells.append(f"<td{marks}>{_(cell.strip())}</td>")
+            marks += f' data-head="{escape(heads[i])}"'
+        cells.append(f"<td{marks}>{escape(cell.strip())}</td>")
     return "".join(cells)
-
-
-_ = html.escape

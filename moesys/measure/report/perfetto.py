@@ -1,4 +1,4 @@
-"""RecordedStep steps as a trace that Perfetto and chrome://tracing show, all ranks in one file."""
+"""Writes recorded steps as a trace for Perfetto and chrome://tracing, all ranks in one file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def write(steps: Sequence[Step], path: Path) -> None:
 
 
 def events(steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
-    """A process for each rank, with a track for what it computed, for all-to-all, and for other communication.
+    """Events of the trace: a process for each rank, with tracks for compute, all-to-all and other communication.
 
-    Communication is drawn from its start to its end, with what of it was waited for in its arguments.
-    Steps, of which only some are recorded, follow one another without their gaps.
+    A collective is drawn from its start to its end; its arguments have the exposed part. Recorded steps follow one
+    another
+    without gaps.
     """
     for r in steps[0].ranks:
         yield {"ph": "M", "name": "process_name", "pid": r.rank, "args": {"name": f"rank {r.rank} · {r.host}"}}

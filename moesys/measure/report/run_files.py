@@ -1,4 +1,4 @@
-"""Files that a run left in its folder, as a report can trust them: damaged lines are left out, damaged files named."""
+"""Reads files of a run's folder for reports. Damaged lines are left out; damaged files are named."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ REMEDY = "remove it, and launch the run again: it writes it anew"
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """summary.json, empty if the run has none. Raises FileError if it is damaged."""
+    """The content of summary.json; empty without the file. Raises FileError if it is damaged."""
     path = folder / "summary.json"
     return read_json(path, REMEDY) if path.exists() else {}
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it can be drawn."""
+    """Whether a value can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e15
 
 
@@ -49,7 +49,7 @@ def _prediction_schema() -> TypeAdapter[list[Prediction]]:
 
 
 def loads(path: Path) -> list[dict[str, Any]]:
-    """The lines of load.jsonl that are of as many layers and experts as the last one; damaged ones are left out."""
+    """The lines of load.jsonl with as many layers and experts as the last line. Damaged lines are left out."""
     found = []
     for value in json_objects(path):
         try:
@@ -62,18 +62,18 @@ def loads(path: Path) -> list[dict[str, Any]]:
 
 
 def profile_of(asked: Path | None, summary: Mapping[str, Any]) -> Profile | None:
-    """The links that were asked for, else those that the run names, if they can be read."""
+    """The links of the profile that was asked for, else of the one that the run names; None if unreadable."""
     if asked is not None:
         return Profile.load(asked)
     named = summary.get("profile")
     try:
         return Profile.load(Path(named)) if isinstance(named, str) and named else None
     except ProfileError:
-        return None  # what a run names may be gone since
+        return None  # the file may be gone since the run
 
 
 def share_of_links(profile: Profile, phase: LayerPhase) -> str:
-    """Time that the links need / the time that it took; "" if the profile does not know the links."""
+    """Seconds that the links need / seconds that the phase took; "" if the profile lacks the links."""
     try:
         return f"{profile.seconds(phase.inside, phase.between) / phase.each:.2f}" if phase.each else ""
     except ProfileError:
@@ -84,7 +84,7 @@ def predictions(path: Path) -> list[Prediction]:
     """The predictions that `moesys what-if` wrote.
 
     Raises:
-        FileError: it is something else.
+        FileError: the file holds something else.
     """
     try:
         return _prediction_schema().validate_json(path.read_bytes())

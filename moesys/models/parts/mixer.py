@@ -50,6 +50,10 @@ class Mixer(Part, Described):
         """Size of the part of a head that carries rotary positions; 0: none."""
         return 0
 
+    def megatron(self) -> list[Problem]:
+        """All of it, unless a kind says what of it Megatron-Core has."""
+        return [Problem(f"{self.path}.kind", f"mixer {self.kind} is not in engine: megatron", "set it to gqa")]
+
     def gathered(self) -> Iterator[Axis]:
         """What of each token context parallelism gathers: axes whose sizes are elements per token."""
         yield from ()

@@ -171,7 +171,7 @@ def test_ranks_that_were_not_seen_may_have_been_waited_for() -> None:
     e = explain([Step(1, tuple(RankStep(rank, "a", 0.0, 0.1, (t,)) for rank, t in ranks))])
     assert (e.ranks, e.waited_for) == ([4, 6], [0.0, pytest.approx(0.010)])
     assert (e.causes.late, e.causes.unattributed, e.causes.transfer) == (pytest.approx(0.010), pytest.approx(0.030), 0)
-    assert "Of 75% of what is exposed it cannot be told whether it is waiting or moving bytes" in e.sentence
+    assert "75% of the exposed time cannot be divided into waiting and moving bytes" in e.sentence
     assert "the traces of other ranks of its groups (7) are missing" in e.sentence
     assert "of the rest is waiting for rank 6, which arrives late" in e.sentence
 
@@ -180,8 +180,8 @@ def test_one_rank_alone_tells_nothing_of_waiting() -> None:
     e = explain([Step(1, (RankStep(3, "a", 0.0, 0.1, (dispatch((10, 10, 60), ranks=(0, 3)),)),))])
     assert e.wait_share is None
     assert e.causes.parts == {"transfer": 0, "late": 0, "uneven": 0, "unattributed": pytest.approx(0.050)}
-    assert "waiting or moving bytes: this is the trace of one rank." in e.sentence
-    assert "of what is exposed is moving bytes" not in e.sentence
+    assert "waiting and moving bytes: this is the trace of one rank." in e.sentence
+    assert "of the exposed time is moving bytes" not in e.sentence
 
 
 def test_no_all_to_all_is_said() -> None:

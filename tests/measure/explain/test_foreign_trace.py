@@ -72,7 +72,9 @@ def test_one_gpu_trace_is_taken_apart_exactly(tmp_path: Path) -> None:
     )
     assert e.total.hidden == pytest.approx(100e-6)
     assert e.causes.parts == pytest.approx({"transfer": 0, "late": 0, "uneven": 0, "unattributed": 200e-6})
-    assert "it cannot be told whether it is waiting or moving bytes: this is the trace of one rank" in e.sentence
+    assert (
+        "The exposed time cannot be divided into waiting and moving bytes: this is the trace of one rank" in e.sentence
+    )
 
 
 def test_of_several_ranks_the_late_one_is_found(tmp_path: Path) -> None:
@@ -172,9 +174,9 @@ SEND_RECV = [annotation(1, 0, 100), kernel("gemm", 0, 50), kernel("ncclDevKernel
             "moe_ep",
             None,
             "expert",
-            "Taken for all-to-all, since no group is named as a pipeline's: 1 kernel",
+            "Counted as all-to-all, since no group is named a pipeline's: 1 kernel",
         ),
-        ("pp_group", None, "pipeline", "Taken for messages, since there is a pipeline's group (pp_group)"),
+        ("pp_group", None, "pipeline", "Counted as messages, since there is a pipeline group (pp_group)"),
         ("pp_group", "SendRecv", "expert", ""),
         ("moe_ep", "none", "pipeline", ""),
     ],
@@ -201,7 +203,7 @@ def test_kernels_that_the_user_names_are_all_to_all(tmp_path: Path) -> None:
     path = write(tmp_path / "t.json", 0, events)
     traces = read([path])
     assert [t.purpose for t in traces.steps[0].ranks[0].collectives] == ["data"]
-    assert "nothing tells their collective: 1 kernel as ncclDevKernel_Generic_1(x)" in " ".join(traces.notes)
+    assert "their collective is unknown: 1 kernel as ncclDevKernel_Generic_1(x)" in " ".join(traces.notes)
     named = read([path], all_to_all="Generic|mori")
     assert [t.purpose for t in named.steps[0].ranks[0].collectives] == ["expert", "expert"]
     assert named.notes == []

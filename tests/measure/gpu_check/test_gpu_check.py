@@ -170,7 +170,7 @@ def test_a_block_that_is_not_compiled_fails(monkeypatch):
     [
         ([0, 0], "", "passed", "NCCL takes both"),
         ([1, 1], "x\nDuplicate GPU detected : both on CUDA device 18000\n", "not run", "NCCL refuses: D"),
-        ([None, None], "", "failed", "no word"),
+        ([None, None], "", "failed", "no output"),
         ([1, 1], "RuntimeError: something else\n", "failed", "RuntimeError: something else"),
     ],
 )  # fmt: skip

@@ -12,8 +12,8 @@ from layer_sides import agree, gradients
 
 from moesys import cli
 from moesys.measure.interleaved_timing import affordable, alone, interleave, ratio
-from moesys.measure.layer_benchmark import command, many_ranks, one_device
-from moesys.measure.layer_benchmark.one_device import LayerShape
+from moesys.measure.layer_benchmark import command, layer_times, many_ranks, one_device, sides
+from moesys.measure.layer_benchmark.layer_times import LayerShape
 from moesys.measure.peak_memory import peak_bytes
 from moesys.megatron.own_layer import peers
 
@@ -24,14 +24,14 @@ WORDS = [f"--{name}={value}" for name, value in zip(("tokens", "hidden", "ffn-hi
 
 @pytest.mark.parametrize("scarce", [False, True])
 def test_transformers_block_computes_what_the_layer_does(monkeypatch, scarce):
-    monkeypatch.setattr(one_device, "scarce", lambda weights, device: scarce)
+    monkeypatch.setattr(sides, "scarce", lambda weights, device: scarce)
     torch.manual_seed(0)
-    layer = one_device.build(TINY, torch.float32, CPU)
+    layer = sides.build(TINY, torch.float32, CPU)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x, grad = torch.randn(1, 24, 16), torch.randn(1, 24, 16)
     expected = gradients(layer, x, grad)
-    blocks = one_device.transformers_blocks(layer, TINY)
+    blocks = sides.transformers_blocks(layer, TINY)
     assert set(blocks) == {"eager", "grouped_mm"}
     for block in blocks.values():
         for a, b in zip(gradients(block, x, grad), expected, strict=True):
@@ -41,7 +41,7 @@ def test_transformers_block_computes_what_the_layer_does(monkeypatch, scarce):
     assert ({p.data_ptr() for p in layer.parameters()} == set(eager)) == scarce
 
 
-@pytest.mark.parametrize("made", [one_device.build, one_device.dense])
+@pytest.mark.parametrize("made", [sides.build, sides.dense])
 def test_weights_are_made_in_their_type_and_nowhere_else_before(made):
     shape = LayerShape(tokens=1, hidden=64, ffn_hidden=128, experts=8, top_k=2)
     modules: list[torch.nn.Module] = []
@@ -96,13 +96,13 @@ def test_a_gpu_is_measured_in_the_type_it_is_trained_in():
 )
 def test_the_share_of_a_dense_products_rate_has_a_target_on_a_gpu_at_published_shapes(shape, on_gpu, rate, said):
     rates = {"layer": rate, "product": 100.0}
-    result = one_device.LayerTimes(one_device.SHAPES[shape], "bfloat16", {}, {}, rates, 1, 1, 3, "a device", on_gpu)
+    result = layer_times.LayerTimes(layer_times.SHAPES[shape], "bfloat16", {}, {}, rates, 1, 1, 3, "a device", on_gpu)
     assert any(line.endswith(said) for line in result.lines())
 
 
 def test_what_must_be_kept_is_what_autograd_keeps_but_for_small_change():
     shape = LayerShape(tokens=256, hidden=64, ffn_hidden=128, experts=8, top_k=2)
-    layer = one_device.build(shape, torch.float32, CPU)
+    layer = sides.build(shape, torch.float32, CPU)
     kept: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:

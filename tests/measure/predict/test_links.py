@@ -87,7 +87,7 @@ def test_uneven_traffic_has_the_bytes_it_should(tmp_path: Path) -> None:
     path.write_text("# from, to\n0, 30\n10 0\n")
     assert traffic.read(path, 2) == [[0, 30], [10, 0]]
     assert traffic.scaled([[0, 30], [10, 0]], 120, 4) == [[0, 120], [40, 0]]
-    for text, rule in (("1 2 3\n", "write 2 × 2"), ("1 x\n2 3\n", "whole numbers"), ("0 0\n0 0\n", "some above")):
+    for text, rule in (("1 2 3\n", "write 2 × 2"), ("1 x\n2 3\n", "whole numbers"), ("0 0\n0 0\n", "must be above 0")):
         path.write_text(text)
         with pytest.raises(traffic.TrafficError, match=rule):
             traffic.read(path, 2)

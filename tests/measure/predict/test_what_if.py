@@ -8,7 +8,8 @@ import pytest
 
 from moesys.config.schema import Config
 from moesys.measure.predict.links import LinkModel, Profile, ProfileError
-from moesys.measure.predict.what_if import Predictor, WhatIfError, variants
+from moesys.measure.predict.settings import WhatIfError, variants
+from moesys.measure.predict.what_if import Predictor
 from moesys.measure.step import CollectiveSpan, RankStep, Step
 
 BASE: dict[str, dict[str, Any]] = {
@@ -133,7 +134,7 @@ def test_without_a_pipeline_its_bubble_goes() -> None:
     flat = config(model=piped, parallel={"ep": 1, "pp": 1})
     change = step.factor["data"] * (step.seconds(flat, links)["data"] - step.base["data"])
     assert step.predict("pp 1", [], flat).step == pytest.approx(same - 0.3 / 4 + change)
-    with pytest.raises(WhatIfError, match=r"parallel.pp \(2 → 4\) cannot be predicted.*of a pipeline only its end"):
+    with pytest.raises(WhatIfError, match=r"parallel.pp \(2 → 4\) cannot be predicted.*only the end of pipelining"):
         step.predict("pp 4", [], config(model=piped, parallel={"ep": 1, "pp": 4}))
 
 
@@ -144,7 +145,7 @@ def test_without_a_pipeline_its_bubble_goes() -> None:
         ({"model": {"hidden": 16}}, r"model.hidden \(8 → 16\)"),
         ({"cluster": {"nodes": 4}}, r"cluster.nodes \(2 → 4\)"),
         ({"parallel": {"tp": 2}}, r"parallel.tp \(1 → 2\)"),
-        ({"launch": {"link_gbit": None}}, r"launch.link_gbit \(1.0 → None\).*not known"),
+        ({"launch": {"link_gbit": None}}, r"launch.link_gbit \(1.0 → None\).*unknown"),
     ],
 )
 def test_what_is_not_modelled_is_refused_by_name(predictor: Predictor, changes: dict, said: str) -> None:

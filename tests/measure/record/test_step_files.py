@@ -21,7 +21,7 @@ from moesys.measure.record.step_files import (
     summaries,
     summary_file,
 )
-from moesys.measure.report.run import sampled
+from moesys.measure.report.communication import sampled
 from moesys.measure.simulated_recording import SimulatedRun, SimulationResult, measured
 from moesys.measure.step import CollectiveSpan, GroupArrival, RankStep
 
@@ -93,7 +93,7 @@ def test_the_report_says_whose_travels_are_kept(tmp_path: Path) -> None:
     assert (e.block, len(e.bytes), e.phases[0].by_rank) == (2, 64, [])
     text = sampled(e)
     assert "All figures are of all 128 ranks." in text
-    assert f"kept of 64 (ranks {', '.join(map(str, sample(128)))})" in text
+    assert f"of 64 (ranks {', '.join(map(str, sample(128)))})" in text
     assert sampled(replace(e, recorded=e.ranks)) == ""
     assert found.records == 128 * found.collectives
 

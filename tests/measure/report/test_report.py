@@ -21,11 +21,11 @@ from moesys.launchers.command import command_line
 from moesys.measure.explain.explanation import Breakdown
 from moesys.measure.predict.links import LinkModel, Profile
 from moesys.measure.record.step_files import steps_file
-from moesys.measure.report import compare, figures
+from moesys.measure.report import communication, compare, figures
 from moesys.measure.report import run as report
+from moesys.measure.report.contents import Run
 from moesys.measure.report.facts import bits_per_byte
 from moesys.measure.report.figures import COLOURS, SERIES
-from moesys.measure.report.run import Run
 from moesys.measure.step import CollectiveSpan, RankStep, Step
 
 LAYERS = ("layers.0", "layers.1")
@@ -206,11 +206,11 @@ def test_links_without_a_time_are_not_drawn(run: Path, tmp_path: Path) -> None:
 def test_causes_stand_below_exposed_all_to_all(run: Path) -> None:
     e = Run.read(run).explanation
     assert e is not None
-    names = [name for name, _, _ in report.part_rows(e)]
+    names = [name for name, _, _ in communication.part_rows(e)]
     below = names[names.index("exposed all-to-all") + 1 :]
     assert below[:3] == ["  of all-to-all: transfer", "  of all-to-all: late", "  of all-to-all: uneven"]
     without = replace(e, total=replace(e.total, exposed=0.0))
-    assert not [name for name, _, _ in report.part_rows(without) if "all-to-all" in name]
+    assert not [name for name, _, _ in communication.part_rows(without) if "all-to-all" in name]
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys) -> None:
@@ -287,10 +287,10 @@ def describe(folder: Path, tokenizer: str, bytes_per_token: float) -> None:
 
 def test_the_page_says_what_was_never_tried_on_a_gpu(run: Path) -> None:
     describe(run, "bytes", 1.0)
-    assert "pretended streams" not in report.write(run).read_text()
+    assert "simulated streams" not in report.write(run).read_text()
     places = json.loads((run / "ranks.json").read_text())
     (run / "ranks.json").write_text(json.dumps([place | {"device": "NVIDIA H100"} for place in places]))
-    assert "tested on pretended streams" in report.write(run).read_text()
+    assert "tested on simulated streams" in report.write(run).read_text()
 
 
 def test_the_page_says_how_the_run_was_made(run: Path) -> None:

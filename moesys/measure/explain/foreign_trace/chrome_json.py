@@ -1,7 +1,7 @@
-"""Reads a trace in Chrome's JSON format as torch's profiler and others really write it: as much as can be read.
+"""Reads traces in Chrome's JSON format, damaged ones too, as far as they are readable.
 
-Bytes that are no UTF-8, control characters, numbers as text, a list without its end (which the format allows), files
-that were cut short or damaged, gzipped or not.
+Files may be gzipped, cut short or damaged. They may hold invalid UTF-8, control characters, numbers as text, and a list
+without its end, which the format allows.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from moesys.words import plural
 
 GZIP = b"\x1f\x8b"
 PIECE = 4096
-"""Bytes that are decompressed at once: what is lost at most before a place that is damaged."""
+"""Bytes that are decompressed at once: the most that is lost before a damaged place."""
 
 ABOUT = ("distributedInfo", "baseTimeNanoseconds", "host_name", "hostname")
-"""Keys beside the events that are looked for in a damaged file."""
+"""Keys beside the events that are searched for in a damaged file."""
 
 LIMIT = 1e19
-"""No time, size or rank is above this: nanoseconds since 1970 are below."""
+"""Largest time, size or rank. Nanoseconds since 1970 are below it."""
 
 
 class TraceError(MoesysError):
-    """A file is no trace that tells of communication."""
+    """A file is no trace of communication."""
 
     exit_code = 2
 
 
 class TraceEvent(NamedTuple):
-    """A complete event; `begin` and `end` in seconds on the trace's clock."""
+    """A complete event. `begin` and `end` are seconds on the clock of the trace."""
 
     name: str
     category: str
@@ -47,7 +47,13 @@ class TraceEvent(NamedTuple):
 
 @dataclass(frozen=True)
 class TraceFile:
-    """The contents of a file: what it says about the process, its complete events, and what was wrong with it ("")."""
+    """The contents of a file.
+
+    Attributes:
+        about: facts about its process.
+        events: complete events.
+        damage: a description of its damage; "" without any.
+    """
 
     about: Mapping[str, Any]
     events: list[TraceEvent]
@@ -55,7 +61,7 @@ class TraceFile:
 
 
 def read(path: Path) -> TraceFile:
-    """The file at `path`.
+    """The contents of the file at `path`.
 
     Raises:
         TraceError: it cannot be opened, or has no list of events.
@@ -78,7 +84,7 @@ def read(path: Path) -> TraceFile:
 
 
 def number(value: Any) -> float | None:
-    """A number, also one that is written as text; None if it is none."""
+    """A number, also from text; None for other values."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -89,13 +95,13 @@ def number(value: Any) -> float | None:
 
 
 def count(value: Any) -> int | None:
-    """A whole number of at least 0, also as text; None if it is none."""
+    """A whole number of at least 0, also from text; None for other values."""
     found = number(value)
     return int(found) if found is not None and found >= 0 and found == int(found) else None
 
 
 def _unpacked(raw: bytes) -> tuple[bytes, bool]:
-    """The contents of a gzipped file, up to where it is damaged, and whether that is all; other bytes as they are."""
+    """The decompressed bytes of a gzipped file up to its damage, and whether they are all; other bytes as they are."""
     if raw[:2] != GZIP:
         return raw, True
     parts: list[bytes] = []
@@ -135,7 +141,7 @@ _DECODER = json.JSONDecoder(strict=False)
 
 
 def _salvaged(text: str, path: Path) -> tuple[Mapping[str, Any], list[Any], bool]:
-    """The same of a file that is no JSON as a whole: event by event. A list without its end has lost nothing."""
+    """`_parsed` for a file that is no JSON as a whole: event by event. A list may lack its end."""
     bare = BARE.match(text)
     begin = bare or EVENTS.search(text)
     if begin is None:
@@ -161,7 +167,7 @@ def _after(pattern: re.Pattern[str], text: str, at: int) -> int:
 
 
 def _value(text: str, key: str) -> Any:
-    """The value of the first key of this name, if it can be read."""
+    """The value of the first key of this name, if readable."""
     found = re.search(rf'"{key}"\s*:\s*', text)
     try:
         return None if found is None else _DECODER.raw_decode(text, found.end())[0]
@@ -170,7 +176,7 @@ def _value(text: str, key: str) -> Any:
 
 
 def _event(value: Any) -> TraceEvent | bool | None:
-    """The event, False if it is of another kind, None if its times cannot be read."""
+    """The event; False for an event of another kind; None for unreadable times."""
     if not isinstance(value, dict) or value.get("ph") != "X":
         return False
     begin, lasts = number(value.get("ts")), number(value.get("dur", 0.0))

@@ -1,7 +1,7 @@
-"""The collective that a kernel of a trace is, its ranks and its purpose. Needs no torch.
+"""Classifies the kernels of a trace: which collective one is, among which ranks, for which purpose. Needs no torch.
 
-Told by NCCL's metadata where torch wrote it, else by the kernel's name; by the name of its group; and by what the
-trace says about the process groups (`distributedInfo`).
+The sources are NCCL's metadata (if torch wrote them), the names of the kernel and of its group, and the trace's list of
+process groups (`distributedInfo`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEEP_EP = re.compile(
     r"deep_ep|(intranode|internode(_ll)?|low_latency|hybrid)[:_]*.*(dispatch|combine|notify)", re.IGNORECASE
 )
 SEND_RECV = re.compile(r"send_?recv", re.IGNORECASE)
-"""Kernels that NCCL runs for messages, and for all-to-all, which it makes of them."""
+"""NCCL's kernels for messages, and for all-to-all, which NCCL builds from messages."""
 
 KINDS = (
     ("all_to_all", re.compile(r"all_?to_?all", re.IGNORECASE)),
@@ -42,16 +42,20 @@ WIDTHS = {
     **dict.fromkeys(("float", "float32", "int", "int32"), 4),
     **dict.fromkeys(("bfloat16", "half", "float16", "short"), 2),
 }
-"""Bytes of an element by NCCL's metadata; of all others one."""
-
+"""Bytes of an element, by the type in NCCL's metadata; 1 for all others."""
 
 MOST = 2**20
-"""Ranks of the largest group whose members are written out."""
+"""Ranks of the largest group whose members are listed."""
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """A process as its trace tells of it: its rank, the world's size (0: not told), and its groups by name."""
+    """The process groups of one rank, from its trace.
+
+    Attributes:
+        world: ranks of the run; 0 if unknown.
+        ranks, descriptions: members and description of each group, by name.
+    """
 
     rank: int
     world: int
@@ -60,18 +64,18 @@ class ProcessGroups:
 
     @classmethod
     def of(cls, info: Mapping[str, Any], rank: int) -> ProcessGroups:
-        """From `distributedInfo`."""
-        told = info.get("pg_config")
-        if isinstance(told, str):
-            told = _json(told)
-        groups = [g for g in told if isinstance(g, dict)] if isinstance(told, list) else []
+        """The groups in `distributedInfo`."""
+        config = info.get("pg_config")
+        if isinstance(config, str):
+            config = _json(config)
+        groups = [g for g in config if isinstance(g, dict)] if isinstance(config, list) else []
         ranks = {str(g.get("pg_name")): ranks_of(g.get("ranks")) for g in groups}
         mine = {name: members for name, members in ranks.items() if rank in members}
         texts = {str(g.get("pg_name")): str(g.get("pg_desc") or "") for g in groups}
         return cls(rank, count(info.get("world_size")) or 0, mine, texts)
 
     def members(self, facts: Mapping[str, Any], given: Sequence[int]) -> tuple[int, ...]:
-        """The ranks of a kernel's group, where `given` are those of all traces; empty if nothing tells them."""
+        """The ranks of a kernel's group; empty if unknown. `given`: the ranks of all traces."""
         listed = ranks_of(facts.get("Process Group Ranks"))
         if self.rank in listed:
             return listed
@@ -87,24 +91,24 @@ class ProcessGroups:
         return next(iter(several)) if name is None and len(several) == 1 else ()
 
     def piped(self) -> str:
-        """Description of a group of more than this rank that is a pipeline's; "" if none is."""
+        """The description of a pipeline group with more than one rank; "" without one."""
         pattern = dict(GROUPS)["pipeline"]
         names = (text for name, text in self.descriptions.items() if len(self.ranks.get(name, ())) > 1)
         return next((text for text in names if pattern.search(text)), "")
 
 
 def is_communication(name: str) -> bool:
-    """Whether a kernel, or an annotation of gloo's, is the transfer of a collective or a message."""
+    """Whether a kernel, or an annotation of gloo, is a collective or a message."""
     return bool(name.startswith("gloo:") or COMMUNICATION.search(name) or DEEP_EP.search(name))
 
 
 def is_unnamed(name: str, facts: Mapping[str, Any]) -> bool:
-    """Whether it may be an all-to-all or a message, and nothing says which."""
+    """Whether a kernel is an all-to-all or a message, and no metadata say which."""
     return bool(SEND_RECV.search(name)) and not facts.get("Collective name")
 
 
 def is_nameless(name: str, facts: Mapping[str, Any]) -> bool:
-    """Whether it is some collective of which neither metadata, nor its name, nor its group's tells anything."""
+    """Whether a kernel is a collective of unknown kind: metadata, name and group do not say."""
     if not is_communication(name) or DEEP_EP.search(name) or kind_of(name, facts):
         return False
     group = " ".join(str(facts.get(key) or "") for key in ("Process Group Description", "Process Group Name"))
@@ -112,18 +116,18 @@ def is_nameless(name: str, facts: Mapping[str, Any]) -> bool:
 
 
 def kind_of(name: str, facts: Mapping[str, Any], all_to_all: re.Pattern[str] | None = None) -> str:
-    """The collective: as NCCL's metadata tells, else as the name does; "" if neither does.
+    """The kind of collective in NCCL's metadata, else in the name; "" if unknown.
 
-    `all_to_all`: kernels that are, if no metadata contradict.
+    all_to_all: pattern of kernels without metadata that are all-to-all.
     """
-    told = str(facts.get("Collective name") or "")
-    if not told and all_to_all is not None and all_to_all.search(name):
+    named = str(facts.get("Collective name") or "")
+    if not named and all_to_all is not None and all_to_all.search(name):
         return "all_to_all"
-    return next((kind for text in (told, name) for kind, pattern in KINDS if pattern.search(text)), "")
+    return next((kind for text in (named, name) for kind, pattern in KINDS if pattern.search(text)), "")
 
 
 def purpose_of(kind: str, name: str, facts: Mapping[str, Any], description: str = "") -> Purpose:
-    """The purpose of a collective: as its group is called, else that of most such collectives."""
+    """The purpose in the group's name or description, else the usual one of this kind."""
     if DEEP_EP.search(name):
         return "expert"
     keys = ("Process Group Description", "Process Group Name")
@@ -135,18 +139,18 @@ def purpose_of(kind: str, name: str, facts: Mapping[str, Any], description: str 
 
 
 def size_of(kind: str, facts: Mapping[str, Any]) -> int:
-    """Bytes as `CollectiveSpan` defines them; 0 if they are not told."""
+    """Bytes as `CollectiveSpan` defines them; 0 if unknown."""
     elements = [count(facts.get(f"{side} msg nelems")) or 0 for side in ("In", "Out")]
     width = WIDTHS.get(str(facts.get("dtype", "")).lower(), 1)
     return int((max(elements) if kind == "all_gather" else elements[0]) * width)
 
 
-def ranks_of(told: Any) -> tuple[int, ...]:
-    """Ranks from a list or its text; empty if it is none, or was cut short."""
-    values = _json(told) if isinstance(told, str) else told
+def ranks_of(value: Any) -> tuple[int, ...]:
+    """Ranks from a list or its text; empty for other values, or a list that was cut short."""
+    values = _json(value) if isinstance(value, str) else value
     if not isinstance(values, list):
         return ()
-    found = [count(value) for value in values]
+    found = [count(one) for one in values]
     ranks = tuple(rank for rank in found if rank is not None and rank < 2**31)
     return ranks if len(set(ranks)) == len(values) else ()
 

@@ -93,10 +93,6 @@ class Latent(Mixer):
         rule = f"rotary positions turn pairs: the size {self.rotary_dim} must be even"
         return [Problem(f"{self.path}.qk_rope_head_dim", rule, "use an even size")]
 
-    def megatron(self) -> list[Problem]:
-        """All of it."""
-        return [Problem(f"{self.path}.kind", "latent attention is not in engine: megatron", "set it to gqa")]
-
     def build(self) -> nn.Module:
         """The module."""
         from moesys.models.attention import LatentAttention

@@ -1,0 +1,1 @@
+"""What someone else's distribution may bring: a mixer, a gate and a dispatcher, each in one file."""
