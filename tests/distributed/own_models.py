@@ -196,7 +196,7 @@ def refusals(rank: int) -> list[str]:
         lambda: moesys.expert_parallel(Model(), dist.group.WORLD, chunks=0),
         lambda: moesys.expert_parallel(Model(), dist.group.WORLD, gradients="average"),
         lambda: moesys.expert_parallel(
-            moesys.build_moe_layer(4, experts=4, ffn_hidden=4, gate="smear", top_k=4), dist.group.WORLD
+            moesys.build_moe_layer(4, experts=4, ffn_hidden=4, gate="smear"), dist.group.WORLD
         ),
     ]
     found = []
