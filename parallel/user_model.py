@@ -72,8 +72,8 @@ def expert_parallel(
             fully_shard(block)        # experts are left to expert_parallel
         fully_shard(model)
 
-    With DDP, give `DistributedDataParallel` this very `model`: `expert_parallel` makes it ignore the experts. In a
-    plain loop reduce the gradients of all parameters but the experts', which are complete after backward.
+    With DDP, give `DistributedDataParallel` this very `model`: `expert_parallel` makes it ignore the experts. A plain
+    loop reduces the gradients of all parameters but the experts', which are complete after backward.
 
     Each rank keeps E / ep of a layer's E experts, as DTensors [E, …] that are sharded over the expert axis, and,
     where several ranks have the same experts, by FSDP2 over the data axis. Weights start as those of the first rank;
