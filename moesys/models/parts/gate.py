@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from moesys.config.registry import GATES, Described, kinds, used, users
 from moesys.config.section import AtMost, Experts, Field, Fraction, Section, Seed
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Weight
+from moesys.models.parts.axes import Axis, Exchange, Weight
 
 if TYPE_CHECKING:
     from moesys.config.schema import MoEConfig
@@ -122,6 +122,28 @@ class GateKind(Described):
         """Share of the routed experts' weights that one token uses."""
         return self.mean_choices / self.moe.experts
 
+    @property
+    def weighted(self) -> bool:
+        """Whether assignments have weights, which are sent to experts."""
+        return self.counted
+
+    @property
+    def learned(self) -> bool:
+        """Whether these weights have gradients."""
+        return any(True for _ in self.weights(1))
+
+    @property
+    def even_rows(self) -> bool:
+        """Whether all ranks send as many rows to each expert, which is known beforehand."""
+        return False
+
+    def assignments(self, tokens: int, ranks: int, seq_len: int) -> float:
+        """Assignments of `tokens` of one rank to routed experts, where as many `ranks` share a micro-batch.
+
+        On average, and before any is dropped.
+        """
+        return tokens * self.rows_per_token(seq_len) * self.mean_choices
+
     def rows_per_token(self, seq_len: int) -> float:
         """Rows per token of a sequence: a row is a token, unless experts get slots."""
         return 1.0
@@ -138,6 +160,20 @@ class GateKind(Described):
         """Its parameters: one linear map from tokens to candidates."""
         yield Weight("projection.weight", (Axis("candidate", self.candidates), Axis("hidden", hidden)))
 
+    def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
+        """Collectives of one forward pass in training over `tokens` of `sequences`, the whole micro-batch."""
+        yield from ()
+
+    @property
+    def step_statistics(self) -> int:
+        """Numbers that all ranks of a stage sum once after a step."""
+        return 0
+
+    @property
+    def first_statistics(self) -> int:
+        """Numbers that they sum before a step, too, after a forward pass over the global batch."""
+        return 0
+
     def check(self) -> list[Problem]:
         """Rules between its keys that are broken, beside those of all gates."""
         return []
@@ -145,6 +181,16 @@ class GateKind(Described):
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate of block `layer`, whose number makes random routing differ between layers."""
         raise NotImplementedError
+
+
+NUMBER, SCORE = 8, 4
+"""Bytes of a token's number, and of a score."""
+
+
+def gathered_scores(tokens: int, experts: int) -> Iterator[Exchange]:
+    """All tokens' scores, and the numbers that order them."""
+    yield Exchange("all_gather", SCORE * tokens * experts)
+    yield Exchange("all_gather", NUMBER * tokens)
 
 
 def describe(moe: MoEConfig) -> GateKind:
