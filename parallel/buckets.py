@@ -14,7 +14,7 @@ from moesys.parallel.cost import BUCKET_BYTES
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a (possibly distributed) tensor that this rank holds."""
+    """The part of a (possibly distributed) tensor that this rank holds. x may have any shape."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

@@ -28,10 +28,12 @@ class Stage:
 
     @property
     def first(self) -> bool:
+        """Whether the embedding is on it."""
         return self.index == 0
 
     @property
     def last(self) -> bool:
+        """Whether the head is on it."""
         return self.index == self.count - 1
 
     def holds(self, weight: Weight, tied: bool) -> bool:
@@ -128,6 +130,7 @@ class StepShape:
 
     @property
     def layers(self) -> int:
+        """The number of its blocks."""
         return len(self.stage.layers)
 
     @property

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
+    """Rules of data parallelism that `config` breaks."""
     t, problems = config.train, []
     per_pass = degrees.dp * t.micro_batch
     if t.global_batch % per_pass:

@@ -24,9 +24,14 @@ from moesys.parallel.dispatchers.plan import kept_rows
 class Dimension(Protocol):
     """What each module of a dimension offers."""
 
-    def check(self, config: Config, degrees: Degrees) -> list[Problem]: ...
-    def cost(self, shape: StepShape) -> list[Collective]: ...
-    def shards(self, weight: Weight, degrees: Degrees) -> int: ...
+    def check(self, config: Config, degrees: Degrees) -> list[Problem]:
+        """The rules that `config` breaks."""
+
+    def cost(self, shape: StepShape) -> list[Collective]:
+        """The collectives of one step."""
+
+    def shards(self, weight: Weight, degrees: Degrees) -> int:
+        """The number of ways that it splits a weight."""
 
 
 DIMENSIONS: dict[str, Dimension] = {

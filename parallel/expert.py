@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
+    """Rules of expert parallelism, of gates and of experts that `config` breaks."""
     moe, problems = config.model.moe, []
     if moe is None:
         return [
@@ -88,7 +89,7 @@ def _steps(shape: StepShape) -> list[Collective]:
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
-    """Shard the experts of every MoE layer and let their tokens travel."""
+    """Shard the experts of every MoE layer and give it the dispatcher of the configuration."""
     import torch
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

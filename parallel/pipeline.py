@@ -72,6 +72,7 @@ def divided(block_costs: tuple[float, ...], head_cost: float, count: int) -> tup
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
+    """Rules of pipeline parallelism that `config` breaks."""
     p, layers, problems = config.parallel, config.model.depth, []
     count = p.pp * p.pp_virtual
     if p.pp_virtual > 1 and p.pp == 1:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
+    """Rules of tensor parallelism that `config` breaks, from the named axes of the weights."""
     tp, m, problems = degrees.tp, config.model, []
     if tp == 1:
         return []

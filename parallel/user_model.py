@@ -3,7 +3,7 @@
 The model is any `nn.Module` with MoE layers of this project in it. Its experts are split over ranks; its other layers
 stay as they are, for DDP, FSDP2 or the loop itself to replicate.
 
-Gradients. Every rank computes the loss of its own tokens, and tokens travel to whatever rank holds their experts. So
+Gradients. Every rank computes the loss of its own tokens, and tokens are sent to the ranks of their experts. So
 after backward an expert has the *sum* of the gradients of all tokens that its expert group sent to it. These sums are
 added up over the ranks that hold copies of the expert, and divided by what the dense layers' gradients are divided by:
 all data × expert ranks, because DDP and FSDP2 average dense gradients over all of them; or by nothing, where the loop
@@ -25,6 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from moesys.errors import MoesysError
 from moesys.moe.experts import Experts, local
+from moesys.moe.gates.smear import SmearGate
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.moe.routing import MicroBatch
 from moesys.parallel import comm
@@ -43,6 +44,7 @@ class DataMicroBatch(MicroBatch):
         self.groups = [group for group in groups if group.size() > 1]
 
     def sum_global(self, x: Tensor) -> Tensor:
+        """The sum of `x`, a tensor of any shape, over the ranks of all groups; not differentiable."""
         for group in self.groups:
             x = comm.all_reduce(x, group)
         return x
@@ -53,7 +55,7 @@ def expert_parallel(
     mesh: DeviceMesh | dist.ProcessGroup,
     data: dist.ProcessGroup | None = None,
     *,
-    dispatcher: Literal["all_to_all", "all_gather", "hierarchical"] = "all_to_all",
+    dispatcher: str = "all_to_all",
     chunks: int = 1,
     overlap_shared: bool = True,
     payload: Literal["model", "fp8"] = "model",
@@ -70,8 +72,8 @@ def expert_parallel(
             fully_shard(block)        # experts are left to expert_parallel
         fully_shard(model)
 
-    With DDP, give `DistributedDataParallel` this very `model`: it is told to leave experts alone. In a plain loop
-    reduce the gradients of all parameters but the experts', which are complete after backward.
+    With DDP, give `DistributedDataParallel` this very `model`: `expert_parallel` makes it ignore the experts. A plain
+    loop reduces the gradients of all parameters but the experts', which are complete after backward.
 
     Each rank keeps E / ep of a layer's E experts, as DTensors [E, …] that are sharded over the expert axis, and,
     where several ranks have the same experts, by FSDP2 over the data axis. Weights start as those of the first rank;
@@ -83,7 +85,7 @@ def expert_parallel(
             along the second share the experts of a layer. Or a process group that shares the experts of a layer.
         data: beside a process group, the group of the ranks at this rank's place in their expert groups, which hold
             the same experts. None: the expert group is the whole world.
-        dispatcher: how tokens get to their experts; see `parallel.dispatch.kind` of a configuration.
+        dispatcher: how tokens get to their experts: "all_to_all", "all_gather", "hierarchical", or a plug-in's kind.
         chunks: pieces of the token stream; one is on its way while another is computed.
         overlap_shared: compute shared experts while tokens are on their way.
         payload: "fp8" sends tokens to experts in eight bits, with scales.
@@ -97,8 +99,13 @@ def expert_parallel(
 
     Raises:
         MoesysError: no MoE layer; experts that cannot be split, or are split already; groups that do not fit.
+        ConfigError: a dispatcher that does not exist, or one of its options that is illegal.
     """
     layers = moe_layers(model)
+    if gradients not in ("mean", "sum"):
+        raise MoesysError(
+            f"gradients={gradients!r} is neither 'mean' nor 'sum'\n    remedy: as your loop makes dense ones"
+        )
     if not layers:
         remedy = "build the model's MoE layers with moesys.MoELayer"
         raise MoesysError(f"{type(model).__name__} holds no moesys.MoELayer\n    remedy: {remedy}")
@@ -107,9 +114,8 @@ def expert_parallel(
     for name, layer in layers.items():
         _check(name, layer, expert_group.size())
     scope = DataMicroBatch((expert_group, data_group))
-    make = dispatchers(
-        expert_group, dispatcher, chunks=chunks, overlap_shared=overlap_shared, payload=payload, device=_device(grid)
-    )
+    dispatch: dict[str, Any] = {"chunks": chunks, "overlap_shared": overlap_shared, "payload": payload}
+    make = dispatchers(expert_group, _device(grid), kind=dispatcher, **dispatch)
     share = 1.0 / grid.size()
     for name, layer in layers.items():
         if expert_group.size() > 1:
@@ -151,6 +157,8 @@ def _check(name: str, layer: MoELayer, ep: int) -> None:
         rule, remedy = f"has {type(layer.experts).__name__}, which share weights", "use moesys.Experts"
     elif layer.dispatcher.communicates or hasattr(layer.experts.fc1, "device_mesh"):
         rule, remedy = "has experts that are split already", "call expert_parallel once, before fully_shard"
+    elif isinstance(layer.gate, SmearGate) and ep > 1:
+        rule, remedy = "has a SmearGate, which mixes the weights of all experts", "use another gate"
     elif experts % ep:
         rule, remedy = f"has {experts} experts, which {ep} ranks cannot share evenly", "use a group of another size"
     else:

@@ -15,7 +15,7 @@ FOLDERS = ("moesys", "parallel", "kernels", "launchers", "benchmarks")
 SHAPE = re.compile(r"\[[^\]]*\]")
 """In a docstring: [T, H]."""
 
-NAMED = re.compile(r"_[A-Z][A-Z0-9]*$")
+NAMED = re.compile(r"_[A-Z][A-Za-z0-9]*$")
 """Of a name: x_TH has its shape."""
 
 SHAPELESS = re.compile(r"scalar|any shape|one number|of no dimension|same shape|shape of|elementwise|anything")
@@ -125,7 +125,7 @@ def source(*folders: str) -> Source:
 
 def _functions(path: Path, node: ast.AST, owner: ast.ClassDef | None, public: bool) -> Iterator[Function]:
     for child in ast.iter_child_nodes(node):
-        named = public and not getattr(child, "name", "_").startswith("_")
+        named = public and not (getattr(child, "name", None) or "_").startswith("_")
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield Function(path, child, owner, named)
             yield from _functions(path, child, None, False)

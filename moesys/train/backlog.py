@@ -68,6 +68,8 @@ class Backlog:
     def add(self, step: int, loss: Tensor, update: Update, all_to_all_seconds: float = 0.0) -> None:
         """Keep a step's measurements. Nothing is communicated, and the host waits for nothing.
 
+        `loss` is a scalar.
+
         loss: this rank's share, as `Engine.train` returns it. all_to_all_seconds: of this rank.
         """
         device = self.engine.mesh.device

@@ -32,8 +32,9 @@ class ForceKeys(Section):
     """Routing by force, for benchmarks."""
 
     force: Literal["none", "balanced", "skewed"] = "none"
-    """For benchmarks, gates that send each token to top_k experts: balanced chooses them in turn, skewed at random
-    with expert e's chance ∝ 1 / (e + 1)^skew, both by the token's number. Weights stay the gate's own."""
+    """Replaces the choice of gates that send each token to top_k experts, for benchmarks, by the token's number.
+    Weights stay the gate's own. none: the gate chooses. balanced: experts in turn. skewed: at random, expert e with a
+    chance ∝ 1 / (e + 1)^skew."""
     skew: Annotated[float, Field(ge=0), AtMost(64)] = 1.0
     """force skewed: Zipf's exponent."""
     seed: Seed = 0
@@ -61,10 +62,10 @@ class ChoiceKeys(RandomKeys, ForceKeys):
     """Token choice among scores, by groups."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """top_k, cosine: what makes logits scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
+    """top_k, cosine: the function from logits to scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
     is softmax with normalize: true."""
     groups: Experts = 1
-    """top_k, cosine: equal groups of experts of which each token uses `groups_kept`, the best."""
+    """top_k, cosine: equal groups of experts; each token uses the best `groups_kept` of them."""
     groups_kept: Experts = 1
     """top_k, cosine: groups that a token uses."""
     group_score: Literal["max", "top2"] = "max"
@@ -88,6 +89,7 @@ class GateKind(Described):
         even: its experts all take part, or choose their tokens: balance means nothing there, or is given.
         counted: its tokens go to experts, as can be recorded and replayed; not so where experts get mixtures.
         seeded: it draws by `seed` without force.
+        for_megatron: the plug-in for Megatron-Core takes it by `--moesys-gate`.
         whole: what it computes over, where parallelism must not split that: by axis, the reason.
     """
 
@@ -96,6 +98,7 @@ class GateKind(Described):
     even: ClassVar[bool] = False
     counted: ClassVar[bool] = True
     seeded: ClassVar[bool] = False
+    for_megatron: ClassVar[bool] = False
     whole: ClassVar[Mapping[str, str]] = {}
     decides = STEPS | SHAPES
 

@@ -19,6 +19,7 @@ class Base(GateKind):
     kind = "base"
     summary = "one expert per token, the best balanced assignment in training (BASE)"
     keys = ForceKeys
+    for_megatron = True
     ignores = FIXED | WEIGHTS
 
     def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:

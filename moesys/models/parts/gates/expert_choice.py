@@ -35,6 +35,7 @@ for comparison, unless `causal`"
     )
     aliases = ("ec",)
     keys = ExpertChoiceKeys
+    for_megatron = True
     ignores = CAPACITY | BALANCE | ZERO | WEIGHTS
     even = True
 

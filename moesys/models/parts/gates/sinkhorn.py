@@ -18,6 +18,7 @@ class Sinkhorn(GateKind):
     kind = "sinkhorn"
     summary = "k experts per token, balanced by Sinkhorn's algorithm in training (Megatron-Core)"
     keys = ForceKeys
+    for_megatron = True
     ignores = FIXED | WEIGHTS
 
     def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
