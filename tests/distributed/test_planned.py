@@ -72,6 +72,8 @@ def _work(rank: int, world: int, configs: dict[str, Config], folder: Path) -> No
     for name, config in configs.items():
         mesh = engine_of(config).connect(config)
         trainer = Trainer(config, mesh, open_corpus(config))
+        if mesh.degrees.pp > 1:
+            trainer.train_step()  # in the first one, stages agree on shapes
         ran = observe(trainer)
         if ran is not None:
             (folder / f"{name}.json").write_text(json.dumps(asdict(ran)))
