@@ -84,7 +84,9 @@ def _steps(shape: StepShape) -> list[Collective]:
     layers = sum(shape.config.model.is_moe(layer) for stage in shape.stages for layer in stage.layers)
     sums = [moe.router.step_statistics] + [moe.router.first_statistics] * shape.counting
     return [
-        Collective("all_reduce", axes, 8.0 * layers * numbers, 1, small=True) for numbers in sums for axes in (DATA, ("tp",))
+        Collective("all_reduce", axes, 8.0 * layers * numbers, 1, small=True)
+        for numbers in sums
+        for axes in (DATA, ("tp",))
     ]
 
 

@@ -141,11 +141,15 @@ class MoEFeedForward(Part):
             row += self.hidden + m.ffn_hidden + (parts + 1) * m.lora_rank
         rows = gate.mean_choices * row + shape.arrived_rows * self.hidden
         rows *= gate.rows_per_token(run.train.seq_len)
-        yield Kept(rows + 4 * m.experts, "tokens")
+        yield Kept(rows, "tokens")
+        yield Kept(4 * m.experts, "tokens", width=4)
+        yield Kept(self.hidden, "tokens")  # the tokens
         if self.shared is not None:
             # The outputs of the branches that a mix has factors for.
             yield Kept(MIX_BRANCHES[m.shared_mix] * self.hidden, "tokens")
             yield from self.shared.kept(run, shape)
+            if shape.degrees.tp > 1:
+                yield Kept(self.hidden, "whole")  # the tokens of all slices
 
     def build(self) -> nn.Module:
         """The module."""
