@@ -137,16 +137,23 @@ def _input(part: Part, shape: StepShape) -> Iterator[Kept]:
 
 
 def _narrowed(shape: StepShape, edge: bool) -> float:
-    """Bytes of copies of weights in the type of the run, which products with split weights keep."""
-    if shape.width == 4 or shape.degrees.tp == 1 or shape.degrees.dp_shard > 1:
+    """Bytes of copies of weights in the type of the run, which products with split weights keep, unless FSDP casts."""
+    d = shape.degrees
+    if shape.width == 4:
         return 0.0
     head = "embed.weight" if shape.config.model.tie_embeddings else "head.weight"
-    own = [w for w in shape.weights() if w.kind == "matrix" and not (w.routed or w.router or w.frozen)]
+    split = d.tp > 1 and d.dp_shard == 1
+    own = [
+        w
+        for w in shape.weights()
+        if (w.narrowed and shape.data_shards(w, d) == 1)
+        or (split and w.kind == "matrix" and not (w.routed or w.router or w.frozen))
+    ]
     return shape.width * sum(shape.local(w) for w in own if (w.name == head if edge else w.layer is not None))
 
 
 def _head(shape: StepShape) -> float:
-    """Logits of one micro-batch, which become their gradient (`moesys.parallel.loss`), and the inputs of norm and head."""
+    """What a micro-batch keeps at the end: inputs of norm and head, and logits, which become their gradient."""
     tokens = shape.sequence_tokens / shape.degrees.cp
     logits = shape.width * tokens * (shape.config.model.hidden + shape.vocab_size / shape.degrees.tp)
     whole = replace(shape, config=_without_recomputation(shape.config))

@@ -73,6 +73,7 @@ class Weight:
         frozen: it is never trained.
         on_stream: it works on the stream as it lies between blocks (its norms).
         normalized: it is used divided by the norms of its rows, whose gradients tensor ranks sum in every pass.
+        narrowed: backward keeps its copy in the type of the run.
         unit: FSDP gathers it apart from the rest of its block, together with the weights of the same unit.
         looked_up: rows are taken from it, and it is not multiplied with (embeddings).
     """
@@ -87,6 +88,7 @@ class Weight:
     looked_up: bool = False
     on_stream: bool = False
     normalized: bool = False
+    narrowed: bool = False
     unit: str = ""
 
     def within(self, prefix: str, layer: int | None = None) -> Weight:

@@ -91,10 +91,10 @@ class MoEFeedForward(Part):
         if m.lora_rank is not None:
             # The factors without an inner size are whole on each etp rank, so that none is split (`check`).
             rank, inner = Axis("rank", m.lora_rank), Axis("base_inner", m.ffn_hidden)
-            yield Weight("fc1_lora_a", (expert, hidden, parts, rank))
-            yield Weight("fc1_lora_b", (expert, parts, rank, inner), start=0.0)
-            yield Weight("fc2_lora_a", (expert, inner, rank))
-            yield Weight("fc2_lora_b", (expert, rank, hidden), start=0.0)
+            yield Weight("fc1_lora_a", (expert, hidden, parts, rank), narrowed=True)
+            yield Weight("fc1_lora_b", (expert, parts, rank, inner), start=0.0, narrowed=True)
+            yield Weight("fc2_lora_a", (expert, inner, rank), narrowed=True)
+            yield Weight("fc2_lora_b", (expert, rank, hidden), start=0.0, narrowed=True)
             both = Axis("base_inner", parts.count * m.ffn_hidden)
             yield Weight("base.fc1.weight", (both, hidden), frozen=True, unit="base.fc1")
             yield Weight("base.fc2.weight", (hidden, inner), frozen=True, unit="base.fc2")
