@@ -167,7 +167,8 @@ class StepShape:
 
     def _weights_of(self, stage: Stage) -> list[Weight]:
         tied = self.config.model.tie_embeddings
-        return [w for placed in self._model for w in placed.weights() if stage.holds(w, tied)]
+        near = [placed for placed in self._model if placed.layer is None or placed.layer in stage.layers]
+        return [w for placed in near for w in placed.weights() if stage.holds(w, tied)]
 
     @cached_property
     def _model(self) -> list[Placed]:
