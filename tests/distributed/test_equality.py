@@ -72,7 +72,9 @@ def ran() -> dict[str, Ran]:
 
 @pytest.fixture(scope="module")
 def pairs(request, small, tmp_path_factory, ran) -> Compared:
-    cases = selected(request, "test_equals_one_process", "test_does_what_its_budget_says", "test_moves_what_the_plan_says")
+    cases = selected(
+        request, "test_equals_one_process", "test_does_what_its_budget_says", "test_moves_what_the_plan_says"
+    )
     return compared(small, cases, tmp_path_factory.mktemp("pairs"), forbid_outputs_of_a_pipeline, ran)
 
 

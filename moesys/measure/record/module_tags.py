@@ -102,7 +102,7 @@ def tagged(layers: Mapping[str, nn.Module], events: Sequence[CollectiveRecord]) 
 
 
 def _part(one: _Pass, number: int) -> str:
-    """"dispatch" or "combine".
+    """ "dispatch" or "combine".
 
     Without hooks of experts, combine is the last all-to-all of a forward and the first of a backward.
     """
