@@ -10,7 +10,7 @@ from moesys.kernels.choose import widened
 
 
 def reference(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """`rms_norm` by its definition (arXiv 1910.07467), in float32 or wider."""
+    """`rms_norm` by its definition (arXiv 1910.07467), in float32 or wider. x [..., H]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = x.to(wide).square().mean(-1, keepdim=True).add(eps).rsqrt()
     return (x.to(wide) * scale * weight_H.to(wide)).to(x.dtype)

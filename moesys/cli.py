@@ -230,9 +230,8 @@ def bench_a2a(arguments: argparse.Namespace) -> int:
 def bench_layer(arguments: argparse.Namespace) -> int:
     """Time one MoE layer beside its arithmetic and beside other systems' layers."""
     from moesys.measure.layer_benchmark import command as bench_command
-    from moesys.megatron.own_layer import peers
 
-    results = bench_command.run(arguments, peers)
+    results = bench_command.run(arguments)
     _write_json(arguments.json, lambda: [result.as_json() for result in results])
     return 0
 

@@ -23,11 +23,12 @@ class NoComparisonError(MoesysError):
 def found(name: str) -> ModuleType | None:
     """The module `name` of the benchmarks; None where this installation has none of them."""
     try:
-        return import_module(f"{PACKAGE}.{name}")
+        import_module(PACKAGE)
     except ModuleNotFoundError as error:
         if error.name != PACKAGE:
             raise
         return None
+    return import_module(f"{PACKAGE}.{name}")
 
 
 def demanded(name: str, command: str) -> ModuleType:

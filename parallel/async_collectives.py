@@ -20,11 +20,11 @@ class Codec(Protocol):
     """Encodes rows before they are sent in forward; gradients are sent as they are."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """The rows as they are sent."""
+        """The rows as they are sent. x [N, …], rows."""
         ...
 
     def decode(self, received: Tensor) -> Tensor:
-        """The rows that `encode` was given on their source ranks."""
+        """The rows that `encode` was given on their source ranks. `received` [N, …], rows."""
         ...
 
 
@@ -106,7 +106,7 @@ def all_to_all_autograd(
     tag: Tag = UNTAGGED,
     codec: Codec | None = None,
 ) -> AsyncCollective:
-    """All-to-all of rows; gradients return the same way. Any number of rows may be 0."""
+    """All-to-all of rows; gradients return the same way. Any number of rows may be 0. x [N, …], rows."""
     return AsyncCollective(
         x,
         lambda y: start_all_to_all(y, send, receive, group, kind, tag),
@@ -120,6 +120,8 @@ def all_gather_autograd(
 ) -> AsyncCollective:
     """All-gather of rows; backward sums the gradients of each rank's rows there (reduce-scatter).
 
+    x [N, …], rows.
+
     `suffix` is added to the kinds of both in records.
     """
     return AsyncCollective(
@@ -131,7 +133,7 @@ def all_gather_autograd(
 
 
 def reduce_scatter_autograd(x: Tensor, group: dist.ProcessGroup, tag: Tag = UNTAGGED) -> AsyncCollective:
-    """Reduce-scatter of rows; backward gathers the gradients on every rank (all-gather)."""
+    """Reduce-scatter of rows; backward gathers the gradients on every rank (all-gather). x [N, …], rows."""
     return AsyncCollective(
         x,
         lambda y: start_reduce_scatter(y, group, tag=tag),
@@ -141,7 +143,7 @@ def reduce_scatter_autograd(x: Tensor, group: dist.ProcessGroup, tag: Tag = UNTA
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup, tag: Tag = UNTAGGED) -> Tensor:
-    """All-gather whose backward is a reduce-scatter; both block. `torch.compile` traces it."""
+    """All-gather whose backward is a reduce-scatter; both block. `torch.compile` traces it. x [N, …], rows."""
     rows: Tensor = _GatherRows.apply(x, group, tag)
     return rows
 

@@ -242,7 +242,7 @@ def start_all_to_all_counts(x_R: Tensor, group: dist.ProcessGroup, tag: Tag = UN
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup, kind: str = "all_gather", tag: Tag = UNTAGGED) -> Work:
-    """Start gathering the rows of all ranks, in group order; every rank gives as many."""
+    """Start gathering the rows of all ranks, in group order; every rank gives as many. x [N, …], rows."""
     op = _functional.all_gather_into_tensor.default
     return _start(kind, tag, op, x.contiguous(), group, group.size())
 
@@ -250,25 +250,25 @@ def start_all_gather(x: Tensor, group: dist.ProcessGroup, kind: str = "all_gathe
 def start_reduce_scatter(
     x: Tensor, group: dist.ProcessGroup, kind: str = "reduce_scatter", tag: Tag = UNTAGGED
 ) -> Work:
-    """Start a sum over the ranks, of which each gets an equal part of the rows, in group order."""
+    """Start a sum over the ranks, of which each gets an equal part of the rows, in group order. x [N, …], rows."""
     op, ranks = _functional.reduce_scatter_tensor.default, group.size()
     return _start(kind, tag, op, x.contiguous(), group, "sum", ranks, rows=[len(x) // ranks] * ranks)
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks, in group order; every rank gives as many."""
+    """The rows of all ranks, in group order; every rank gives as many. x [N, …], rows."""
     return start_all_gather(x, group).wait()
 
 
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup | None = None, tag: Tag = UNTAGGED) -> Work:
-    """Start a sum over the ranks, in place; `group` None: all ranks."""
+    """Start a sum over the ranks, in place; `group` None: all ranks. x may have any shape."""
     group = dist.group.WORLD if group is None else group
     assert group is not None
     return _start("all_reduce", tag, _functional.all_reduce_.default, x, group, "sum")
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None, tag: Tag = UNTAGGED) -> Tensor:
-    """The sum of x over the ranks, in new memory; `group` None: all ranks."""
+    """The sum of x over the ranks, in new memory; `group` None: all ranks. x may have any shape."""
     if torch.compiler.is_compiling() and group is not None:  # nothing in place: graphs may be computed again
         return _start("all_reduce", tag, _functional.all_reduce.default, x, group, "sum").wait()
     return start_all_reduce(x.clone(), group, tag).wait()

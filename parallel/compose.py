@@ -3,7 +3,7 @@
 1. pipeline: the layers of this rank's stages; everything after concerns only those;
 2. context: positions, and attention across the context axis;
 3. tensor: weights split inside layers, on plain parameters;
-4. expert: experts split over their own mesh, tokens travel;
+4. expert: experts split over their own mesh, with a dispatcher;
 5. recompute and compile each block by its parts: inside sharding, so that gathering weights stays outside;
 6. data: FSDP2 last, since it must see parameters as the others leave them.
 
@@ -102,7 +102,7 @@ class Composed:
             self._forward(mine)
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
-        """Forward only, shapes as in `train`; samples below 0 are padding."""
+        """Forward only, shapes as in `train`; samples below 0 are padding. tokens, labels: int64 [B, S]."""
         self._mode(training=False)
         return self._forward(self._mine(tokens, labels, samples))
 

@@ -32,6 +32,7 @@ def chunks(seq_len: int, cp: int, rank: int) -> list[range]:
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
+    """Rules of context parallelism that `config` breaks."""
     cp, seq = degrees.cp, config.train.seq_len
     if cp > 1 and seq % (2 * cp):
         rule = f"2 · cp({cp}) = {2 * cp} must divide train.seq_len({seq}): each rank holds two chunks"

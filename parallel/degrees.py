@@ -41,6 +41,7 @@ class Degrees:
 
     @property
     def world(self) -> int:
+        """The number of ranks."""
         return self.pp * self.stage
 
     @property
@@ -50,9 +51,11 @@ class Degrees:
 
     @property
     def dp(self) -> int:
+        """The number of ranks that see different sequences."""
         return self.dp_replicate * self.dp_shard
 
     def sizes(self, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """The number of ranks along each of `axes`."""
         return tuple(getattr(self, axis) for axis in axes)
 
     def coordinates(self, rank: int, axes: tuple[str, ...]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What gates are told of a step: the numbers of its tokens, and sums over its global batch."""
+"""Inputs of gates from a step: the numbers of its tokens, and sums over its global batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def step_totals(gates: Sequence[Gate], mesh: Ranks) -> list[tuple[Gate, Tensor]]
 
 @contextmanager
 def counted(layers: Mapping[str, MoELayer], mesh: Ranks) -> Iterator[None]:
-    """Inside, a forward pass as in training tells gates that must know it the global batch, and nothing else."""
+    """Context of a forward pass that counts the global batch for gates that need it, and changes nothing else."""
     kept = [layer.statistics.take() for layer in layers.values()]
     yield
     for layer, statistics in zip(layers.values(), kept, strict=True):

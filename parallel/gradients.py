@@ -150,7 +150,7 @@ class Gradients:
         return whole.sqrt(), total
 
     def clip(self, limit: float | None, norm: Tensor) -> None:
-        """Scale the gradients, whose global norm is `norm`, so that it becomes `limit` at most."""
+        """Scale the gradients, whose global norm is `norm`, so that it becomes `limit` at most. `norm` is a scalar."""
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         if grads and limit is not None and limit < inf:
             factor = (limit / (norm + 1e-12)).clamp(max=1.0)

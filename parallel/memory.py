@@ -32,6 +32,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """The sum of all kinds."""
         return sum(asdict(self).values())
 
 

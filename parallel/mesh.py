@@ -68,6 +68,7 @@ class ParallelMesh(Ranks):
         return self._meshes[DENSE_AXES if set(axes) <= set(DENSE_AXES) else EXPERT_AXES]
 
     def size(self, *axes: str) -> int:
+        """The number of ranks of the group along `axes`."""
         size = 1
         for axis in axes:
             size *= getattr(self.degrees, axis)

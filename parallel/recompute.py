@@ -1,6 +1,6 @@
 """Recomputing activations in backward instead of keeping them, and compiling: both by the parts of a block.
 
-Full recomputation repeats a whole block, the tokens' journey included, around compiled parts. Selective
+Full recomputation repeats a whole block, dispatch and combine included, around compiled parts. Selective
 recomputation repeats each part (`Block.parts`) apart, inside of its graph where it is compiled: the compiler
 keeps what `KEPT` names. What lies between parts keeps no more than that by itself: dispatchers and experts
 hold what arrived and the products of fc1.
@@ -50,16 +50,16 @@ def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 @contextmanager
-def _again(cached: AbstractContextManager) -> Iterator[None]:
-    """The second run, in which what was kept does not happen again."""
+def _second(cached: AbstractContextManager) -> Iterator[None]:
+    """The context of the second run, which does not repeat kept operations."""
     with cached, comm.replayed(KEPT):
         yield
 
 
 def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Of the first run and of the second."""
+    """The contexts of the first run and of the second."""
     first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _again(second)
+    return first, _second(second)
 
 
 _compiled_contexts = partial(create_selective_checkpoint_contexts, _policy)
@@ -69,7 +69,7 @@ _compiled_contexts = partial(create_selective_checkpoint_contexts, _policy)
 def prepare(block: Block, recompute: str, compiled: bool, backend: Any = "inductor") -> None:
     """Let `block` recompute ("none", "selective" or "full") and, if `compiled`, run as compiled graphs.
 
-    Parameters keep their names. Where tokens travel it takes a `block` whose dispatcher is in place.
+    Parameters keep their names. With expert parallelism the dispatcher of `block` must be in place.
     """
     if compiled:
         forced()  # reads the environment, which is a side effect: not in a graph
@@ -104,16 +104,16 @@ def _replace(part: Part, change: Callable[[Callable[..., Any]], Callable[..., An
 
 
 def repeated(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`function` that is computed again in backward, from its inputs and what the contexts keep."""
+    """`function` that backward recomputes from its inputs and from the results that the contexts keep."""
 
-    def again(*inputs: Any) -> Any:
+    def recomputed(*inputs: Any) -> Any:
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
-    code = _code(again.__code__, function.__name__)
-    return FunctionType(code, globals(), function.__name__, closure=again.__closure__)
+    code = _code(recomputed.__code__, function.__name__)
+    return FunctionType(code, globals(), function.__name__, closure=recomputed.__closure__)
 
 
 @cache
 def _code(code: CodeType, name: str) -> CodeType:
-    """`code` anew, one of each `name`: the compiler keeps graphs, and what it learnt of shapes, by code."""
+    """A copy of `code` under each `name`: the compiler keeps its graphs, and the shapes it has seen, by code."""
     return code.replace(co_name=name)

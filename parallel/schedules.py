@@ -68,7 +68,7 @@ class Whole:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses, shapes as in `train`, forward only."""
+        """The sum of the losses, shapes as in `train`, forward only. tokens int64 [B, S, 2], labels int64 [B, S]."""
         return torch.stack([self.loss(self.model(x[..., 1], x), y) for x, y in self._pairs(tokens, labels)]).sum()
 
     def _pairs(self, tokens: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -166,10 +166,16 @@ class Pipelined:
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=tokens.device)
 
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses, as `Whole.train`; zero on ranks without the last stage."""
+        """The sum of the losses, as `Whole.train`; zero on ranks without the last stage.
+
+        tokens int64 [B, S, 2], labels int64 [B, S].
+        """
         return self._run(self._training.step, tokens, labels)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses, as `Whole.evaluate`; zero on ranks without the last stage."""
+        """The sum of the losses, as `Whole.evaluate`; zero on ranks without the last stage.
+
+        tokens int64 [B, S, 2], labels int64 [B, S].
+        """
         return self._run(self._evaluation.eval, tokens, labels)

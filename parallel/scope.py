@@ -17,6 +17,7 @@ class WholeMicroBatch(MicroBatch):
         self.data = data
 
     def sum_global(self, x: Tensor) -> Tensor:
+        """Sum of x, of any shape, over all ranks that run a micro-batch now."""
         x = self.sum(x)
         return x if self.data is None else comm.all_reduce(x, self.data)
 
@@ -39,6 +40,7 @@ class SplitMicroBatch(WholeMicroBatch):
         self.size = group.size()
 
     def sum(self, x: Tensor) -> Tensor:
+        """Sum of x, of any shape, over the ranks that share the micro-batch."""
         return comm.all_reduce(x, self.group)
 
     def gather(self, x_T: Tensor) -> Tensor:

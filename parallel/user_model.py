@@ -3,7 +3,7 @@
 The model is any `nn.Module` with MoE layers of this project in it. Its experts are split over ranks; its other layers
 stay as they are, for DDP, FSDP2 or the loop itself to replicate.
 
-Gradients. Every rank computes the loss of its own tokens, and tokens travel to whatever rank holds their experts. So
+Gradients. Every rank computes the loss of its own tokens, and tokens are sent to the ranks of their experts. So
 after backward an expert has the *sum* of the gradients of all tokens that its expert group sent to it. These sums are
 added up over the ranks that hold copies of the expert, and divided by what the dense layers' gradients are divided by:
 all data × expert ranks, because DDP and FSDP2 average dense gradients over all of them; or by nothing, where the loop
@@ -72,8 +72,8 @@ def expert_parallel(
             fully_shard(block)        # experts are left to expert_parallel
         fully_shard(model)
 
-    With DDP, give `DistributedDataParallel` this very `model`: it is told to leave experts alone. In a plain loop
-    reduce the gradients of all parameters but the experts', which are complete after backward.
+    With DDP, give `DistributedDataParallel` this very `model`: `expert_parallel` makes it ignore the experts. A plain
+    loop reduces the gradients of all parameters but the experts', which are complete after backward.
 
     Each rank keeps E / ep of a layer's E experts, as DTensors [E, …] that are sharded over the expert axis, and,
     where several ranks have the same experts, by FSDP2 over the data axis. Weights start as those of the first rank;

@@ -15,7 +15,7 @@ FOLDERS = ("moesys", "parallel", "kernels", "launchers", "benchmarks")
 SHAPE = re.compile(r"\[[^\]]*\]")
 """In a docstring: [T, H]."""
 
-NAMED = re.compile(r"_[A-Z][A-Z0-9]*$")
+NAMED = re.compile(r"_[A-Z][A-Za-z0-9]*$")
 """Of a name: x_TH has its shape."""
 
 SHAPELESS = re.compile(r"scalar|any shape|one number|of no dimension|same shape|shape of|elementwise|anything")

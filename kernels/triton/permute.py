@@ -162,7 +162,7 @@ def _(grad_TH, rows_AH, index_A, token_A):
 
 
 def wide(x: Tensor) -> tl.dtype:
-    """The type to compute in."""
+    """The type to compute in. x may have any shape."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from moesys.config.read import CORE_SCHEMA
+from moesys.config.registry import GATES, MIXERS, Slot, used
 from moesys.config.schema import Config, Section
 from moesys.config.secret import hidden
 from moesys.config.sweep import SweepFile
@@ -40,9 +41,26 @@ _Dumper.add_representer(str, _text)
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration, every key with its value but for secrets (secret.py), as YAML that `load` reads."""
-    text: str = yaml.dump(hidden(config).model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    """The resolved configuration as YAML that `load` reads: every key with its value, without secrets (secret.py) and
+    without keys that belong to other kinds."""
+    tree = hidden(config).model_dump()
+    text: str = yaml.dump(_of_its_kinds(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return text
+
+
+def _of_its_kinds(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with the keys that the kinds of its mixers and gate use."""
+    model = tree["model"]
+    model["attention"] = _used(MIXERS, model["attention"])
+    model["mixers"] = {name: _used(MIXERS, mixer) for name, mixer in model["mixers"].items()}
+    if model["moe"] is not None:
+        model["moe"]["gate"] = _used(GATES, model["moe"]["gate"])
+    return tree
+
+
+def _used(slot: Slot, section: dict[str, Any]) -> dict[str, Any]:
+    mine = used(slot, section["kind"])
+    return {key: value for key, value in section.items() if key == "kind" or key in mine}
 
 
 def json_schema() -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Piece:
         return tuple(at)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The part, in its own shape, of a tensor that is like Megatron's parameter."""
+        """The part, in its own shape, of a tensor that is like Megatron's parameter. `tensor` has any shape."""
         tensor = tensor if self.rows is None else tensor[self.rows]
         if not self.transposed:
             return tensor

@@ -128,7 +128,7 @@ class MegatronEngine:
         return get_megatron_optimizer(wanted, self.model, use_gloo_process_groups=False)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
-        """See `Engine.train`."""
+        """See `Engine.train`. tokens, labels: int64 [B, S]."""
         self._mode(training=True)
         if counting_passes(self.config, self.ranks.degrees.dp):
             with counted(self.moe_layers(), self.ranks), torch.no_grad():
@@ -164,7 +164,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
-        """See `Engine.evaluate`."""
+        """See `Engine.evaluate`. tokens, labels: int64 [B, S]."""
         self._mode(training=False)
         return self._run(tokens, labels, samples, forward_only=True)
 

@@ -70,7 +70,7 @@ class Block(nn.Module):
         return out
 
     def run_dense(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The whole of a block without experts."""
+        """The whole of a block without experts. cos, sin [S, d]."""
         x_BSH = self._attend(x_BSH, cos, sin)
         out: Tensor = x_BSH + self.ffn(self.ffn_norm(x_BSH))
         return out
@@ -78,7 +78,7 @@ class Block(nn.Module):
     def route(
         self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None
     ) -> tuple[Tensor, Tensor, RoutedTokens]:
-        """The stream after attention, the MoE layer's input, and its routed tokens."""
+        """The stream after attention, the MoE layer's input, and its routed tokens. cos, sin [S, d]."""
         assert isinstance(self.ffn, MoELayer)
         x_BSH = self._attend(x_BSH, cos, sin)
         h_BSH = self.ffn.enter(self.ffn_norm(x_BSH))

@@ -19,6 +19,7 @@ class Linear(nn.Linear):
     """A linear map computed in the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The map of x [..., inputs]: [..., outputs]."""
         return linear(x, self.weight, self.bias)
 
 
@@ -36,6 +37,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The norm of x [..., H], in its shape."""
         return rms_norm(x, self.weight, self.eps)
 
 

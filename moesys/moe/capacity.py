@@ -136,6 +136,8 @@ def places(keys: list[Tensor]) -> Tensor:
 def rounded(weight: Tensor) -> Tensor:
     """Weights to 12 significant bits.
 
+    `weight` may have any shape.
+
     Equal tokens (a run of spaces) differ by rounding alone. The choice among them must not depend on the layout of
     the run.
     """

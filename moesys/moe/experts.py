@@ -15,7 +15,7 @@ from moesys.moe.start import like_linear
 
 
 def local(weight: Tensor) -> Tensor:
-    """This device's slice of a weight, on which its experts compute."""
+    """This device's slice of a weight, on which its experts compute. `weight` may have any shape."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 

@@ -24,6 +24,7 @@ class Frozen(nn.Linear):
         self.weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The map of x [..., inputs]: [..., outputs]."""
         return linear(x, self.weight)
 
 

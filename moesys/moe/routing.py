@@ -130,11 +130,14 @@ class MicroBatch:
     """Devices that hold a part of the micro-batch, each as many tokens."""
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of x over the devices; not differentiable."""
+        """Sum of x over the devices; not differentiable. `x` may have any shape."""
         return x
 
     def sum_global(self, x: Tensor) -> Tensor:
-        """Sum of x over all devices that run a micro-batch of the global batch now; not differentiable."""
+        """Sum of x over all devices that run a micro-batch of the global batch now; not differentiable.
+
+        `x` may have any shape.
+        """
         return self.sum(x)
 
     def gather(self, x_T: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 
 def like_linear(weight: Tensor, inputs: int) -> None:
-    """Fill the weight of a linear map of `inputs` inputs as `nn.Linear` does: uniform in ±1 / √inputs."""
+    """Fill the weight of a linear map of `inputs` inputs as `nn.Linear` does: uniform in ±1 / √inputs.
+
+    `weight` may have any shape.
+    """
     bound = 1 / sqrt(inputs)
     nn.init.uniform_(weight, -bound, bound)

@@ -79,6 +79,8 @@ class Engine(Protocol):
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
         """The loss as `train` returns it, by forward alone; labels below 0 are ignored, but the divisor stays.
 
+        tokens, labels: int64 [B, S].
+
         Samples below 0 are padding: their tokens take no capacity from others.
         """
 

@@ -93,7 +93,7 @@ class NativeEngine:
         self._loss = torch.zeros((), device=mesh.device)
 
     def train(self, tokens: Tensor, labels: Tensor, samples: range) -> Tensor:
-        """See `Engine.train`."""
+        """See `Engine.train`. tokens, labels: int64 [B, S]."""
         loss = self._loss = self.model.train(tokens, labels, samples)
         self.model.gradients.reduce()
         return loss
@@ -124,7 +124,7 @@ class NativeEngine:
         return nonfinite({name: local(value) for name, value in (state["model"] | kept).items()})
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
-        """See `Engine.evaluate`."""
+        """See `Engine.evaluate`. tokens, labels: int64 [B, S]."""
         return self.model.evaluate(tokens, labels, samples)
 
     def moe_layers(self) -> dict[str, MoELayer]:

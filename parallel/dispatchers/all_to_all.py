@@ -102,7 +102,10 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
 
 
 def transpose_blocks(rows: Tensor, blocks: Blocks) -> Tensor:
-    """Block transpose: rows that lie in a matrix of blocks of these sizes, row by row, in the order of its columns."""
+    """Block transpose: rows that lie in a matrix of blocks of these sizes, row by row, in the order of its columns.
+
+    `rows` [N, …].
+    """
     return rows if min(len(blocks), len(blocks[0])) == 1 else _TransposeBlocks.apply(rows, blocks)
 
 

@@ -30,7 +30,10 @@ class Sizes:
 
     @classmethod
     def of(cls, counts: list[list[int]], rows: Tensor, assigned: Tensor) -> Sizes:
-        """The sizes of `counts`, in the order of the fields; `rows` and `assigned` int64 are those on the device."""
+        """The sizes of `counts`, in the order of the fields; `rows` and `assigned` int64 are those on the device.
+
+        rows, assigned: [ranks of the level].
+        """
         send, send_assigned, receive, receive_assigned = counts
         return cls(send, send_assigned, receive, receive_assigned, (rows, assigned))
 
@@ -90,6 +93,6 @@ class IdCodec:
         return torch.cat([x.unsqueeze(1).view(torch.int32) for x in (self.sent, weight_A)], 1)
 
     def decode(self, received: Tensor) -> Tensor:
-        """The weights that were received; their numbers are kept in `received`."""
+        """The weights that were received; their numbers are kept in `received`. `received` [N, …], rows."""
         self.received = dense(received[:, :2]).view(torch.int64).squeeze(1)
         return dense(received[:, 2:]).view(self.dtype).squeeze(1)

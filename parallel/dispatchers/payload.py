@@ -85,6 +85,8 @@ def _read(bytes_NH: Tensor) -> Tensor:
 def dense(x: Tensor) -> Tensor:
     """A copy of x whose elements lie side by side, so that their bytes can be viewed as another type.
 
+    x [N, …], rows.
+
     `contiguous` would leave the strides of a single row, or of none, as they are.
     """
     return x.clone(memory_format=torch.contiguous_format)

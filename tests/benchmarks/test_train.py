@@ -49,7 +49,6 @@ def test_a_system_that_is_not_installed_is_one_message(monkeypatch, small):
 
 def test_an_installation_without_comparisons_says_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, comparisons.PACKAGE, None)
-    monkeypatch.delitem(sys.modules, "moesys.benchmarks.train")
     assert comparisons.found("train") is None
     with pytest.raises(MoesysError, match=r"bench train compares with another system.*\n.*remedy: in a checkout"):
         comparisons.demanded("train", "bench train")

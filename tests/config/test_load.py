@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moesys.config.load import dump, load, locate
 from moesys.config.schema import Config
 from moesys.errors import ConfigError, Problem
+from moesys.models.parts.mixers.grouped_query import GroupedQueryKeys
 
 MODEL = "model: {hidden: 64, layers: 2, ffn_hidden: 128}\n"
 QUICKLY = settings(
@@ -152,8 +153,10 @@ def test_what_is_written_means_the_same_to_yaml_1_1(run):
         "H": "2026-01-01",
     }
     config = Config.model_validate({"model": {"hidden": 4, "layers": 1}, "launch": {"env": env}})
+    its_keys = GroupedQueryKeys().model_dump()
     assert yaml.safe_load(dump(config)) == {
         **config.model_dump(),
+        "model": {**config.model.model_dump(), "attention": {"kind": "gqa", **its_keys}},
         "train": {
             **config.train.model_dump(),
             "optimizer": {**config.train.optimizer.model_dump(), "betas": [0.9, 0.95]},

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from moesys.benchmarks.layer import other_systems
 from moesys.measure.layer_benchmark import many_ranks
 from moesys.measure.layer_benchmark.layer_times import LayerShape
-from moesys.megatron.own_layer import peers
 
 
 def gradients(module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
@@ -25,7 +25,7 @@ def agree(rank: int, shape: LayerShape, folder: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     x, grad = torch.randn(1, 24, 16), torch.randn(1, 24, 16)
-    with many_ranks.sides(shape, torch.float32, peers) as layers:
+    with many_ranks.sides(shape, torch.float32, other_systems()) as layers:
         whole = {name: gradients(layer, x, grad) for name, layer in layers.items() if name not in ("deepspeed",)}
     expected = whole.pop("moesys all_to_all")
     assert set(whole) == {"moesys all_gather", "megatron alltoall", "megatron allgather"}

@@ -9,8 +9,10 @@ import torch
 from support import changed
 
 from moesys.config import Config
+from moesys.errors import MoesysError
 from moesys.parallel import dimension, nodes
 from moesys.parallel.degrees import resolve
+from moesys.parallel.dispatchers.build import dispatchers
 from moesys.parallel.dispatchers.chunks import chunk_bounds, chunk_of
 from moesys.parallel.dispatchers.kinds.hierarchical import reached
 from moesys.parallel.dispatchers.payload import Fp8Rows
@@ -113,3 +115,9 @@ def test_where_a_rank_runs(small, monkeypatch):
     assert [nodes.here(rank, 4, cluster) for rank in range(4)] == ["0", "1", "1", "0"]
     assert nodes.members("0110") == [[0, 3], [1, 2]]
     assert nodes.even("0110") and not nodes.even("0111")
+
+
+def test_an_unknown_dispatcher_is_one_message():
+    said = r"no dispatcher 'ring'\n    remedy: choose one of all_gather, all_to_all, hierarchical"
+    with pytest.raises(MoesysError, match=said):
+        dispatchers(None, "ring", torch.device("cpu"))  # type: ignore[arg-type]  # before anything asks the group

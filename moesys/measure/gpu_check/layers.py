@@ -9,7 +9,7 @@ import torch
 
 from moesys.measure.gpu_check import models
 from moesys.measure.gpu_check.rows import CheckTask, Row, tried
-from moesys.measure.layer_benchmark import one_device
+from moesys.measure.layer_benchmark import one_device, other_systems
 from moesys.measure.layer_benchmark.layer_times import LEAST_SHARE, SHAPES, LayerShape
 
 
@@ -31,7 +31,8 @@ def shrunken(shape: LayerShape) -> LayerShape:
 
 def _row(task: CheckTask, what: str, shape: LayerShape) -> Row:
     dtype = torch.float32 if task.dry else torch.bfloat16
-    result = one_device.run(shape, dtype, torch.device(task.device), 1 if task.dry else None)
+    others = other_systems.found()
+    result = one_device.run(shape, dtype, torch.device(task.device), 1 if task.dry else None, others)
     print("\n".join(result.lines()), flush=True)
     ms = result.milliseconds
     figures = {
@@ -51,5 +52,5 @@ def _row(task: CheckTask, what: str, shape: LayerShape) -> Row:
     said += "".join(f"; {name} {value:.2f}" for name, value in result.ratios.items())
     said += "".join(f"; {side} left out, too little memory" for side in result.left_out)
     if not any(side.startswith("transformers") for side in (*ms, *result.left_out)):
-        said += "; transformers is not installed"
+        said += f"; {others.missing}"
     return Row(what, "passed", said, figures)

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import torch
 
 from moesys.errors import MoesysError
-from moesys.measure.layer_benchmark import many_ranks, one_device
+from moesys.measure.layer_benchmark import many_ranks, one_device, other_systems
 from moesys.measure.layer_benchmark.layer_times import SHAPES, LayerShape, LayerTimes
+from moesys.measure.layer_benchmark.other_systems import OtherSystems
 
 Result = LayerTimes | many_ranks.ShardedLayerTimes
 
@@ -20,10 +21,8 @@ class LayerBenchError(MoesysError):
     exit_code = 2
 
 
-def run(arguments: argparse.Namespace, others: many_ranks.OtherLayers) -> list[Result]:
-    """Run the benchmark, and print each result when it is there.
-
-    others: other systems' layers, for several ranks.
+def run(arguments: argparse.Namespace) -> list[Result]:
+    """Run the benchmark, beside other systems' layers where they are here, and print each result when it is there.
 
     Raises:
         LayerBenchError: the benchmark cannot run with these options.
@@ -31,6 +30,7 @@ def run(arguments: argparse.Namespace, others: many_ranks.OtherLayers) -> list[R
     shape = shape_of(arguments)
     device = device_of(arguments.device)
     results: list[Result] = []
+    others = other_systems.found()
     print(one_device.describe(device), flush=True)
     # Several ranks always run on the host's cores.
     for name in types_of(arguments.dtype, device if arguments.ranks == 1 else torch.device("cpu")):
@@ -38,8 +38,10 @@ def run(arguments: argparse.Namespace, others: many_ranks.OtherLayers) -> list[R
         if arguments.ranks > 1:
             results.append(many_ranks.run(shape, dtype, arguments.ranks, arguments.rounds, others))
         else:
-            results.append(alone(shape, dtype, device, arguments.rounds))
+            results.append(alone(shape, dtype, device, arguments.rounds, others))
         print("\n".join(results[-1].lines()), flush=True)
+    if others.missing:
+        print(f"  {others.missing}")
     return results
 
 
@@ -50,10 +52,12 @@ def types_of(name: str | None, device: torch.device) -> tuple[str, ...]:
     return ("bfloat16",) if device.type == "cuda" else ("float32", "bfloat16")
 
 
-def alone(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> Result:
+def alone(
+    shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None, others: OtherSystems
+) -> Result:
     """`one_device.run`, with a clear error for too little memory."""
     try:
-        return one_device.run(shape, dtype, device, rounds)
+        return one_device.run(shape, dtype, device, rounds, others)
     except torch.OutOfMemoryError:
         size = 3 * shape.experts * shape.hidden * shape.ffn_hidden * dtype.itemsize / 1e9
         rule = f"a layer of this shape does not fit {one_device.describe(device)}: {size:.1f} GB of weights, as much"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from statistics import median
@@ -23,18 +23,14 @@ from moesys import leftovers
 from moesys.kernels.cpu.expert_ffn_blocked import working_type
 from moesys.loopback import stay_here
 from moesys.measure.interleaved_timing import interleave, slowest
-from moesys.measure.layer_benchmark import deepspeed_layer
 from moesys.measure.layer_benchmark.layer_times import LayerShape
+from moesys.measure.layer_benchmark.other_systems import OtherSystems
 from moesys.measure.layer_benchmark.sides import both, build, dense
-from moesys.moe import MoELayer
 from moesys.parallel.dispatchers.all_gather import AllGatherDispatcher
 from moesys.parallel.dispatchers.all_to_all import AllToAllDispatcher
 from moesys.words import plural
 
 OURS = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
-
-OtherLayers = Callable[[MoELayer, int, int, int], AbstractContextManager[dict[str, nn.Module]]]
-"""(our layer, E, k, ranks) → context with other systems' layers with its weights."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +62,11 @@ class ShardedLayerTimes:
             compared = not name.startswith("moesys") and beyond > 0
             said = f"   ours / theirs {ours / beyond:.2f}  target 1.00" if compared else ""
             lines.append(f"  {name:<24} {self.milliseconds[name]:>9.2f} ms, {beyond:>8.2f} ms beyond it{said}")
-        if "deepspeed" not in self.beyond:
-            lines.append("  deepspeed is not installed")
         return lines
 
 
 def run(
-    shape: LayerShape, dtype: torch.dtype, ranks: int, rounds: int | None, others: OtherLayers
+    shape: LayerShape, dtype: torch.dtype, ranks: int, rounds: int | None, others: OtherSystems
 ) -> ShardedLayerTimes:
     """Time the layer on `ranks` processes of this machine, its cores divided among them."""
     stay_here()
@@ -92,7 +86,7 @@ def run(
 
 
 def _work(
-    rank: int, ranks: int, shape: LayerShape, dtype: torch.dtype, rounds: int | None, folder: str, others: OtherLayers
+    rank: int, ranks: int, shape: LayerShape, dtype: torch.dtype, rounds: int | None, folder: str, others: OtherSystems
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
@@ -125,7 +119,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def sides(shape: LayerShape, dtype: torch.dtype, others: OtherLayers) -> Iterator[dict[str, nn.Module]]:
+def sides(shape: LayerShape, dtype: torch.dtype, others: OtherSystems) -> Iterator[dict[str, nn.Module]]:
     """Every side's layer on this rank, all with the same weights. Collective over the world."""
     cpu, group = torch.device("cpu"), dist.group.WORLD
     assert group is not None
@@ -140,10 +134,6 @@ def sides(shape: LayerShape, dtype: torch.dtype, others: OtherLayers) -> Iterato
             setattr(layer.experts, weight, nn.Parameter(part))
         layer.dispatcher = kind(shape.experts, group, ranks, 1)
         found[f"moesys {name}"] = layer
-    with others(layer, shape.experts, shape.top_k, ranks) as theirs, warnings.catch_warnings():
+    with others.over_ranks(layer, shape, dtype) as theirs, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of the other systems
-        found |= theirs
-        if deepspeed_layer.installed():
-            size = (shape.hidden, shape.ffn_hidden, shape.experts, shape.top_k)
-            found["deepspeed"] = deepspeed_layer.DeepSpeedLayer(*size, dtype)
-        yield found
+        yield found | theirs

@@ -15,19 +15,21 @@ import torch
 
 from moesys.measure.interleaved_timing import Step, alone, interleave, ratio
 from moesys.measure.layer_benchmark.layer_times import LayerShape, LayerTimes
-from moesys.measure.layer_benchmark.sides import both, build, dense, parts, product, transformers_blocks
+from moesys.measure.layer_benchmark.other_systems import NONE, OtherSystems
+from moesys.measure.layer_benchmark.sides import both, build, dense, parts, product
 from moesys.measure.peak_memory import peak_bytes
 from moesys.words import plural
 
 
-def run(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None) -> LayerTimes:
-    """Time the layer beside a dense feed-forward, a dense product, transformers' block, and its own parts.
+def run(
+    shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int | None, others: OtherSystems = NONE
+) -> LayerTimes:
+    """Time the layer beside a dense feed-forward, a dense product, other systems' layers, and its own parts.
 
     On CPU the layer gathers and sums inside its experts: the parts "permute" and "unpermute" are what these cost alone.
-    Peak
-    memory is `peak_bytes` without the weights' gradients, with the input; on CPU it holds one expert's intermediate
-    results
-    for each core. Sides that do not fit the device beside the layer and the dense product are left out.
+    Peak memory is `peak_bytes` without the weights' gradients, with the input; on CPU it holds one expert's
+    intermediate results for each core. Sides that do not fit the device beside the layer and the dense product are
+    left out.
 
     Raises:
         torch.OutOfMemoryError: the layer or the dense product does not fit.
@@ -36,18 +38,19 @@ def run(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int
     layer = build(shape, dtype, device)
     x = torch.randn(1, shape.tokens, shape.hidden, device=device, dtype=dtype)
     grad = torch.randn_like(x)
+    theirs = others.on_one_device(layer, shape)
     sides: dict[str, Step] = {
         "layer": both(layer, x, grad),
         "dense": both(dense(shape, dtype, device), x, grad),
         "product": product(shape, dtype, device),
-        **{f"transformers {name}": both(block, x, grad) for name, block in transformers_blocks(layer, shape).items()},
+        **{name: both(block, x, grad) for name, block in theirs.items()},
         **parts(layer, shape, x[0]),
     }
     name = str(dtype).removeprefix("torch.")
     optional = sides.keys() - {"layer", "product"}
     seconds = interleave(sides, rounds, alone(device), what=f"timing in {name}", optional=optional)
     medians = {side: median(values) for side, values in seconds.items()}
-    others = [side for side in medians if side in ("dense", "product") or side.startswith("transformers")]
+    compared = [side for side in medians if side in ("dense", "product", *theirs)]
     weights = sum(p.nbytes for p in layer.parameters())
     peak = peak_bytes(both(layer, x, grad), device) - weights + x.nbytes
     kept = shape.kept_bytes(x.element_size())
@@ -55,7 +58,7 @@ def run(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int
         shape=shape,
         dtype=name,
         milliseconds={side: 1e3 * value for side, value in medians.items()},
-        ratios={f"layer / {side}": ratio(seconds, "layer", side) for side in others}
+        ratios={f"layer / {side}": ratio(seconds, "layer", side) for side in compared}
         | {"peak / kept memory": peak / kept},
         teraflops={
             side: shape.flops / medians[side] / 1e12 for side in ("layer", "dense", "product") if side in medians

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from torch.autograd.graph import get_gradient_edge
 
 from moesys.kernels.expert_ffn import expert_ffn
 from moesys.kernels.permute import permute, sort_by_expert, unpermute
-from moesys.measure import checkout
 from moesys.measure.interleaved_timing import Step
 from moesys.measure.layer_benchmark.layer_times import LayerShape
 from moesys.models.layers import FeedForward
@@ -77,53 +75,6 @@ def product(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> Step
             torch.mm(a, b, out=out)
 
     return step
-
-
-def transformers_blocks(layer: MoELayer, shape: LayerShape) -> dict[str, nn.Module]:
-    """transformers' Mixtral block with the layer's weights, by each of its implementations; none without transformers.
-
-    They share one block. Its experts' weights are copies in its own layout, or views of the layer's weights where
-    memory is
-    scarce: on a GPU of which the weights need more than a sixth, because their gradients need as much again.
-    """
-    try:
-        with checkout.hidden():
-            from transformers import MixtralConfig
-            from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-    except ImportError:
-        return {}
-    options: dict[str, Any] = {
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn_hidden,
-        "num_local_experts": shape.experts,
-        "num_experts_per_tok": shape.top_k,
-    }
-    with torch.device("meta"):
-        block = MixtralSparseMoeBlock(MixtralConfig(**options))
-    fc1, fc2 = layer.experts.get_parameter("fc1").detach(), layer.experts.get_parameter("fc2").detach()
-    theirs = fc1.flatten(2).mT, fc2.mT
-    if not scarce(fc1.nbytes + fc2.nbytes, fc1.device):
-        theirs = theirs[0].contiguous(), theirs[1].contiguous()
-    block.experts.gate_up_proj, block.experts.down_proj = map(nn.Parameter, theirs)
-    block.gate.weight = nn.Parameter(layer.gate.get_parameter("projection.weight").detach())
-    return {way: _BlockBy(way, block) for way in ("eager", "grouped_mm")}
-
-
-def scarce(weights: int, device: torch.device) -> bool:
-    """Whether two copies of so many bytes of weights are too many for the device."""
-    return device.type == "cuda" and 6 * weights > torch.cuda.mem_get_info(device)[1]
-
-
-class _BlockBy(nn.Module):
-    """A block of transformers whose experts run by one of its implementations."""
-
-    def __init__(self, way: str, block: Any):
-        super().__init__()
-        self.way, self.block = way, block
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.block.experts.config._experts_implementation = self.way
-        return self.block(x)
 
 
 def parts(layer: MoELayer, shape: LayerShape, x_TH: Tensor) -> dict[str, Step]:

@@ -96,6 +96,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
         return self._counts(score_TE) if self.training else None
 
     def count(self, counted: Tensor) -> None:
+        """Add a pass's histograms, `counted` [E, bins], to the step's statistics."""
         self.histogram_EB = counted if self.histogram_EB is None else self.histogram_EB + counted
 
     def taken(self, score_TE: Tensor, tokens: Tokens, scope: MicroBatch) -> Tensor:
@@ -121,6 +122,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
         self.histogram_EB = None
 
     def after_step(self, total: Tensor) -> None:
+        """Move the thresholds by the step's histograms, `total` [E · bins]."""
         passed = self._quantile(total.view(self.experts, self.BINS).double())
         old = self.threshold_E.double()
         moved = torch.exp2(old.clamp(min=NONE).log2().lerp(passed.log2(), self.PACE))

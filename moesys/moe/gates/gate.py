@@ -50,7 +50,10 @@ class Gate(nn.Module):
         self.reset_state()
 
     def count(self, counted: Tensor) -> None:
-        """Add `GateOutput.counted` to the step's statistics: called once per pass, however often that runs."""
+        """Add `GateOutput.counted` to the step's statistics: called once per pass, however often that runs.
+
+        `counted` is a vector [N], its length the gate's own.
+        """
 
     def step_statistics(self) -> Tensor | None:
         """A vector to sum over all devices that hold tokens of the global batch, or None."""
@@ -59,12 +62,17 @@ class Gate(nn.Module):
     def before_step(self, total: Tensor) -> None:
         """Take the sum of `step_statistics` of a forward-only pass over the global batch, if the gate `counts_first`.
 
+        `total` is a vector [N], its length the gate's own.
+
         It is called before the step's own forward passes. A step of one micro-batch does not call it: its pass sums
         over the devices itself (`MicroBatch.sum_global`).
         """
 
     def after_step(self, total: Tensor) -> None:
-        """Take the sum of `step_statistics`, once after each optimizer step."""
+        """Take the sum of `step_statistics`, once after each optimizer step.
+
+        `total` is a vector [N], its length the gate's own.
+        """
 
     def skip_step(self) -> None:
         """Forget the statistics of a step that the optimizer skipped, in place of `after_step`, if the host knows."""

@@ -66,10 +66,12 @@ class Randomness:
         object.__setattr__(self, "keys", keys)
 
     def shake(self, x_TH: Tensor, number_T: Tensor) -> Tensor:
+        """Tokens times uniform numbers from 1 ± jitter (Switch, arXiv 2101.03961)."""
         factor_TH = noise.uniform(number_T, x_TH.shape[1], self.keys["jitter"])
         return x_TH * (1 + self.jitter * (2 * factor_TH - 1))
 
     def disturb(self, logits_TE: Tensor, width_TE: Tensor, number_T: Tensor) -> Tensor:
+        """Logits with Gaussian noise of a width per token and expert (Shazeer et al. 2017)."""
         return logits_TE + width_TE * noise.normal(number_T, logits_TE.shape[1], self.keys["noise"])
 
     def kept(self, weight_T2: Tensor, number_T: Tensor) -> Tensor:
@@ -255,6 +257,7 @@ class TopKGate(Gate):
         return torch.cat(wanted) if self.training and wanted else None
 
     def count(self, counted: Tensor) -> None:
+        """Add a pass's assignments, `counted` [N], to the step's statistics."""
         self.load = counted + (0 if self.load is None else self.load)
 
     def _global_load(self, counted_E: Tensor, scope: MicroBatch) -> Tensor | None:
@@ -270,12 +273,14 @@ class TopKGate(Gate):
         return self.load
 
     def before_step(self, total: Tensor) -> None:
+        """Take the global batch's load, `total` [N], for the balance loss."""
         self.global_load, self.load = total[-self.candidates :], None
 
     def skip_step(self) -> None:
         self.load = self.global_load = None
 
     def after_step(self, total: Tensor) -> None:
+        """Move the selection bias by the step's load, `total` [N]."""
         self.skip_step()
         if self.bias_rate:
             load_E = total[: self.candidates]

@@ -1,21 +1,25 @@
-"""The benchmark of one layer: its sides compute the same, its figures mean what they say."""
+"""The benchmark of one layer: its sides compute the same, and its figures are right."""
 
 from __future__ import annotations
 
 import json
+import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from layer_sides import agree, gradients
 
-from moesys import cli
+from moesys import cli, comparisons
+from moesys.benchmarks import transformers_layer
+from moesys.benchmarks.layer import other_systems
 from moesys.measure.interleaved_timing import affordable, alone, interleave, ratio
 from moesys.measure.layer_benchmark import command, layer_times, many_ranks, one_device, sides
 from moesys.measure.layer_benchmark.layer_times import LayerShape
+from moesys.measure.layer_benchmark.other_systems import NONE
 from moesys.measure.peak_memory import peak_bytes
-from moesys.megatron.own_layer import peers
 
 TINY = LayerShape(tokens=24, hidden=16, ffn_hidden=12, experts=4, top_k=2)
 CPU = torch.device("cpu")
@@ -24,14 +28,14 @@ WORDS = [f"--{name}={value}" for name, value in zip(("tokens", "hidden", "ffn-hi
 
 @pytest.mark.parametrize("scarce", [False, True])
 def test_transformers_block_computes_what_the_layer_does(monkeypatch, scarce):
-    monkeypatch.setattr(sides, "scarce", lambda weights, device: scarce)
+    monkeypatch.setattr(transformers_layer, "scarce", lambda weights, device: scarce)
     torch.manual_seed(0)
     layer = sides.build(TINY, torch.float32, CPU)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x, grad = torch.randn(1, 24, 16), torch.randn(1, 24, 16)
     expected = gradients(layer, x, grad)
-    blocks = sides.transformers_blocks(layer, TINY)
+    blocks = transformers_layer.blocks(layer, TINY)
     assert set(blocks) == {"eager", "grouped_mm"}
     for block in blocks.values():
         for a, b in zip(gradients(block, x, grad), expected, strict=True):
@@ -52,7 +56,7 @@ def test_weights_are_made_in_their_type_and_nowhere_else_before(made):
 
 
 class Greedy(torch.nn.Module):
-    """Finds no memory once a gradient is there."""
+    """Runs out of memory when there is a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,10 +67,10 @@ class Greedy(torch.nn.Module):
         raise torch.OutOfMemoryError
 
 
-def test_a_side_that_does_not_fit_is_left_out_and_said_so(monkeypatch):
+def test_a_side_that_does_not_fit_is_left_out_and_said_so():
     greedy = Greedy()
-    monkeypatch.setattr(one_device, "transformers_blocks", lambda layer, shape: {"eager": greedy})
-    result = one_device.run(TINY, torch.float32, CPU, 1)
+    others = replace(NONE, on_one_device=lambda layer, shape: {"transformers eager": greedy})
+    result = one_device.run(TINY, torch.float32, CPU, 1, others)
     assert result.left_out == ("transformers eager",) and greedy.weight.grad is None
     assert "layer / dense" in result.ratios and "layer / transformers eager" not in result.ratios
     (line,) = (line for line in result.lines() if "transformers eager" in line)
@@ -192,7 +196,7 @@ def test_megatrons_own_layer_on_two_ranks_computes_what_ours_does(tmp_path):
 def test_ranks_are_compared_beyond_their_arithmetic():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = many_ranks.run(TINY, torch.float32, 2, 1, peers)
+        result = many_ranks.run(TINY, torch.float32, 2, 1, other_systems())
     assert {"moesys all_to_all", "megatron alltoall"} <= result.beyond.keys() < result.milliseconds.keys()
     assert any("beyond it" in line for line in result.lines())
 
@@ -206,6 +210,14 @@ def test_a_layer_is_measured_beyond_products_of_the_type_it_multiplies_in(monkey
 
     monkeypatch.setattr(many_ranks.mp, "start_processes", no_processes)
     monkeypatch.setattr(many_ranks, "working_type", lambda dtype: torch.float32)
-    result = many_ranks.run(TINY, torch.bfloat16, 2, None, peers)
+    result = many_ranks.run(TINY, torch.bfloat16, 2, None, other_systems())
     assert result.beyond == {"moesys all_to_all": 500.0, "megatron alltoall": 2000.0} and result.rounds == 3
     assert any("ours / theirs 0.25" in line for line in result.lines())
+
+
+def test_without_the_repository_the_layer_is_measured_alone(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, comparisons.PACKAGE, None)
+    assert cli.main(["bench", "layer", *WORDS, "--dtype=float32", "--rounds=1"]) == 0
+    out = capsys.readouterr().out
+    assert "other systems' layers are compared in a checkout of the repository alone" in out
+    assert "transformers" not in out and "megatron" not in out and "dense" in out

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moesys.models.layers import FeedForward
-
-
-def installed() -> bool:
-    """Whether DeepSpeed can be imported."""
-    return find_spec("deepspeed") is not None
 
 
 class DeepSpeedLayer(nn.Module):

@@ -17,7 +17,7 @@ from moesys.moe.experts import Experts
 class OwnLayer(nn.Module):
     """`megatron.core`'s MoELayer with the weights of `layer`, whose experts are this rank's: [1, T, H] → same.
 
-    Build and run it inside `peers`.
+    Build and run it inside `layers`.
 
     Args:
         layer: softmax top-k gate, dropless, SwiGLU experts without biases.
@@ -58,7 +58,7 @@ class OwnLayer(nn.Module):
 
 
 @contextmanager
-def peers(layer: MoELayer, experts: int, top_k: int, ranks: int) -> Iterator[dict[str, nn.Module]]:
+def layers(layer: MoELayer, experts: int, top_k: int, ranks: int) -> Iterator[dict[str, nn.Module]]:
     """Megatron's layer with each of its dispatchers, experts over `ranks`; empty if Megatron is not installed.
 
     Collective over the world. The layers work only inside this context.
