@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesys.parallel import comm
-
-BUCKET_BYTES = 64 * 2**20
-"""Most bytes of a bucket of several gradients: messages stay large, copies bounded. A larger one is a bucket alone."""
+from moesys.parallel.cost import BUCKET_BYTES
 
 
 def local(x: Tensor) -> Tensor:

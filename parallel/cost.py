@@ -5,8 +5,9 @@ Needs no torch: 4,096 ranks are planned on a laptop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -50,7 +51,8 @@ class Collective:
 
     `bytes` is what one rank contributes to one call, its own part included (nccl-tests' S): the
     buffer of an all-reduce or all-to-all, the gathered size of an all-gather or reduce-scatter. `level`:
-    "inter" nodes or "intra" a node, where a part of the group takes part at a time.
+    "inter" nodes or "intra" a node, or "ends" of a pipeline, where a part of the group takes part at a time. `small`:
+    it moves numbers beside the model's own (counts, names, statistics, sums of a step).
     """
 
     kind: str
@@ -58,6 +60,29 @@ class Collective:
     bytes: float
     calls: int
     level: str = ""
+    small: bool = False
+
+
+def merged(moves: Iterable[Collective]) -> list[Collective]:
+    """The same with one entry for all calls that are alike, in the order of the first of each."""
+    calls: Counter[Collective] = Counter()
+    for move in moves:
+        calls[replace(move, calls=0)] += move.calls
+    return [replace(move, calls=count) for move, count in calls.items()]
+
+
+BUCKET_BYTES = 64 * 2**20
+"""Most bytes of gradients that are summed together: messages stay large, copies bounded. A larger one is alone."""
+
+
+def buckets(sizes: Iterable[float], most: float = BUCKET_BYTES) -> list[float]:
+    """Sums of consecutive sizes in bytes, each at most `most` unless one alone is larger."""
+    found: list[float] = []
+    for size in sizes:
+        if not found or found[-1] + size > most:
+            found.append(0.0)
+        found[-1] += size
+    return found
 
 
 def counting_passes(config: Config, dp: int) -> int:
@@ -84,6 +109,13 @@ class StepShape:
     """Ways that data parallelism splits what is left."""
     kept_rows: Callable[[StepShape], float]
     """Rows that the dispatcher leaves with the experts, per token of a rank."""
+    stages: tuple[Stage, ...]
+    """All stages of the rank."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the rank's first stage, which answers for what a rank does once."""
+        return self.stage == self.stages[0]
 
     @property
     def micro_batches(self) -> int:
@@ -104,8 +136,12 @@ class StepShape:
     @property
     def forwards(self) -> int:
         """Forward passes per micro-batch, communication included: full recomputation repeats each."""
-        recomputed = self.config.train.recompute == "full"
-        return 1 + recomputed + counting_passes(self.config, self.degrees.dp)
+        return 1 + (self.config.train.recompute == "full") + self.counting
+
+    @property
+    def counting(self) -> int:
+        """Forward passes over the global batch before those of the step."""
+        return counting_passes(self.config, self.degrees.dp)
 
     @property
     def arrived_rows(self) -> float:
@@ -127,15 +163,39 @@ class StepShape:
 
     @cached_property
     def _weights(self) -> list[Weight]:
+        return self._weights_of(self.stage)
+
+    def _weights_of(self, stage: Stage) -> list[Weight]:
         tied = self.config.model.tie_embeddings
-        every = (w for placed in parts(self.config.model, self.vocab_size) for w in placed.weights())
-        return [w for w in every if self.stage.holds(w, tied)]
+        return [w for placed in self._model for w in placed.weights() if stage.holds(w, tied)]
+
+    @cached_property
+    def _model(self) -> list[Placed]:
+        return list(parts(self.config.model, self.vocab_size))
+
+    @cached_property
+    def rank_weights(self) -> list[list[Weight]]:
+        """Weights of each stage of the rank, in full."""
+        return [self._weights if stage == self.stage else self._weights_of(stage) for stage in self.stages]
+
+    def trained(self, weight: Weight) -> bool:
+        """Whether a weight has a gradient."""
+        return not frozen(weight, self.config.train.freeze)
+
+    def local(self, weight: Weight) -> float:
+        """Elements of a weight on one rank, before data sharding."""
+        return weight.numel / self.model_shards(weight, self.degrees)
 
     @cached_property
     def blocks(self) -> list[Placed]:
         """The parts of the stage's blocks."""
-        every = parts(self.config.model, self.vocab_size)
-        return [placed for placed in every if placed.layer in self.stage.layers]
+        return [placed for placed in self._model if placed.layer in self.stage.layers]
+
+    @property
+    def edges(self) -> list[Placed]:
+        """The parts beside its blocks: the embedding on the first stage, the last norm and the head on the last."""
+        whole = [placed for placed in self._model if placed.layer is None]
+        return whole[:1] * self.stage.first + whole[1:] * self.stage.last
 
     def held(
         self,

@@ -8,14 +8,15 @@ share the sharding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.parts.axes import Weight
-from moesys.parallel.cost import Collective, StepShape, counting_passes
+from moesys.parallel.cost import Collective, StepShape, buckets
 from moesys.parallel.degrees import Degrees
 
 if TYPE_CHECKING:
@@ -65,32 +66,106 @@ def optimizer_shards(weight: Weight, degrees: Degrees) -> int:
     return degrees.edp_shard if weight.routed else degrees.dp_shard * degrees.cp if degrees.dp_shard > 1 else 1
 
 
+DENSE, ROUTED = ("dp_replicate", "dp_shard", "cp"), ("edp_replicate", "edp_shard")
+"""Axes of the ranks that hold the same weights for other tokens: dense ones, and those of routed experts."""
+
+
 def cost(shape: StepShape) -> list[Collective]:
     """Gradients summed over replicas; parameters gathered and gradients scattered over shards."""
+    if shape.config.engine == "megatron":
+        return _megatron(shape)
+    return _summed(shape) + [move for unit in _units(shape).values() for move in _sharded(shape, unit)]
+
+
+def _megatron(shape: StepShape) -> list[Collective]:
+    """Buffers of all gradients, and of all weights after the optimizer's step."""
     d, moves = shape.degrees, []
-    whole = shape.config.engine == "native" and d.dp_shard > 1  # what routes is replicated beside shards
-    dense_axes = ("dp_replicate", "dp_shard", "cp")
-    spans: tuple[tuple[Callable[[Weight], bool], bool, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
-        (lambda w: whole and w.router, False, dense_axes, (), ()),
-        (
-            lambda w: not w.routed and not (whole and w.router),
-            d.dp_shard > 1,
-            dense_axes,
-            dense_axes[1:],
-            dense_axes[:1],
-        ),
-        (lambda w: w.routed, d.edp_shard > 1, ("edp_replicate", "edp_shard"), ("edp_shard",), ("edp_replicate",)),
-    )
-    for where, sharded, every, inner, outer in spans:
-        gradients = 4 * shape.held(unsharded=True, trained=True, where=where)
+    for routed, sharded, every in ((False, d.dp_shard > 1, DENSE), (True, d.edp_shard > 1, ROUTED)):
+        gradients = 4 * shape.held(routed, unsharded=True, trained=True)
         if not sharded:
             moves.append(Collective("all_reduce", every, gradients, 1))
             continue
-        moves += _gathers(shape, where, inner)
+        inner, outer = every[1:], every[:1]
+        moves.append(Collective("all_gather", inner, shape.width * shape.held(routed, unsharded=True), 1))
         sums = shape.micro_batches if shape.config.parallel.sync_gradients == "each" else 1
         moves.append(Collective("reduce_scatter", inner, gradients, sums))
         moves.append(Collective("all_reduce", outer, gradients / shape.size(inner), 1))
     return moves
+
+
+def _managed(weight: Weight, degrees: Degrees) -> bool:
+    """Whether FSDP holds a weight: what routes is whole beside shards."""
+    return not weight.router and (degrees.edp_shard if weight.routed else degrees.dp_shard) > 1
+
+
+def _summed(shape: StepShape) -> list[Collective]:
+    """All-reduces of what FSDP does not hold, in buckets in the order of backward (`moesys.parallel.gradients`).
+
+    Last come weights with partial sums over tensor ranks, and routers: those of all stages of the rank together.
+    """
+    d, tp = shape.degrees, shape.degrees.tp
+
+    def late(w: Weight) -> bool:
+        return w.router or (tp > 1 and not w.routed and w.split_by("tp") is None and not (w.on_stream and not sp))
+
+    sp = shape.config.parallel.sp
+    order = [w for w in reversed(shape.weights()) if not late(w)]
+    if shape.leads:
+        order += [w for some in shape.rank_weights for w in some if late(w)]
+    moves = []
+    own = [w for w in order if shape.trained(w) and not _managed(w, d)]
+    whole = shape.size(DENSE) == shape.size(ROUTED) == d.world  # the world is one group, however it is called
+    for every in (DENSE, ROUTED):
+        sizes = (4 * shape.local(w) for w in own if (ROUTED if w.routed and not whole else DENSE) == every)
+        moves += [Collective("all_reduce", every, size, 1) for size in buckets(sizes)]
+    return moves
+
+
+def _units(shape: StepShape) -> dict[tuple[object, ...], list[Weight]]:
+    """Weights that FSDP gathers together: those of a block, its experts, the embedding, the head, and the rest."""
+    units: dict[tuple[object, ...], list[Weight]] = {}
+    tied = shape.config.model.tie_embeddings
+    for weight in shape.weights():
+        if _managed(weight, shape.degrees):
+            apart = weight.layer is not None or (weight.kind == "matrix" and not tied)
+            place = (weight.layer if weight.layer is not None else weight.name) if apart else None
+            units.setdefault((place, weight.routed, weight.unit), []).append(weight)
+    return units
+
+
+def _sharded(shape: StepShape, unit: Sequence[Weight]) -> list[Collective]:
+    """Collectives of one unit of FSDP."""
+    every = ROUTED if unit[0].routed else DENSE
+    inner, outer = every[1:], every[:1]
+    ways, moves = shape.size(inner), []
+    moves.append(Collective("all_gather", inner, shape.width * _padded(shape, unit, ways), _passes(shape, unit[0])))
+    gradients = 4 * _padded(shape, [w for w in unit if shape.trained(w)], ways)
+    sums = shape.micro_batches if shape.config.parallel.sync_gradients == "each" else 1
+    moves.append(Collective("reduce_scatter", inner, gradients, sums))
+    moves.append(Collective("all_reduce", outer, gradients / ways, 1))
+    return moves
+
+
+def _padded(shape: StepShape, unit: Sequence[Weight], ways: int) -> float:
+    """Elements of a unit on one rank when gathered: FSDP fills up the dim that it splits to a multiple of its ranks."""
+    total = 0.0
+    for weight in unit:
+        local = list(weight.shape)
+        taken = set()
+        for axis in ("tp", "ep", "etp"):
+            if (dim := weight.split_by(axis)) is not None and (size := getattr(shape.degrees, axis)) > 1:
+                local[dim] //= size
+                taken.add(dim)
+        dim = _split_dim(local, taken, ways)
+        local[dim] = -(-local[dim] // ways) * ways
+        total += prod(local)
+    return total
+
+
+def _split_dim(shape: Sequence[int], taken: Collection[int], ways: int) -> int:
+    """The dim of a parameter that shards split: one that no other axis splits, so that each slice is a plain one."""
+    free = [dim for dim, size in enumerate(shape) if dim not in taken and size % ways == 0]
+    return 0 if 0 not in taken or not free else free[0]
 
 
 def summed_over_shards(shape: StepShape) -> float:
@@ -98,25 +173,14 @@ def summed_over_shards(shape: StepShape) -> float:
     return sum(m.bytes * m.calls for m in cost(shape) if m.kind == "reduce_scatter")
 
 
-def _gathers(shape: StepShape, where: Callable[[Weight], bool], axes: tuple[str, ...]) -> list[Collective]:
-    def moved(passes: int) -> float:
-        return shape.width * shape.held(unsharded=True, where=lambda w: where(w) and _passes(shape, w) == passes)
-
-    counts = sorted({_passes(shape, weight) for weight in shape.weights() if where(weight)}, reverse=True)
-    return [Collective("all_gather", axes, moved(passes), passes) for passes in counts]
-
-
 def _passes(shape: StepShape, weight: Weight) -> int:
     """Times per step that a weight is gathered.
 
     Those of blocks are gathered for forward and again for backward of every micro-batch. Of the others backward needs
     some at once or throughout (the head, the last norm), which stay whole from forward to backward, and the embedding
-    not at all. A pipeline keeps all weights whole from their first use in a step to their last. Megatron's optimizer
-    gives what it updated to all.
+    not at all. A pipeline keeps all weights whole from their first use in a step to their last.
     """
-    counting, n = counting_passes(shape.config, shape.degrees.dp), shape.micro_batches
-    if shape.config.engine == "megatron":
-        return 1
+    counting, n = shape.counting, shape.micro_batches
     if shape.degrees.pp > 1:
         return 1 + counting
     if weight.layer is not None:
@@ -214,14 +278,11 @@ def _shard(module: Module, mesh, precision, ignored: set[Parameter] | None = Non
     )
 
 
-def _placement(param: Parameter, shards: int) -> Shard | None:
-    """A dim that no other axis splits, so that every axis' slice of a parameter is a plain one."""
+def _placement(param: Parameter, shards: int) -> Shard:
+    """The dim of a parameter that FSDP splits."""
     from torch.distributed.tensor import DTensor, Shard
 
-    taken = set()
+    taken: set[int] = set()
     if isinstance(param, DTensor):
         taken = {p.dim for p in param.placements if isinstance(p, Shard)}
-    if 0 not in taken:
-        return Shard(0)
-    free = [dim for dim in range(param.ndim) if dim not in taken and param.shape[dim] % shards == 0]
-    return Shard(free[0]) if free else Shard(0)
+    return Shard(_split_dim(param.shape, taken, shards))

@@ -14,9 +14,10 @@ from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.parts.axes import Weight
 from moesys.models.parts.model import mixers
+from moesys.models.parts.moe import COUNTS, LOSSES
 from moesys.parallel import context, data, engine_check, expert, freeze, pattern_check, pipeline, tensor
-from moesys.parallel.cost import Collective, StepShape
-from moesys.parallel.degrees import Degrees, resolve
+from moesys.parallel.cost import Collective, StepShape, merged
+from moesys.parallel.degrees import DENSE_AXES, Degrees, resolve
 from moesys.parallel.dispatchers.plan import kept_rows
 
 
@@ -84,12 +85,24 @@ def model_shards(weight: Weight, degrees: Degrees) -> int:
 
 def step_shape(config: Config, degrees: Degrees, vocab_size: int, rank: int) -> list[StepShape]:
     """One training step as pipeline rank `rank` sees it: one entry per stage that it holds."""
-    stages = pipeline.stages(config, vocab_size)[rank :: degrees.pp]
+    stages = tuple(pipeline.stages(config, vocab_size)[rank :: degrees.pp])
     shards = data.shards if config.engine == "native" else data.optimizer_shards
-    return [StepShape(config, degrees, vocab_size, stage, model_shards, shards, kept_rows) for stage in stages]
+    return [StepShape(config, degrees, vocab_size, stage, model_shards, shards, kept_rows, stages) for stage in stages]
 
 
 def traffic(shape: StepShape) -> list[Collective]:
-    """The collectives of one step on a stage, of all dimensions; none over groups of one rank."""
+    """The collectives of one step on a stage, of all dimensions and of the step itself; none over one rank."""
     moves = [move for dimension in DIMENSIONS.values() for move in dimension.cost(shape)]
-    return [m for m in moves if shape.size(m.axes) > 1 and m.calls and m.bytes]
+    return merged(m for m in [*moves, *step(shape)] if shape.size(m.axes) > 1 and m.calls and m.bytes)
+
+
+def step(shape: StepShape) -> list[Collective]:
+    """The sums of a step over all ranks: of the gradients' norm and the loss, and of the metrics of a step that is due.
+
+    Metrics are the loss, the seconds of all-to-alls, and for each MoE layer what it reports.
+    """
+    if not shape.leads or shape.config.engine != "native":
+        return []
+    model = shape.config.model
+    reported = len(model.moe_blocks) * (model.moe.experts + len(COUNTS) + len(LOSSES)) if model.moe is not None else 0
+    return [Collective("all_reduce", DENSE_AXES, 8.0 * numbers, 1, small=True) for numbers in (2, 2 + reported)]

@@ -53,8 +53,39 @@ def shards(weight: Weight, degrees: Degrees) -> int:
 
 
 def cost(shape: StepShape) -> list[Collective]:
-    """Dispatch and combine, forward and backward, of every MoE layer."""
-    return plan.cost(shape)
+    """Dispatch and combine of every MoE layer, forward and backward, and statistics of micro-batches and of steps."""
+    return plan.cost(shape) + _micro_batches(shape) + _steps(shape)
+
+
+DATA, SPREAD = ("dp_replicate", "dp_shard", "cp"), ("cp", "tp")
+
+
+def _micro_batches(shape: StepShape) -> list[Collective]:
+    """What the ranks that hold a part of a micro-batch tell each other, for capacity and losses."""
+    t, n, moves = shape.config.train, shape.micro_batches, []
+    again, full = int(t.recompute != "none"), int(t.recompute == "full")
+    for placed in shape.blocks:
+        for e in placed.part.exchanges(shape.config, shape.sequence_tokens, t.micro_batch):
+            # Selective recomputation keeps what was gathered, and sums again.
+            passes = 1 + (full if e.kind == "all_gather" else again) + (0 if e.losses else shape.counting)
+            if e.over_data and shape.counting:
+                continue  # the pass before the step has counted it
+            moves.append(Collective(e.kind, SPREAD, e.bytes, n * passes, small=True))
+            if e.over_data:
+                moves.append(Collective(e.kind, DATA[:2], e.bytes, n * passes, small=True))
+    return moves
+
+
+def _steps(shape: StepShape) -> list[Collective]:
+    """What gates are told of the global batch, after a step and before it, in one sum for all layers of a rank."""
+    moe, d = shape.config.model.moe, shape.degrees
+    if moe is None or not shape.leads:
+        return []
+    layers = sum(shape.config.model.is_moe(layer) for stage in shape.stages for layer in stage.layers)
+    sums = [moe.router.step_statistics] + [moe.router.first_statistics] * shape.counting
+    return [
+        Collective("all_reduce", axes, 8.0 * layers * numbers, 1, small=True) for numbers in sums for axes in (DATA, ("tp",))
+    ]
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

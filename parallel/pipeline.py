@@ -132,9 +132,14 @@ def shards(weight: Weight, degrees: Degrees) -> int:
 
 
 def cost(shape: StepShape) -> list[Collective]:
-    """The stream sent on, and its gradient sent back, by every stage for every micro-batch."""
+    """The stream sent on, and its gradient sent back, by every stage for every micro-batch; gradients of a tied weight."""
     if shape.degrees.pp == 1:
         return []
-    d, p = shape.degrees, shape.config.parallel
+    d, p, stage, n = shape.degrees, shape.config.parallel, shape.stage, shape.micro_batches
     size = shape.sequence_tokens / (d.cp * (d.tp if p.sp else 1)) * shape.config.model.hidden * shape.width
-    return [Collective("send", ("pp",), size, ((not shape.stage.first) + (not shape.stage.last)) * shape.micro_batches)]
+    sent = (1 + shape.counting) * (not stage.last) + (not stage.first)
+    moves = [Collective("send", ("pp",), size, sent * n)]
+    if shape.config.model.tie_embeddings and (stage.first or stage.last):
+        shared = 4 * shape.held(where=lambda w: w.name == "embed.weight")
+        moves.append(Collective("all_reduce", ("pp",), shared, 1, "ends"))
+    return moves

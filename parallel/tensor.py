@@ -17,13 +17,17 @@ routed tp times.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
 from moesys.models.parts.axes import Weight
+from moesys.models.parts.mixer import Mixer
+from moesys.models.parts.moe import MoEFeedForward
+from moesys.models.parts.part import Part
 from moesys.models.size import weights
-from moesys.parallel.cost import Collective, StepShape
+from moesys.parallel.cost import Collective, StepShape, buckets
 from moesys.parallel.degrees import Degrees
 
 if TYPE_CHECKING:
@@ -64,15 +68,89 @@ def shards(weight: Weight, degrees: Degrees) -> int:
 
 
 def cost(shape: StepShape) -> list[Collective]:
-    """The stream made whole before, and summed after, each attention and dense feed-forward."""
-    m, calls = shape.config.model, shape.micro_batches
-    size = shape.sequence_tokens / shape.degrees.cp * m.hidden * shape.width
-    blocks = sum(any(w.split_by("tp") is not None for w in placed.part.weights()) for placed in shape.blocks)
-    if not shape.config.parallel.sp:
-        return [Collective("all_reduce", ("tp",), size, (shape.forwards + 1) * blocks * calls)]
-    # forward: gather before, scatter after; backward: the other way round
-    kinds = ("all_gather", "reduce_scatter")
-    return [Collective(kind, ("tp",), size, (shape.forwards + 1) * blocks * calls) for kind in kinds]
+    """The stream made whole before, and summed after, what is split; sums of gradients; the loss."""
+    if shape.degrees.tp == 1:
+        return []
+    moves = [move for placed in (*shape.blocks, *shape.edges) for move in _stream(shape, placed.part)]
+    if shape.stage.last:
+        # Of each token, log Σ exp of each slice of the logits and the label's logit, in float32.
+        found = 2 * 4 * shape.degrees.tp * shape.sequence_tokens / shape.degrees.cp
+        moves.append(Collective("all_gather", ("tp",), found, shape.micro_batches * (1 + shape.counting), small=True))
+    return moves + _gradients(shape)
+
+
+def _stream(shape: StepShape, part: Part) -> list[Collective]:
+    """Collectives of a part: in forward before and after its split weights, in backward the other way round.
+
+    Full recomputation repeats those of blocks, save the last one of a block, whose result backward does not need.
+    Selective recomputation keeps what is gathered and scattered, and repeats all-reduces.
+    """
+    t, p, found = shape.config.train, shape.config.parallel, Counter[tuple[str, int]]()
+    once, full = 1 + shape.counting, int(t.recompute == "full")
+    width = shape.width
+
+    def meet(into: int, out: int, sliced: bool, width: int = width) -> None:
+        """Forward passes that make the input whole, and that sum the output; 0 for none."""
+        if sliced:
+            found["all_gather", width] += into + bool(out)
+            found["reduce_scatter", width] += out + bool(into)
+        else:
+            found["all_reduce", width] += out + bool(into)
+
+    if isinstance(part, MoEFeedForward):
+        if not p.sp:  # a slice of the sequence is cut out of the stream before it, and gathered after it
+            found["all_gather", width] += once + 1
+        for inner in part.apart():
+            # Backward needs what follows shared experts, or they are computed while rows travel.
+            travelling = shape.degrees.ep * shape.degrees.etp > 1 and p.dispatch.overlap_shared
+            meet(once + full, once + full * (travelling or part.m.shared_mix != "add"), True)
+            assert _split(inner)
+    elif not part.reads:
+        # The embedding's rows have the type of its weight, which FSDP alone makes narrow.
+        meet(0, once, p.sp, width if shape.degrees.dp_shard > 1 else 4)
+    elif not part.writes:
+        meet(once, 0, p.sp)
+    elif _split(part):
+        mixing = isinstance(part, Mixer)
+        meet(once + full, once + mixing * (full or (not p.sp and t.recompute == "selective")), p.sp)
+    size = shape.sequence_tokens / shape.degrees.cp * shape.config.model.hidden
+    n = shape.micro_batches
+    return [Collective(kind, ("tp",), size * each, calls * n) for (kind, each), calls in found.items()]
+
+
+def _split(part: Part) -> bool:
+    return any(weight.split_by("tp") is not None for weight in part.weights())
+
+
+def _gradients(shape: StepShape) -> list[Collective]:
+    """Sums of the gradients that are of one rank's tokens or heads, of weights that all tensor ranks hold whole.
+
+    Those of the rank together, save what FSDP manages: it sums each weight's own.
+    """
+    sharded, each = shape.degrees.dp_shard > 1, shape.config.parallel.sync_gradients == "each"
+    moves = []
+    if shape.leads:
+        sizes = [4.0 * w.numel for some in shape.rank_weights for w in some if _partial(shape, w, not sharded)]
+        moves += [Collective("all_reduce", ("tp",), size, 1) for size in buckets(sizes)]
+    norms = [w for w in shape.weights() if w.normalized and shape.trained(w)]
+    moves += [Collective("all_reduce", ("tp",), 4.0 * w.shape[0], shape.micro_batches, small=True) for w in norms]
+    if sharded:
+        # What several micro-batches have added up is float32.
+        narrow = each or (shape.micro_batches == 1 and shape.degrees.pp == 1)
+        width, sums = shape.width if narrow else 4, shape.micro_batches if each else 1
+        own = [w for w in shape.weights() if _partial(shape, w, True) and not w.router]
+        moves += [Collective("all_reduce", ("tp",), float(width * w.numel), sums) for w in own]
+    return moves
+
+
+def _partial(shape: StepShape, weight: Weight, others: bool) -> bool:
+    """Whether a gradient is a partial sum, of a router or of one of the `others`.
+
+    Not so of biases that all ranks hold: sums are whole when these are added. Nor, without sp, of norms of the stream.
+    """
+    if weight.routed or weight.split_by("tp") is not None or not (weight.router or others) or not shape.trained(weight):
+        return False
+    return weight.router or not (weight.kind == "bias" or (weight.on_stream and not shape.config.parallel.sp))
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

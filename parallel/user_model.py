@@ -25,6 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from moesys.errors import MoesysError
 from moesys.moe.experts import Experts, local
+from moesys.moe.gates.smear import SmearGate
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.moe.routing import MicroBatch
 from moesys.parallel import comm
@@ -43,7 +44,7 @@ class DataMicroBatch(MicroBatch):
         self.groups = [group for group in groups if group.size() > 1]
 
     def sum_global(self, x: Tensor) -> Tensor:
-        """Sum of x, of any shape, over all ranks that run a micro-batch now."""
+        """The sum of `x`, a tensor of any shape, over the ranks of all groups; not differentiable."""
         for group in self.groups:
             x = comm.all_reduce(x, group)
         return x
@@ -71,8 +72,8 @@ def expert_parallel(
             fully_shard(block)        # experts are left to expert_parallel
         fully_shard(model)
 
-    With DDP, give `DistributedDataParallel` this very `model`: `expert_parallel` makes it ignore the experts. In a
-    plain loop reduce the gradients of all parameters but the experts', which are complete after backward.
+    With DDP, give `DistributedDataParallel` this very `model`: `expert_parallel` makes it ignore the experts. A plain
+    loop reduces the gradients of all parameters but the experts', which are complete after backward.
 
     Each rank keeps E / ep of a layer's E experts, as DTensors [E, …] that are sharded over the expert axis, and,
     where several ranks have the same experts, by FSDP2 over the data axis. Weights start as those of the first rank;
@@ -84,10 +85,9 @@ def expert_parallel(
             along the second share the experts of a layer. Or a process group that shares the experts of a layer.
         data: beside a process group, the group of the ranks at this rank's place in their expert groups, which hold
             the same experts. None: the expert group is the whole world.
-        dispatcher: a kind of dispatcher, as `parallel.dispatch.kind` of a configuration: all_to_all, all_gather,
-            hierarchical, or one of an installed plug-in.
-        chunks: pieces of the token stream; one is sent while another is computed.
-        overlap_shared: compute shared experts during dispatch.
+        dispatcher: how tokens get to their experts: "all_to_all", "all_gather", "hierarchical", or a plug-in's kind.
+        chunks: pieces of the token stream; one is on its way while another is computed.
+        overlap_shared: compute shared experts while tokens are on their way.
         payload: "fp8" sends tokens to experts in eight bits, with scales.
         gradients: what the loop makes of dense gradients over all data × expert ranks. "mean": their mean, as DDP
             and FSDP2 do, of losses that are means over a rank's tokens. "sum": their sum, of losses that are divided
@@ -98,10 +98,14 @@ def expert_parallel(
     loss is divided by a number n of accumulated micro-batches, set `layer.loss_scale /= n` of every MoE layer too.
 
     Raises:
-        MoesysError: no MoE layer; experts that cannot be split, or are split already; groups that do not fit; an
-            unknown dispatcher.
+        MoesysError: no MoE layer; experts that cannot be split, or are split already; groups that do not fit.
+        ConfigError: a dispatcher that does not exist, or one of its options that is illegal.
     """
     layers = moe_layers(model)
+    if gradients not in ("mean", "sum"):
+        raise MoesysError(
+            f"gradients={gradients!r} is neither 'mean' nor 'sum'\n    remedy: as your loop makes dense ones"
+        )
     if not layers:
         remedy = "build the model's MoE layers with moesys.MoELayer"
         raise MoesysError(f"{type(model).__name__} holds no moesys.MoELayer\n    remedy: {remedy}")
@@ -110,9 +114,8 @@ def expert_parallel(
     for name, layer in layers.items():
         _check(name, layer, expert_group.size())
     scope = DataMicroBatch((expert_group, data_group))
-    make = dispatchers(
-        expert_group, dispatcher, chunks=chunks, overlap_shared=overlap_shared, payload=payload, device=_device(grid)
-    )
+    dispatch: dict[str, Any] = {"chunks": chunks, "overlap_shared": overlap_shared, "payload": payload}
+    make = dispatchers(expert_group, _device(grid), kind=dispatcher, **dispatch)
     share = 1.0 / grid.size()
     for name, layer in layers.items():
         if expert_group.size() > 1:
@@ -154,6 +157,8 @@ def _check(name: str, layer: MoELayer, ep: int) -> None:
         rule, remedy = f"has {type(layer.experts).__name__}, which share weights", "use moesys.Experts"
     elif layer.dispatcher.communicates or hasattr(layer.experts.fc1, "device_mesh"):
         rule, remedy = "has experts that are split already", "call expert_parallel once, before fully_shard"
+    elif isinstance(layer.gate, SmearGate) and ep > 1:
+        rule, remedy = "has a SmearGate, which mixes the weights of all experts", "use another gate"
     elif experts % ep:
         rule, remedy = f"has {experts} experts, which {ep} ranks cannot share evenly", "use a group of another size"
     else:

@@ -51,7 +51,8 @@ class MoEConfig(Section):
     ffn_hidden: Dim
     """Inner size of one expert."""
     activation: Literal["swiglu", "geglu", "clipped_swiglu", "gelu", "relu", "relu2"] = "swiglu"
-    """Of the experts: gated (swiglu, geglu, GPT-OSS's clipped_swiglu) or not (gelu, relu, squared relu)."""
+    """Activation of the experts: gated (swiglu, geglu, GPT-OSS's clipped_swiglu) or not (gelu, relu, relu2: squared
+    ReLU)."""
     bias: bool = False
     """Biases on the experts' two products."""
     gate: GateConfig = GateConfig()
@@ -68,13 +69,13 @@ class MoEConfig(Section):
     eval_capacity_factor: Factor | None = None
     """The same in evaluation; default: capacity_factor. E / k drops nothing."""
     min_capacity: Annotated[int, Field(ge=0), AtMost(2**24)] = 0
-    """Least C, where there is a capacity_factor."""
+    """Smallest C, if there is a capacity_factor."""
     drop: Literal["weight", "position", "choice", "priority"] = "weight"
-    """Over capacity, drop the assignments of lowest weight; the latest in the micro-batch; last choices before
-    first ones, then the latest (choice: GShard, Switch); or last choices before first ones, then tokens whose best
-    score is lowest (priority: V-MoE)."""
+    """Assignments that a full expert drops. weight: those of lowest weight. position: the latest in the micro-batch.
+    choice: last choices before first ones, then the latest (GShard, Switch). priority: last choices before first ones,
+    then tokens whose best score is lowest (V-MoE)."""
     pad_to_capacity: bool = False
-    """Give every expert exactly C rows of each device, fillers among them: no shape depends on the data."""
+    """Give every expert exactly C rows of each device, with fillers: no shape depends on the data."""
     balance_loss: NonNegativeFloat = 0.01
     """Coefficient α of the load-balancing loss α · E · Σ f_e · P_e over a micro-batch (GShard, Switch)."""
     sequence_balance_loss: NonNegativeFloat = 0.0
@@ -83,9 +84,9 @@ class MoEConfig(Section):
     """Coefficient of the same over the global batch (Qwen3), all ranks and all micro-batches. With several
     micro-batches per step it costs a forward pass more: f_e must be known before the first backward."""
     balance_counts: Literal["chosen", "scores", "first"] = "chosen"
-    """Whose shares f_e are in these three losses. chosen: each token's top_k experts, selection bias and groups
-    included, before drops; scores: its top_k largest scores, without bias and groups (DeepSeek-V3, Megatron-Core);
-    first: its first choice alone (GShard, DeepSpeed)."""
+    """Assignments that count in the shares f_e of these three losses. chosen: each token's top_k experts, selection
+    bias and groups included, before drops. scores: its top_k largest scores, without bias and groups (DeepSeek-V3,
+    Megatron-Core). first: its first choice alone (GShard, DeepSpeed)."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient β of the router z-loss β · mean(logsumexp²) (ST-MoE)."""
     importance_loss: NonNegativeFloat = 0.0
@@ -102,9 +103,9 @@ class MoEConfig(Section):
     constant_experts: FewExperts = 0
     """Experts beside `experts` that mix their input with a learned vector (MoE++)."""
     zero_variant: Literal["moe++", "adamoe"] = "moe++"
-    """moe++: zero-computation experts share in normalised weights and count by zero_tau in balancing losses; adamoe
-    (zero_experts alone): the chosen true experts' weights are normalised alone, and in balancing losses each zero
-    expert counts as their mean."""
+    """moe++: weights of zero-computation experts are normalised with the others, and count by zero_tau in balancing
+    losses. adamoe: weights of the chosen true experts are normalised alone, and each zero expert counts as their mean
+    in balancing losses; for zero_experts alone."""
     zero_tau: Annotated[float, Field(gt=0, le=1)] = 1.0
     """moe++: weight τ of zero-computation experts in balancing losses; a true expert's capacity is γ·τ·T·k / (τ·E + Z)
     (the paper has 0.75)."""
@@ -119,9 +120,9 @@ class MoEConfig(Section):
     """Inner size of one shared expert; default: ffn_hidden. Shared experts have the routed ones' activation, and
     no biases."""
     shared_mix: Literal["add", "gate", "residual", "cmr"] = "add"
-    """How the shared experts' output joins the routed one: added (DeepSeekMoE); added, times a sigmoid of the token
-    (gate: Qwen2-MoE); both weighed by a softmax of the token (residual: DeepSpeed's Residual-MoE); g and 1 − g of
-    the routed and the shared output, g a sigmoid of the token (cmr: NLLB's conditional MoE routing)."""
+    """How the output d of shared experts joins the routed output r. add: r + d (DeepSeekMoE). gate: r + g · d, g a
+    sigmoid of the token (Qwen2-MoE). residual: both weighed by a softmax of the token (DeepSpeed's Residual-MoE).
+    cmr: g · r + (1 − g) · d, g a sigmoid of the token (NLLB's conditional MoE routing)."""
     cmr_budget: Annotated[float, Field(gt=0, le=1)] = 0.8
     """shared_mix cmr: share p of the output that should come from the routed experts."""
     cmr_loss: NonNegativeFloat = 0.1
@@ -251,8 +252,8 @@ class ParallelConfig(Section):
     """Shard parameters over this many of the dp ranks (FSDP2). 1: replicate; full: over all of them;
     between: hybrid, shards replicated dp / dp_shard times."""
     sync_gradients: Literal["auto", "once", "each"] = "auto"
-    """With dp_shard: sum gradients over the shards once per step, and hold them whole until then, or for each
-    micro-batch; auto: once, unless that needs more than cluster.memory_gib."""
+    """When dp_shard sums gradients over the shards. once: once per step, and each rank holds them whole until then.
+    each: for each micro-batch. auto: once, unless that needs more than cluster.memory_gib."""
     tp: Ranks = 1
     """Tensor parallelism: attention, feed-forward, embedding and head split inside layers."""
     sp: bool = True
@@ -276,8 +277,8 @@ class ParallelConfig(Section):
 
 class OptimizerConfig(Section):
     kind: Literal["adamw", "apex"] = "adamw"
-    """adamw: torch's, fused where the device has it; apex: NVIDIA apex's FusedAdam (GPU; both continue each other's
-    checkpoints)."""
+    """Either continues the other's checkpoints. adamw: torch's, fused if the device has it. apex: NVIDIA apex's
+    FusedAdam (GPU)."""
     lr: PositiveFloat = 3e-4
     """Learning rate after the warm-up."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
@@ -285,15 +286,15 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     """Added to the square root of Adam's second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decay of matrices, those of gates, mixes and LoRA factors and embeddings among them; norms, biases (experts'
-    stacked ones too) and a cosine gate's temperature have none."""
+    """Weight decay of matrices, also of those of gates, mixes, LoRA factors and embeddings. Norms, biases and a cosine
+    gate's temperature do not decay."""
     clip: PositiveFloat | None = 1.0
     """Clip gradients to this global norm; null: never."""
 
 
 class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Decay of the learning rate after warm-up; wsd: warm-up, stable, (linear) decay."""
+    """Learning rate after the warm-up. cosine: falls by a cosine. wsd: stays, then falls linearly. constant: stays."""
     warmup: NonNegative = 0
     """Steps of linear warm-up."""
     decay: Positive | None = None
@@ -303,12 +304,13 @@ class ScheduleConfig(Section):
 
 
 class SkipsConfig(Section):
-    """Steps whose loss or gradient is not finite update nothing: how many of them a run survives."""
+    """A step whose loss or gradient is not finite is skipped: it updates nothing. These keys say how many a run
+    survives."""
 
     consecutive: NonNegative = 5
-    """In a row; one more ends the run."""
+    """Skipped steps in a row; one more ends the run."""
     total: NonNegative = 100
-    """In the whole run, resumptions included; one more ends it."""
+    """Skipped steps in the whole run, resumptions included; one more ends it."""
 
 
 class TrainConfig(Section):
@@ -321,7 +323,7 @@ class TrainConfig(Section):
     micro_batch: Batch = 1
     """Sequences that one data-parallel rank passes through the model at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of computation; weights of the optimizer are float32 in either case."""
+    """Type of computation. The optimizer's weights are float32 in either case."""
     freeze: list[str] = []
     """Parameters that are not trained, by patterns of their names: ["embed.weight", "layers.*.attention.*"]. The
     frozen weights of LoRA experts need not be named."""
@@ -329,18 +331,19 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     skips: SkipsConfig = SkipsConfig()
     recompute: Literal["none", "selective", "full"] = "none"
-    """Recompute in backward: nothing, all but matrix products and communication, or whole blocks."""
+    """Activations that backward recomputes. none: no activations. selective: all but those of matrix products and
+    communication. full: whole blocks."""
     compile: bool = False
-    """torch.compile of each block."""
+    """Compile each block with torch.compile."""
     deterministic: bool = False
-    """Deterministic algorithms of torch only."""
+    """Use torch's deterministic algorithms only."""
     eval_every: NonNegative = 0
     """Steps between evaluations on held-out data; 0: at the end only."""
     eval_sequences: Batch = 64
-    """Held-out sequences per evaluation. What fills up the last global batch is padding: no expert computes it, and
-    its tokens take no place from others under a capacity."""
+    """Held-out sequences per evaluation. Padding fills up the last global batch: no expert computes it, and it takes no
+    place from tokens under a capacity."""
     resume_changed: list[str] = []
-    """Keys that a run may have changed since its checkpoint though they change what it is: [seed, data.heldout]."""
+    """Keys that may differ from the checkpoint's although they change numbers, such as [seed, data.heldout]."""
 
 
 class DataConfig(Section):
@@ -374,8 +377,8 @@ class ClusterConfig(Section):
 
 class LaunchConfig(Section):
     launcher: Literal["ray", "local", "hosts", "slurm"] = "ray"
-    """ray; local: plain processes on this machine; hosts: the cluster's nodes emulated on this machine, as
-    network namespaces (Linux, root); slurm: a batch job."""
+    """ray: workers of Ray Train. local: plain processes on this machine. hosts: the cluster's nodes emulated on this
+    machine, as network namespaces (Linux, root). slurm: a batch job."""
     link_gbit: PositiveFloat | None = None
     """hosts: 10⁹ bits per second that each emulated host sends, and receives, at most; default: no limit."""
     ray_address: str | None = None
@@ -388,10 +391,10 @@ class LaunchConfig(Section):
     """CPU threads per worker; default: the node's cores divided by ranks_per_node, at least 1."""
     env: dict[Variable, str] = {}
     """Environment of the workers, beside NCCL_*, GLOO_*, TORCH_*, CUDA_* and MOESYS_* of the caller. A value $NAME is
-    that of the caller's variable NAME; secrets, told by their names, are written nowhere."""
+    that of the caller's variable NAME; secrets, recognised by their names, are written nowhere."""
     slurm: dict[SlurmOption, str | int | bool | None] = {}
-    """slurm: sbatch options without the dashes, for example {partition: gpu, time: 04:00:00, mem: 0}. true or null: the
-    option alone (exclusive: true); false: not this option, not even where moesys would give it."""
+    """slurm: sbatch options without the dashes, for example {partition: gpu, time: 04:00:00, mem: 0}. true or null
+    gives the option alone (exclusive: true). false leaves it out, even if moesys would give it."""
 
 
 class OutputConfig(Section):
@@ -400,11 +403,11 @@ class OutputConfig(Section):
     checkpoint_every: NonNegative = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
-    """Checkpoints to keep, the newest."""
+    """Number of checkpoints to keep, the newest."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard as well."""
     wandb: bool = False
-    """Log to Weights & Biases, where it is installed."""
+    """Log to Weights & Biases, if it is installed."""
     log_every: Positive = 1
     """Steps between records in metrics.jsonl."""
     record_routing: NonNegative = 0
@@ -412,19 +415,19 @@ class OutputConfig(Section):
 
 
 class MeasureConfig(Section):
-    """What is recorded of communication inside steps, on every rank."""
+    """Recording of communication inside steps, on every rank."""
 
     every: NonNegative = 0
     """Record every n-th step; 0: none but those of `steps`. `launch --measure` chooses about twenty."""
     steps: list[Positive] = []
     """Steps to record, beside every n-th."""
     audit: bool = False
-    """In recorded steps all ranks meet before each dispatch and combine, so that waiting and transfer are apart
-    exactly. This ends all overlap of communication with computation."""
+    """In recorded steps all ranks meet before each dispatch and combine, so that waiting and transfer are
+    separated exactly. This ends all overlap of communication with computation."""
     profile: str | None = None
     """Link model of the cluster, from `moesys bench a2a --profile`, for predictions."""
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Port on which rank 0 tells the metrics of the run to Prometheus."""
+    """Port on which rank 0 serves the run's metrics to Prometheus."""
     metrics_host: str = "127.0.0.1"
     """Address of that port; the default can be reached from its own machine only."""
 

@@ -11,6 +11,8 @@ from typing import Any, get_args
 
 from torch.nn import functional
 
+from moesys.config import registry
+from moesys.config.registry import kinds
 from moesys.config.schema import DispatchConfig, GateConfig, MoEConfig
 from moesys.errors import Problem
 from moesys.megatron import settings
@@ -19,7 +21,7 @@ from moesys.megatron.refusal import Refusal
 from moesys.megatron.unsupported import unsupported
 from moesys.parallel import gates_check
 
-GATES = ("top_k", "expert_choice", "sinkhorn", "base")
+GATES = ("top_k", *(kind for kind, described in kinds(registry.GATES).items() if described.for_megatron))
 """Gates that need neither token ids nor token numbers, and keep no state between steps."""
 
 KINDS = tuple(get_args(DispatchConfig.model_fields["kind"].annotation))

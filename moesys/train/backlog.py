@@ -10,23 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesys.models.parts.moe import COUNTS, LOSSES
 from moesys.parallel import comm
 from moesys.train.engine import Engine, Update
-
-LOSSES = {
-    "balance": "balance_loss",
-    "sequence_balance": "sequence_balance_loss",
-    "global_balance": "global_balance_loss",
-    "z": "z_loss",
-    "importance": "importance_loss",
-    "load_loss": "load_loss",
-    "cmr": "cmr_coefficient",
-}
-"""The losses that layers report, and the keys of model.moe that hold their coefficients."""
-
-COUNTS = ("calls", "dropped", "zero")
-"""The counts that layers report beside losses and load: passes, dropped assignments, and those to zero-computation
-experts."""
 
 MOST = 100
 """Steps, at most, that wait to be read: a run must not train for long without noticing that its steps are skipped."""

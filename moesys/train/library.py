@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from moesys import shipped
 from moesys.config.schema import Config
-from moesys.config.translate import problems_of
-from moesys.config.tree import Entry
+from moesys.config.values import config_of
 from moesys.errors import ConfigError
 from moesys.parallel import expert
 from moesys.parallel.degrees import Degrees
@@ -53,26 +50,13 @@ def build_moe_layer(hidden: int, *, layer: int = 0, **keys: Any) -> MoELayer:
     Raises:
         ConfigError: an unknown key, an illegal value, or keys that do not go together.
     """
-    tree = _entry({"model": {"hidden": hidden, "layers": layer + 1, "moe": keys}})
-    try:
-        config = Config.model_validate(tree.plain())
-    except ValidationError as error:
-        raise ConfigError(problems_of(error, tree)) from None
+    config = config_of({"model": {"hidden": hidden, "layers": layer + 1, "moe": keys}})
     if problems := expert.check(config, Degrees()):
         raise ConfigError(problems)
     assert config.model.moe is not None
     from moesys.models.moe import build_moe
 
     return build_moe(config.model.moe, hidden, layer)
-
-
-def _entry(value: Any) -> Entry:
-    """A value as if it had been read from a file."""
-    if isinstance(value, dict):
-        return Entry({str(key): _entry(item) for key, item in value.items()}, "")
-    if isinstance(value, (list, tuple)):
-        return Entry([_entry(item) for item in value], "")
-    return Entry(value, "", str(value))
 
 
 def build_trainer(config: Config) -> Trainer:

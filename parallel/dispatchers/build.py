@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from moesys.config.registry import DISPATCHERS, kinds
-from moesys.config.schema import ClusterConfig, Config, DispatchConfig
-from moesys.errors import MoesysError
+from moesys.config.schema import ClusterConfig, Config
+from moesys.config.values import config_of
 from moesys.parallel import nodes
 from moesys.parallel.dispatchers.base import ExpertParallelDispatcher
 from moesys.parallel.dispatchers.kind import describe
@@ -38,20 +37,17 @@ def builder(config: Config, mesh: Ranks) -> Callable[[int], ExpertParallelDispat
 
 
 def dispatchers(
-    group: dist.ProcessGroup, kind: str, device: torch.device, timeout_s: float = 1800.0, **options: Any
+    group: dist.ProcessGroup, device: torch.device, timeout_s: float = 1800.0, **keys: Any
 ) -> Callable[[int], ExpertParallelDispatcher]:
     """A function that makes the dispatcher of a layer of so many experts, which the ranks of `group` share.
 
-    Collective over `group`. `options`: further keys of `parallel.dispatch`.
+    Collective over `group`. `keys`: those of `parallel.dispatch`.
 
     Raises:
-        MoesysError: there is no dispatcher `kind`.
+        ConfigError: a key that does not exist, or an illegal value.
     """
-    if kind not in kinds(DISPATCHERS):
-        rule = f"there is no dispatcher {kind!r}"
-        raise MoesysError(f"{rule}\n    remedy: choose one of {', '.join(kinds(DISPATCHERS))}")
+    config = config_of({"model": {"hidden": 1, "layers": 1, "ffn_hidden": 1}, "parallel": {"dispatch": keys}})
     world = dist.get_world_size()
-    one_machine = ClusterConfig(nodes=1, ranks_per_node=world)
-    node = nodes.here(dist.get_rank(), world, one_machine)
+    node = nodes.here(dist.get_rank(), world, ClusterConfig(nodes=1, ranks_per_node=world))
     ranks = ExpertRanks(group, group.size(), 1, device, timedelta(seconds=timeout_s), node)
-    return describe(DispatchConfig.model_validate({"kind": kind, **options})).build(ranks)
+    return describe(config.parallel.dispatch).build(ranks)

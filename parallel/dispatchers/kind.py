@@ -40,6 +40,27 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A collective that moves what is needed beside rows: counts, ids, routing weights.
+
+    Attributes:
+        kind: its kind in records.
+        bytes: bytes of one call, or of all chunks together.
+        chunked: whether each chunk has a call of its own.
+        back: kind of the collective of the gradients of routing weights; "" where there are none.
+        back_bytes: bytes of that, as `bytes`.
+        level: as for `Transfer`.
+    """
+
+    kind: str
+    bytes: float
+    chunked: bool = True
+    back: str = ""
+    back_bytes: float = 0.0
+    level: str = ""
+
+
+@dataclass(frozen=True)
 class DispatcherKind(Described):
     """A kind of dispatcher of expert parallelism.
 
@@ -61,6 +82,10 @@ class DispatcherKind(Described):
         """The transfers of one chunk, in their order."""
         raise NotImplementedError
 
+    def beside(self, shape: StepShape) -> Iterator[Beside]:
+        """What moves beside the rows of one pass."""
+        yield from ()
+
     def kept_rows(self, shape: StepShape) -> float:
         """Received rows that experts keep for backward, per token of this rank."""
         raise NotImplementedError
@@ -73,6 +98,25 @@ class DispatcherKind(Described):
         """The options that all dispatchers take, by argument of `ExpertParallelDispatcher`."""
         d = self.dispatch
         return {"chunks": d.chunks, "overlap_shared": d.overlap_shared, "payload": d.payload}
+
+
+COUNT, WEIGHT, ID = 8, 4, 8
+"""Bytes of a count, of a routing weight, and of an assignment's id."""
+
+
+def assignments(shape: StepShape) -> float:
+    """Assignments of one pass to experts' slices, on average over ranks that drop none."""
+    moe, d, ranks = shape.config.model.moe, shape.degrees, shape.degrees.cp * shape.degrees.tp
+    assert moe is not None
+    tokens = shape.sequence_tokens // ranks
+    return moe.router.assignments(tokens, ranks, shape.config.train.seq_len) * d.etp
+
+
+def places(shape: StepShape) -> int:
+    """Slices of experts, over all ranks of a group."""
+    moe = shape.config.model.moe
+    assert moe is not None
+    return moe.experts * shape.degrees.etp
 
 
 def describe(dispatch: DispatchConfig) -> DispatcherKind:

@@ -9,7 +9,7 @@ from moesys.config.schema import Config, MoEConfig
 from moesys.errors import Problem
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import EXPERT_AXES, Degrees
-from moesys.parallel.dispatchers.kind import Transfer, describe
+from moesys.parallel.dispatchers.kind import Beside, Transfer, describe
 from moesys.words import plural
 
 AXES = ("ep", "etp")
@@ -29,15 +29,24 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
 
 
 def cost(shape: StepShape) -> list[Collective]:
-    """The collectives of dispatch and combine of every MoE layer, forward and backward.
-
-    Left out: counts, and each assignment's weight and id (4 to 12 bytes beside a row of thousands).
-    """
+    """The collectives of dispatch and combine of every MoE layer, forward and backward."""
     moe, d = shape.config.model.moe, shape.degrees
     if moe is None or d.ep * d.etp == 1:
         return []
-    transfers = describe(shape.config.parallel.dispatch).transfers(shape)
-    return [collective for transfer in transfers for collective in _collectives(transfer, shape, moe)]
+    kind = describe(shape.config.parallel.dispatch)
+    moves = [move for transfer in kind.transfers(shape) for move in _collectives(transfer, shape, moe)]
+    return moves + [move for beside in kind.beside(shape) for move in _beside(beside, shape)]
+
+
+def _beside(beside: Beside, shape: StepShape) -> list[Collective]:
+    """The collectives of counts, ids or weights, over all chunks, layers and passes of a step."""
+    passes = sum(map(shape.config.model.is_moe, shape.stage.layers)) * shape.micro_batches
+    # As many chunks as there are for rows; slots, of which rows_per_token tells, go in one.
+    calls = shape.config.parallel.dispatch.chunks if beside.chunked else 1
+    moves = [Collective(beside.kind, AXES, beside.bytes / calls, shape.forwards * passes * calls, beside.level, True)]
+    if beside.back:
+        moves.append(Collective(beside.back, AXES, beside.back_bytes / calls, passes * calls, beside.level, True))
+    return moves
 
 
 def _collectives(transfer: Transfer, shape: StepShape, moe: MoEConfig) -> list[Collective]:

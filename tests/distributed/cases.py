@@ -13,7 +13,7 @@ DROPPING = {
 LATENT = {
     "ffn_hidden": 96,
     "attention": {
-        "kind": "mla", "heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "kind": "mla", "heads": 4, "kv_heads": None, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8, "v_head_dim": 16,
     },
     "moe": {"first_dense": 1, "shared_experts": 2, "capacity_factor": 1.25, "drop": "position"},

@@ -191,6 +191,14 @@ def refusals(rank: int) -> list[str]:
         ),
         lambda: moesys.expert_parallel(moesys.expert_parallel(Model(), dist.group.WORLD), dist.group.WORLD),
     ]
+    wrong += [
+        lambda: moesys.expert_parallel(Model(), dist.group.WORLD, dispatcher="all_too_all"),
+        lambda: moesys.expert_parallel(Model(), dist.group.WORLD, chunks=0),
+        lambda: moesys.expert_parallel(Model(), dist.group.WORLD, gradients="average"),
+        lambda: moesys.expert_parallel(
+            moesys.build_moe_layer(4, experts=4, ffn_hidden=4, gate="smear"), dist.group.WORLD
+        ),
+    ]
     found = []
     for call in wrong:
         try:

@@ -144,6 +144,11 @@ def _name(event: Any, axes: dict[str, tuple[str, ...]]) -> str:
     if event.kind in ("send", "recv"):
         return f"{event.kind} over pp"
     tag = event.tag
-    members = "world" if tag.part == "step" else "·".join(axes.get(event.group, ("world",)))
+    if tag.part == "step":
+        members = "world"
+    elif tag.part == "data" and event.group not in axes:
+        members = "pp ends"  # of a tied embedding
+    else:
+        members = "·".join(axes.get(event.group, ("world",)))
     words = (event.kind, "over", members, tag.part, tag.level, "backward" if tag.backward else "")
     return " ".join(word for word in words if word)

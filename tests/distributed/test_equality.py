@@ -12,6 +12,7 @@ import yaml
 from batches import Prepare, traces
 from budgets import Budgets
 from cases import MORE, PAIRS, Case
+from planned import differences
 from ran import Ran
 from sabotage import (
     forbid_outputs_of_a_pipeline,
@@ -71,7 +72,7 @@ def ran() -> dict[str, Ran]:
 
 @pytest.fixture(scope="module")
 def pairs(request, small, tmp_path_factory, ran) -> Compared:
-    cases = selected(request, "test_equals_one_process", "test_does_what_its_budget_says")
+    cases = selected(request, "test_equals_one_process", "test_does_what_its_budget_says", "test_moves_what_the_plan_says")
     return compared(small, cases, tmp_path_factory.mktemp("pairs"), forbid_outputs_of_a_pipeline, ran)
 
 
@@ -86,6 +87,12 @@ def test_does_what_its_budget_says(pairs, ran, case, budgets):
     budgets.check(case.name, ran[case.name])
 
 
+@pytest.mark.parametrize("case", PAIRS + MORE, ids=lambda case: case.name)
+def test_moves_what_the_plan_says(pairs, ran, small, case):
+    lines = differences(configuration(small, case), ran[case.name])
+    assert not lines, "\n".join([f"{case.name} did not move what the dry run says:", *lines])
+
+
 def test_a_gather_and_a_wait_too_many_are_found(small, tmp_path):
     case = next(case for case in PAIRS if case.name == "shard-ep")
     ran: dict[str, Ran] = {}
@@ -96,6 +103,8 @@ def test_a_gather_and_a_wait_too_many_are_found(small, tmp_path):
     text = str(failure.value)
     assert f"and the budget is {budget['all_gather over dp_shard']}" in text
     assert "tests/distributed/sabotage.py: 1, and the budget is none" in text
+    (line,) = differences(configuration(small, case), ran[case.name])
+    assert "all_gather  over 1 × [0, 1, 2, 3]: 9 calls" in line and "and 7 calls" in line
 
 
 def test_the_matrix_covers_every_pair_of_dimensions():

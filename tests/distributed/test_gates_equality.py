@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cases import Case
+from planned import differences
 from ran import Ran
 from records import first_records
 from test_equality import TOLERANCE, Compared, compared, configuration, selected
@@ -66,7 +67,7 @@ def ran() -> dict[str, Ran]:
 
 @pytest.fixture(scope="module")
 def routed(request, small, tmp_path_factory, ran) -> Compared:
-    cases = selected(request, "test_equals_one_process", "test_does_what_its_budget_says")
+    cases = selected(request, "test_equals_one_process", "test_does_what_its_budget_says", "test_moves_what_the_plan_says")
     return compared(small, cases, tmp_path_factory.mktemp("routed"), ran=ran)
 
 
@@ -79,6 +80,12 @@ def test_equals_one_process(routed, case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_does_what_its_budget_says(routed, ran, case, budgets):
     budgets.check(case.name, ran[case.name])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_moves_what_the_plan_says(routed, ran, small, case):
+    lines = differences(configuration(small, case), ran[case.name])
+    assert not lines, "\n".join([f"{case.name} did not move what the dry run says:", *lines])
 
 
 REPORTED = {

@@ -125,13 +125,13 @@ def test_the_parts_add_up_to_the_step(recorded: dict) -> None:
             assert min(b.parts.values()) > -1e-12
 
 
-def test_what_ranks_tell_each_other_is_what_all_their_travels_say(recorded: dict) -> None:
+def test_exchanged_arrivals_equal_those_matched_from_all_ranks(recorded: dict) -> None:
     """Rank 0 had sums alone, of which each rank made its own; here they are made again of every rank's collectives."""
     for scenario, steps in recorded.items():
-        told = summaries(FOLDER[-1] / scenario)[1:]
-        assert [s.number for s in told] == [s.number for s in steps]
+        exchanged = summaries(FOLDER[-1] / scenario)[1:]
+        assert [s.number for s in exchanged] == [s.number for s in steps]
         alone = [replace(s, ranks=tuple(replace(r, arrivals=None) for r in s.ranks)) for s in steps]
-        for mine, theirs in zip(told, map(summarised, alone), strict=True):
+        for mine, theirs in zip(exchanged, map(summarised, alone), strict=True):
             assert mine.number == theirs.number
             for a, b in zip(leaves(vars(mine)), leaves(vars(theirs)), strict=True):
                 assert a == (pytest.approx(b, abs=1e-9) if isinstance(b, float) else b), scenario
@@ -148,7 +148,7 @@ def leaves(value: object) -> Iterator[object]:
         yield value
 
 
-def test_no_rank_reads_the_travels_of_another(recorded: dict) -> None:
+def test_no_rank_reads_the_collectives_of_another(recorded: dict) -> None:
     folder = FOLDER[-1] / "late" / "measure"
     assert sorted(path.name for path in folder.iterdir()) == ["rank-00000.npy", "rank-00001.npy", "summary.jsonl"]
     for rank in (0, 1):

@@ -62,15 +62,15 @@ def test_what_is_timed_is_one_call_as_in_a_bare_loop(monkeypatch: pytest.MonkeyP
 
 
 def test_every_collective_is_right_and_its_bandwidths_are_nccl_tests(config: Path, capsys) -> None:
-    told = measure(
+    content = measure(
         config, "--min", "1K", "--max", "4K", "--iterations", "3", "--skew", "1", "--plain", "--dtypes", "bfloat16"
     )
-    results = told["results"]
+    results = content["results"]
     kinds = {"all_to_all", "all_to_all_uneven", "all_gather", "reduce_scatter", "all_reduce", "send_recv"}
     assert {r["collective"] for r in results} == kinds
     # On one node they are the same two ranks: measured once.
     assert {(r["group"], *r["also"]) for r in results} == {("intra", "expert", "world")}
-    assert told["out_of_bounds"] == 0
+    assert content["out_of_bounds"] == 0
     factor = {"all_reduce": 1.0, "send_recv": 1.0}  # 2 (n - 1) / n, and none, for two ranks
     for r in results:
         out, per = r["out_of_place"], r["out_of_place_per_iter"]
@@ -259,12 +259,12 @@ def test_times_that_do_not_grow_make_no_line(capsys) -> None:
     assert set(flat(results)) == {"all_to_all intra", "all_to_all world"}
     facts = {"hosts": ["a", "a"], "ranks": 2, "backend": "gloo", "device": "cpu"}
     show(results, facts, Console(width=200))
-    told = capsys.readouterr().out
+    content = capsys.readouterr().out
     assert (
         "all_to_all intra = all_to_all world: no bandwidth can be fitted (β = ∞): up to 2 KiB took no longer than 512 B"
-        in told
+        in content
     )
-    assert "2 ranks on 1 node" in told
+    assert "2 ranks on 1 node" in content
 
 
 def test_recorded_routing_becomes_a_byte_matrix(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that reports read, damaged in hundreds of ways: a result or an error in the user's words, nothing else."""
+"""Reports read files with hundreds of kinds of damage: they give a result, or an error in the user's words."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STRANGE = (None, "N/A", "", "7", -1, 0, 2**70, 1e308, float("nan"), float("inf")
 
 
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths to everything inside a JSON value."""
+    """Paths to all values inside a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*path, key)
@@ -39,7 +39,7 @@ def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(value: Any, draw: random.Random) -> Any:
-    """A copy in which one or two things are gone or something else."""
+    """A copy in which one or two values are removed or replaced."""
     value = copy.deepcopy(value)
     for _ in range(draw.choice((1, 1, 2))):
         *way, last = draw.choice(list(nodes(value)) or [(None,)])
@@ -56,7 +56,7 @@ def changed(value: Any, draw: random.Random) -> Any:
 
 
 def spoiled(content: bytes, draw: random.Random) -> bytes:
-    """The bytes cut, with some flipped, some repeated, or some in between."""
+    """The bytes, cut, with some flipped, repeated or inserted."""
     at = draw.randrange(len(content))
     kind = draw.randrange(4)
     if kind == 0:
@@ -69,7 +69,7 @@ def spoiled(content: bytes, draw: random.Random) -> bytes:
 
 
 def survives(work: Callable[[], object]) -> bool:
-    """Whether there was a result; False if the error is the user's; anything else is raised."""
+    """Whether there was a result. False for an error in the user's words; other errors are raised."""
     try:
         work()
     except MoesysError as error:
@@ -84,7 +84,7 @@ def kernel(name: str, begin: float, **facts: Any) -> dict[str, Any]:
 
 
 def trace() -> dict[str, Any]:
-    """As Kineto writes it for a GPU."""
+    """A trace as Kineto writes it for a GPU."""
     facts = {
         "Collective name": "all_to_allv",
         "In msg nelems": 64,
@@ -118,8 +118,8 @@ def trace() -> dict[str, Any]:
 def test_traces(tmp_path: Path) -> None:
     draw, good, results = random.Random(0), trace(), 0
     other = tmp_path / "other.json"
-    told = {**good, "distributedInfo": {**good["distributedInfo"], "rank": 1}}
-    other.write_text(json.dumps(told))
+    content = {**good, "distributedInfo": {**good["distributedInfo"], "rank": 1}}
+    other.write_text(json.dumps(content))
     path = tmp_path / "rank0.json"
     for number in range(400):
         content = json.dumps(changed(good, draw)).encode() if number % 2 else json.dumps(good).encode()
@@ -148,12 +148,12 @@ def step(number: int) -> Step:
 
 
 def met(r: RankStep) -> RankStep:
-    """The same with arrivals, as ranks keep it."""
+    """The same step with group arrivals, as ranks keep it."""
     return replace(r, arrivals=tuple(GroupArrival(t.begin, 1, True, None, t.bytes, 1.0, None) for t in r.collectives))
 
 
 def write_run(folder: Path, links: Path) -> dict[str, Any]:
-    """A run's files: what is in each that holds JSON, by name; lists are of one value a line."""
+    """A run's files. Returns the content of each JSON file by name; lists have one value a line."""
     prediction = {"name": "x", "changes": [], "step": 1.0, "exposed": 0.1, "measured": 1.1, "error": -0.1}
     return {
         "summary.json": {
@@ -172,7 +172,7 @@ def write_run(folder: Path, links: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are not drawn: that takes long. What they are made of is looked at."""
+    """Skips the drawing of pictures, which is slow. Their data is checked."""
 
     def numbers(value: Any) -> Any:
         if isinstance(value, (list, tuple)):

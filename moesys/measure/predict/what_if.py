@@ -117,7 +117,7 @@ class Predictor:
 
     def _stage(self, shape: StepShape, profile: Profile) -> dict[str, float]:
         total = {"expert": 0.0, "data": 0.0}
-        for move in dimension.traffic(shape):
+        for move in (move for move in dimension.traffic(shape) if not move.small):
             if move.axes == EXPERT:
                 total["expert"] += move.calls * self._expert_seconds(move, shape, profile)
             elif any("dp" in axis for axis in move.axes):

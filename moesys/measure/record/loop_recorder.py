@@ -1,4 +1,4 @@
-"""Records what the steps of any training loop communicate, of this project's MoE layers or of a foreign model."""
+"""Records the communication of any training loop: of this project's MoE layers, or of a foreign model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PARTS = tuple(itertools.product(("dispatch", "combine"), (False, True)))
 
 
 class CommunicationRecorder:
-    """Records the collectives of training steps on all ranks, and explains what all-to-all costs in them and why.
+    """Records the collectives of training steps on all ranks, and explains the time that all-to-all takes.
 
         recorder = moesys.CommunicationRecorder(model)
         for batch in batches:
@@ -38,15 +38,18 @@ class CommunicationRecorder:
         if explanation is not None:      # on rank 0
             print(explanation.sentence)
 
-    Seen are collectives that Python starts: of `torch.distributed`, FSDP2, DTensor, and this project's MoE layers.
-    Those that C++ starts, as DDP's sums of gradients, count as computation; `moesys report --trace` reads them from
-    torch.profiler's traces. Outside of `step` nothing is slower.
+    It records collectives that Python starts: those of `torch.distributed`, FSDP2, DTensor, and this project's MoE
+    layers.
+    Collectives that C++ starts, as DDP's sums of gradients, count as computation; `moesys report --trace` reads them
+    from
+    traces of torch.profiler. Outside of `step` nothing is slower.
 
     Args:
-        model: the model, for the names of its layers. All-to-alls that run inside of an MoE layer of a foreign model
-            are told by layer, direction, and dispatch or combine. None: they are told together.
-        layers: the classes of a foreign model's MoE layers; default: every module that has a submodule `experts`.
-        compiled: whether parts of the model are compiled; collectives that are operators are then not seen.
+        model: the model, for the names of its layers. An all-to-all inside an MoE layer of a foreign model gets the
+            name of
+            the layer, its direction, and dispatch or combine. None: all-to-alls of all layers count together.
+        layers: the classes of a foreign model's MoE layers; default: every module with a submodule `experts`.
+        compiled: whether parts of the model are compiled. Collectives that are operators are then not recorded.
 
     Raises:
         MoesysError: there is no process group.
@@ -62,7 +65,7 @@ class CommunicationRecorder:
             remedy = "call torch.distributed.init_process_group first"
             raise MoesysError(f"there is no process group to record\n    remedy: {remedy}")
         backend, first = dist.get_backend(), next(model.parameters(), None) if model is not None else None
-        # Times and names are gathered on the host, where the world's own group may be of GPUs.
+        # Times and names are gathered on the host; the world's own group may be of GPUs.
         group = dist.group.WORLD if "gloo" in backend else dist.new_group(backend="gloo")
         assert group is not None
         self._group, self._world, self._compiled = group, GlooWorld(group), compiled
@@ -77,7 +80,7 @@ class CommunicationRecorder:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Record the step inside: the same on all ranks, forward, backward and update of one batch, say."""
+        """Record the step inside, as forward, backward and update of a batch; the same on all ranks. Collective."""
         self._steps += 1
         step = recorded_step(self._steps, self._device, not self._compiled)
         with step as recording, tagged(self._foreign, recording.events):
@@ -88,9 +91,9 @@ class CommunicationRecorder:
             self._gather()
 
     def explain(self) -> Explanation | None:
-        """What the steps recorded so far say, on rank 0; elsewhere, and of no steps, None. Collective.
+        """The explanation of all steps recorded so far, on rank 0; None without steps, and on other ranks. Collective.
 
-        Of more than four steps the first two are left out: they warm up what later ones find warm.
+        With more than four steps the first two are left out: they warm up.
         """
         self._gather()
         return explain_run(self._summaries)

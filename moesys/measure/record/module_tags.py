@@ -1,7 +1,7 @@
-"""Communication tags of all-to-alls that a foreign model starts itself, by the module whose pass was running.
+"""Communication tags for all-to-alls of a foreign model, by the module whose forward or backward ran.
 
-Hooks note when an MoE layer's forward and backward begin, and when those of its experts do. What is sent before the
-experts compute is a dispatch, what is sent after is a combine; in backward the other way round.
+Hooks note the begin of an MoE layer's forward and backward, and of its experts'. In forward, an all-to-all before the
+experts is a dispatch and one after them a combine; in backward the other way round.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from moesys.parallel.comm import UNTAGGED, CollectiveRecord, Tag
 
 @dataclass(eq=False)
 class _Pass:
-    """One pass of a layer: `events` are its all-to-alls, `experts_at` the first of all events after its experts."""
+    """One pass through a layer.
+
+    Attributes:
+        events: numbers of its all-to-alls.
+        experts_at: number of the first event after its experts began; None if they did not.
+    """
 
     layer: str
     backward: bool
@@ -29,7 +34,7 @@ class _Pass:
 
 
 class _Passes:
-    """The passes of a step, and from which event on each ran."""
+    """The passes of a step, and the number of the first event of each."""
 
     def __init__(self, events: Sequence[CollectiveRecord]):
         self._events = events
@@ -38,14 +43,14 @@ class _Passes:
         self.passes: list[_Pass | None] = []
 
     def begin(self, layer: str, backward: bool) -> None:
-        """Layer `layer` begins. Nobody says when a backward ends: it is over when another begins."""
+        """A pass of `layer` begins. No hook marks the end of a backward, so it ends when another begins."""
         if backward:
             self._running.clear()
         self._running.append(_Pass(layer, backward))
         self._mark()
 
     def end(self) -> None:
-        """The forward that began last is over; a backward that recomputes it goes on."""
+        """The forward that began last ends. A backward that recomputes it goes on."""
         if self._running:
             self._running.pop()
         self._mark()
@@ -60,7 +65,7 @@ class _Passes:
         self.passes.append(self._running[-1] if self._running else None)
 
     def of(self, event: int) -> _Pass | None:
-        """The pass that ran when an event started."""
+        """The pass that ran when an event started; None without one."""
         place = bisect_right(self.starts, event) - 1
         return self.passes[place] if place >= 0 else None
 
@@ -68,7 +73,7 @@ class _Passes:
 def moe_modules(
     model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...] | None = None
 ) -> dict[str, nn.Module]:
-    """The modules of these classes by name; default: those that have a submodule `experts`."""
+    """The modules of these classes, by name; default: modules with a submodule `experts`."""
     if kinds is not None:
         return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     return {n: m for n, m in model.named_modules() if isinstance(getattr(m, "experts", None), nn.Module)}
@@ -76,7 +81,7 @@ def moe_modules(
 
 @contextmanager
 def tagged(layers: Mapping[str, nn.Module], events: Sequence[CollectiveRecord]) -> Iterator[None]:
-    """Afterwards every all-to-all that was recorded inside has a tag, those without one by the passes of `layers`."""
+    """A context that tags the all-to-alls recorded inside. Those without a tag get one from the passes of `layers`."""
     passes = _Passes(events)
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -97,7 +102,10 @@ def tagged(layers: Mapping[str, nn.Module], events: Sequence[CollectiveRecord]) 
 
 
 def _part(one: _Pass, number: int) -> str:
-    """Where experts are not seen, the first all-to-all of a backward and the last of a forward are the combine."""
+    """"dispatch" or "combine".
+
+    Without hooks of experts, combine is the last all-to-all of a forward and the first of a backward.
+    """
     if one.experts_at is not None:
         after = number >= one.experts_at
     else:
@@ -112,7 +120,7 @@ def _hooks(name: str, layer: nn.Module, passes: _Passes) -> Iterator[RemovableHa
         passes.end()
         _before_backward(output, lambda: passes.begin(name, backward=True))
 
-    # Recomputation in backward ends by an exception once it has what it needs.
+    # Recomputation in backward ends with an exception when it has all tensors.
     yield layer.register_forward_hook(ended, always_call=True)
     for expert in _experts(layer):
         yield expert.register_forward_pre_hook(lambda *_: passes.experts(), prepend=True)
@@ -120,7 +128,7 @@ def _hooks(name: str, layer: nn.Module, passes: _Passes) -> Iterator[RemovableHa
 
 
 def _experts(layer: nn.Module) -> Iterable[nn.Module]:
-    """The module of all experts, or each expert of a list, which is never called itself."""
+    """The module of all experts, or each expert of a list: the list itself is never called."""
     experts = getattr(layer, "experts", None)
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
         return experts.children()
@@ -128,9 +136,9 @@ def _experts(layer: nn.Module) -> Iterable[nn.Module]:
 
 
 def _before_backward(output: Any, call: Callable[[], None]) -> None:
-    """Call when backward gets to a module's output.
+    """Call when backward reaches a module's output.
 
-    Hooks of tensors, not of modules: these forbid to change the output in place.
+    The hooks are of tensors. Hooks of modules would forbid to change the output in place.
     """
     if isinstance(output, Tensor):
         if output.requires_grad:

@@ -70,6 +70,9 @@ class Weight:
         start: number of its initial values; None: as its kind has it (matrices N(0, init_std²), norms 1, biases 0).
         router: it belongs to a gate, or to a mix of shared experts.
         frozen: it is never trained.
+        on_stream: it works on the stream as it lies between blocks (its norms).
+        normalized: it is used divided by the norms of its rows, whose gradients tensor ranks sum in every pass.
+        unit: FSDP gathers it apart from the rest of its block, together with the weights of the same unit.
         looked_up: rows are taken from it, and it is not multiplied with (embeddings).
     """
 
@@ -81,6 +84,9 @@ class Weight:
     router: bool = False
     frozen: bool = False
     looked_up: bool = False
+    on_stream: bool = False
+    normalized: bool = False
+    unit: str = ""
 
     def within(self, prefix: str, layer: int | None = None) -> Weight:
         """The same weight of a part whose weights begin with `prefix`, in block `layer`."""
@@ -127,3 +133,20 @@ class Kept:
     elements: float
     axis: str
     selective: bool = True
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A collective in a part's forward pass, over the ranks that share a micro-batch; it has no gradient.
+
+    Attributes:
+        kind: "all_reduce" or "all_gather".
+        bytes: of an all-reduce's buffer, or gathered.
+        losses: it belongs to a loss, which forward passes without gradients leave out.
+        over_data: the data ranks, too, take part, in a second collective.
+    """
+
+    kind: Literal["all_reduce", "all_gather"]
+    bytes: float
+    losses: bool = False
+    over_data: bool = False

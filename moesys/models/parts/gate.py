@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from moesys.config.registry import GATES, Described, kinds, used, users
 from moesys.config.section import AtMost, Experts, Field, Fraction, Section, Seed
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Weight
+from moesys.models.parts.axes import Axis, Exchange, Weight
 
 if TYPE_CHECKING:
     from moesys.config.schema import MoEConfig
@@ -32,8 +32,9 @@ class ForceKeys(Section):
     """Routing by force, for benchmarks."""
 
     force: Literal["none", "balanced", "skewed"] = "none"
-    """For benchmarks, gates that send each token to top_k experts: balanced chooses them in turn, skewed at random
-    with expert e's chance ∝ 1 / (e + 1)^skew, both by the token's number. Weights stay the gate's own."""
+    """Replaces the choice of gates that send each token to top_k experts, for benchmarks, by the token's number.
+    Weights stay the gate's own. none: the gate chooses. balanced: experts in turn. skewed: at random, expert e with a
+    chance ∝ 1 / (e + 1)^skew."""
     skew: Annotated[float, Field(ge=0), AtMost(64)] = 1.0
     """force skewed: Zipf's exponent."""
     seed: Seed = 0
@@ -61,10 +62,10 @@ class ChoiceKeys(RandomKeys, ForceKeys):
     """Token choice among scores, by groups."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """top_k, cosine: what makes logits scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
+    """top_k, cosine: the function from logits to scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
     is softmax with normalize: true."""
     groups: Experts = 1
-    """top_k, cosine: equal groups of experts of which each token uses `groups_kept`, the best."""
+    """top_k, cosine: equal groups of experts; each token uses the best `groups_kept` of them."""
     groups_kept: Experts = 1
     """top_k, cosine: groups that a token uses."""
     group_score: Literal["max", "top2"] = "max"
@@ -88,6 +89,7 @@ class GateKind(Described):
         even: its experts all take part, or choose their tokens: balance means nothing there, or is given.
         counted: its tokens go to experts, as can be recorded and replayed; not so where experts get mixtures.
         seeded: it draws by `seed` without force.
+        for_megatron: the plug-in for Megatron-Core takes it by `--moesys-gate`.
         whole: what it computes over, where parallelism must not split that: by axis, the reason.
     """
 
@@ -96,6 +98,7 @@ class GateKind(Described):
     even: ClassVar[bool] = False
     counted: ClassVar[bool] = True
     seeded: ClassVar[bool] = False
+    for_megatron: ClassVar[bool] = False
     whole: ClassVar[Mapping[str, str]] = {}
     decides = STEPS | SHAPES
 
@@ -119,6 +122,28 @@ class GateKind(Described):
         """Share of the routed experts' weights that one token uses."""
         return self.mean_choices / self.moe.experts
 
+    @property
+    def weighted(self) -> bool:
+        """Whether assignments have weights, which are sent to experts."""
+        return self.counted
+
+    @property
+    def learned(self) -> bool:
+        """Whether these weights have gradients."""
+        return any(True for _ in self.weights(1))
+
+    @property
+    def even_rows(self) -> bool:
+        """Whether all ranks send as many rows to each expert, which is known beforehand."""
+        return False
+
+    def assignments(self, tokens: int, ranks: int, seq_len: int) -> float:
+        """Assignments of `tokens` of one rank to routed experts, where as many `ranks` share a micro-batch.
+
+        On average, and before any is dropped.
+        """
+        return tokens * self.rows_per_token(seq_len) * self.mean_choices
+
     def rows_per_token(self, seq_len: int) -> float:
         """Rows per token of a sequence: a row is a token, unless experts get slots."""
         return 1.0
@@ -135,6 +160,20 @@ class GateKind(Described):
         """Its parameters: one linear map from tokens to candidates."""
         yield Weight("projection.weight", (Axis("candidate", self.candidates), Axis("hidden", hidden)))
 
+    def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
+        """Collectives of one forward pass in training over `tokens` of `sequences`, the whole micro-batch."""
+        yield from ()
+
+    @property
+    def step_statistics(self) -> int:
+        """Numbers that all ranks of a stage sum once after a step."""
+        return 0
+
+    @property
+    def first_statistics(self) -> int:
+        """Numbers that they sum before a step, too, after a forward pass over the global batch."""
+        return 0
+
     def check(self) -> list[Problem]:
         """Rules between its keys that are broken, beside those of all gates."""
         return []
@@ -142,6 +181,16 @@ class GateKind(Described):
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate of block `layer`, whose number makes random routing differ between layers."""
         raise NotImplementedError
+
+
+NUMBER, SCORE = 8, 4
+"""Bytes of a token's number, and of a score."""
+
+
+def gathered_scores(tokens: int, experts: int) -> Iterator[Exchange]:
+    """All tokens' scores, and the numbers that order them."""
+    yield Exchange("all_gather", SCORE * tokens * experts)
+    yield Exchange("all_gather", NUMBER * tokens)
 
 
 def describe(moe: MoEConfig) -> GateKind:

@@ -25,7 +25,7 @@ class Norm(Part):
 
     def weights(self) -> Iterator[Weight]:
         """A factor per feature."""
-        yield Weight("weight", (Axis("hidden", self.hidden),), "norm")
+        yield Weight("weight", (Axis("hidden", self.hidden),), "norm", on_stream=True)
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Embedding(Part):
 
     vocab: int
     hidden: int
+    reads = False
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
@@ -47,6 +48,7 @@ class Head(Part):
 
     vocab: int
     hidden: int
+    writes = False
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
@@ -59,6 +61,7 @@ class TiedHead(Part):
 
     vocab: int
     hidden: int
+    writes = False
 
     def weights(self) -> Iterator[Weight]:
         """None of its own."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesys.models.parts import gate
-from moesys.models.parts.axes import Axis, Kept, Weight
+from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 from moesys.models.parts.feed_forward import DenseFeedForward
 from moesys.models.parts.part import Part
 
@@ -21,6 +21,22 @@ MIX_OUTPUTS = {"add": 0, "gate": 1, "residual": 2, "cmr": 1}
 """Outputs of the linear map that mixes shared experts in, by `shared_mix`."""
 MIX_BRANCHES = {"add": 0, "gate": 1, "residual": 2, "cmr": 2}
 """Branches whose outputs a mix multiplies, and keeps, by `shared_mix`."""
+
+
+LOSSES = {
+    "balance": "balance_loss",
+    "sequence_balance": "sequence_balance_loss",
+    "global_balance": "global_balance_loss",
+    "z": "z_loss",
+    "importance": "importance_loss",
+    "load_loss": "load_loss",
+    "cmr": "cmr_coefficient",
+}
+"""The losses that layers report, and the keys of model.moe that hold their coefficients."""
+
+COUNTS = ("calls", "dropped", "zero")
+"""The counts that layers report beside losses and load: passes, dropped assignments, and those to zero-computation
+experts."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +96,8 @@ class MoEFeedForward(Part):
             yield Weight("fc2_lora_a", (expert, inner, rank))
             yield Weight("fc2_lora_b", (expert, rank, hidden), start=0.0)
             both = Axis("base_inner", parts.count * m.ffn_hidden)
-            yield Weight("base.fc1.weight", (both, hidden), frozen=True)
-            yield Weight("base.fc2.weight", (hidden, inner), frozen=True)
+            yield Weight("base.fc1.weight", (both, hidden), frozen=True, unit="base.fc1")
+            yield Weight("base.fc2.weight", (hidden, inner), frozen=True, unit="base.fc2")
             return
         yield Weight("fc1", (expert, hidden, parts, inner))
         yield Weight("fc2", (expert, inner, hidden))
@@ -101,6 +117,19 @@ class MoEFeedForward(Part):
     def flops(self, seq_len: int) -> float:
         """Those of the gate."""
         return self.gate.flops(self.hidden)
+
+    reads = writes = False
+
+    def apart(self) -> Iterator[Part]:
+        """Shared experts."""
+        if self.shared is not None:
+            yield self.shared
+
+    def exchanges(self, run: Any, tokens: int, sequences: int) -> Iterator[Exchange]:
+        """Those of the gate, and of the mix's loss."""
+        yield from self.gate.exchanges(tokens, sequences)
+        if self.m.shared_experts and self.m.shared_mix == "cmr" and self.m.cmr_coefficient:
+            yield Exchange("all_reduce", 4)  # of passes without gradients, too
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
         """The products of fc1 of each row; where rows travel, also what arrived; scores; shared experts."""

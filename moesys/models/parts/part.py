@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moesys.errors import Problem
-from moesys.models.parts.axes import Kept, Weight
+from moesys.models.parts.axes import Exchange, Kept, Weight
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 class Part:
-    """A part of a model: the answers to what sizes, plans, checks and builders ask."""
+    """A part of a model: the answers to what sizes, plans, checks and builders ask.
+
+    Attributes:
+        reads, writes: whether it takes its input from the stream, and adds its output to it. Tensor parallelism makes
+            an input whole for weights that it splits, and sums the outputs of these.
+    """
+
+    reads: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
+
+    def apart(self) -> Iterator[Part]:
+        """Parts inside of it that take slices of the sequence, as it does, instead of the stream."""
+        yield from ()
 
     def weights(self) -> Iterator[Weight]:
         """Its parameters in the order of the built module, by their names in it."""
@@ -33,6 +45,10 @@ class Part:
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
         """What it keeps for backward. `run`: the configuration; `shape`: a `moesys.parallel.cost.StepShape`."""
+        yield from ()
+
+    def exchanges(self, run: Any, tokens: int, sequences: int) -> Iterator[Exchange]:
+        """Collectives of one forward pass in training over `tokens` of `sequences`, the whole micro-batch."""
         yield from ()
 
     def check(self) -> list[Problem]:

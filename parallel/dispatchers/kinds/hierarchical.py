@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from math import prod
+from operator import mul
 from typing import TYPE_CHECKING
 
 from moesys.errors import Problem
 from moesys.parallel import nodes
-from moesys.parallel.dispatchers.kind import DispatcherKind, Transfer
+from moesys.parallel.dispatchers.kind import COUNT, ID, WEIGHT, Beside, DispatcherKind, Transfer, assignments
 
 if TYPE_CHECKING:
     from moesys.config.schema import Config, MoEConfig
@@ -44,6 +46,18 @@ class Hierarchical(DispatcherKind):
         for level, rows in levels.items():
             yield Transfer("all_to_all", "all_to_all", rows, level, inner=level == [*levels][-1])
 
+    def beside(self, shape: StepShape) -> Iterator[Beside]:
+        """On each level, counts of rows and of assignments for all levels that follow; ids and weights of these."""
+        moe, ways = shape.config.model.moe, _ways(shape)
+        assert moe is not None
+        back = "all_to_all_weights" if moe.router.weighted and moe.router.learned else ""
+        for number, level in enumerate(ways):
+            rest = list(accumulate([*ways.values()][number:], mul))
+            counts = sum(rest) + rest[-1]
+            yield Beside("all_to_all_counts", COUNT * self.dispatch.chunks * counts, chunked=False, level=level)
+            sent = assignments(shape)
+            yield Beside("all_to_all_weights", (ID + WEIGHT) * sent, True, back, WEIGHT * sent, level)
+
     def kept_rows(self, shape: StepShape) -> float:
         """A token once on each rank that holds any of its experts."""
         d, moe = shape.degrees, shape.config.model.moe
@@ -65,6 +79,15 @@ def _groups(config: Config, degrees: Degrees) -> list[list[int]]:
     # ep and etp are the last axes of the experts' mesh: a group is consecutive ranks.
     starts = range(0, degrees.world, size)
     return [nodes.planned(range(start, start + size), config.cluster) for start in starts]
+
+
+def _ways(shape: StepShape) -> dict[str, int]:
+    """Destinations of each level."""
+    size = shape.degrees.ep * shape.degrees.etp
+    members = nodes.members(nodes.planned(range(size), shape.config.cluster))
+    if len(members) == 1:
+        return {"intra": size}
+    return {"inter": size} if len(members) == size else {"inter": len(members), "intra": len(members[0])}
 
 
 def reached(shape: StepShape) -> dict[str, float]:

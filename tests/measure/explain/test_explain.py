@@ -1,4 +1,4 @@
-"""Attribution against steps drawn by hand, whose answer can be read off the drawing. Times in milliseconds."""
+"""Attribution of hand-drawn steps with known answers. Times are in milliseconds."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_a_late_rank_is_waited_for_until_it_begins() -> None:
     assert "rank 1" in e.sentence and "late" in e.sentence
 
 
-def test_what_is_hidden_is_only_told_where_computation_was_seen() -> None:
-    """Under way from 10 to 45 and needed at 40: nobody knows whether anything was computed meanwhile."""
+def test_hidden_time_needs_a_record_of_computation() -> None:
+    """It runs from 10 to 45 and is needed at 40. Nothing says what the rank computed in between."""
     one = step((100, [dispatch((10, 40, 45))]), (100, [dispatch((10, 30, 45))]))
     e = explain([one])
     assert e.total.exposed == pytest.approx(0.010)
@@ -82,7 +82,7 @@ def test_the_rank_with_more_rows_makes_the_wait_uneven() -> None:
 
 
 def test_imbalance_is_the_mean_over_steps_as_in_the_metrics() -> None:
-    """Expert 0 has all in one step and expert 1 in the next: together they are even, and each step is not."""
+    """Expert 0 has all tokens in one step, expert 1 in the next: their sum is even, each step is not."""
     ranks = [(50.0, [dispatch((0, 0, 10)), combine((20, 20, 25))])] * 2
     steps = [step(*ranks, load={"layers.2": load}) for load in ([8.0, 0.0], [0.0, 8.0])]
     assert explain(steps).layers[0].expert_imbalance == 2.0
@@ -131,7 +131,7 @@ def test_waiting_in_what_all_ranks_share_is_idle() -> None:
 
 
 def test_audited_waits_are_exact() -> None:
-    """Rank 0 came at 10, rank 1 at 29; they had met at 30, which itself took 1; bytes then took 4."""
+    """Rank 0 came at 10, rank 1 at 29. Their barrier ended at 30 and itself took 1; the bytes took 4."""
     e = explain(
         [step((50, [dispatch((10, 30, 34), met=0.030)]), (50, [dispatch((29, 30, 34), met=0.030)]), audit=True)]
     )
@@ -154,7 +154,7 @@ def test_bytes_between_and_inside_nodes() -> None:
 
 
 def test_a_gpu_trace_says_when_it_computed() -> None:
-    """Computing 0 to 40 of 100; all-to-all 30 to 60: 10 hidden, 20 exposed, 40 idle."""
+    """Compute 0 to 40 of 100, all-to-all 30 to 60: 10 hidden, 20 exposed, 40 idle."""
     one = step((100, [dispatch((30, 30, 60))]), (100, [dispatch((30, 30, 60))]))
     one = replace(one, ranks=tuple(replace(r, compute=((0.0, 0.04),)) for r in one.ranks))
     total = explain([one]).total
@@ -164,8 +164,8 @@ def test_a_gpu_trace_says_when_it_computed() -> None:
     assert total.hidden == pytest.approx(0.01)
 
 
-def test_ranks_that_were_not_seen_may_have_been_waited_for() -> None:
-    """A group of three of which two were seen: rank 4 waited 20 for rank 6, and nobody knows how long for rank 7."""
+def test_time_for_ranks_that_were_not_recorded_is_unattributed() -> None:
+    """Two of three ranks are recorded. Rank 4 waited 20 for rank 6, and an unknown time for rank 7."""
     group = {"ranks": (4, 6, 7), "sent": (1, 1, 1)}
     ranks = [(4, dispatch((10, 10, 60), **group)), (6, dispatch((30, 30, 60), **group))]
     e = explain([Step(1, tuple(RankStep(rank, "a", 0.0, 0.1, (t,)) for rank, t in ranks))])
@@ -189,7 +189,7 @@ def test_no_all_to_all_is_said() -> None:
 
 
 def test_chunks_of_one_pass_are_one_pass() -> None:
-    """The second chunk's rows set off before the first chunk's results are back; the next pass later."""
+    """The second chunk's rows leave before the first chunk's results return; those of the next pass leave later."""
     one = [dispatch((0, 2, 3)), dispatch((1, 5, 6)), combine((4, 8, 9)), combine((7, 9, 10))]
     found = passes([*one, dispatch((20, 21, 22)), combine((24, 25, 26))])
     assert [len(p) for p in found] == [4, 2]
@@ -227,7 +227,7 @@ TIMES = st.tuples(*[st.integers(-5, 105)] * 3).map(sorted)
     st.one_of(st.none(), st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), max_size=5)),
 )
 def test_the_parts_add_up_to_the_step(drawn: list, computed: list | None) -> None:
-    """Whatever overlaps with whatever, and even if something reaches beyond the step."""
+    """For any overlap, and for collectives that reach beyond the step."""
     ranks = [[collective("all_reduce", p, i, times[r]) for i, (*times, p) in enumerate(drawn)] for r in BOTH]
     one = step(*((100, collectives) for collectives in ranks))
     spans = None if computed is None else tuple((a / 1e3, b / 1e3) for a, b in computed)

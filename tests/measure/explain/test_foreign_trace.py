@@ -1,4 +1,4 @@
-"""Traces of torch's profiler: made by hand, whose intervals are known, and a real one. Times in microseconds."""
+"""Traces of torch's profiler: hand-made ones with known intervals, and a real one. Times are in microseconds."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def annotation(number: int, begin: float, end: float) -> dict:
 
 
 def write(path: Path, rank: int, events: list[dict], base: int | None = 10**9) -> Path:
-    told = {"traceEvents": events, "distributedInfo": {"backend": "nccl", "rank": rank, "world_size": 2}}
-    text = json.dumps(told | ({} if base is None else {"baseTimeNanoseconds": base})).encode()
+    content = {"traceEvents": events, "distributedInfo": {"backend": "nccl", "rank": rank, "world_size": 2}}
+    text = json.dumps(content | ({} if base is None else {"baseTimeNanoseconds": base})).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return path
 
 
 def test_one_gpu_trace_is_taken_apart_exactly(tmp_path: Path) -> None:
-    """Of 1000: compute 0–400 and 500–700; all-to-all 300–500; gradients 650–800; nothing after that."""
+    """1000 in all: compute 0–400 and 500–700, all-to-all 300–500, gradients 650–800, nothing after that."""
     events = [
         annotation(3, 0, 1000),
         kernel("gemm", 0, 400),
@@ -78,7 +78,7 @@ def test_one_gpu_trace_is_taken_apart_exactly(tmp_path: Path) -> None:
 
 
 def test_of_several_ranks_the_late_one_is_found(tmp_path: Path) -> None:
-    """Rank 1's clock began 50 µs later, and it came 300 µs late."""
+    """Rank 1's clock began 50 µs later, and rank 1 came 300 µs late."""
     first = [annotation(1, 0, 900), kernel("gemm", 0, 100), nccl("all_to_all", 100, 500)]
     second = [annotation(1, -50, 850), kernel("gemm", -50, 350), nccl("all_to_all", 350, 450)]
     paths = [write(tmp_path / "a.json.gz", 0, first), write(tmp_path / "b.json", 1, second, 10**9 + 50_000)]
@@ -144,7 +144,7 @@ def explained(*paths: Path, **more):
 
 
 def test_a_trace_without_marks_is_one_trace_and_not_one_step(tmp_path: Path) -> None:
-    """Five steps of 100 that nobody marked."""
+    """Five steps of 100 without marks."""
     events = [e for n in range(5) for e in (kernel("gemm", 100 * n, 100 * n + 80), nccl("all_to_all", *span(n)))]
     e = explained(write(tmp_path / "t.json", 0, events))
     assert (e.marked, e.unit) == (False, "trace")
@@ -183,9 +183,9 @@ SEND_RECV = [annotation(1, 0, 100), kernel("gemm", 0, 50), kernel("ncclDevKernel
 )
 def test_messages_without_metadata(tmp_path: Path, described: str, asked: str | None, purpose: str, said: str) -> None:
     path = write(tmp_path / "t.json", 0, SEND_RECV)
-    told = json.loads(path.read_text())
-    told["distributedInfo"]["pg_config"] = [{"pg_name": "1", "pg_desc": described, "pg_size": 2, "ranks": [0, 1]}]
-    path.write_text(json.dumps(told))
+    content = json.loads(path.read_text())
+    content["distributedInfo"]["pg_config"] = [{"pg_name": "1", "pg_desc": described, "pg_size": 2, "ranks": [0, 1]}]
+    path.write_text(json.dumps(content))
     traces = read([path], all_to_all=asked)
     assert [t.purpose for t in traces.steps[0].ranks[0].collectives] == [purpose]
     assert said in " ".join(traces.notes)
@@ -198,7 +198,7 @@ def test_a_pattern_that_is_none_is_said(tmp_path: Path) -> None:
 
 
 def test_kernels_that_the_user_names_are_all_to_all(tmp_path: Path) -> None:
-    """RCCL calls every kernel Generic; other libraries' kernels are not known at all."""
+    """RCCL calls every kernel Generic; kernels of other libraries are unknown."""
     events = [annotation(1, 0, 100), kernel("ncclDevKernel_Generic_1(x)", 0, 40), kernel("mori::EpDispatch", 50, 90)]
     path = write(tmp_path / "t.json", 0, events)
     traces = read([path])
@@ -219,14 +219,14 @@ def test_kernels_that_the_user_names_are_all_to_all(tmp_path: Path) -> None:
     ],
 )
 def test_groups_are_found_in_what_the_trace_says_of_them(tmp_path: Path, facts: dict, config: list | None) -> None:
-    """The list of ranks was cut short, or is not there: rank 1 came 300 late all the same."""
+    """The list of ranks is cut short, or missing. Rank 1 came 300 late in any case."""
     paths = []
     for rank, begin in ((0, 100), (1, 400)):
         events = [annotation(1, 0, 900), kernel("ncclDevKernel_AllToAll", begin, 500, **facts)]
         path = write(tmp_path / f"{rank}.json", rank, events)
-        told = json.loads(path.read_text())
-        told["distributedInfo"]["pg_config"] = config
-        path.write_text(json.dumps(told))
+        content = json.loads(path.read_text())
+        content["distributedInfo"]["pg_config"] = config
+        path.write_text(json.dumps(content))
         paths.append(path)
     e = explained(*paths)
     assert e.causes.late == pytest.approx(150e-6)
@@ -259,9 +259,9 @@ GOOD = [annotation(3, 0, 1000), kernel("gemm", 0, 400), nccl("all_to_all", 400, 
 
 
 def unusual() -> dict[str, bytes]:
-    """Files that other programs read: name and bytes."""
-    told = {"traceEvents": GOOD, "distributedInfo": {"rank": 0, "world_size": 1}, "baseTimeNanoseconds": 10**18}
-    text, events = json.dumps(told), json.dumps(GOOD)
+    """Unusual files that other programs read: name and bytes."""
+    content = {"traceEvents": GOOD, "distributedInfo": {"rank": 0, "world_size": 1}, "baseTimeNanoseconds": 10**18}
+    text, events = json.dumps(content), json.dumps(GOOD)
     odd = [{"ph": "X", "name": None, "cat": None, "ts": None, "args": None}, 7, None, {"ph": "M", "ts": "N/A"}]
     return {
         "a list without its end": (events[:-1] + ",\n").encode(),
@@ -271,7 +271,7 @@ def unusual() -> dict[str, bytes]:
         "control characters": text.replace("gemm", "ge\tm\x01\n").encode(),
         "numbers as text": re.sub(r'("ts"|"dur"): ([\d.]+)', r'\1: "\2"', text).encode(),
         "numbers that are none": text.replace('"rank": 0', '"rank": "N/A"').replace(": 1}", ": NaN}").encode(),
-        "events of other kinds": json.dumps({**told, "traceEvents": [*GOOD, *odd]}).encode(),
+        "events of other kinds": json.dumps({**content, "traceEvents": [*GOOD, *odd]}).encode(),
         "several members": gzip.compress(text[:300].encode()) + gzip.compress(text[300:].encode()),
     }
 
@@ -332,7 +332,7 @@ profiler.export_chrome_trace(sys.argv[1])
 
 
 def test_a_real_trace_of_this_machine(tmp_path: Path) -> None:
-    """A gloo group of one process: what torch writes today is read."""
+    """A gloo group of one process: today's torch writes a readable trace."""
     path = tmp_path / "trace.json"
     subprocess.run([sys.executable, "-c", REAL, str(path)], check=True, capture_output=True)
     steps = read([path]).steps

@@ -1,4 +1,4 @@
-"""The choice of the recorded steps of a run that are explained."""
+"""The selection of the recorded steps to explain."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_equal_ranks_with_another_layout_are_not_averaged() -> None:
     assert choice.note == "This is of tp 2, audited; 2 recorded steps with ep 2 and with tp 2 are left out."
 
 
-def test_records_that_do_not_name_their_layout_are_told_apart_by_ranks(tmp_path: Path) -> None:
-    """As written before layouts were: the same ranks are taken as the same layout."""
+def test_records_without_a_layout_differ_by_their_ranks(tmp_path: Path) -> None:
+    """Older records name no layout: the same ranks count as the same layout."""
     steps_file(tmp_path).parent.mkdir()
     old = [json.loads(step(n, ranks).to_json()) for n, ranks in ((1, 4), (2, 2), (3, 2))]
     lines = [json.dumps({k: v for k, v in value.items() if k not in ("layout", "marked")}) for value in old]

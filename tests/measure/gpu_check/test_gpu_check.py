@@ -1,4 +1,4 @@
-"""The check of a GPU, as far as a machine without one can run it; and what it makes of parts that fail."""
+"""The GPU check on a machine without a GPU, and its handling of parts that fail."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def dry_run(folder: Path) -> Command:
-    """The whole check without a GPU, by a Python that has torch alone; what it writes is in folder/out."""
+    """The whole check without a GPU, by a Python with torch alone. Its results are in folder/out."""
     (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
     words = ["-m", "moesys.measure.gpu_check", "--dry-run", "--patience=20", f"--out={folder / 'out'}"]
     return python(folder, words)

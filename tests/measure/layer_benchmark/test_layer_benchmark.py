@@ -1,4 +1,4 @@
-"""The benchmark of one layer: its sides compute the same, its figures mean what they say."""
+"""The benchmark of one layer: its sides compute the same, and its figures are right."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_weights_are_made_in_their_type_and_nowhere_else_before(made):
 
 
 class Greedy(torch.nn.Module):
-    """Finds no memory once a gradient is there."""
+    """Runs out of memory when there is a gradient."""
 
     def __init__(self) -> None:
         super().__init__()

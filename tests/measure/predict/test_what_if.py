@@ -1,4 +1,4 @@
-"""Predictions against sums done by hand, on links without latency."""
+"""Predictions compared with sums by hand, on links without latency."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_setting_itself_takes_what_was_recorded(predictor: Predictor) -> Non
 
 
 def test_links_twice_as_fast_halve_what_they_limit(predictor: Predictor) -> None:
-    """All-to-all by half. Gradients too: they cross nodes."""
+    """Half the time for all-to-all, and for gradients, which cross nodes."""
     fast = predictor.predict("fast", [], config(), faster=2)
     assert fast.exposed == pytest.approx(EXPOSED / 2)
     assert fast.step == pytest.approx(STEP - EXPOSED / 2 - DATA / 2)
@@ -102,14 +102,14 @@ def test_hierarchical_dispatch_saves_rows_between_nodes(predictor: Predictor) ->
 
 
 def test_a_capacity_drops_what_was_above_it(predictor: Predictor) -> None:
-    """The mean load is 32: four experts lose 8 of 40."""
+    """The mean load is 32: four experts lose 8 of 40 tokens."""
     moe = {"experts": 8, "top_k": 4, "ffn_hidden": 8, "capacity_factor": 1.0}
     found = predictor.predict("capacity", [], config(model={"moe": moe}))
     assert found.exposed == pytest.approx(EXPOSED * (256 - 32) / 256)
 
 
 def test_without_expert_parallelism_no_all_to_all_is_left(predictor: Predictor) -> None:
-    """Nor the exchange of counts, which takes as long however many rows there are."""
+    """The exchange of counts goes too. Its time does not depend on the number of rows."""
     counts = CollectiveSpan(
         "all_to_all_counts", "expert", (0, 1, 2, 3), 1, 0.7, 0.7, 0.75, 80, (20,) * 4, "layers.0", "dispatch"
     )
@@ -120,7 +120,7 @@ def test_without_expert_parallelism_no_all_to_all_is_left(predictor: Predictor) 
 
 
 def test_without_a_pipeline_its_bubble_goes() -> None:
-    """0.2 s of waiting for a neighbour and 0.1 s of its message."""
+    """0.2 s of waiting for a neighbour, and 0.1 s for its message."""
     piped = {"layers": 2}
     sent = CollectiveSpan("send", "pipeline", (0, 2), 0, 0.3, 0.3, 0.3, 8)
     received = CollectiveSpan("recv", "pipeline", (0, 2), 0, 0.1, 0.1, 0.4, 8)
@@ -165,7 +165,7 @@ def test_links_without_a_bandwidth_predict_nothing() -> None:
 
 
 def test_loads_that_are_damaged_are_left_out(predictor: Predictor) -> None:
-    """A layer without tokens, and one of fewer experts than the last."""
+    """One layer has no tokens, one has fewer experts than the last."""
     odd = [Step(n, recorded_step().ranks, {"layers.0": load}) for n, load in enumerate(([0.0] * 8, [3.0, 1.0]))]
     found = Predictor(config(), VOCABULARY, [*odd, recorded_step()], PROFILE)
     assert found.loads == predictor.loads

@@ -1,6 +1,6 @@
-"""What the computing stream of a GPU waited for, on a GPU that only keeps time: streams, events, and NCCL as in torch.
+"""Waits of a GPU's computing stream, on a simulated GPU: streams, events, and NCCL as in torch.
 
-No GPU is needed. Every stream has a time up to which it is busy; an event takes it, a wait moves it.
+No GPU is needed. Every stream has a time until which it is busy; an event copies it, a wait moves it.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class Marker:
 
 
 class Work(dist.Work):
-    """Waited for by a stream, not by the host."""
+    """A stream waits for it, not the host."""
 
     done = 0.0
 
 
 class Gpu:
-    """Streams, of which one is current, and NCCL, which works on its own; what takes how long is told beforehand."""
+    """Streams, one of them current, and NCCL, which works on its own. All durations are given."""
 
     def __init__(self) -> None:
         self.compute, self.nccl = Stream(0), Stream(100)
@@ -121,12 +121,12 @@ def tensor() -> torch.Tensor:
 
 
 def seconds(event: CollectiveRecord) -> tuple[float, float, float]:
-    """When it began, was needed, and was there."""
+    """The times of its begin, of its need, and of its result."""
     return event.begin.at, event.waited.at, event.end.at  # type: ignore[union-attr]
 
 
 def gather(gpu: Gpu, stream: Stream, duration: float) -> Marker:
-    """As FSDP2 gathers weights: on a stream of its own, which waits; an event says when they are there."""
+    """FSDP2's gathering of weights: a stream of its own waits, and an event says when they are there."""
     gpu.seconds = duration
     with gpu.on(stream):
         dist.all_reduce(tensor())  # which, as FSDP's all-gather, waits inside if it is not asynchronous
@@ -178,7 +178,7 @@ def test_an_event_stands_for_what_was_before_it(gpu: Gpu) -> None:
 
 
 def test_messages_that_are_started_together_are_seen(gpu: Gpu) -> None:
-    """torch's `batch_isend_irecv` on NCCL: one object waits for all of them."""
+    """torch's `batch_isend_irecv` on NCCL: one object waits for all messages."""
     gpu.seconds = 4.0
     with record_torch_collectives(), comm.record() as events:
         ops = [dist.P2POp(dist.isend, tensor(), 1), dist.P2POp(dist.irecv, tensor(), 1)]
@@ -194,7 +194,7 @@ def test_messages_that_are_started_together_are_seen(gpu: Gpu) -> None:
 
 
 def test_what_ends_in_the_order_of_its_stream_has_nobody_to_wait(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL gives nothing to wait for where a collective is not asynchronous: its stream goes on after it."""
+    """NCCL returns no Work for a synchronous collective: its stream goes on after it."""
 
     def at_once(*_: Any, **__: Any) -> None:
         gpu.current.time += 3.0
@@ -219,7 +219,7 @@ PROGRAMS = st.lists(
 def test_exposed_seconds_are_those_in_which_the_computing_stream_stood(
     gpu: Gpu, program: list[tuple[str, int, int]]
 ) -> None:
-    """Whatever is gathered where and waited for by whom: no second more, and none less."""
+    """For any gathers and any waiting streams: exactly the seconds in which the computing stream stood still."""
     gpu.__init__()  # type: ignore[misc]
     streams = [Stream(i + 1) for i in range(3)]
     stood = 0.0

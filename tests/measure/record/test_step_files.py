@@ -1,4 +1,4 @@
-"""What ranks keep of recorded steps, what rank 0 gets of them, and how both grow."""
+"""Records of ranks, summaries on rank 0, and how both grow."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_is_cut_short_or_damaged_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_removes_what_it_records_again(tmp_path: Path) -> None:
-    """Also of ranks that it does not have any more; other ranks' files are theirs."""
+    """Files of ranks that no longer exist, too; other ranks cut their own files."""
     for rank in (0, 1, 7):
         for number in (1, 2, 3):
             append(rank_file(tmp_path, rank), number, rank_step(rank), "", False)
@@ -77,7 +77,7 @@ def test_a_resumed_run_removes_what_it_records_again(tmp_path: Path) -> None:
     assert [s.number for s in read_steps(tmp_path) if 1 in s.members] == [1]
 
 
-def test_of_many_ranks_a_sample_keeps_its_travels() -> None:
+def test_a_sample_of_many_ranks_keeps_its_collectives() -> None:
     assert sample(DETAILED) == list(range(DETAILED))
     for world in (65, 100, 128, 1024, 16384):
         ranks = sample(world)
@@ -86,7 +86,7 @@ def test_of_many_ranks_a_sample_keeps_its_travels() -> None:
     assert {rank % 8 for rank in sample(1024)} == set(range(8))  # every place of a node
 
 
-def test_the_report_says_whose_travels_are_kept(tmp_path: Path) -> None:
+def test_the_report_names_the_ranks_that_keep_their_collectives(tmp_path: Path) -> None:
     found = measured(SimulatedRun(128, 2, 3, 8), tmp_path, pictures=False)
     e = explain(summaries(tmp_path))
     assert len(e.by_rank) == len(e.waited_for) == 128
@@ -100,7 +100,7 @@ def test_the_report_says_whose_travels_are_kept(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], tuple[SimulationResult, int]]:
-    """Of ranks and layers: what rank 0 was given and wrote, and the most that it held beside its own collectives."""
+    """By ranks and layers: the result of a simulation, and the most memory beside the own collectives."""
     found = {}
     for world, layers in ((96, 3), (384, 3), (96, 12), (384, 12)):
         folder = tmp_path_factory.mktemp("scale")
@@ -111,8 +111,8 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], tup
     return found
 
 
-def test_what_rank_0_reads_does_not_grow_with_ranks_times_travels(costs: dict) -> None:
-    """Four times the ranks: a row more for each, whatever travelled; all their records would be far more."""
+def test_bytes_to_rank_0_do_not_grow_with_ranks_times_collectives(costs: dict) -> None:
+    """Four times the ranks cost one more row for each; all their records would be far more."""
     more, steps = 384 - 96, 2
     rows = more * steps * (len(COLUMNS) + 2) * 8
     for layers in (3, 12):
@@ -125,7 +125,7 @@ def test_what_rank_0_reads_does_not_grow_with_ranks_times_travels(costs: dict) -
     assert by_layers[1] < by_layers[0] + 12 * 2 * 384 / 16 * 100
 
 
-def test_what_rank_0_holds_and_writes_does_not_grow_with_ranks_times_travels(costs: dict) -> None:
+def test_memory_and_files_of_rank_0_do_not_grow_with_ranks_times_collectives(costs: dict) -> None:
     def grown(layers: int, of: int) -> int:
         few, many = costs[96, layers], costs[384, layers]
         return many[1] - few[1] if of else many[0].written - few[0].written

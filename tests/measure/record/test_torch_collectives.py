@@ -1,4 +1,4 @@
-"""Bytes of collectives as nccl-tests counts them, and what each serves, of four ranks of which this is one.
+"""Bytes of collectives as nccl-tests counts them, and their purposes, on one of four ranks.
 
 The backend "fake" takes every call and moves nothing.
 """
@@ -110,7 +110,7 @@ def test_every_collective_of_comm_is_among_them() -> None:
 
 
 class Group:
-    """As much of a process group as sizes are told by."""
+    """The part of a process group that sizes depend on."""
 
     def size(self) -> int:
         return N
@@ -141,8 +141,8 @@ def test_bytes_of_methods(method: str, arguments: tuple[Any, ...], size: int, se
     assert sizes(Group(), *arguments) == (size, sent)
 
 
-def test_every_functional_collective_is_watched() -> None:
-    """Those that torch's own functions call; what they call of messages nothing here does."""
+def test_every_functional_collective_is_recorded() -> None:
+    """All operators that torch's own functions call, except those for messages."""
     called = set(re.findall(r"torch\.ops\._c10d_functional\.(\w+)", inspect.getsource(functional)))
     assert called - set(OPERATORS) <= {"wait_tensor", "isend", "irecv", "batch_p2p_ops"}
 
@@ -185,20 +185,20 @@ def test_an_axis_that_spans_the_world_keeps_its_purpose(world: dist.ProcessGroup
     wide = [n for _, g in mesh.groups() if g.size() == N for n in [g.group_name] if n in groups]
     assert {purpose for n in wide for purpose in groups[n]} == set(served)
 
-    def told(tag: Tag = UNTAGGED, kind: str = "all_reduce", by: str = "", group: str = wide[0]) -> str:
+    def purpose_found(tag: Tag = UNTAGGED, kind: str = "all_reduce", by: str = "", group: str = wide[0]) -> str:
         return purpose_of(CollectiveRecord(kind, 1, 0.0, 0.0, 0.0, tag, group, by=by), groups)
 
     for group in wide:
-        assert told(STEP, group=group) == "step"
-        assert told(Tag("flat", "layers.0", "dispatch"), "all_to_all", group=group) == "expert"
-        assert told(CONTEXT.for_backward(), "reduce_scatter", group=group) == "context"
-        assert told(GRADIENTS, group=group) == ("pipeline" if served == ("pipeline",) else "data")
-        assert told(by="data", group=group) == "data"
-        assert told(by="tensor", group=group) == "tensor"
-        assert told(by="step", group=group) == "step"
-        assert told(kind="send", group=group) == "pipeline"
+        assert purpose_found(STEP, group=group) == "step"
+        assert purpose_found(Tag("flat", "layers.0", "dispatch"), "all_to_all", group=group) == "expert"
+        assert purpose_found(CONTEXT.for_backward(), "reduce_scatter", group=group) == "context"
+        assert purpose_found(GRADIENTS, group=group) == ("pipeline" if served == ("pipeline",) else "data")
+        assert purpose_found(by="data", group=group) == "data"
+        assert purpose_found(by="tensor", group=group) == "tensor"
+        assert purpose_found(by="step", group=group) == "step"
+        assert purpose_found(kind="send", group=group) == "pipeline"
     # Where nobody says it: not data, which always says so, if the group serves something else as well.
-    assert told() == next(p for p in watch_order() if p in groups[wide[0]])
+    assert purpose_found() == next(p for p in watch_order() if p in groups[wide[0]])
 
 
 def watch_order() -> tuple[str, ...]:
@@ -220,7 +220,7 @@ def test_what_the_trainer_itself_shares_is_the_steps(world: dist.ProcessGroup) -
     assert trainer["call"](lambda: fsdp["call"](starter)) == "data"  # the innermost one
 
 
-def test_nothing_is_watched_outside(world: dist.ProcessGroup) -> None:
+def test_nothing_is_replaced_outside(world: dist.ProcessGroup) -> None:
     before = dist.ProcessGroup.allreduce, dist.Work.wait, torch.ops._c10d_functional.all_reduce
     with record_torch_collectives():
         assert dist.ProcessGroup.allreduce is not before[0]

@@ -1,4 +1,4 @@
-"""The report of a run: its figures, and how a browser shows it."""
+"""The report of a run: its figures, and its look in a browser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYERS = ("layers.0", "layers.1")
 
 
 def step(number: int, slow: float, hosts: Sequence[str]) -> Step:
-    """Two ranks of 100 ms, of which rank 1 comes to each dispatch so many ms after rank 0."""
+    """Two ranks of 100 ms. Rank 1 comes to each dispatch so many ms after rank 0."""
     ranks = []
     for rank in (0, 1):
         collectives = []
@@ -97,7 +97,7 @@ def run(tmp_path: Path) -> Path:
 
 
 class Balanced(HTMLParser):
-    """Fails on a tag that is closed in the wrong place."""
+    """Fails if a tag is closed in the wrong place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,17 +116,17 @@ class Balanced(HTMLParser):
 
 def test_the_figures_are_the_same_everywhere(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["report", str(run), "--json", str(tmp_path / "x.json"), "--perfetto", str(tmp_path / "p.json")]) == 0
-    told = json.loads((tmp_path / "x.json").read_text())
+    content = json.loads((tmp_path / "x.json").read_text())
     # In both layers rank 0 waits 20 ms, and everyone's bytes move for 5 + 2 ms.
-    assert told["exposed_share"] == pytest.approx((40 + 4 * 7) / 2 / 100)
-    assert told["wait_share"] == pytest.approx(40 / (40 + 4 * 7))
-    assert told["total"]["exposed"] == pytest.approx(0.034)
-    phases = {(phase["layer"], phase["part"]): phase for phase in told["phases"]}
+    assert content["exposed_share"] == pytest.approx((40 + 4 * 7) / 2 / 100)
+    assert content["wait_share"] == pytest.approx(40 / (40 + 4 * 7))
+    assert content["total"]["exposed"] == pytest.approx(0.034)
+    phases = {(phase["layer"], phase["part"]): phase for phase in content["phases"]}
     assert phases["layers.1", "dispatch"]["causes"]["late"] == pytest.approx(0.010)
     assert phases["layers.0", "combine"]["bytes_intra"] == 900 + 1100
-    assert told["bytes"] == [[0, 2 * (1200 + 1100)], [2 * (800 + 900), 0]]
+    assert content["bytes"] == [[0, 2 * (1200 + 1100)], [2 * (800 + 900), 0]]
     text = (run / "report.html").read_text()
-    assert told["sentence"] in text
+    assert content["sentence"] in text
     assert "rank 1, which arrives late" in text
     assert "<td>34.00</td><td>34.0%</td>" in text
     assert "34.0%" in capsys.readouterr().out
@@ -171,17 +171,17 @@ def test_two_runs_are_compared(run: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_a_run_that_went_on_with_other_ranks_is_reported(run: Path, tmp_path: Path, capsys) -> None:
-    """Ten steps of four ranks came before: everything is of the two ranks that recorded last, and says so."""
+    """Ten steps of four ranks came before. The report covers the two ranks that recorded last, and says so."""
     steps = steps_file(run).read_text()
     rows = CollectiveSpan("all_to_all", "expert", (0, 1, 2, 3), 0, 0.1, 0.1, 0.9, 4, (1,) * 4, "layers.0", "dispatch")
     four = [Step(n, tuple(RankStep(r, "a", 0.0, 1.0, (rows,)) for r in range(4))) for n in range(10)]
     steps_file(run).write_text("".join(s.to_json() + "\n" for s in four) + steps)
     perfetto = tmp_path / "p.json"
     assert main(["report", str(run), "--json", str(tmp_path / "x.json"), "--perfetto", str(perfetto)]) == 0
-    told = json.loads((tmp_path / "x.json").read_text())
-    assert (told["steps"], told["ranks"]) == ([10, 20, 30], [0, 1])
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert (content["steps"], content["ranks"]) == ([10, 20, 30], [0, 1])
     note = "This is of 2 ranks; 10 recorded steps with 4 ranks are left out."
-    assert told["sentence"].endswith(note)
+    assert content["sentence"].endswith(note)
     assert note in (run / "report.html").read_text()
     assert {e["pid"] for e in json.loads(perfetto.read_text())["traceEvents"]} == {0, 1}
 
@@ -260,22 +260,22 @@ def test_a_browser_shows_it_without_errors(run: Path, width: int, dark: bool) ->
     done = subprocess.run([str(BROWSER), *words, frame.as_uri()], capture_output=True, text=True, timeout=600)
     found = re.search(r'data-told="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
-    told = json.loads(found.group(1).replace("&quot;", '"'))
-    assert told["problems"] == []
-    assert told["window"] == width
-    assert told["page"] <= width
-    assert told["sentence"] > 20
-    assert len(told["pictures"]) >= 8
-    assert min(height for height, _ in told["pictures"]) > 50
-    assert max(right for _, right in told["pictures"]) <= width
-    assert told["cut"] == 0
-    assert told["drawn"] == told["ink"]
-    bright = [sum(map(int, re.findall(r"\d+", told[key])[:3])) for key in ("paper", "ink")]
+    content = json.loads(found.group(1).replace("&quot;", '"'))
+    assert content["problems"] == []
+    assert content["window"] == width
+    assert content["page"] <= width
+    assert content["sentence"] > 20
+    assert len(content["pictures"]) >= 8
+    assert min(height for height, _ in content["pictures"]) > 50
+    assert max(right for _, right in content["pictures"]) <= width
+    assert content["cut"] == 0
+    assert content["drawn"] == content["ink"]
+    bright = [sum(map(int, re.findall(r"\d+", content[key])[:3])) for key in ("paper", "ink")]
     assert (bright[0] < bright[1]) == dark
 
 
 def describe(folder: Path, tokenizer: str, bytes_per_token: float) -> None:
-    """Give a run the configuration, summary and record of launches that `moesys launch` would."""
+    """Give a run the configuration, summary and launch record of `moesys launch`."""
     (folder / "config.yaml").write_text(f"name: {folder.name}\ndata: {{tokenizer: {tokenizer}}}\n")
     facts = {"heldout_loss": 2.0, "heldout_bytes_per_token": bytes_per_token, "parameters": 1000, "profile": None}
     (folder / "summary.json").write_text(json.dumps(facts))
@@ -296,14 +296,14 @@ def test_the_page_says_what_was_never_tried_on_a_gpu(run: Path) -> None:
 def test_the_page_says_how_the_run_was_made(run: Path) -> None:
     describe(run, "bytes", 1.0)
     text = report.write(run).read_text()
-    for told in (
+    for content in (
         "moesys launch x.yaml",
         "2026-01-02",
         "torch 2.13.0",
         "pp 2 × dp 2; experts: ep 2",
         "tokenizer: bytes",
     ):
-        assert told in text
+        assert content in text
     assert "None" not in text
     assert "dropped" not in text
 
@@ -335,12 +335,12 @@ def test_a_run_has_one_colour_in_every_chart(run: Path, tmp_path: Path) -> None:
     assert set(SERIES[:2]) <= drawn
 
 
-def test_runs_of_one_name_in_two_places_are_both_told(tmp_path: Path, capsys) -> None:
-    """Their names have brackets, which are no style."""
+def test_two_runs_of_one_name_are_both_reported(tmp_path: Path, capsys) -> None:
+    """Their names have brackets, which are no markup."""
     a, b = (write_run(tmp_path / place / "[red]run", slow) for place, slow in (("old", 20), ("new", 5)))
-    out, told = tmp_path / "both.html", tmp_path / "both.json"
-    assert main(["report", str(a), str(b), "--out", str(out), "--json", str(told)]) == 0
-    shares = {name: found["exposed_share"] for name, found in json.loads(told.read_text()).items()}
+    out, content = tmp_path / "both.html", tmp_path / "both.json"
+    assert main(["report", str(a), str(b), "--out", str(out), "--json", str(content)]) == 0
+    shares = {name: found["exposed_share"] for name, found in json.loads(content.read_text()).items()}
     assert shares == {"old/[red]run": pytest.approx(0.34), "new/[red]run": pytest.approx(0.19)}
     assert "old/[red]run" in capsys.readouterr().out
 
@@ -360,6 +360,6 @@ def test_secrets_are_not_part_of_a_noted_command() -> None:
 
 
 def test_bits_per_byte_follow_their_definition() -> None:
-    """A uniform guess among 256 bytes costs 8 bits for each, whatever a token is."""
+    """A uniform guess among 256 bytes costs 8 bits for each byte, with any tokenizer."""
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8)
     assert bits_per_byte(4 * math.log(256), 4.0) == pytest.approx(8)

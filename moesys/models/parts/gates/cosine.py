@@ -43,7 +43,7 @@ class Cosine(TokenChoice):
         """Down to the low dimension, one direction per candidate, and the temperature."""
         low = Axis("low", self.dim)
         yield Weight("projection.down", (low, Axis("hidden", hidden)))
-        yield Weight("projection.weight", (Axis("candidate", self.candidates), low))
+        yield Weight("projection.weight", (Axis("candidate", self.candidates), low), normalized=True)
         yield Weight("projection.log_temperature", (Axis("one", 1),), "temperature", start=START)
 
     def check(self) -> list[Problem]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moesys.config.section import Section
-from moesys.models.parts.gate import BALANCE, CAPACITY, WEIGHTS, ZERO, GateKind
+from moesys.models.parts.axes import Exchange
+from moesys.models.parts.gate import BALANCE, CAPACITY, WEIGHTS, ZERO, GateKind, gathered_scores
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate
+
+
+BINS = 128
+"""Bins of the histogram of an expert's scores, from which its threshold is read."""
 
 
 class ExpertChoiceKeys(Section):
@@ -29,6 +35,7 @@ for comparison, unless `causal`"
     )
     aliases = ("ec",)
     keys = ExpertChoiceKeys
+    for_megatron = True
     ignores = CAPACITY | BALANCE | ZERO | WEIGHTS
     even = True
 
@@ -36,6 +43,16 @@ for comparison, unless `causal`"
     def mean_choices(self) -> float:
         """Experts take as many tokens as a capacity has room for."""
         return (self.moe.capacity_factor or 1.0) * super().mean_choices
+
+    def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
+        """All tokens' scores, from which experts choose, unless they have thresholds."""
+        if not self.moe.gate.causal:
+            yield from gathered_scores(tokens, self.moe.experts)
+
+    @property
+    def step_statistics(self) -> int:
+        """The histograms of scores that thresholds follow."""
+        return BINS * self.moe.experts if self.moe.gate.causal else 0
 
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate."""

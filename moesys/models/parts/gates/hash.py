@@ -16,7 +16,7 @@ class HashKeys(ForceKeys):
     """Keys of hash layers."""
 
     table: Literal["random", "balanced"] = "random"
-    """hash: ids to experts at random, or such that each expert has as many of the training data's tokens."""
+    """hash: the experts of an id. random: drawn. balanced: each expert has as many of the training data's tokens."""
 
 
 class Hash(GateKind):

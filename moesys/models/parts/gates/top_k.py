@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Weight
-from moesys.models.parts.gate import BiasKeys, ChoiceKeys, GateKind
+from moesys.models.parts.axes import Axis, Exchange, Weight
+from moesys.models.parts.gate import NUMBER, SCORE, BiasKeys, ChoiceKeys, GateKind
 from moesys.words import divisors
 
 if TYPE_CHECKING:
@@ -32,6 +33,47 @@ class TokenChoice(GateKind):
         yield Weight("projection.weight", (candidate, Axis("hidden", hidden)))
         if self.moe.gate.bias:
             yield Weight("projection.bias", (candidate,), "bias")
+
+    @property
+    def even_rows(self) -> bool:
+        """Whether experts are filled up to their capacity."""
+        return self.moe.capacity_factor is not None and self.moe.pad_to_capacity
+
+    def assignments(self, tokens: int, ranks: int, seq_len: int) -> float:
+        """Each token's choices, or as many for each expert as it takes of the whole micro-batch."""
+        m = self.moe
+        if not self.even_rows or m.capacity_factor is None or m.zero_computation:
+            return super().assignments(tokens, ranks, seq_len)
+        taken = ceil(m.capacity_factor * tokens * ranks * m.top_k / m.experts * (1 - 1e-12))
+        return m.experts * min(max(taken, m.min_capacity), tokens)
+
+    def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
+        """What orders assignments where capacity is limited, and the loads that losses are computed from."""
+        m, assigned = self.moe, tokens * self.moe.top_k
+        if m.capacity_factor is not None:
+            by = {"weight": (SCORE,), "position": (), "choice": (NUMBER,), "priority": (SCORE, NUMBER)}[m.drop]
+            for width in (NUMBER, *by, NUMBER):
+                yield Exchange("all_gather", width * assigned)
+        of_load = SCORE * self.candidates
+        if m.global_balance_loss:
+            yield Exchange("all_reduce", NUMBER * self.candidates, losses=True, over_data=True)
+        if m.balance_loss:
+            yield Exchange("all_reduce", of_load, losses=True)
+        if m.sequence_balance_loss:
+            yield Exchange("all_reduce", of_load * sequences, losses=True)
+        for coefficient in (m.importance_loss, m.load_loss):
+            if coefficient:
+                yield Exchange("all_reduce", of_load, losses=True)
+
+    @property
+    def step_statistics(self) -> int:
+        """Loads for the bias and for the global loss."""
+        return self.candidates * (bool(self.moe.bias_rate) + bool(self.moe.global_balance_loss))
+
+    @property
+    def first_statistics(self) -> int:
+        """The same, where the global loss needs its load before."""
+        return self.step_statistics if self.moe.global_balance_loss else 0
 
     def check(self) -> list[Problem]:
         """What k, weights and groups must be."""
