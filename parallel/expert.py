@@ -92,7 +92,7 @@ def _micro_batches(shape: StepShape) -> list[Collective]:
 
 def _steps(shape: StepShape) -> list[Collective]:
     """What gates are told of the global batch, after a step and before it, in one sum for all layers of a rank."""
-    moe, d = shape.config.model.moe, shape.degrees
+    moe = shape.config.model.moe
     if moe is None or not shape.leads:
         return []
     layers = sum(shape.config.model.is_moe(layer) for stage in shape.stages for layer in stage.layers)

@@ -7,12 +7,13 @@ own buffers, and takes routing as balanced.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 from moesys.config.schema import Config
-from moesys.models.parts.axes import SPLIT_BY
-from moesys.models.parts.model import block
+from moesys.models.parts.axes import SPLIT_BY, Kept
+from moesys.models.parts.part import Part
 from moesys.parallel.cost import StepShape
 from moesys.parallel.pipeline import MULTI
 
@@ -107,24 +108,64 @@ def _stage(shape: StepShape) -> float:
     tokens = shape.sequence_tokens / d.cp
     if config.train.recompute == "full":
         return tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * shape.layers
-    return sum(layer_bytes(config, layer, tokens, shape) for layer in shape.stage.layers)
+    found = sum(part_bytes(placed.part, tokens, shape) for placed in shape.blocks)
+    return found + (_narrowed(shape, False) if config.train.recompute == "none" else 0.0)
 
 
-def layer_bytes(config: Config, layer: int, tokens: float, shape: StepShape) -> float:
-    """Bytes that a block keeps for backward of `tokens` tokens of this context rank."""
-    m, tp, sp = config.model, shape.degrees.tp, config.parallel.sp
+def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:
+    """Bytes that a part keeps for backward of `tokens` tokens of this context rank."""
+    config, tp = shape.config, shape.degrees.tp
     selective = config.train.recompute == "selective"
-    ways = {"stream": tp if sp else 1, "tokens": tp}
-    # A norm keeps its input alone, on the sequence's shards also what it scaled.
-    streams = 3 if tp > 1 and sp else 2
-    elements = (streams + (1 if selective else streams)) * m.hidden / ways["stream"]
-    both = block(m, layer)
-    for kept in (*both.mixer.kept(config, shape), *both.ffn.kept(config, shape)):
-        if kept.selective or not selective:
-            elements += kept.elements / ways.get(kept.axis, tp if SPLIT_BY.get(kept.axis) == "tp" else 1)
-    return tokens * elements * shape.width
+    ways = {"stream": tp if config.parallel.sp else 1, "tokens": tp}
+    total = 0.0
+    for kept in (*part.kept(config, shape), *_input(part, shape)):
+        if kept.selective if selective else kept.plain:
+            split = ways.get(kept.axis, tp if SPLIT_BY.get(kept.axis) == "tp" else 1)
+            total += kept.elements * (kept.width or shape.width) / split
+    return tokens * total
+
+
+def _input(part: Part, shape: StepShape) -> Iterator[Kept]:
+    """The input of split weights, whole on every tensor rank; selective recomputation keeps their result instead."""
+    hidden = shape.config.model.hidden
+    if part.reads and part.writes and any(weight.split_by("tp") is not None for weight in part.weights()):
+        yield Kept(hidden, "whole", selective=False)
+        yield Kept(hidden, "whole", plain=False)
+        if shape.degrees.tp > 1 and shape.config.parallel.sp:  # what was gathered, and its part of the sum
+            yield Kept(hidden, "whole", plain=False)
+            yield Kept(hidden, "stream", plain=False)
+
+
+def _narrowed(shape: StepShape, edge: bool) -> float:
+    """Bytes of copies of weights in the type of the run, which products with split weights keep, unless FSDP casts."""
+    d = shape.degrees
+    if shape.width == 4:
+        return 0.0
+    head = "embed.weight" if shape.config.model.tie_embeddings else "head.weight"
+    split = d.tp > 1 and d.dp_shard == 1
+    own = [
+        w
+        for w in shape.weights()
+        if (w.narrowed and shape.data_shards(w, d) == 1)
+        or (split and w.kind == "matrix" and not (w.routed or w.router or w.frozen))
+    ]
+    return shape.width * sum(shape.local(w) for w in own if (w.name == head if edge else w.layer is not None))
 
 
 def _head(shape: StepShape) -> float:
-    """Logits of one micro-batch, which become their gradient (`moesys.parallel.loss`)."""
-    return shape.width * shape.sequence_tokens / shape.degrees.cp * shape.vocab_size / shape.degrees.tp
+    """What a micro-batch keeps at the end: inputs of norm and head, and logits, which become their gradient."""
+    tokens = shape.sequence_tokens / shape.degrees.cp
+    logits = shape.width * tokens * (shape.config.model.hidden + shape.vocab_size / shape.degrees.tp)
+    whole = replace(shape, config=_without_recomputation(shape.config))
+    return (
+        logits
+        + sum(
+            part_bytes(placed.part, tokens, whole) for placed in shape.edges if placed.part.writes and placed.part.reads
+        )
+        + _narrowed(shape, True)
+    )
+
+
+def _without_recomputation(config: Config) -> Config:
+    """The run as it computes what lies beside blocks."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"recompute": "none"})})

@@ -132,7 +132,7 @@ def shards(weight: Weight, degrees: Degrees) -> int:
 
 
 def cost(shape: StepShape) -> list[Collective]:
-    """The stream sent on, and its gradient sent back, by every stage for every micro-batch; gradients of a tied weight."""
+    """The stream sent on and its gradient sent back, for every micro-batch; the gradients of a tied embedding."""
     if shape.degrees.pp == 1:
         return []
     d, p, stage, n = shape.degrees, shape.config.parallel, shape.stage, shape.micro_batches

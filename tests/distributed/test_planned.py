@@ -13,13 +13,46 @@ import pytest
 import torch.distributed as dist
 from batches import forget, join, start
 from cases import DROPPING, FULL, LATENT, NORMED, PLAIN, Case
+from kept import kept
 from planned import differences
 from ran import Ran, observe
 from support import changed
 from test_equality import selected
 
 from moesys.config import Config
+from moesys.data.corpus import vocab_size
 from moesys.parallel import dimension
+from moesys.parallel.degrees import resolve
+from moesys.parallel.dimension import step_shape
+from moesys.parallel.memory import activations
+
+LAYOUTS = {
+    "tp": {"tp": 2},
+    "tp without sp": {"tp": 2, "sp": False},
+    "cp": {"cp": 2},
+    "shards": {"dp_shard": "full"},
+    "ep": {"ep": 2},
+    "tp ep": {"tp": 2, "ep": 2},
+}
+MODELS: dict[str, dict] = {
+    "dense": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2}},
+    "moe": {
+        "attention": {"heads": 4, "kv_heads": 4},
+        "moe": {"experts": 4, "ffn_hidden": 128, "shared_experts": 1, "gate": {"kind": "top_k", "force": "balanced"}},
+    },
+    "latent": {"ffn_hidden": 512, "attention": {**LATENT["attention"], "q_lora_rank": 64, "kv_lora_rank": 64}},
+    "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
+}
+KEPT = [
+    (model, layout, dtype, recompute)
+    for model in MODELS
+    for layout in LAYOUTS
+    for dtype in ("float32", "bfloat16")
+    for recompute in ("none", "full")
+    if (model == "moe" or (layout in ("tp", "tp without sp", "cp") and recompute == "none"))
+    and not (recompute == "full" and dtype == "float32")
+]
+"""What autograd keeps is asked of these; what selective recomputation keeps it does not say."""
 
 BALANCED = {"moe": {"gate": {"kind": "top_k", "force": "balanced"}}}
 CASES = [
@@ -72,6 +105,8 @@ def _work(rank: int, world: int, configs: dict[str, Config], folder: Path) -> No
     for name, config in configs.items():
         mesh = engine_of(config).connect(config)
         trainer = Trainer(config, mesh, open_corpus(config))
+        if mesh.degrees.pp > 1:
+            trainer.train_step()  # in the first one, stages agree on shapes
         ran = observe(trainer)
         if ran is not None:
             (folder / f"{name}.json").write_text(json.dumps(asdict(ran)))
@@ -84,3 +119,50 @@ def _work(rank: int, world: int, configs: dict[str, Config], folder: Path) -> No
 def test_moves_what_the_plan_says(found, small, case):
     lines = differences(configuration(small, case), found[case.name])
     assert not lines, "\n".join([f"{case.name} did not move what the dry run says:", *lines])
+
+
+def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str) -> Config:
+    raw = changed(
+        small,
+        {"model": {"hidden": 256, "layers": 2}, "parallel": LAYOUTS[layout], "cluster": {"ranks_per_node": 2}},
+        {"train": {"seq_len": 128, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "recompute": recompute}},
+    )
+    raw["model"] = {**raw["model"], "moe": None, **MODELS[model]}
+    config = Config.model_validate(raw)
+    assert (problems := dimension.check(config)) == [], problems
+    return config
+
+
+@pytest.fixture(scope="module")
+def remains(small, tmp_path_factory) -> list[dict[str, int]]:
+    """What rank 0 keeps of one micro-batch of each of `KEPT`, by type and shape."""
+    folder = tmp_path_factory.mktemp("kept")
+    start(_keep, 2, [kept_by(small, *names) for names in KEPT], folder)
+    return json.loads((folder / "kept.json").read_text())
+
+
+def _keep(rank: int, world: int, configs: list[Config], folder: Path) -> None:
+    from moesys.data.corpus import open_corpus
+    from moesys.train.engine import engine_of
+    from moesys.train.loop import Trainer
+
+    join(rank, world, folder)
+    found = []
+    for config in configs:
+        mesh = engine_of(config).connect(config)
+        trainer = Trainer(config, mesh, open_corpus(config))
+        found.append(kept(trainer))
+        del mesh, trainer
+        forget()
+    if rank == 0:
+        (folder / "kept.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("names", KEPT, ids=" ".join)
+def test_keeps_what_the_estimate_says(remains, small, names):
+    config, sizes = kept_by(small, *names), remains[KEPT.index(names)]
+    degrees, _ = resolve(config)
+    estimate, measured = activations(step_shape(config, degrees, vocab_size(config), 0)), sum(sizes.values())
+    largest = "\n".join(f"    {size:10} bytes of {name}" for name, size in sorted(sizes.items(), key=lambda x: -x[1]))
+    assert estimate == pytest.approx(measured, rel=0.1), f"estimated {estimate:.0f}, kept {measured}:\n{largest}"

@@ -75,17 +75,18 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_activations_are_what_autograd_keeps(model):
+def test_activations_are_what_autograd_keeps(model, dtype):
     sequence, batch, vocabulary = 128, 2, 320
     config = Config.model_validate(
         {
             "model": {"hidden": 256, "layers": 4, **model},
-            "train": {"seq_len": sequence, "micro_batch": batch, "global_batch": batch},
+            "train": {"seq_len": sequence, "micro_batch": batch, "global_batch": batch, "dtype": dtype},
             "cluster": {"device": "cpu"},
         }
     )
-    built = Decoder(config.model, vocabulary)
+    built = Decoder(config.model, vocabulary, getattr(torch, dtype))
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
@@ -98,7 +99,7 @@ def test_activations_are_what_autograd_keeps(model):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         logits = built(torch.randint(0, vocabulary, (batch, sequence)))
-        loss = TokenLoss(batch * sequence)(logits, torch.zeros(batch, sequence, dtype=torch.int64))
+    loss = TokenLoss(batch * sequence)(logits, torch.zeros(batch, sequence, dtype=torch.int64))
     # The loss keeps the logits, as their gradient.
     measured = sum(x.untyped_storage().nbytes() for x in kept.values()) + logits.nbytes
     degrees, _ = resolve(config)

@@ -14,9 +14,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 SPLIT_BY = {
     **dict.fromkeys(("heads", "kv_heads", "inner", "vocab"), "tp"),
@@ -72,6 +73,7 @@ class Weight:
         frozen: it is never trained.
         on_stream: it works on the stream as it lies between blocks (its norms).
         normalized: it is used divided by the norms of its rows, whose gradients tensor ranks sum in every pass.
+        narrowed: backward keeps its copy in the type of the run.
         unit: FSDP gathers it apart from the rest of its block, together with the weights of the same unit.
         looked_up: rows are taken from it, and it is not multiplied with (embeddings).
     """
@@ -86,6 +88,7 @@ class Weight:
     looked_up: bool = False
     on_stream: bool = False
     normalized: bool = False
+    narrowed: bool = False
     unit: str = ""
 
     def within(self, prefix: str, layer: int | None = None) -> Weight:
@@ -126,13 +129,29 @@ class Kept:
     Attributes:
         elements: of one token, before any split.
         axis: the axis that they lie along: one of the axes above; "stream": as the stream between blocks; "tokens":
-            of the rank's own tokens of an MoE layer, which tp always splits along the sequence.
+            of the rank's own tokens of an MoE layer, which tp always splits along the sequence; others are whole.
         selective: selective recomputation keeps them, too.
+        plain: without recomputation they are kept.
+        width: bytes of each; None: as the type of the run.
     """
 
     elements: float
     axis: str
     selective: bool = True
+    plain: bool = True
+    width: int | None = None
+
+
+def kept_by_norm(size: int, axis: str, split: bool, run: Any) -> Iterator[Kept]:
+    """What a norm of `size` features keeps: its input; on tensors `split` over tensor ranks, each step in float32."""
+    if not split:
+        yield Kept(size, axis)
+    elif run.train.dtype == "bfloat16":
+        yield Kept(3 * size, axis, selective=False, width=4)
+        yield Kept(size, axis, plain=False)
+    else:
+        yield Kept(size, axis)
+        yield Kept(size, axis, selective=False)
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,25 @@ def seen(seq_len: int, window: int | None = None) -> float:
     return w - w * w / (2 * seq_len)
 
 
-def kept_by_attention(heads: int, keys: int, query: int, value: int, run: Any) -> Iterator[Kept]:
+def kept_by_attention(
+    heads: int, keys: int, query: int, value: int, run: Any, cp: int = 1, window: int | None = None
+) -> Iterator[Kept]:
     """What scaled-dot-product attention keeps: queries, keys, values and its result.
 
-    Flash attention alone takes grouped heads: on CPU, and in float32, each query head gets its copy of a key.
+    Flash attention alone takes grouped heads: on CPU, and in float32, each query head gets its copy of a key. Over `cp`
+    context ranks a rank has the keys of the sequence up to each of its two chunks, and joins the results of both. A
+    window's keys are kept twice. The CPU has no fused kernel for two sizes of heads: scores are kept, in float32.
     """
-    repeated = run.cluster.device == "cpu" or run.train.dtype == "float32"
-    yield Kept(heads * (query + value) + (heads if repeated else keys) * (query + value), "heads")
+    cpu, seq = run.cluster.device == "cpu", run.train.seq_len
+    repeated = heads != keys and (cpu or run.train.dtype == "float32")
+    windowed = window is not None and window < seq
+    copies = 2.0 if windowed else cp + 0.5 if cp > 1 and repeated else float(cp)
+    scored = cpu and query != value and not windowed
+    width = 4 if scored else None
+    yield Kept(heads * query, "heads", width=width)
+    yield Kept(heads * value, "heads")
+    yield Kept(copies * (heads if repeated else keys) * (query + value), "heads", width=width)
+    if scored:
+        yield Kept(heads * seq * (1.0 if cp == 1 else 0.5 + 0.25 / cp), "heads", width=4)
+    if cp > 1:
+        yield Kept(heads * value, "heads", selective=False)

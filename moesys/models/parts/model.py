@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesys.config.registry import MIXERS, kinds
-from moesys.models.parts.axes import Axis, Weight
+from moesys.models.parts.axes import Axis, Kept, Weight, kept_by_norm
 from moesys.models.parts.feed_forward import DenseFeedForward
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.moe import MoEFeedForward
@@ -26,6 +26,10 @@ class Norm(Part):
     def weights(self) -> Iterator[Weight]:
         """A factor per feature."""
         yield Weight("weight", (Axis("hidden", self.hidden),), "norm", on_stream=True)
+
+    def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
+        """Its input."""
+        yield from kept_by_norm(self.hidden, "stream", shape.degrees.tp > 1 and run.parallel.sp, run)
 
 
 @dataclass(frozen=True)

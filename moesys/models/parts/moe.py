@@ -92,10 +92,10 @@ class MoEFeedForward(Part):
         if m.lora_rank is not None:
             # The factors without an inner size are whole on each etp rank, so that none is split (`check`).
             rank, inner = Axis("rank", m.lora_rank), Axis("base_inner", m.ffn_hidden)
-            yield Weight("fc1_lora_a", (expert, hidden, parts, rank))
-            yield Weight("fc1_lora_b", (expert, parts, rank, inner), start=0.0)
-            yield Weight("fc2_lora_a", (expert, inner, rank))
-            yield Weight("fc2_lora_b", (expert, rank, hidden), start=0.0)
+            yield Weight("fc1_lora_a", (expert, hidden, parts, rank), narrowed=True)
+            yield Weight("fc1_lora_b", (expert, parts, rank, inner), start=0.0, narrowed=True)
+            yield Weight("fc2_lora_a", (expert, inner, rank), narrowed=True)
+            yield Weight("fc2_lora_b", (expert, rank, hidden), start=0.0, narrowed=True)
             both = Axis("base_inner", parts.count * m.ffn_hidden)
             yield Weight("base.fc1.weight", (both, hidden), frozen=True, unit="base.fc1")
             yield Weight("base.fc2.weight", (hidden, inner), frozen=True, unit="base.fc2")
@@ -142,11 +142,15 @@ class MoEFeedForward(Part):
             row += self.hidden + m.ffn_hidden + (parts + 1) * m.lora_rank
         rows = gate.mean_choices * row + shape.arrived_rows * self.hidden
         rows *= gate.rows_per_token(run.train.seq_len)
-        yield Kept(rows + 4 * m.experts, "tokens")
+        yield Kept(rows, "tokens")
+        yield Kept(4 * m.experts, "tokens", width=4)
+        yield Kept(self.hidden, "tokens")  # the tokens
         if self.shared is not None:
             # The outputs of the branches that a mix has factors for.
             yield Kept(MIX_BRANCHES[m.shared_mix] * self.hidden, "tokens")
             yield from self.shared.kept(run, shape)
+            if shape.degrees.tp > 1:
+                yield Kept(self.hidden, "whole")  # the tokens of all slices
 
     def check(self) -> list[Problem]:
         """Rules of the gate, its losses, capacity and experts that are broken."""

@@ -92,8 +92,12 @@ class GroupedQuery(Mixer):
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
         """Attention's inputs and result; the projection's input is that result."""
-        yield from kept_by_attention(self.a.heads, self.kv_heads, self.head_dim, self.head_dim, run)
-        yield Kept(self.a.heads * self.head_dim, "heads", selective=False)
+        a, d, cp = self.a, self.head_dim, shape.degrees.cp
+        yield from kept_by_attention(a.heads, self.kv_heads, d, d, run, cp, a.window)
+        if a.qk_norm == "head":
+            yield Kept((a.heads + self.kv_heads) * d, "heads", selective=False)
+        if a.qk_norm == "full":
+            yield Kept((a.heads + self.kv_heads) * d, "heads")
 
     def gathered(self) -> Iterator[Axis]:
         """Keys and values."""

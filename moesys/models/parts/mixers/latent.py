@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesys.config.section import Dim
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Kept, Weight
+from moesys.models.parts.axes import Axis, Kept, Weight, kept_by_norm
 from moesys.models.parts.mixer import Mixer, kept_by_attention, seen
 from moesys.models.parts.mixers.grouped_query import HeadsKeys
 
@@ -75,8 +75,13 @@ class Latent(Mixer):
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
         """Attention's inputs and result; the projection's input is that result."""
         a = self.a
-        yield from kept_by_attention(a.heads, a.heads, self.query_dim, a.v_head_dim, run)
-        yield Kept(a.heads * (self.model.hidden // a.heads), "heads", selective=False)
+        yield from kept_by_attention(a.heads, a.heads, self.query_dim, a.v_head_dim, run, shape.degrees.cp)
+        split = shape.degrees.tp > 1
+        yield Kept(a.qk_rope_head_dim, "latent")
+        for size in (a.q_lora_rank, a.kv_lora_rank):
+            if size is not None:
+                yield from kept_by_norm(size, "latent", split, run)
+                yield Kept(size, "latent", selective=False)  # what is expanded
 
     def gathered(self) -> Iterator[Axis]:
         """Keys and values of every head."""
