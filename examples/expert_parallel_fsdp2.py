@@ -70,6 +70,7 @@ def main() -> None:
         dist.all_reduce(loss.detach(), dist.ReduceOp.SUM)
         if rank == 0 and step % 10 == 0:
             print(f"step {step}  loss {loss.item() / world:.4f}  gradient norm {norm.item():.3f}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

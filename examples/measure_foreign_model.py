@@ -56,8 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     dist.init_process_group("gloo")
     torch.manual_seed(dist.get_rank())
-    layers = OrderedDict(embed=nn.Linear(HIDDEN, HIDDEN), first=SwitchLayer(), second=SwitchLayer())
-    model = nn.Sequential(layers)
+    model = nn.Sequential(OrderedDict(embed=nn.Linear(HIDDEN, HIDDEN), first=SwitchLayer(), second=SwitchLayer()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     recorder = moesys.CommunicationRecorder(model)
     for _ in range(parser.parse_args().steps):
@@ -72,6 +71,7 @@ def main() -> None:
             way = "backward" if phase.backward else "forward"
             waiting, moving = phase.causes.waiting * 1e3, phase.causes.transfer * 1e3
             print(f"{phase.layer:<7} {phase.part:<8} {way:<8} {waiting:6.2f} ms waiting  {moving:6.2f} ms moving bytes")
+    dist.barrier()
     dist.destroy_process_group()
 
 

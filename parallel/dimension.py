@@ -12,10 +12,11 @@ from typing import Protocol, cast
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
+from moesys.models.parts import pattern_rules
 from moesys.models.parts.axes import Weight
 from moesys.models.parts.model import mixers
-from moesys.models.parts.moe import COUNTS, LOSSES
-from moesys.parallel import context, data, engine_check, expert, freeze, pattern_check, pipeline, tensor
+from moesys.models.parts.moe import COUNTS, LOSSES, MoEFeedForward
+from moesys.parallel import context, data, engine_check, expert, freeze, pipeline, tensor
 from moesys.parallel.cost import Collective, StepShape, merged
 from moesys.parallel.degrees import DENSE_AXES, Degrees, resolve
 from moesys.parallel.dispatchers.plan import kept_rows
@@ -68,10 +69,12 @@ def _layout(config: Config, degrees: Degrees) -> list[Problem]:
 
 def _model(config: Config) -> list[Problem]:
     m = config.model
-    problems = pattern_check.check(m)
+    problems = pattern_rules.check(m)
     if problems:
         return problems
     problems += [problem for mixer in mixers(m) for problem in (*mixer.unused(), *mixer.check())]
+    if m.moe is not None:
+        problems += MoEFeedForward(m.moe, m.hidden, 0).check()
     if m.ffn_hidden is None and len(m.moe_blocks) < m.depth:
         rule = "is needed: some layers are dense"
         problems.append(Problem("model.ffn_hidden", rule, "set it, or make every layer MoE"))

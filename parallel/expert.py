@@ -8,10 +8,9 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from moesys.config.schema import Config
+from moesys.config.schema import Config, MoEConfig
 from moesys.errors import Problem
 from moesys.models.parts.axes import Weight
-from moesys.parallel import experts_check, gates_check
 from moesys.parallel.cost import Collective, StepShape
 from moesys.parallel.degrees import Degrees
 from moesys.parallel.dispatchers import plan
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
-    """Rules of expert parallelism, of gates and of experts that `config` breaks."""
+    """Rules of expert parallelism and of dispatch that `config` breaks."""
     moe, problems = config.model.moe, []
     if moe is None:
         return [
@@ -31,7 +30,7 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
             for key in ("ep", "etp")
             if getattr(degrees, key) > 1
         ]
-    problems += gates_check.check(moe) + gates_check.spread(moe, degrees)
+    problems += _gate(moe, degrees)
     if moe.experts % degrees.ep:
         rule = f"ep({degrees.ep}) must divide model.moe.experts({moe.experts})"
         problems.append(Problem("parallel.ep", rule, f"one of {divisors(moe.experts)}"))
@@ -44,7 +43,22 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
     if moe.first_dense >= config.model.depth:
         rule = f"must be less than model.layers({config.model.depth}), or no layer is MoE"
         problems.append(Problem("model.moe.first_dense", rule))
-    return problems + experts_check.check(config, degrees) + plan.check(config, degrees)
+    if moe.lora_rank is not None and degrees.etp > 1:
+        rule = (
+            f"etp({degrees.etp}) cannot split LoRA experts (lora_rank {moe.lora_rank}): half of their factors have no"
+            " inner size to split, and their gradients would have to be summed over etp"
+        )
+        problems.append(Problem("parallel.etp", rule, "set etp: 1"))
+    return problems + plan.check(config, degrees)
+
+
+def _gate(moe: MoEConfig, degrees: Degrees) -> list[Problem]:
+    """Dimensions that split what the gate needs whole: sequences, or all experts' weights."""
+    return [
+        Problem(f"parallel.{axis}", f"gate {moe.gate.kind} {reason}, which {axis}({size}) splits", f"set {axis}: 1")
+        for axis, reason in moe.router.whole.items()
+        if (size := getattr(degrees, axis)) > 1
+    ]
 
 
 def shards(weight: Weight, degrees: Degrees) -> int:

@@ -19,7 +19,7 @@ from moesys.megatron import settings
 from moesys.megatron.fields import unknown
 from moesys.megatron.refusal import Refusal
 from moesys.megatron.unsupported import unsupported
-from moesys.parallel import gates_check
+from moesys.models.parts import gate_rules
 
 GATES = ("top_k", *(kind for kind, described in kinds(registry.GATES).items() if described.for_megatron))
 """Gates that need neither token ids nor token numbers, and keep no state between steps."""
@@ -104,7 +104,7 @@ def from_transformer_config(config: Any, gate: str = "top_k") -> MoEConfig:
         shared_ffn_hidden=config.moe_shared_expert_intermediate_size,
         shared_mix="gate" if config.moe_shared_expert_gate else "add",
     )
-    if gate != "top_k" and (problems := gates_check.check(moe)):
+    if gate != "top_k" and (problems := gate_rules.check(moe)):
         raise Refusal(problems)
     return moe
 

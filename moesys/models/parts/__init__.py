@@ -7,4 +7,6 @@ gates/        kinds of gates, one file each
 feed_forward  dense feed-forwards, and shared experts
 moe           MoE layers: gate, experts, mix
 model         a whole model as a list of parts
+
+`gate_rules`, `expert_rules` and `pattern_rules` hold the rules between keys of the model alone.
 """

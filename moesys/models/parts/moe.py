@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moesys.models.parts import gate
+from moesys.errors import Problem
+from moesys.models.parts import expert_rules, gate, gate_rules
 from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 from moesys.models.parts.feed_forward import DenseFeedForward
 from moesys.models.parts.part import Part
@@ -150,6 +151,10 @@ class MoEFeedForward(Part):
             yield from self.shared.kept(run, shape)
             if shape.degrees.tp > 1:
                 yield Kept(self.hidden, "whole")  # the tokens of all slices
+
+    def check(self) -> list[Problem]:
+        """Rules of the gate, its losses, capacity and experts that are broken."""
+        return gate_rules.check(self.m) + expert_rules.check(self.m, self.hidden)
 
     def build(self) -> nn.Module:
         """The module."""

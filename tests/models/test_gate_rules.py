@@ -6,9 +6,9 @@ import pytest
 
 from moesys.config.registry import GATES, kinds
 from moesys.config.schema import MoEConfig
+from moesys.models.parts.gate_rules import check
 from moesys.models.parts.gates.cosine import START as described_start
 from moesys.moe.gates import cosine
-from moesys.parallel.gates_check import check
 
 MISTAKES = {
     "a key of another kind": ({"gate": {"groups": 2, "kind": "prototype"}}, "groups", "cosine, top_k do"),

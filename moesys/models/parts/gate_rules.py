@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from moesys.config.schema import GateConfig, MoEConfig
+from typing import TYPE_CHECKING
+
 from moesys.errors import Problem
 from moesys.models.parts.gate import unused
-from moesys.parallel.degrees import Degrees
+
+if TYPE_CHECKING:
+    from moesys.config.schema import MoEConfig
 
 
 def check(moe: MoEConfig) -> list[Problem]:
@@ -13,18 +16,9 @@ def check(moe: MoEConfig) -> list[Problem]:
     return [*unused(moe), *_choices(moe), *_losses(moe), *_capacity(moe), *_zero(moe)]
 
 
-def spread(moe: MoEConfig, degrees: Degrees) -> list[Problem]:
-    """What gates that need whole sequences, or all experts' weights, cannot be combined with."""
-    return [
-        Problem(f"parallel.{axis}", f"gate {moe.gate.kind} {reason}, which {axis}({size}) splits", f"set {axis}: 1")
-        for axis, reason in moe.router.whole.items()
-        if (size := getattr(degrees, axis)) > 1
-    ]
-
-
 def _choices(moe: MoEConfig) -> list[Problem]:
     gate, router, problems = moe.gate, moe.router, []
-    if gate.force != "skewed" and gate.skew != GateConfig.model_fields["skew"].default:
+    if gate.force != "skewed" and gate.skew != type(gate).model_fields["skew"].default:
         problems.append(Problem("model.moe.gate.skew", f"force {gate.force} does not use it", "set force: skewed"))
     if gate.seed and not router.seeded and gate.force != "skewed":
         rule = f"nothing is random by the token's number or id with gate {gate.kind} and force {gate.force}"
@@ -67,7 +61,7 @@ def _zero(moe: MoEConfig) -> list[Problem]:
     problems = []
     if not moe.zero_computation:
         for key in ("zero_variant", "zero_tau"):
-            if getattr(moe, key) != MoEConfig.model_fields[key].default:
+            if getattr(moe, key) != type(moe).model_fields[key].default:
                 rule = "needs zero_experts, copy_experts or constant_experts"
                 problems.append(Problem(f"model.moe.{key}", rule, "remove it, or add some"))
     elif moe.zero_variant == "adamoe":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from moesys.config.schema import Config, MoEConfig
+from typing import TYPE_CHECKING
+
 from moesys.errors import Problem
-from moesys.parallel.degrees import Degrees
+
+if TYPE_CHECKING:
+    from moesys.config.schema import MoEConfig
 
 
-def check(config: Config, degrees: Degrees) -> list[Problem]:
-    """Every rule between them that a configuration with MoE layers breaks."""
-    moe = config.model.moe
-    return [] if moe is None else _shared(moe) + _lora(moe, config.model.hidden, degrees)
+def check(moe: MoEConfig, hidden: int) -> list[Problem]:
+    """Every rule between them that `moe` breaks, in a stream of size `hidden`."""
+    return _shared(moe) + _lora(moe, hidden)
 
 
 def _shared(moe: MoEConfig) -> list[Problem]:
@@ -23,13 +25,13 @@ def _shared(moe: MoEConfig) -> list[Problem]:
         problems.append(Problem("model.moe.shared_ffn_hidden", rule, "set shared_experts, or remove it"))
     for key in ("cmr_budget", "cmr_loss"):
         value = getattr(moe, key)
-        if moe.shared_mix != "cmr" and value != MoEConfig.model_fields[key].default:
+        if moe.shared_mix != "cmr" and value != type(moe).model_fields[key].default:
             rule = f"({value}) belongs to shared_mix: cmr, and shared_mix is {moe.shared_mix}"
             problems.append(Problem(f"model.moe.{key}", rule, "set shared_mix: cmr, or remove it"))
     return problems
 
 
-def _lora(moe: MoEConfig, hidden: int, degrees: Degrees) -> list[Problem]:
+def _lora(moe: MoEConfig, hidden: int) -> list[Problem]:
     problems = []
     if moe.lora_rank is None:
         if moe.lora_alpha is not None:
@@ -46,10 +48,4 @@ def _lora(moe: MoEConfig, hidden: int, degrees: Degrees) -> list[Problem]:
     if "ep" in moe.router.whole:
         rule = f"{moe.gate.kind} mixes whole experts: a mixture of changes of rank {moe.lora_rank} has a higher rank"
         problems.append(Problem("model.moe.lora_rank", rule, "remove it, or choose another gate"))
-    if degrees.etp > 1:
-        rule = (
-            f"etp({degrees.etp}) cannot split LoRA experts (lora_rank {moe.lora_rank}): half of their factors have no"
-            " inner size to split, and their gradients would have to be summed over etp"
-        )
-        problems.append(Problem("parallel.etp", rule, "set etp: 1"))
     return problems
