@@ -105,8 +105,8 @@ def test_a_gather_and_a_wait_too_many_are_found(small, tmp_path):
     text = str(failure.value)
     assert f"and the budget is {budget['all_gather over dp_shard']}" in text
     assert "tests/distributed/sabotage.py: 1, and the budget is none" in text
-    (line,) = differences(configuration(small, case), ran[case.name])
-    assert "all_gather  over 1 × [0, 1, 2, 3]: 9 calls" in line and "and 7 calls" in line
+    lines = differences(configuration(small, case), ran[case.name])
+    assert any(line.strip().startswith("all_gather ") and "and 7 calls" in line for line in lines), lines
 
 
 def test_the_matrix_covers_every_pair_of_dimensions():
