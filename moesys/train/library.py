@@ -11,6 +11,7 @@ from moesys import shipped
 from moesys.config.schema import Config
 from moesys.config.values import config_of
 from moesys.errors import ConfigError
+from moesys.models.parts.moe import MoEFeedForward
 from moesys.parallel import expert
 from moesys.parallel.degrees import Degrees
 from moesys.train.validate import load_checked
@@ -51,9 +52,10 @@ def build_moe_layer(hidden: int, *, layer: int = 0, **keys: Any) -> MoELayer:
         ConfigError: an unknown key, an illegal value, or keys that do not go together.
     """
     config = config_of({"model": {"hidden": hidden, "layers": layer + 1, "moe": keys}})
-    if problems := expert.check(config, Degrees()):
-        raise ConfigError(problems)
     assert config.model.moe is not None
+    rules = MoEFeedForward(config.model.moe, hidden, layer).check()
+    if problems := rules + expert.check(config, Degrees()):
+        raise ConfigError(problems)
     from moesys.models.moe import build_moe
 
     return build_moe(config.model.moe, hidden, layer)

@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from all_gates import traces
+from planned import Table, counted, planned
 from ran import Ran
 from support import changed
 
@@ -108,13 +109,20 @@ def ran() -> dict[str, Ran]:
 
 
 @pytest.fixture(scope="module")
-def found(small, tmp_path_factory, ran) -> dict[str, verify.Trace]:
+def configs(small, tmp_path_factory) -> dict[str, Config]:
+    """Every legal pair's configuration."""
+    folder = tmp_path_factory.mktemp("routing")
+    record(folder, tokens=100)
+    made = {f"{gate} {layout}": config(small, gate, layout, folder) for gate, layout in PAIRS}
+    for c in made.values():
+        assert dimension.check(c) == []
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(configs, tmp_path_factory, ran) -> dict[str, verify.Trace]:
     """Every legal pair's trace, and for each gate and size of micro-batch that of one process."""
     folder = tmp_path_factory.mktemp("gates")
-    record(folder / "routing", tokens=100)
-    configs = {f"{gate} {layout}": config(small, gate, layout, folder / "routing") for gate, layout in PAIRS}
-    for c in configs.values():
-        assert dimension.check(c) == []
     alone = {f"{gate} {LIKE[layout]}": verify.reference(configs[f"{gate} {layout}"]) for gate, layout in PAIRS}
     expected = traces(alone, 1, STEPS, folder / "alone")
     return traces(configs, WORLD, STEPS, folder / "together", ran) | {
@@ -134,6 +142,20 @@ def test_equals_one_process(found, gate, layout):
 def test_does_what_its_budget_says(found, ran, gate, layout, budgets):
     # Collectives are those of the layout; what differs from gate to gate is what the host must know.
     budgets.check(f"gate {gate}, {layout}", replace(ran[f"{gate} {layout}"], collectives={}))
+
+
+def calls(table: Table) -> dict:
+    """Calls of each kind over each group, by pipeline rank."""
+    found = {key: {rank: n for rank, n in moved.calls.items() if n} for key, moved in table.items()}
+    return {key: by_rank for key, by_rank in found.items() if by_rank}
+
+
+@pytest.mark.parametrize(("gate", "layout"), PAIRS)
+def test_makes_the_collectives_that_are_planned(found, ran, configs, gate, layout):
+    """Kinds, groups and calls; the sizes are those of float64 here, and of the routing."""
+    name = f"{gate} {layout}"
+    plan, count = calls(planned(configs[name])), calls(counted(configs[name], ran[name]))
+    assert plan == count
 
 
 @pytest.mark.parametrize(("gate", "layout"), ILLEGAL)

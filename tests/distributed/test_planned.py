@@ -6,16 +6,13 @@ Routing is balanced by force: then exactly as many rows travel as planned.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-from batches import forget, join, start
+from batches import start
 from cases import DROPPING, FULL, LATENT, NORMED, PLAIN, Case
-from kept import kept
 from planned import differences
-from ran import Ran, observe
+from planned_ranks import kept_of_each, observed
+from ran import Ran
 from support import changed
 from test_equality import selected
 
@@ -91,28 +88,9 @@ def found(request, small, tmp_path_factory) -> dict[str, Ran]:
         configs = {case.name: configuration(small, case) for case in cases if case.world == world}
         place = folder / str(world)
         place.mkdir()
-        start(_work, world, configs, place)
+        start(observed, world, configs, place)
         ran |= {name: Ran(**json.loads((place / f"{name}.json").read_text())) for name in configs}
     return ran
-
-
-def _work(rank: int, world: int, configs: dict[str, Config], folder: Path) -> None:
-    from moesys.data.corpus import open_corpus
-    from moesys.train.engine import engine_of
-    from moesys.train.loop import Trainer
-
-    join(rank, world, folder)
-    for name, config in configs.items():
-        mesh = engine_of(config).connect(config)
-        trainer = Trainer(config, mesh, open_corpus(config))
-        if mesh.degrees.pp > 1:
-            trainer.train_step()  # in the first one, stages agree on shapes
-        ran = observe(trainer)
-        if ran is not None:
-            (folder / f"{name}.json").write_text(json.dumps(asdict(ran)))
-        del mesh, trainer
-        forget()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -137,26 +115,8 @@ def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str) ->
 def remains(small, tmp_path_factory) -> list[dict[str, int]]:
     """What rank 0 keeps of one micro-batch of each of `KEPT`, by type and shape."""
     folder = tmp_path_factory.mktemp("kept")
-    start(_keep, 2, [kept_by(small, *names) for names in KEPT], folder)
+    start(kept_of_each, 2, [kept_by(small, *names) for names in KEPT], folder)
     return json.loads((folder / "kept.json").read_text())
-
-
-def _keep(rank: int, world: int, configs: list[Config], folder: Path) -> None:
-    from moesys.data.corpus import open_corpus
-    from moesys.train.engine import engine_of
-    from moesys.train.loop import Trainer
-
-    join(rank, world, folder)
-    found = []
-    for config in configs:
-        mesh = engine_of(config).connect(config)
-        trainer = Trainer(config, mesh, open_corpus(config))
-        found.append(kept(trainer))
-        del mesh, trainer
-        forget()
-    if rank == 0:
-        (folder / "kept.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("names", KEPT, ids=" ".join)

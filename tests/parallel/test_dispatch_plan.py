@@ -118,6 +118,6 @@ def test_where_a_rank_runs(small, monkeypatch):
 
 
 def test_an_unknown_dispatcher_is_one_message():
-    said = r"no dispatcher 'ring'\n    remedy: choose one of all_gather, all_to_all, hierarchical"
+    said = r"parallel.dispatch.kind is 'ring': must be one of all_gather, all_to_all, hierarchical"
     with pytest.raises(MoesysError, match=said):
-        dispatchers(None, "ring", torch.device("cpu"))  # type: ignore[arg-type]  # before anything asks the group
+        dispatchers(None, torch.device("cpu"), kind="ring")  # type: ignore[arg-type]  # before anything asks the group

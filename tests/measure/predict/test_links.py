@@ -72,9 +72,9 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         f"lines: {{all_to_all intra: {line.replace('ALPHA', '-1')}}}".encode(): "alpha is -1",
         f"lines: {{x: {line.replace('ALPHA', '.nan')}}}".encode(): "alpha is nan",
     }
-    for content, content in damaged.items():
+    for content, said in damaged.items():
         path.write_bytes(content)
-        with pytest.raises(ProfileError, match=rf"(?s){content}.*remedy: write one: moesys bench a2a"):
+        with pytest.raises(ProfileError, match=rf"(?s){said}.*remedy: write one: moesys bench a2a"):
             Profile.load(path)
     with pytest.raises(ProfileError, match="No such file"):
         Profile.load(tmp_path / "absent.yaml")
