@@ -42,6 +42,11 @@ class Soft(GateKind):
         """Slots are made of every token: all experts compute for each."""
         return 1.0
 
+    @property
+    def even_rows(self) -> bool:
+        """Each expert has as many slots."""
+        return True
+
     def rows_per_token(self, seq_len: int) -> float:
         """Slots, as many for every sequence."""
         return self.moe.experts * self.moe.gate.slots / seq_len
