@@ -17,6 +17,12 @@ def plain(x: Tensor) -> Tensor:
     return getattr(x, "elem", x)  # of what is still on its way
 
 
+def storage(x: Tensor) -> int:
+    """The identity of a tensor's storage. Its address will not do: FSDP frees what it gathered, and the next tensor may
+    lie there."""
+    return x.untyped_storage()._cdata
+
+
 def kept(trainer: Any) -> dict[str, int]:
     """Bytes that autograd keeps of a micro-batch between forward and backward, by type and shape. Collective.
 
@@ -32,18 +38,18 @@ def kept(trainer: Any) -> dict[str, int]:
 
     def pack(x: Tensor) -> Tensor:
         local = plain(x)
-        found.setdefault(local.untyped_storage().data_ptr(), local)
+        found.setdefault(storage(local), local)
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         logits = part(numbered[..., 1], numbered)
-        weights = {plain(p).untyped_storage().data_ptr() for p in part.parameters()}
+        weights = {storage(plain(p)) for p in part.parameters()}
         for module in part.modules():
             if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
                 for p in group.fsdp_params:
-                    weights |= {out.untyped_storage().data_ptr() for out in p.all_gather_outputs}
+                    weights |= {storage(out) for out in p.all_gather_outputs}
     loss = model.loss(logits, labels)
-    found[logits.untyped_storage().data_ptr()] = plain(logits)
+    found[storage(plain(logits))] = plain(logits)
     sizes: dict[str, int] = {}
     for place, x in found.items():
         if place not in weights:
