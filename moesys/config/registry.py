@@ -77,7 +77,7 @@ def kinds(slot: Slot) -> dict[str, type[Any]]:
     """
     own = {c.kind: c for c in _own(slot)}
     found = dict(sorted(own.items()))
-    for entry in sorted(entry_points(group=slot.group), key=lambda e: e.name):
+    for entry in sorted(_plug_ins().select(group=slot.group), key=lambda e: e.name):
         described = _load(entry, slot)
         if described.kind in found:
             other = found[described.kind]
@@ -85,6 +85,12 @@ def kinds(slot: Slot) -> dict[str, type[Any]]:
             raise MoesysError(f"{rule}; remedy: uninstall one of them")
         found[described.kind] = described
     return found
+
+
+@cache
+def _plug_ins() -> Any:
+    """The entry points of all distributions, which are read once: that takes some tens of milliseconds."""
+    return entry_points()
 
 
 def _own(slot: Slot) -> Iterator[type[Described]]:
