@@ -1,4 +1,4 @@
-"""How long it takes from a command to the first training step, by launcher."""
+"""Seconds from a command to the first training step, by launcher."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Result:
 
 
 def command(arguments: argparse.Namespace) -> Result:
-    """What `moesys bench megatron` asks for."""
+    """The result of `moesys bench megatron`."""
     return run(load_checked(arguments.config, arguments.overrides), arguments.rounds, arguments.steps)
 
 

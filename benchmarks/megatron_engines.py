@@ -22,7 +22,7 @@ from moesys.train.engine import Engine
 PLUG_IN, OWN, NATIVE = "plug-in", "megatron", "native"
 
 TOLD = "told.json"
-"""What rank 0 leaves in the folder: seconds and first losses by side, and the device."""
+"""Name of the file that rank 0 leaves in the folder: seconds and first losses by side, and the device."""
 
 Batch = tuple[torch.Tensor, torch.Tensor, range]
 

@@ -64,7 +64,7 @@ class Result:
 
 
 def command(arguments: argparse.Namespace) -> Result:
-    """What `moesys bench train` asks for."""
+    """The result of `moesys bench train`."""
     config = load_checked(arguments.config, arguments.overrides)
     return run(config, arguments.rounds, arguments.steps, LAUNCHERS, arguments.config, arguments.overrides)
 

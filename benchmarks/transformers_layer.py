@@ -42,7 +42,7 @@ def blocks(layer: MoELayer, shape: LayerShape) -> dict[str, nn.Module]:
 
 
 def scarce(weights: int, device: torch.device) -> bool:
-    """Whether so many bytes of weights are too many to have twice."""
+    """True if the machine cannot hold so many bytes of weights twice."""
     return device.type == "cuda" and 6 * weights > torch.cuda.mem_get_info(device)[1]
 
 

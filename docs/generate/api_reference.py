@@ -20,7 +20,7 @@ def exported() -> dict[str, Any]:
 
 
 def path(name: str, thing: Any) -> str:
-    """Where a name is defined: "moesys.moe.layer.MoELayer"; constants are known where they are exported."""
+    """The place that defines a name: "moesys.moe.layer.MoELayer"; constants are known where they are exported."""
     if inspect.ismodule(thing):
         return thing.__name__
     if inspect.isclass(thing) or inspect.isroutine(thing):
@@ -38,7 +38,7 @@ def page() -> str:
 
 
 def _members(thing: Any) -> list[str]:
-    """Of a section of the YAML its methods alone: its keys have pages of their own."""
+    """The methods alone, for a section of the YAML: its keys have pages of their own."""
     if not (inspect.isclass(thing) and issubclass(thing, BaseModel)):
         return []
     return [f"      members: {[name for name in vars(thing) if _is_method(thing, name)]}"]

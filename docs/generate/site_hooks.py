@@ -1,4 +1,4 @@
-"""What the site adds to the pages of docs/: references, shipped configurations, and files outside of docs/.
+"""Additions of the site to the pages of docs/: references, shipped configurations, and files outside of docs/.
 
 mkdocs calls the functions by their names.
 """

@@ -82,7 +82,7 @@ def kinds(slot: Slot) -> dict[str, type[Any]]:
         if described.kind in found:
             other = found[described.kind]
             rule = f"{_source(entry)} brings {slot.name} {described.kind}, as {other.__module__}:{other.__name__} does"
-            raise MoesysError(f"{rule}; remedy: uninstall one of them")
+            raise MoesysError(f"{rule}\n    remedy: uninstall one of them")
         found[described.kind] = described
     return found
 
@@ -106,10 +106,10 @@ def _load(entry: EntryPoint, slot: Slot) -> type[Described]:
         described = entry.load()
     except Exception as error:  # whatever a plug-in does at its import
         reason = f"{type(error).__name__}: {error}"
-        raise MoesysError(f"{_source(entry)} cannot be imported: {reason}; remedy: mend or uninstall it") from error
+        raise MoesysError(f"{_source(entry)} cannot be imported: {reason}\n    remedy: mend or uninstall it") from error
     if not (isinstance(described, type) and issubclass(described, Described) and described.kind):
         rule = f"{_source(entry)} names no description: {slot.group} takes classes with a word `kind`"
-        raise MoesysError(f"{rule}, such as those in {slot.package}; remedy: mend or uninstall it")
+        raise MoesysError(f"{rule}, such as those in {slot.package}\n    remedy: mend or uninstall it")
     return described
 
 
@@ -134,7 +134,7 @@ def section(slot: Slot, default: str, name: str, common: type[Section] | None = 
             if key in owners and not _same(owners[key].keys.model_fields[key], info):
                 other = owners[key]
                 rule = f"{slot.name} {other.kind} ({other.__module__}) and {described.kind} ({described.__module__})"
-                raise MoesysError(f"{rule} mean different things by the key {key}; remedy: rename one of them")
+                raise MoesysError(f"{rule} mean different things by the key {key}\n    remedy: rename one of them")
             if key not in owners:
                 owners[key] = described
                 fields[key] = (info.annotation, copy(info))
