@@ -25,6 +25,13 @@ PATTERN = {
     "mixers": {"local": {"heads": 4, "kv_heads": 2, "window": 5}, "wide": {"heads": 2, "head_dim": 24, "window": 16}},
 }
 """A dense block, then windows that end within a context rank's chunk and beyond it, in heads of other sizes."""
+RELEASED = {
+    "layers": {"count": 4, "repeat": ["local moe", "attention moe"]},
+    "rope_scaling": {"kind": "yarn", "factor": 8.0, "original_seq_len": 16, "truncate": False},
+    "attention": {"bias": "qkv", "sinks": True, "head_dim": 16, "rotary_fraction": 0.5, "softmax_scale": 0.3},
+    "mixers": {"local": {"heads": 4, "kv_heads": 2, "bias": True, "sinks": True, "window": 5}},
+}
+"""Parts of released families: sinks, in windows too, stretched rotary positions on a part of each head, biases."""
 NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "normalize": False, "experts": 8}}
 
 
@@ -85,6 +92,8 @@ MORE = [
     Case("pp-tp-cp-etp", 8, {"pp": 2, "tp": 2, "cp": 2, "etp": 2, "ep": 2}, DROPPING),
     Case("hybrid-tp-ep", 8, {"dp_shard": 2, "tp": 2, "ep": 2}, DROPPING, {"recompute": "full"}),
     Case("pattern-cp-ep", 2, {"cp": 2, "ep": 2}, PATTERN, {"recompute": "selective"}),
+    Case("released-cp-tp", 4, {"cp": 2, "tp": 2}, RELEASED, {"recompute": "selective"}),
+    Case("released-pp-shard-tp", 8, {**FULL, "pp": 2, "tp": 2, "sp": False}, RELEASED),
     Case("pattern-pp-shard-tp", 8, {**FULL, "pp": 2, "tp": 2}, PATTERN),
     Case("each-shard-ep", 2, {**FULL, "sync_gradients": "each", "ep": 2}, DROPPING),
     Case("each-hybrid-tp", 8, {"dp_shard": 2, "sync_gradients": "each", "tp": 2}, LATENT, batch=8),

@@ -14,7 +14,7 @@ from moesys.models.parts.part import Part
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
 
-Style = Literal["heads", "summed", "replicated"]
+Style = Literal["heads", "summed", "own"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Mixer(Part, Described):
         path: the section's dotted key, for messages.
         styles: by module, how tensor parallelism treats what cannot follow from the axes of its weights. "heads": it
             works on heads that are split (dim 2 of [B, S, h, d]); "summed": its output is whole and used by each rank's
-            own heads, so that gradients are summed.
+            own heads, so that gradients are summed. "own": it has no input, and gives a number per head.
     """
 
     a: Any
