@@ -25,7 +25,7 @@ from moesys.config.changes import Change
 from moesys.config.differences import known, saved_form
 from moesys.config.schema import Config, ModelConfig
 from moesys.data.corpus import Corpus
-from moesys.data.tokenizers import HFTokenizer
+from moesys.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer
 from moesys.errors import CheckpointError
 from moesys.files import write_json
 from moesys.models.decoder import Decoder
@@ -205,7 +205,7 @@ def model(path: Path) -> Decoder:
         raise damaged(path, wrong)
     if not meta.whole:
         raise CheckpointError(f"{path} was written before checkpoints kept their configuration\n    remedy: {AGAIN}")
-    config = _model_config(meta)
+    config = model_config(meta)
     assert config.vocab_size is not None
     found = Decoder(config, config.vocab_size)
     metadata = storage.read_metadata(path)
@@ -218,7 +218,7 @@ def model(path: Path) -> Decoder:
     return found.eval()
 
 
-def _model_config(meta: manifest.Meta) -> ModelConfig:
+def model_config(meta: manifest.Meta) -> ModelConfig:
     """The model's configuration in a checkpoint of any version.
 
     Raises:
@@ -234,6 +234,19 @@ def _model_config(meta: manifest.Meta) -> ModelConfig:
         rule = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
         text = f"{meta.path}: its configuration is of another version: {rule}"
         raise CheckpointError(f"{text}\n    remedy: {remedy}") from None
+
+
+def saved_tokenizer(meta: manifest.Meta) -> Tokenizer:
+    """The tokenizer in a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    if meta.tokenizer.get("kind", "bytes") == "bytes":
+        return ByteTokenizer()
+    if not (meta.path / TOKENIZER).is_file():
+        raise damaged(meta.path, f"{TOKENIZER} is missing")
+    return HFTokenizer(meta.path / TOKENIZER)
 
 
 AGAIN = "let its run go on for a step (train.steps), which saves a new one"
