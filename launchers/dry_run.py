@@ -43,7 +43,7 @@ def plan(config: Config) -> dict[str, Any]:
     """The plan as JSON: the facts that `show` prints. `config` must be legal."""
     degrees, problems = resolve(config)
     assert degrees is not None, problems
-    vocabulary = vocabsize_text(config)
+    vocabulary = vocab_size(config)
     total, active = parameters(config.model, vocabulary)
     found = settle(config, degrees, vocabulary)
     as_run = config if found is None else with_sync(config, found.sync)
