@@ -200,6 +200,13 @@ def bench_measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def generate(arguments: argparse.Namespace) -> int:
+    """Write text with a trained model."""
+    from moesys.train.generate import command
+
+    return command(arguments)
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Explain a run, two runs, or traces."""
     if arguments.trace and arguments.runs:
@@ -247,6 +254,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sweep": sweep,
     "config": show_config,
     "verify": verify,
+    "generate": generate,
     "report": report,
     "what_if": what_if,
     "bench_train": bench_train,
