@@ -174,13 +174,13 @@ def _verify(sub: Parser) -> None:
     _json(sub, "the differences")
 
 
-MODEL = "a run's folder, of which the newest good checkpoint is taken, or a checkpoint of any layout"
+MODEL = "a run's folder, for its newest good checkpoint; a checkpoint; or a released model's folder"
 
 
 def _generate(commands: argparse._SubParsersAction[Parser]) -> None:
     text = "write text with a trained model"
     sub = _command(commands, "generate", text, "runs/quickstart --prompt def", "generate-and-eval.md")
-    sub.add_argument("model", type=Path, metavar="RUN|CHECKPOINT", help=MODEL)
+    sub.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|FOLDER", help=MODEL)
     text = "text to go on from; - reads standard input (default: nothing, the beginning of a document)"
     sub.add_argument("--prompt", default="", metavar="TEXT", help=text)
     sub.add_argument("--tokens", type=count, default=256, metavar="N", help="new tokens at most; a document may end")

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from moesys.config.changes import Change
 from moesys.config.differences import saved_form
-from moesys.config.schema import Config, ModelConfig
+from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
 from moesys.data.tokenizers import HFTokenizer
 from moesys.files import write_json
 from moesys.models.decoder import Decoder
+from moesys.models.empty import empty
 from moesys.moe.layer import moe_layers
 from moesys.parallel.initialise import canonical
 from moesys.train import manifest, resume, saved, storage
@@ -183,33 +184,36 @@ def _samples(meta: manifest.Meta, config: Config) -> int:
     return -(-meta.samples * length // config.train.seq_len)
 
 
-def model(
-    path: Path, adapt: Callable[[ModelConfig], ModelConfig] | None = None, dtype: torch.dtype = torch.float32
-) -> Decoder:
+def model(path: Path) -> Decoder:
     """The model in a checkpoint, on the CPU in float32, for one process and without anything of its run.
-
-    Args:
-        adapt: changes keys that decide no weight.
-        dtype: of the stream between blocks.
 
     Raises:
         CheckpointError: damaged.
     """
     meta = read(path)
+    config = saved.configuration(meta).model
+    assert config.vocab_size is not None
+    found = empty(config, config.vocab_size)
+    read_into(found, meta)
+    return found
+
+
+def read_into(found: Decoder, meta: manifest.Meta) -> None:
+    """Give a whole model on one device the weights and gates' buffers of a checkpoint of it.
+
+    Raises:
+        CheckpointError: damaged, or of another model.
+    """
+    path = meta.path
     if wrong := manifest.verify(path, meta.files):
         raise damaged(path, wrong)
-    config = saved.configuration(meta).model
-    config = config if adapt is None else adapt(config)
-    assert config.vocab_size is not None
-    found = Decoder(config, config.vocab_size, dtype)
-    metadata = storage.read_metadata(path)
-    state: dict[str, Any] = {canonical(n, config.tie_embeddings): p.detach() for n, p in found.named_parameters()}
+    metadata, tied = storage.read_metadata(path), found.config.tie_embeddings
+    state: dict[str, Any] = {canonical(n, tied): p.detach() for n, p in found.named_parameters()}
     for name, layer in moe_layers(found).items():
         for key, buffer in _buffers(metadata, f"{name}.gate."):
-            setattr(layer.gate, key, buffer)
-            state[f"{name}.gate.{key}"] = buffer
+            setattr(layer.gate, key, buffer.to(next(found.parameters()).device))
+            state[f"{name}.gate.{key}"] = getattr(layer.gate, key)
     storage.load({"model": state}, path)
-    return found.eval()
 
 
 def _buffers(metadata: Any, prefix: str) -> list[tuple[str, Tensor]]:

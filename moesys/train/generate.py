@@ -80,8 +80,8 @@ def notes(opened: OpenedModel, length: int) -> Iterator[str]:
     """Lines on what makes a text of `length` tokens slow, or unlike training."""
     if why := recomputed(opened.model.config):
         yield f"each token computes the whole text again: {why}"
-    if length > (trained := opened.config.train.seq_len):
-        yield f"the text may have {length} tokens; the model was trained on sequences of {trained}"
+    if opened.sequence is not None and length > opened.sequence:
+        yield f"the text may have {length} tokens; the model was trained on sequences of {opened.sequence}"
 
 
 def chosen_device(name: str) -> torch.device:

@@ -10,18 +10,19 @@ from moesys.config.differences import known
 from moesys.config.schema import Config
 from moesys.data.tokenizers import ByteTokenizer, HFTokenizer, Tokenizer
 from moesys.errors import CheckpointError, FileError
+from moesys.hub.folder import CONFIG, is_folder
 from moesys.train.manifest import META, Meta, damaged, newest_good
 
 AGAIN = "let its run go on for a step (train.steps), which saves a new one"
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest good one of a run.
+    """The checkpoint or released model that `path` names: itself, or the newest good checkpoint of a run.
 
     Raises:
-        FileError: it is neither.
+        FileError: it is none of these.
     """
-    if (path / META).is_file():
+    if is_folder(path) or (path / META).is_file():
         return path
     for folder in (path / "checkpoints", path):
         if (found := newest_good(folder)) is not None:
@@ -31,8 +32,8 @@ def find(path: Path) -> Path:
     elif (path / "config.yaml").is_file():
         what = "is a run without a checkpoint"
     else:
-        what = f"is neither a run's folder nor a checkpoint, which has {META}"
-    remedy = "give the folder of a run, such as runs/quickstart, or one of its checkpoints, checkpoints/step-N"
+        what = f"has neither {CONFIG} nor a checkpoint"
+    remedy = "name a run's folder, such as runs/quickstart, one of its checkpoints, or a released model's folder"
     raise FileError(f"{path} {what}\n    remedy: {remedy}")
 
 
