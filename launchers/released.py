@@ -12,6 +12,7 @@ from moesys.errors import ConfigError, FileError
 from moesys.hub.derive import Released, released
 from moesys.hub.family import nested
 from moesys.hub.fit import Fit, fit
+from moesys.hub.folder import is_folder
 from moesys.version import __version__
 from moesys.words import plural, size_text
 
@@ -106,9 +107,12 @@ def export_command(path: Path, to: Path, dtype: str | None, shard_size: str, fam
     from rich.progress import Progress
 
     from moesys.hub.writer import shard_bytes
-    from moesys.train.export import export, of_run
+    from moesys.train import saved
+    from moesys.train.export import export
 
-    size, checkpoint = shard_bytes(shard_size), of_run(path)
+    size, checkpoint = shard_bytes(shard_size), saved.find(path)
+    if is_folder(checkpoint):
+        raise FileError(f"{path} is a released model already\n    remedy: name a run's folder, or a checkpoint")
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"exporting {checkpoint}", total=1.0)
         done = export(checkpoint, to, dtype, size, family, lambda share, name: bar.update(task, completed=share))

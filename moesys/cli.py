@@ -215,6 +215,13 @@ def export_released(arguments: argparse.Namespace) -> int:
     return export_command(a.checkpoint, a.to, a.dtype, a.shard_size, a.family)
 
 
+def generate(arguments: argparse.Namespace) -> int:
+    """Write text with a trained model."""
+    from moesys.train.generate import command
+
+    return command(arguments)
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Explain a run, two runs, or traces."""
     if arguments.trace and arguments.runs:
@@ -264,6 +271,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": verify,
     "import": import_released,
     "export": export_released,
+    "generate": generate,
     "report": report,
     "what_if": what_if,
     "bench_train": bench_train,

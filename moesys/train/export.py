@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesys.config.schema import ModelConfig
+from moesys.config.schema import Config
 from moesys.data.tokenizers import Tokenizer
-from moesys.errors import CheckpointError
 from moesys.hub import folder as released
 from moesys.hub import tokenizer
 from moesys.hub.choose import choose
@@ -21,8 +20,7 @@ from moesys.hub.fit import stored
 from moesys.hub.mapping import Box, Stored, meet, sizes, whole
 from moesys.hub.writer import FolderWriter, Planned
 from moesys.models.parts.axes import Weight
-from moesys.train import manifest
-from moesys.train.checkpoint import model_config, saved_tokenizer
+from moesys.train import manifest, saved
 from moesys.train.storage_parts import PartReader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,10 +72,11 @@ def export(
     meta = manifest.read(checkpoint)
     if wrong := manifest.verify(checkpoint, meta.files):
         raise manifest.damaged(checkpoint, wrong)
-    model, origin = model_config(meta), _origin(meta)
+    config = saved.configuration(meta)
+    model, origin = config.model, _origin(config)
     assert model.vocab_size is not None
     chosen = choose(model, family or _family_of(origin))
-    kind = DTYPES[dtype or meta.config.get("train", {}).get("dtype", "float32")]
+    kind = DTYPES[dtype or config.train.dtype]
     reader, every = PartReader(checkpoint), stored(chosen, model, model.vocab_size)
     weights = {weight.name: weight for weight in chosen.weights(model, model.vocab_size)}
     planned = [p for name in every for p in _planned(weights[name], every[name], kind, shard_size)]
@@ -89,15 +88,15 @@ def export(
                 done += tensor.nbytes
                 if progress is not None:
                     progress(done / total, tensor_name)
-        text = saved_tokenizer(meta)
-        config = chosen.write(model) | _facts(meta, model, kind, text)
-        writer.finish(config, _generation(text), tokenizer.files(text, origin))
+        text = saved.tokenizer(meta, config)
+        written = chosen.write(model) | _facts(config, kind, text)
+        writer.finish(written, _generation(text), tokenizer.files(text, origin))
     return Exported(to, chosen.kind, len(planned), total, len(set(writer.files.values())), [])
 
 
-def _origin(meta: manifest.Meta) -> Path | None:
+def _origin(config: Config) -> Path | None:
     """The released model's folder that the run started from, if it is still there."""
-    init = meta.config.get("train", {}).get("init")
+    init = config.train.init
     return Path(init) if init and released.is_folder(Path(init)) else None
 
 
@@ -152,14 +151,11 @@ def _stored(part: Tensor, s: Stored) -> Tensor:
     return out
 
 
-def _facts(meta: manifest.Meta, model: ModelConfig, dtype: torch.dtype, text: Tokenizer) -> dict[str, Any]:
+def _facts(config: Config, dtype: torch.dtype, text: Tokenizer) -> dict[str, Any]:
     """What config.json says beside the family's keys."""
-    name = str(dtype).removeprefix("torch.")
-    train: Mapping[str, Any] = meta.config.get("train", {})
-    scaling = getattr(model, "rope_scaling", None)
-    longest = train.get("seq_len", 0)
-    if scaling is not None:
-        longest = max(longest, int(getattr(scaling, "factor", 1) * getattr(scaling, "original_seq_len", 0)))
+    name, longest = str(dtype).removeprefix("torch."), config.train.seq_len
+    if (scaling := config.model.rope_scaling) is not None and scaling.original_seq_len is not None:
+        longest = max(longest, int((scaling.factor or 1.0) * scaling.original_seq_len))
     return {
         "torch_dtype": name,
         "dtype": name,
@@ -172,18 +168,3 @@ def _facts(meta: manifest.Meta, model: ModelConfig, dtype: torch.dtype, text: To
 
 def _generation(text: Tokenizer) -> dict[str, Any]:
     return {"eos_token_id": text.end_of_document, "do_sample": True}
-
-
-def of_run(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest of a run.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / manifest.META).is_file():
-        return path
-    found = manifest.newest(path / "checkpoints") or manifest.newest(path)
-    if found is None:
-        rule = f"{path} is neither a checkpoint nor a run with one"
-        raise CheckpointError(f"{rule}\n    remedy: name runs/NAME, or runs/NAME/checkpoints/step-N")
-    return found
