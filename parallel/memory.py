@@ -105,12 +105,13 @@ def in_flight(shape: StepShape) -> int:
 
 def _stage(shape: StepShape) -> float:
     config, d = shape.config, shape.degrees
-    tokens = shape.sequence_tokens / d.cp
+    tokens, whole = shape.sequence_tokens / d.cp, replace(shape, config=_without_recomputation(shape.config))
     if config.train.recompute == "full":
         # The input of each block; those of multi-token prediction have two.
         inputs = shape.layers + config.model.predicted * shape.stage.last
-        return tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * inputs
-    found = sum(part_bytes(placed.part, tokens, shape) for placed in shape.blocks)
+        beside = tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * inputs
+        return beside + sum(part_bytes(placed.part, tokens, whole) for placed in shape.blocks if not placed.repeated)
+    found = sum(part_bytes(placed.part, tokens, shape if placed.repeated else whole) for placed in shape.blocks)
     return found + (_narrowed(shape, False) if config.train.recompute == "none" else 0.0)
 
 
