@@ -133,10 +133,7 @@ class MoEFeedForward(Part):
             yield Exchange("all_reduce", 4)  # of passes without gradients, too
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
-        """The products of fc1 of each row; where rows travel, also what arrived; scores; shared experts.
-
-        Selective recomputation also keeps what its parts start with: the stream beside the layer, and the layer's input.
-        """
+        """The products of fc1 of each row; where rows travel, also what arrived; scores; shared experts."""
         m, gate = self.m, self.gate
         parts = 2 if m.gated else 1
         row = float(parts * m.ffn_hidden)
@@ -148,7 +145,6 @@ class MoEFeedForward(Part):
         yield Kept(rows, "tokens", selective=True)
         yield Kept(4 * m.experts, "tokens", width=4)
         yield Kept(self.hidden, "tokens", selective=True)  # the tokens
-        yield Kept(self.hidden, "stream", plain=False, selective=True)
         yield from self._after_experts(run, shape)
         if self.shared is not None:
             # The outputs of the branches that a mix has factors for.
@@ -159,15 +155,16 @@ class MoEFeedForward(Part):
                 yield Kept(self.hidden, "tokens", plain=False, selective=True)  # this slice's sums
 
     def _after_experts(self, run: Any, shape: Any) -> Iterator[Kept]:
-        """What selective recomputation keeps of the experts' sums, and of what follows them.
+        """What selective recomputation keeps for what follows the experts: their sums, and the stream beside the layer.
 
-        Where rows travel, or FSDP gathers experts as they are called, that is a part of its own, which keeps nothing
-        unless backward needs any of it: a sum alone needs none.
+        Where rows travel, or FSDP gathers experts as they are called, that is a part of its own (`Block.finish`). Of
+        such a part nothing is kept unless backward needs any of it, and a sum alone needs none.
         """
         d, m = shape.degrees, self.m
         multiplied = MIX_BRANCHES[m.shared_mix] + m.copy_experts + m.constant_experts
         if d.ep * d.etp * d.dp_shard == 1 or multiplied:
             yield Kept(self.hidden, "tokens", plain=False, selective=True)
+            yield Kept(self.hidden, "stream", plain=False, selective=True)
             if d.tp > 1 and not run.parallel.sp:
                 yield Kept(self.hidden, "whole", plain=False, selective=True)  # all slices, for the stream
 
