@@ -143,6 +143,11 @@ class MoEFeedForward(Part):
         rows = gate.mean_choices * row + shape.arrived_rows * self.hidden
         rows *= gate.rows_per_token(run.train.seq_len)
         yield Kept(rows, "tokens", selective=True)
+        if m.bias and gate.weighted:
+            yield Kept(gate.mean_choices * self.hidden, "tokens")  # each row's output bias, before it is weighed
+        if m.constant_experts:
+            # They multiply in float32, and add up to one row.
+            yield Kept(self.hidden, "tokens", shape.width < 4, selective=True, width=4)
         yield Kept(4 * m.experts, "tokens", width=4)
         yield Kept(self.hidden, "tokens", selective=True)  # the tokens
         yield from self._after_experts(run, shape)
