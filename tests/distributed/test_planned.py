@@ -102,10 +102,10 @@ def test_moves_what_the_plan_says(found, small, case):
     assert not lines, "\n".join([f"{case.name} did not move what the dry run says:", *lines])
 
 
-def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str) -> Config:
+def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str, world: int = 2) -> Config:
     raw = changed(
         small,
-        {"model": {"hidden": 256, "layers": 2}, "parallel": LAYOUTS[layout], "cluster": {"ranks_per_node": 2}},
+        {"model": {"hidden": 256, "layers": 2}, "parallel": LAYOUTS[layout], "cluster": {"ranks_per_node": world}},
         {"train": {"seq_len": 128, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "recompute": recompute}},
     )
     raw["model"] = {**raw["model"], "moe": None, **MODELS[model]}

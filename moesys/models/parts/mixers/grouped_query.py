@@ -111,9 +111,7 @@ class GroupedQuery(Mixer):
         """Attention's inputs and result; the projection's input is that result."""
         a, d, cp = self.a, self.head_dim, shape.degrees.cp
         yield from kept_by_attention(a.heads, self.kv_heads, d, d, run, cp, a.window)
-        if a.qk_norm == "head":
-            yield Kept((a.heads + self.kv_heads) * d, "heads", selective=False)
-        if a.qk_norm == "full":
+        if a.qk_norm != "none":
             yield Kept((a.heads + self.kv_heads) * d, "heads")
 
     def gathered(self) -> Iterator[Axis]:
