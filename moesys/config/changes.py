@@ -88,7 +88,7 @@ _WORDS = {
         train: init eval_every resume_changed
         data.cache cluster.memory_gib
         launch: launcher link_gbit ray_address timeout_s max_failures threads env slurm
-        output: runs checkpoint_every keep tensorboard wandb log_every record_routing
+        output: runs checkpoint_every keep export export_checkpoints tensorboard wandb log_every record_routing
         measure: every steps audit profile metrics_port metrics_host
         """,
 }

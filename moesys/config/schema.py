@@ -444,6 +444,11 @@ class OutputConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
     """Number of checkpoints to keep, the newest."""
+    export: Literal["none", "hf"] = "none"
+    """hf: at the end of the run, write the model to runs/NAME/export/step-N as a folder that transformers, vLLM and
+    SGLang open (moesys export)."""
+    export_checkpoints: bool = False
+    """With export: hf, write every checkpoint so, beside training, and keep as many of these folders as checkpoints."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard as well."""
     wandb: bool = False
