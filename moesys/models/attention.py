@@ -116,17 +116,18 @@ class GroupedQueryAttention(nn.Module):
         head_dim: int,
         *,
         bias: bool = False,
+        output_bias: bool | None = None,
         qk_norm: str = "none",
         eps: float = 1e-5,
         window: int | None = None,
     ):
-        """`qk_norm`: "none", or an RMSNorm of queries and keys per "head" or over all of them ("full")."""
+        """`output_bias`: of the output, default as `bias`, that of the others; `qk_norm`: "none", or an RMSNorm of queries and keys per "head" or over all of them ("full")."""
         super().__init__()
         self.head_dim = head_dim
         self.q_proj = Linear(hidden, heads * head_dim, bias=bias)
         self.k_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
-        self.o_proj = Linear(heads * head_dim, hidden, bias=bias)
+        self.o_proj = Linear(heads * head_dim, hidden, bias=bias if output_bias is None else output_bias)
         self.per_head = qk_norm == "head"
         sizes = {"none": (0, 0), "head": (head_dim,) * 2, "full": (heads * head_dim, kv_heads * head_dim)}[qk_norm]
         self.q_norm = RMSNorm(sizes[0], eps) if sizes[0] else None

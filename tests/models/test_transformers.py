@@ -92,11 +92,11 @@ def deepseek_v3():
 def qwen2_moe():
     theirs = transformers.Qwen2MoeConfig(
         **COMMON, num_key_value_heads=2, intermediate_size=48, num_experts=4, moe_intermediate_size=16,
-        shared_expert_intermediate_size=40, norm_topk_prob=False, qkv_bias=False,
+        shared_expert_intermediate_size=40, norm_topk_prob=False,
     )  # fmt: skip
     shared = {"shared_experts": 1, "shared_ffn_hidden": 40, "shared_mix": "gate"}
     ours = {
-        "attention": {"heads": 4, "kv_heads": 2},
+        "attention": {"heads": 4, "kv_heads": 2, "bias": "qkv"},
         "moe": {**MOE, "ffn_hidden": 16, "normalize": False, **shared},
     }
     return transformers.Qwen2MoeForCausalLM(theirs), ours
@@ -136,6 +136,13 @@ def rotary_halves(weight: Tensor, path: str) -> Tensor:
     return weight
 
 
+def randomise(model: torch.nn.Module) -> None:
+    """Give what starts as zeros other values: biases."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
 @pytest.mark.parametrize(
     "make", [mixtral, mixtral_windows, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3], ids=lambda f: f.__name__
 )
@@ -144,6 +151,7 @@ def test_logits_and_gradients_equal_transformers(make):
     theirs, ours = make()
     config = Config.model_validate({"model": {"hidden": 32, "layers": 2, "norm_eps": 1e-6, **ours}})
     model = Decoder(config.model, V)
+    randomise(theirs)
     state = theirs.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

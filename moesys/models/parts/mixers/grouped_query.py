@@ -29,8 +29,9 @@ class GroupedQueryKeys(HeadsKeys):
     """Key and value heads of gqa; default: as many as query heads."""
     head_dim: Dim | None = None
     """Size of one head of gqa; default: hidden / heads."""
-    bias: bool = False
-    """A bias on the query, key, value and output projections of gqa."""
+    bias: bool | Literal["qkv"] = False
+    """gqa: a bias on the query, key, value and output projections (GPT-OSS), or on all but the output's (qkv:
+    Qwen2-MoE, GLM-4.5)."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """gqa: RMSNorm of queries and keys: none, per head (Qwen3) or over all heads together (OLMoE)."""
     window: Dim | None = None
@@ -79,7 +80,7 @@ class GroupedQuery(Mixer):
             if self.a.bias:
                 yield Weight(f"{name}.bias", (axis,), "bias")
         yield Weight("o_proj.weight", (hidden, self._heads))
-        if self.a.bias:
+        if self.a.bias is True:
             yield Weight("o_proj.bias", (hidden,), "bias")
         if self.a.qk_norm != "none":
             full, one = self.a.qk_norm == "full", Axis("head_dim", self.head_dim)
@@ -124,9 +125,9 @@ class GroupedQuery(Mixer):
     def megatron(self) -> list[Problem]:
         """What Megatron-Core's attention has not."""
         problems = []
-        if self.a.bias:
+        if self.a.bias is True:
             rule = "Megatron has no attention with a bias on every projection and none on the rest"
-            problems.append(Problem(f"{self.path}.bias", rule, "set it to false"))
+            problems.append(Problem(f"{self.path}.bias", rule, "set it to false or qkv"))
         if self.a.qk_norm == "full":
             rule = "Megatron's norm of queries and keys is per head"
             problems.append(Problem(f"{self.path}.qk_norm", rule, "set it to head"))
@@ -145,7 +146,8 @@ class GroupedQuery(Mixer):
             a.heads,
             self.kv_heads,
             self.head_dim,
-            bias=a.bias,
+            bias=bool(a.bias),
+            output_bias=a.bias is True,
             qk_norm=a.qk_norm,
             eps=self.model.norm_eps,
             window=a.window,
