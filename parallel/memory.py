@@ -107,7 +107,9 @@ def _stage(shape: StepShape) -> float:
     config, d = shape.config, shape.degrees
     tokens = shape.sequence_tokens / d.cp
     if config.train.recompute == "full":
-        return tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * shape.layers
+        # The input of each block; those of multi-token prediction have two.
+        inputs = shape.layers + config.model.predicted * shape.stage.last
+        return tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * inputs
     found = sum(part_bytes(placed.part, tokens, shape) for placed in shape.blocks)
     return found + (_narrowed(shape, False) if config.train.recompute == "none" else 0.0)
 
@@ -153,9 +155,12 @@ def _narrowed(shape: StepShape, edge: bool) -> float:
 
 
 def _head(shape: StepShape) -> float:
-    """What a micro-batch keeps at the end: inputs of norm and head, and logits, which become their gradient."""
-    tokens = shape.sequence_tokens / shape.degrees.cp
-    logits = shape.width * tokens * (shape.config.model.hidden + shape.vocab_size / shape.degrees.tp)
+    """What a micro-batch keeps at the end: inputs of norm and head, and logits, which become their gradient.
+
+    Multi-token prediction has the head's inputs and logits of each depth.
+    """
+    tokens, outputs = shape.sequence_tokens / shape.degrees.cp, 1 + shape.config.model.predicted
+    logits = outputs * shape.width * tokens * (shape.config.model.hidden + shape.vocab_size / shape.degrees.tp)
     whole = replace(shape, config=_without_recomputation(shape.config))
     return (
         logits
