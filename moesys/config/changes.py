@@ -85,7 +85,7 @@ _WORDS = {
         """,
     Kind.FREE: """
         name
-        train: eval_every resume_changed
+        train: init eval_every resume_changed
         data.cache cluster.memory_gib
         launch: launcher link_gbit ray_address timeout_s max_failures threads env slurm
         output: runs checkpoint_every keep tensorboard wandb log_every record_routing

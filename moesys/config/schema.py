@@ -353,6 +353,9 @@ class SkipsConfig(Section):
 class TrainConfig(Section):
     steps: Positive = 100
     """Optimizer steps of the run."""
+    init: str | None = None
+    """Weights that a new run starts from, with a new optimizer: a released model's folder with config.json, a run's
+    folder, or a checkpoint; null: random ones. A run that goes on from its own checkpoint does not read it."""
     seq_len: Annotated[int, Field(ge=1), AtMost(2**27)] = 256
     """Tokens per sequence."""
     global_batch: Batch = 8

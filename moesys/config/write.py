@@ -73,6 +73,13 @@ def json_schema() -> dict[str, Any]:
         "description": "Files to merge under this one, relative to it; later ones win over earlier ones.",
     }
     schema = _schema(Config, required=False)
+    released = {
+        "description": "Folder of a released model: its config.json gives the model's keys that are not given here, "
+        "and training starts from its weights (train.init).",
+        "type": "string",
+    }
+    model = schema["$defs"]["ModelConfig"]
+    model["properties"] = {"from": released, **model["properties"]}
     return {**schema, "properties": {"include": include, **schema["properties"]}}
 
 

@@ -138,6 +138,19 @@ class State:
         held = [(piece.name, self.kept[id(p)][2]) for p, piece in self.pieces if id(p) in self.kept]
         return {f"{name}/{slot}": state[slot] for name, state in held for slot in SLOTS}
 
+    def load_weights(self, folder: Path) -> set[str]:
+        """Read the weights and gates' buffers alone from `folder`; returns as `load`. Collective over the world."""
+        model: dict[str, Any] = dict(self.buffers)
+        weights: dict[str, Any] = {}
+        for parameter, piece in self.pieces:
+            _add(weights, piece.name, piece, parameter, None, parameter.detach())
+            if id(parameter) in self.kept:
+                start, main, _ = self.kept[id(parameter)]
+                _add(model, piece.name, piece, parameter, start, main)
+        fresh = storage.load({"model": model}, folder, optional={f"model.{name}" for name in self.buffers})
+        storage.load({"model": weights}, folder)
+        return fresh
+
     def load(self, folder: Path) -> set[str]:
         """Read everything from `folder`; returns gates' buffers that are missing there. Collective over the world."""
         model: dict[str, Any] = dict(self.buffers)
