@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
 
 EXPERTS = (
-    Key("intermediate_size", "ffn_hidden"),
+    Key("intermediate_size", "ffn_hidden", 10944),
     Key("moe_intermediate_size", "moe.ffn_hidden", REQUIRED),
     Key("n_routed_experts", "moe.experts", REQUIRED),
     Key("num_experts_per_tok", "moe.top_k", REQUIRED),
@@ -105,10 +106,36 @@ class SigmoidMoE(DeepSeekMoE):
         """Also the names that files have for this gate."""
         super().write_more(model, raw)
         raw |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+        if self.predicts:
+            raw["num_nextn_predict_layers"] = model.predicted
 
     def predict(self, raw: Mapping[str, Any], found: Derived, tensors: Collection[str] | None) -> None:
-        """Left out until the model has it."""
+        """Blocks of multi-token prediction, which lie behind the others."""
         found.read |= {"num_nextn_predict_layers", "num_mtp_layers"}
+        names = ("num_nextn_predict_layers", "num_mtp_layers")
+        count = next((raw[name] for name in names if raw.get(name) is not None), 0)
+        if not count or not self.predicts:
+            return
+        prefix = self.block.format(layer=raw.get("num_hidden_layers"))
+        if tensors is None or any(name.startswith(prefix) for name in tensors):
+            found.values["mtp.depth"] = count
+        else:
+            found.notes.append(f"config.json names {count} blocks of multi-token prediction, which the files lack")
+
+    def copies(self, model: ModelConfig) -> dict[str, str]:
+        """Blocks of multi-token prediction have the embedding and the head, too."""
+        found = {}
+        for layer in range(model.depth, model.blocks):
+            prefix = self.block.format(layer=layer)
+            found[f"{prefix}embed_tokens.weight"] = "embed.weight"
+            found[f"{prefix}shared_head.head.weight"] = "embed.weight" if model.tie_embeddings else "head.weight"
+        return found
+
+    def is_left_out(self, name: str, model: ModelConfig) -> bool:
+        """Also those of blocks of multi-token prediction that the model has not."""
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        beyond = self.predicts and found is not None and int(found[1]) >= model.blocks
+        return beyond or super().is_left_out(name, model)
 
 
 def rotary_rows(inner: str, mixer: Mixer) -> tuple[int, ...] | None:

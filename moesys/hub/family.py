@@ -166,7 +166,7 @@ class Family(Described):
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model, without what tokens and types mean."""
-        ours = meant(model)
+        ours = meant(model) | {"ffn_hidden": model.ffn_hidden}
         raw: dict[str, Any] = {"model_type": self.kind, "architectures": [self.architecture], **self.only}
         for key in self.fields:
             if key.ours in ours and (ours[key.ours] is not None or key.default not in (None, REQUIRED)):
@@ -239,10 +239,14 @@ class Family(Described):
         yield from weights(model, vocab_size)
         yield from buffers(model)
 
+    def copies(self, model: ModelConfig) -> dict[str, str]:
+        """Tensors of the files that are copies of one of our weights, which is named: not read, and written."""
+        return {}
+
     def is_left_out(self, name: str, model: ModelConfig) -> bool:
         """True if a tensor of the files is not used, on purpose."""
         tied = model.tie_embeddings and name == self.names_of_model()["head.weight"]
-        return tied or any(re.fullmatch(pattern, name) for pattern in self.left_out)
+        return tied or name in self.copies(model) or any(re.fullmatch(pattern, name) for pattern in self.left_out)
 
 
 def buffers(model: ModelConfig) -> Iterator[Weight]:
@@ -295,12 +299,13 @@ def meant(model: ModelConfig) -> dict[str, Any]:
     found = flat(model.model_dump(mode="json"))
     places = ("layers", "attention", "mixers", "moe.every", "moe.first_dense")
     found = {key: value for key, value in found.items() if not key.startswith(places)}
-    found["layers"] = f"{model.depth} blocks, MoE: {', '.join(map(str, model.moe_blocks)) or 'none'}"
+    moe = [str(layer) for layer in range(model.depth) if model.is_moe(layer)]
+    found["layers"] = f"{model.depth} blocks, MoE: {', '.join(moe) or 'none'}"
     each = [_mixer(model, layer) for layer in range(model.depth)]
     for key in dict.fromkeys(key for mixer in each for key in mixer):
         values = tuple(mixer.get(key) for mixer in each)
         found[f"attention.{key}"] = values[0] if len(set(values)) == 1 else values
-    if len(model.moe_blocks) == model.depth:
+    if len(moe) == model.depth:
         del found["ffn_hidden"]
     if (m := model.moe) is not None:
         found["moe.selection_bias"] = bool(m.bias_rate or getattr(m, "selection_bias", False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moesys.config.schema import ModelConfig
+from moesys.hub.fit import Fit
+from moesys.hub.mapping import whole
+from moesys.hub.weights import ReleasedWeights
+from moesys.models.decoder import Decoder
+
 VOCAB, TOKENS = 96, 21
 SHARD = "12KB"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration of one family. `config`: beside `COMMON`; `lacks`: our keys whose values have no effect here."""
+    """A configuration of one family. `config`: beside `COMMON`."""
 
     family: str
     config: dict[str, Any]
     name: str = ""
-    drop: tuple[str, ...] = field(default=())
 
     @property
     def id(self) -> str:
@@ -205,3 +210,13 @@ def save(model: Any, folder: Path) -> None:
 def tokens() -> Tensor:
     """A batch of two sequences."""
     return torch.randint(0, VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def filled(fitting: Fit, model: ModelConfig) -> Decoder:
+    """The native model with the weights of a folder, in evaluation."""
+    source, decoder = ReleasedWeights(fitting), Decoder(model, VOCAB).eval()
+    state = decoder.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name in fitting.stored:
+            source.read_into(state[name].data, name, whole(state[name].shape))
+    return decoder

@@ -21,7 +21,10 @@ class DeepSeekV2(DeepSeekMoE):
     summary = "DeepSeek-V2"
     architecture = "DeepseekV2ForCausalLM"
     released = ("DeepSeek-V2", "DeepSeek-V2-Lite", "DeepSeek-Coder-V2")
-    fields = (*LATENT, *(key for key in with_defaults(EXPERTS) if key.theirs != "norm_topk_prob"))
+    fields = (
+        *LATENT,
+        *(key for key in with_defaults(EXPERTS, intermediate_size=11008) if key.theirs != "norm_topk_prob"),
+    )
     always = {**LATENT_ALWAYS, "moe.normalize": False}
     only = {"hidden_act": "silu", "attention_bias": False, "norm_topk_prob": False, "scoring_func": "softmax"}
     ignored = frozenset({"num_key_value_heads", "head_dim", "mlp_bias"})

@@ -22,7 +22,13 @@ class DeepSeekV3(SigmoidMoE):
     released = ("DeepSeek-V3", "DeepSeek-R1", "Moonlight-16B-A3B", "Kimi-K2")
     fields = (
         *LATENT,
-        *with_defaults(EXPERTS, n_routed_experts=256, num_experts_per_tok=8, routed_scaling_factor=2.5),
+        *with_defaults(
+            EXPERTS,
+            intermediate_size=18432,
+            n_routed_experts=256,
+            num_experts_per_tok=8,
+            routed_scaling_factor=2.5,
+        ),
     )
     always = {**LATENT_ALWAYS, **SigmoidMoE.always}
     only = {"hidden_act": "silu", "attention_bias": False, "rope_interleave": True}

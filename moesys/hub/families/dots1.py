@@ -21,7 +21,11 @@ class Dots1(SigmoidMoE):
     summary = "dots.llm1"
     architecture = "Dots1ForCausalLM"
     released = ("dots.llm1.inst", "dots.llm1.base")
-    fields = (*GROUPED, Key("attention_bias", "attention.bias", False), *with_defaults(EXPERTS, norm_topk_prob=False))
+    fields = (
+        *with_defaults(GROUPED, num_key_value_heads=32),
+        Key("attention_bias", "attention.bias", False),
+        *with_defaults(EXPERTS, norm_topk_prob=False),
+    )
     always = {**SigmoidMoE.always, "attention.qk_norm": "head"}
     only = {"hidden_act": "silu"}
     defaults = {"n_group": 1, "topk_group": 1}

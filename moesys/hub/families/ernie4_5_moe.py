@@ -24,7 +24,7 @@ class Ernie4_5Moe(Family):
     released = ("ERNIE-4.5-21B-A3B", "ERNIE-4.5-300B-A47B")
     fields = (
         *with_defaults(GROUPED, rms_norm_eps=1e-5, tie_word_embeddings=True, num_key_value_heads=4),
-        Key("intermediate_size", "ffn_hidden"),
+        Key("intermediate_size", "ffn_hidden", 12288),
         Key("moe_intermediate_size", "moe.ffn_hidden", REQUIRED),
         Key("moe_num_experts", "moe.experts", 64),
         Key("moe_k", "moe.top_k", 6),
@@ -59,9 +59,8 @@ class Ernie4_5Moe(Family):
         """Blocks and shared experts, back."""
         if (m := model.moe) is None:
             return
-        of_moe = model.moe_blocks
-        steps = range(1, model.depth + 1)
-        step = next(s for s in steps if all((i + 1) % s == 0 for i in of_moe) and _every(of_moe, s) or s == steps[-1])
+        of_moe = [layer for layer in model.moe_blocks if layer < model.depth]
+        step = of_moe[1] - of_moe[0] if len(of_moe) > 1 else 1
         raw |= {"moe_layer_start_index": of_moe[0], "moe_layer_end_index": of_moe[-1], "moe_layer_interval": step}
         raw["moe_num_shared_experts"] = m.shared_width // m.ffn_hidden
 
@@ -73,8 +72,3 @@ class Ernie4_5Moe(Family):
     def leading(self, inner: str) -> int:
         """The bias for selection is [1, E]."""
         return int(inner == "ffn.gate.selection_bias")
-
-
-def _every(blocks: Sequence[int], step: int) -> bool:
-    """True if `blocks` are `step` apart."""
-    return all(b - a == step for a, b in zip(blocks, blocks[1:], strict=False))

@@ -21,7 +21,7 @@ class Glm4Moe(SigmoidMoE):
     summary = "GLM-4.5"
     architecture = "Glm4MoeForCausalLM"
     released = ("GLM-4.5", "GLM-4.5-Air", "GLM-4.6")
-    fields = (*with_defaults(GROUPED, rms_norm_eps=1e-5), *EXPERTS)
+    fields = (*with_defaults(GROUPED, rms_norm_eps=1e-5, num_key_value_heads=8), *EXPERTS)
     only = {"hidden_act": "silu"}
     defaults = {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
     rotary = Rotary(share=0.5)

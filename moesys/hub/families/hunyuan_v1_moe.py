@@ -13,6 +13,15 @@ from moesys.hub.rotary import Rotary
 LISTED = ("moe_topk", "moe_intermediate_size", "num_shared_expert", "num_experts")
 """Keys that may be lists with a value per block."""
 
+_VISION = """
+    cla_share_factor moe_drop_tokens moe_random_routing_dropped_token capacity_factor group_limited_greedy
+    attention_head_dim org_vocab_size mask_init_id image_token_id text_start_id text_end_id video_start_id
+    video_end_id im_newline_id add_classification_head class_num pool_type anyres_pooling_size
+    anyres_vit_max_image_size anyres_vit_two_views skip_cls_token vit_add_patchemb_bias vit_input_resolution
+    vit_mapping_type vit_norm_type vit_patch vit_path vit_remove_prenorm vit_token vit_type vit_used_rms_norm
+    vit_used_rotary vit_used_qk vit_used_lr
+"""
+
 
 @dataclass(frozen=True)
 class StretchedBase(Rotary):
@@ -61,14 +70,7 @@ class HunyuanV1Moe(Family):
         "use_cla": False,
         "position_embedding_xdrope": False,
     }
-    ignored = frozenset(
-        """cla_share_factor moe_drop_tokens moe_random_routing_dropped_token capacity_factor group_limited_greedy
-        attention_head_dim org_vocab_size mask_init_id image_token_id text_start_id text_end_id video_start_id
-        video_end_id im_newline_id add_classification_head class_num pool_type anyres_pooling_size
-        anyres_vit_max_image_size anyres_vit_two_views skip_cls_token vit_add_patchemb_bias vit_input_resolution
-        vit_mapping_type vit_norm_type vit_patch vit_path vit_remove_prenorm vit_token vit_type vit_used_rms_norm
-        vit_used_rotary vit_used_qk vit_used_lr""".split()
-    )
+    ignored = frozenset(_VISION.split())
     names = {
         "ffn.gate.projection.weight": "mlp.gate.wg.weight",
         **{f"ffn.shared.{m}_proj.weight": f"mlp.shared_mlp.{m}_proj.weight" for m in ("gate", "up", "down")},

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moesys.hub.experts import PerExpert
 from moesys.hub.family import Derived, Family
 from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 from moesys.hub.rotary import Rotary
-
-if TYPE_CHECKING:
-    from moesys.config.schema import ModelConfig
 
 
 class MiniMaxM2(Family):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesys.hub import blocks
 from moesys.hub.family import Derived, Family
-from moesys.hub.keys import GROUPED, REQUIRED, Key
+from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
@@ -23,7 +23,7 @@ class Mistral(Family):
     summary = "Mistral, dense"
     architecture = "MistralForCausalLM"
     released = ("Mistral-7B",)
-    fields = (*GROUPED, Key("intermediate_size", "ffn_hidden", REQUIRED))
+    fields = (*with_defaults(GROUPED, num_key_value_heads=8), Key("intermediate_size", "ffn_hidden", REQUIRED))
 
     def windows(self, raw: Mapping[str, Any], found: Derived, depth: int) -> Sequence[int | None]:
         """The same for every block."""

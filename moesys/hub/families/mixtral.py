@@ -9,6 +9,7 @@ from moesys.hub import blocks
 from moesys.hub.experts import PerExpert
 from moesys.hub.family import Derived, Family
 from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
+from moesys.hub.rotary import Rotary
 
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
@@ -31,6 +32,7 @@ class Mixtral(Family):
     )
     always = {"moe.normalize": True}
     names = {"ffn.gate.projection.weight": "block_sparse_moe.gate.weight"}
+    rotary = Rotary(theta=1000000.0)
     experts = PerExpert("block_sparse_moe.experts.{expert}.", "w1", "w3", "w2")
 
     def windows(self, raw: Mapping[str, Any], found: Derived, depth: int) -> Sequence[int | None]:

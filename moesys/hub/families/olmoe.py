@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesys.hub.family import Family
-from moesys.hub.keys import GROUPED, REQUIRED, Key
+from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 
 
 class Olmoe(Family):
@@ -14,7 +14,7 @@ class Olmoe(Family):
     architecture = "OlmoeForCausalLM"
     released = ("OLMoE-1B-7B",)
     fields = (
-        *GROUPED,
+        *with_defaults(GROUPED, rms_norm_eps=1e-5),
         Key("attention_bias", "attention.bias", False),
         Key("clip_qkv", "attention.clip_qkv"),
         Key("intermediate_size", "moe.ffn_hidden", REQUIRED),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moesys.hub.family import Derived
-from moesys.hub.keys import GROUPED, REQUIRED, Key
+from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 from moesys.hub.qwen import Qwen
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ class Qwen2Moe(Qwen):
     architecture = "Qwen2MoeForCausalLM"
     released = ("Qwen1.5-MoE-A2.7B", "Qwen2-57B-A14B")
     fields = (
-        *GROUPED,
-        Key("intermediate_size", "ffn_hidden"),
+        *with_defaults(GROUPED, num_key_value_heads=16),
+        Key("intermediate_size", "ffn_hidden", 5632),
         Key("moe_intermediate_size", "moe.ffn_hidden", REQUIRED),
         Key("shared_expert_intermediate_size", "moe.shared_ffn_hidden", 5632),
         Key("num_experts", "moe.experts", 60),

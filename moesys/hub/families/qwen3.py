@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesys.hub.families.llama import DENSE
+from moesys.hub.keys import with_defaults
 from moesys.hub.qwen import Qwen
 
 
@@ -13,5 +14,5 @@ class Qwen3(Qwen):
     summary = "Qwen3, dense"
     architecture = "Qwen3ForCausalLM"
     released = ("Qwen3-0.6B", "Qwen3-8B")
-    fields = DENSE
+    fields = with_defaults(DENSE, num_key_value_heads=32, head_dim=128)
     always = {"attention.qk_norm": "head"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesys.hub.keys import GROUPED, REQUIRED, Key
+from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 from moesys.hub.qwen import Qwen
 
 
@@ -14,9 +14,9 @@ class Qwen3Moe(Qwen):
     architecture = "Qwen3MoeForCausalLM"
     released = ("Qwen3-30B-A3B", "Qwen3-235B-A22B")
     fields = (
-        *GROUPED,
+        *with_defaults(GROUPED, num_key_value_heads=4),
         Key("attention_bias", "attention.bias", False),
-        Key("intermediate_size", "ffn_hidden"),
+        Key("intermediate_size", "ffn_hidden", 6144),
         Key("moe_intermediate_size", "moe.ffn_hidden", REQUIRED),
         # Released files say num_experts; transformers 5 writes the other name.
         Key("num_experts", "moe.experts", 128, also=("num_local_experts",)),
