@@ -58,6 +58,8 @@ _WORDS = {
     Kind.MEANT: """
         seed train.seq_len data.heldout
         model: norm_eps rope_theta
+        model.rope_scaling: kind factor original_seq_len low_freq_factor high_freq_factor beta_fast beta_slow truncate
+            mscale mscale_all_dim attention_factor short_factor long_factor short_mscale long_mscale
         model.moe: top_k activation normalize scale lora_alpha zero_variant
         """,
     Kind.CONTENT: """
@@ -83,7 +85,7 @@ _WORDS = {
         """,
     Kind.FREE: """
         name
-        train: eval_every resume_changed
+        train: init eval_every resume_changed
         data.cache cluster.memory_gib
         launch: launcher link_gbit ray_address timeout_s max_failures threads env slurm
         output: runs checkpoint_every keep tensorboard wandb log_every record_routing

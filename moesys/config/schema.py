@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from moesys.config.registry import DISPATCHERS, GATES, MIXERS, kinds, section
+from moesys.config.rope import RopeScalingConfig
 from moesys.config.section import (
     LONGEST_RUN_NAME,
     AtMost,
@@ -212,6 +213,8 @@ class ModelConfig(Section):
     """Added to the mean square in every RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the wavelengths of rotary positions."""
+    rope_scaling: RopeScalingConfig | None = None
+    """How rotary positions are stretched to longer sequences; null: not."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of all matrices."""
 
@@ -350,6 +353,9 @@ class SkipsConfig(Section):
 class TrainConfig(Section):
     steps: Positive = 100
     """Optimizer steps of the run."""
+    init: str | None = None
+    """Weights that a new run starts from, with a new optimizer: a released model's folder with config.json, a run's
+    folder, or a checkpoint; null: random ones. A run that goes on from its own checkpoint does not read it."""
     seq_len: Annotated[int, Field(ge=1), AtMost(2**27)] = 256
     """Tokens per sequence."""
     global_batch: Batch = 8
