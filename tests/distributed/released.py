@@ -41,7 +41,7 @@ def mixtral(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "60KB
 
 
 def read(cases: Mapping[str, Config], world: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Of each case, by rank: what it holds after reading, with names and places; bytes that it read and held at once."""
+    """Of each case, by rank: what it holds after reading, with names and places; bytes read, and held at once."""
     start(_work, world, dict(cases), folder)
     ranks = [torch.load(folder / f"read-{rank}.pt", weights_only=False) for rank in range(world)]
     return {name: [found[name] for found in ranks] for name in cases}
