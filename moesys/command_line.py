@@ -90,6 +90,8 @@ def parser() -> Parser:
     _config(commands)
     text = "prove that a configuration equals one process"
     _verify(_configured(commands, "verify", text, "configs/quickstart.yaml parallel.tp=2", "choosing-parallelism.md"))
+    _import(commands)
+    _export(commands)
     _generate(commands)
     _report(commands)
     _what_if(commands)
@@ -136,6 +138,27 @@ def _init(commands: argparse._SubParsersAction[Parser]) -> None:
     sub.add_argument("name", nargs="?", metavar="NAME", help=text)
     text = "the file to write, which must not exist (default: NAME.yaml in this folder)"
     sub.add_argument("--to", type=output, metavar="FILE", help=text)
+
+
+def _import(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write the configuration of a released model, and check its files"
+    sub = _command(commands, "import", text, "Mixtral-8x7B-v0.1 --to mixtral.yaml", "weights.md")
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with config.json and safetensors files")
+    text = "the file to write, which must not exist (default: the configuration is printed)"
+    sub.add_argument("--to", type=output, metavar="FILE", help=text)
+
+
+def _export(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write a checkpoint as a folder that transformers, vLLM and SGLang open"
+    sub = _command(commands, "export", text, "runs/quickstart --to quickstart-hf", "weights.md")
+    text = "a run's folder, of which the newest checkpoint is taken, or a checkpoint"
+    sub.add_argument("checkpoint", type=Path, metavar="RUN|CHECKPOINT", help=text)
+    sub.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder, which must not exist")
+    text = "type of the weights (default: the one that the run computed in)"
+    sub.add_argument("--dtype", choices=("bfloat16", "float32"), help=text)
+    sub.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes of a file at most: 5GB, 200MB")
+    text = "family of the files, by its model_type (default: the released model's, or one that fits)"
+    sub.add_argument("--family", metavar="NAME", help=text)
 
 
 def _launch(sub: Parser) -> None:
