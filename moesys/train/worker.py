@@ -26,7 +26,7 @@ from moesys.measure.explain.averages import explain
 from moesys.measure.explain.step_summary import Summary
 from moesys.measure.record.recorder import StepRecorder
 from moesys.measure.report import run as report
-from moesys.measure.report.facts import bits_per_byte
+from moesys.measure.report.facts import TEXTS
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, heartbeat, initial_weights, manifest, resume, run_folder
@@ -215,9 +215,14 @@ def _write_reports(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
 
 
 def _heldout(trainer: Trainer) -> dict[str, float]:
-    """The held-out loss, per token and, where the text is known, in bits per byte. Collective."""
-    loss, size = trainer.evaluate(), trainer.heldout_bytes_per_token
-    return {"heldout_loss": loss} | ({} if size is None else {"heldout_bits_per_byte": bits_per_byte(loss, size)})
+    """The loss of every held-out text, per token and, where the text is known, in bits per byte. Collective."""
+    found: dict[str, float] = {}
+    for name in trainer.evaluation.names():
+        text, key = trainer.evaluation.text(name), f"{TEXTS}{name}/" if name else "heldout_"
+        found[f"{key}loss"] = text.loss
+        if text.bits_per_byte is not None:
+            found[f"{key}bits_per_byte"] = text.bits_per_byte
+    return found
 
 
 def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:
