@@ -105,13 +105,14 @@ def in_flight(shape: StepShape) -> int:
 
 def _stage(shape: StepShape) -> float:
     config, d = shape.config, shape.degrees
-    tokens = shape.sequence_tokens / d.cp
-    # Recomputation begins with the stream that a block gets.
-    inputs = tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * shape.layers
+    tokens, whole = shape.sequence_tokens / d.cp, replace(shape, config=_without_recomputation(shape.config))
+    # Recomputation begins with the stream that enters a block; those of multi-token prediction have two inputs.
+    inputs = shape.layers + config.model.predicted * shape.stage.last
+    beside = tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * inputs
     if config.train.recompute == "full":
-        return inputs
-    found = sum(part_bytes(placed.part, tokens, shape) for placed in shape.blocks)
-    return found + (_narrowed(shape, False) if config.train.recompute == "none" else inputs)
+        return beside + sum(part_bytes(placed.part, tokens, whole) for placed in shape.blocks if not placed.repeated)
+    found = sum(part_bytes(placed.part, tokens, shape if placed.repeated else whole) for placed in shape.blocks)
+    return found + (_narrowed(shape, False) if config.train.recompute == "none" else beside)
 
 
 def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:
@@ -154,9 +155,12 @@ def _narrowed(shape: StepShape, edge: bool) -> float:
 
 
 def _head(shape: StepShape) -> float:
-    """What a micro-batch keeps at the end: inputs of norm and head, and logits, which become their gradient."""
-    tokens = shape.sequence_tokens / shape.degrees.cp
-    logits = shape.width * tokens * (shape.config.model.hidden + shape.vocab_size / shape.degrees.tp)
+    """What a micro-batch keeps at the end: inputs of norm and head, and logits, which become their gradient.
+
+    Multi-token prediction has the head's inputs and logits of each depth.
+    """
+    tokens, outputs = shape.sequence_tokens / shape.degrees.cp, 1 + shape.config.model.predicted
+    logits = outputs * shape.width * tokens * (shape.config.model.hidden + shape.vocab_size / shape.degrees.tp)
     whole = replace(shape, config=_without_recomputation(shape.config))
     return (
         logits
