@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from moesys.config.registry import DISPATCHERS, GATES, kinds
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -101,3 +103,14 @@ for words in (["config", "FILE", "--check"], ["config", "FILE"], ["launch", "FIL
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "legal on 128 ranks" in done.stdout and "#SBATCH" in done.stdout
+
+
+def test_a_gate_is_found_by_its_word():
+    """It is described and computed in files of its name; so are dispatchers described."""
+    for slot in (GATES, DISPATCHERS):
+        for kind, described in kinds(slot).items():
+            assert described.__module__ == f"{slot.package}.{kind}"
+    rooms = [
+        {path.stem for path in (ROOT / "moesys" / room / "gates").glob("*.py")} for room in ("models/parts", "moe")
+    ]
+    assert set(kinds(GATES)) <= rooms[0] & rooms[1]

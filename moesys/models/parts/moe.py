@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesys.errors import Problem
-from moesys.models.parts import expert_rules, gate, gate_rules
+from moesys.models.parts import expert_rules
 from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 from moesys.models.parts.feed_forward import DenseFeedForward
+from moesys.models.parts.gates import rules as gate_rules
+from moesys.models.parts.gates.kind import GateKind, describe
 from moesys.models.parts.part import Part
 
 if TYPE_CHECKING:
@@ -55,9 +57,9 @@ class MoEFeedForward(Part):
     layer: int
 
     @cached_property
-    def gate(self) -> gate.GateKind:
+    def gate(self) -> GateKind:
         """Its gate."""
-        return gate.describe(self.m)
+        return describe(self.m)
 
     @cached_property
     def shared(self) -> DenseFeedForward | None:

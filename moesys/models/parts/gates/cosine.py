@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moesys.config.section import Dim
 from moesys.errors import Problem
 from moesys.models.parts.axes import Axis, Weight
-from moesys.models.parts.gate import ChoiceKeys
+from moesys.models.parts.gates.kind import ChoiceKeys
 from moesys.models.parts.gates.top_k import TokenChoice, check_groups, check_second
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moesys.models.parts.axes import Weight
-from moesys.models.parts.gate import NOT_LEARNED, GateKind
+from moesys.models.parts.gates.kind import NOT_LEARNED, GateKind
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate

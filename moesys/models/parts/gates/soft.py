@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moesys.config.section import Dim, Section
 from moesys.models.parts.axes import Axis, Weight
-from moesys.models.parts.gate import NOT_LEARNED, GateKind
+from moesys.models.parts.gates.kind import NOT_LEARNED, GateKind
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate
