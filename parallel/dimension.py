@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from moesys.config.schema import Config
 from moesys.errors import Problem
-from moesys.models.parts import pattern_rules
+from moesys.models.parts import pattern_rules, rope_rules
 from moesys.models.parts.axes import Weight
 from moesys.models.parts.model import mixers
 from moesys.models.parts.moe import COUNTS, LOSSES, MoEFeedForward
@@ -73,6 +73,7 @@ def _model(config: Config) -> list[Problem]:
     if problems:
         return problems
     problems += [problem for mixer in mixers(m) for problem in (*mixer.unused(), *mixer.check())]
+    problems += rope_rules.check(m, {mixer.rotary_dim for mixer in mixers(m)} - {0})
     if m.moe is not None:
         problems += MoEFeedForward(m.moe, m.hidden, 0).check()
     if m.ffn_hidden is None and len(m.moe_blocks) < m.depth:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from moesys.config.registry import DISPATCHERS, GATES, MIXERS, kinds, section
+from moesys.config.rope import RopeScalingConfig
 from moesys.config.section import (
     LONGEST_RUN_NAME,
     AtMost,
@@ -199,6 +200,8 @@ class ModelConfig(Section):
     """Added to the mean square in every RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the wavelengths of rotary positions."""
+    rope_scaling: RopeScalingConfig | None = None
+    """How rotary positions are stretched to longer sequences; null: not."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of all matrices."""
 

@@ -35,12 +35,14 @@ class Key:
         theirs: its name; older files may have one of `also` instead, and both are written.
         ours: dotted, below "model."; "attention" is every mixer of the model.
         default: its value where files lack it. None: as our key's default.
+        nullable: null is written where our key has no value, because the class of transformers has another default.
     """
 
     theirs: str
     ours: str
     default: Any = None
     also: tuple[str, ...] = ()
+    nullable: bool = False
 
 
 @dataclass
@@ -197,7 +199,7 @@ class Family(Described):
         ours = meant(model)
         raw: dict[str, Any] = {"model_type": self.kind, "architectures": [self.architecture], **self.only}
         for key in self.fields:
-            if (value := ours.get(key.ours)) is not None:
+            if (value := ours.get(key.ours)) is not None or key.nullable:
                 raw |= dict.fromkeys((key.theirs, *key.also), value)
         raw["num_hidden_layers"] = model.depth
         self.write_rotary(model, raw)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moesys.models.block import Block
-from moesys.models.layers import Linear, RMSNorm, rotary_angles
+from moesys.models.layers import Linear, RMSNorm
+from moesys.models.rotary import rotary_angles
 from moesys.models.size import by_name
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ class Decoder(nn.Module):
         dtype: type of the stream between blocks.
         described: every parameter of the whole model by its name, as its part describes it.
         positions: sequence positions of the tokens that this device holds, int64 [S]; None: 0 … S−1.
+        length: tokens of a whole sequence, where they are more than this device holds; None: as many as the last
+            position says.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.vocab_size, self.dtype = config, vocab_size, dtype
         self.positions: Tensor | None = None
+        self.length: int | None = None
         self._tables: tuple[tuple[int, torch.device, Tensor | None], dict[int, tuple[Tensor, Tensor]]] | None = None
         self.embed: Embedding | None = Embedding(vocab_size, config.hidden)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.depth)})
@@ -99,5 +103,8 @@ class Decoder(nn.Module):
 
     def _angles(self, tokens: int, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
         positions = torch.arange(tokens, device=device) if self.positions is None else self.positions
+        theta, scaling, length = self.config.rope_theta, self.config.rope_scaling, 0
+        if scaling is not None and scaling.kind == "longrope":
+            length = self.length or (tokens if self.positions is None else int(positions.max()) + 1)
         sizes = {block.rotary_dim for block in self.blocks()}
-        return {size: rotary_angles(positions, size, self.config.rope_theta) for size in sorted(sizes)}
+        return {size: rotary_angles(positions, size, theta, scaling, length) for size in sorted(sizes)}

@@ -23,7 +23,7 @@ class Mistral(Family):
     summary = "Mistral, dense"
     architecture = "MistralForCausalLM"
     released = ("Mistral-7B",)
-    fields = (*Llama.fields, Key("sliding_window", "attention.window"))
+    fields = (*Llama.fields, Key("sliding_window", "attention.window", nullable=True))
 
 
 class Qwen3(Family):

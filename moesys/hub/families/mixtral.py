@@ -15,7 +15,7 @@ class Mixtral(Family):
     released = ("Mixtral-8x7B", "Mixtral-8x22B")
     fields = (
         *GROUPED,
-        Key("sliding_window", "attention.window"),
+        Key("sliding_window", "attention.window", nullable=True),
         Key("intermediate_size", "moe.ffn_hidden", REQUIRED),
         Key("num_local_experts", "moe.experts", 8),
         Key("num_experts_per_tok", "moe.top_k", 2),

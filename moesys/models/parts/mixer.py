@@ -12,6 +12,8 @@ from moesys.models.parts.axes import Axis, Kept
 from moesys.models.parts.part import Part
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from moesys.config.schema import ModelConfig
 
 Style = Literal["heads", "summed", "replicated"]
@@ -28,12 +30,15 @@ class Mixer(Part, Described):
         styles: by module, how tensor parallelism treats what cannot follow from the axes of its weights. "heads": it
             works on heads that are split (dim 2 of [B, S, h, d]); "summed": its output is whole and used by each rank's
             own heads, so that gradients are summed.
+        remembers: whether `caches` lets it decode a sequence token by token; otherwise each token computes the whole
+            sequence again.
     """
 
     a: Any
     model: ModelConfig
     path: str = "model.attention"
     styles: ClassVar[Mapping[str, Style]] = {}
+    remembers: ClassVar[bool] = False
     decides_by_default: ClassVar[str] = "WEIGHTS"
 
     def unused(self) -> list[Problem]:
@@ -56,6 +61,10 @@ class Mixer(Part, Described):
 
     def gathered(self) -> Iterator[Axis]:
         """What of each token context parallelism gathers: axes whose sizes are elements per token."""
+        yield from ()
+
+    def caches(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """New modules that remember the tokens before, for decoding: (owner in the built `module`, attribute, new)."""
         yield from ()
 
     def head_sizes(self) -> tuple[int, int, int, int]:
