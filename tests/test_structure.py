@@ -75,9 +75,16 @@ def test_a_circle_through_lazy_and_type_only_imports_is_found(tmp_path):
 
 @pytest.mark.parametrize("name", ["parallel", "kernels", "launchers", "benchmarks"])
 def test_folders_are_imported_by_the_package_name_alone(name):
-    result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", f"from {name} import x"], cwd=ROOT, capture_output=True, text=True)
     assert f"import moesys.{name}, not {name}" in result.stderr
     subprocess.run([sys.executable, "-c", f"import moesys.{name}"], cwd=ROOT, check=True)
+
+
+def test_transformers_is_imported_from_the_repository_root():
+    """It looks for a package `kernels`, and finds the folder."""
+    code = "import importlib.util, kernels; from transformers.utils.import_utils import is_kernels_available as found; "
+    code += "assert not found() and importlib.util.find_spec('kernels.choose') is None"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 LACKING = ("torch", "ray", "megatron", "transformers", "triton")
