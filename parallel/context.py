@@ -67,11 +67,12 @@ def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:
     cp, rank = mesh.degrees.cp, mesh.place["cp"]
     held = chunks(config.train.seq_len, cp, rank)
     model.positions = torch.cat([torch.arange(r.start, r.stop) for r in held]).to(mesh.device)
+    model.length = config.train.seq_len
     group = mesh.group("cp")
     if group is not None:
         for name, block in model.layers.items():
             if any(describe(config.model, int(name)).mixer.gathered()):
                 attention = block.get_submodule("attention")
-                window = cast("CausalCore", attention.core).window
-                attention.core = GatheredCore(group, config.train.seq_len, window)
+                core = cast("CausalCore", attention.core)
+                attention.core = GatheredCore(group, config.train.seq_len, core.window, core.scale)
     return model

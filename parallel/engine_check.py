@@ -43,9 +43,15 @@ def _model(config: Config, degrees: Degrees) -> list[Problem]:
     moe = config.model.moe
     refused = [problem for mixer in mixers(config.model) for problem in mixer.megatron()]
     problems = [replace(problem, remedy=f"{problem.remedy}, or {NATIVE}") for problem in refused]
+    if config.model.rope_scaling is not None:
+        rule = "stretched rotary positions are not in engine: megatron"
+        problems.append(Problem("model.rope_scaling", rule, f"remove it, or {NATIVE}"))
     if not isinstance(config.model.layers, int):
         rule = "a pattern of layers is not in engine: megatron"
         problems.append(Problem("model.layers", rule, f"give a number, or {NATIVE}"))
+    if config.model.mtp is not None:
+        rule = "multi-token prediction is not in engine: megatron"
+        problems.append(Problem("model.mtp", rule, f"remove it, or {NATIVE}"))
     if moe is not None and moe.lora_rank is not None:
         rule = "LoRA experts are not in engine: megatron"
         problems.append(Problem("model.moe.lora_rank", rule, f"remove it, or {NATIVE}"))

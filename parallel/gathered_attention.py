@@ -15,10 +15,10 @@ from moesys.parallel.comm import CONTEXT
 class GatheredCore(nn.Module):
     """`CausalCore` for a rank that holds chunks r and 2·cp−1−r of 2·cp (`moesys.parallel.context`)."""
 
-    def __init__(self, group: dist.ProcessGroup, seq_len: int, window: int | None = None):
-        """`seq_len`: tokens S of a whole sequence; `window`: tokens that a token sees; None: all before it."""
+    def __init__(self, group: dist.ProcessGroup, seq_len: int, window: int | None = None, scale: float | None = None):
+        """`seq_len`: tokens S of a whole sequence; `window`, `scale`: as those of `CausalCore`."""
         super().__init__()
-        self.group, self.seq_len = group, seq_len
+        self.group, self.seq_len, self.scale = group, seq_len, scale
         self.window = window if window is not None and window < seq_len else None
         rank, cp = group.rank(), group.size()
         size = seq_len // (2 * cp)
@@ -44,11 +44,11 @@ class GatheredCore(nn.Module):
     def _attend(self, q_BShd: Tensor, keys_BSgd: Tensor, values_BSgd: Tensor, end: int, bias: CausalBias) -> Tensor:
         """One chunk of queries, the last of which stands at `end - 1`."""
         if self.window is None:
-            return attend(q_BShd, keys_BSgd.narrow(1, 0, end), values_BSgd.narrow(1, 0, end), bias)
+            return attend(q_BShd, keys_BSgd.narrow(1, 0, end), values_BSgd.narrow(1, 0, end), bias, self.scale)
         first = end - q_BShd.shape[1]
         before = min(first, self.window - 1)
         keys, values = (x.narrow(1, first - before, end - first + before) for x in (keys_BSgd, values_BSgd))
-        return attend_window(q_BShd, keys, values, self.window, before)
+        return attend_window(q_BShd, keys, values, self.window, before, self.scale)
 
     def _whole(self, x_BSgd: Tensor) -> Tensor:
         """The whole sequence in its own order, from every rank's two chunks."""

@@ -51,19 +51,22 @@ _WORDS = {
         model.vocab_size model.hidden model.layers model.ffn_hidden model.tie_embeddings
         model.mixers
         model.layers: count first repeat
+        model.mtp.depth
         model.moe: experts ffn_hidden bias every first_dense zero_experts copy_experts constant_experts lora_rank
             shared_experts shared_ffn_hidden shared_mix
         """,
     Kind.MEANT: """
         seed train.seq_len data.heldout
         model: norm_eps rope_theta
+        model.rope_scaling: kind factor original_seq_len low_freq_factor high_freq_factor beta_fast beta_slow truncate
+            mscale mscale_all_dim attention_factor short_factor long_factor short_mscale long_mscale
         model.moe: top_k activation normalize scale lora_alpha zero_variant
         """,
     Kind.CONTENT: """
         data: kind path text_key split tokenizer
         """,
     Kind.TRAINING: """
-        model.init_std
+        model.init_std model.mtp.loss_weight
         model.moe: capacity_factor eval_capacity_factor min_capacity drop pad_to_capacity balance_loss
             sequence_balance_loss global_balance_loss balance_counts z_loss importance_loss load_loss bias_rate zero_tau
             cmr_budget cmr_loss
@@ -82,7 +85,7 @@ _WORDS = {
         """,
     Kind.FREE: """
         name
-        train: eval_every resume_changed
+        train: init eval_every resume_changed
         data.cache cluster.memory_gib
         launch: launcher link_gbit ray_address timeout_s max_failures threads env slurm
         output: runs checkpoint_every keep tensorboard wandb log_every record_routing

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from moesys.config.registry import DISPATCHERS, GATES, MIXERS, kinds, section
+from moesys.config.rope import RopeScalingConfig
 from moesys.config.section import (
     LONGEST_RUN_NAME,
     AtMost,
@@ -178,6 +179,17 @@ class PatternConfig(Section):
         return mixer, ffn
 
 
+class PredictionConfig(Section):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437): more blocks after the last one learn the tokens after the
+    next one."""
+
+    depth: Layers = 1
+    """D: blocks, each like the last one of `layers`, that predict one token further each; embedding and head are the
+    model's. They have the numbers that follow: layers.61 after 61 blocks."""
+    loss_weight: PositiveFloat = 0.3
+    """λ: λ / D times the sum of their losses is added to the loss (DeepSeek-V3: 0.3, then 0.1)."""
+
+
 class ModelConfig(Section):
     vocab_size: Dim | None = None
     """Entries of the embedding; default: the tokenizer's, rounded up to a multiple of 64."""
@@ -193,22 +205,47 @@ class ModelConfig(Section):
     """More mixers, by the words that a pattern in `layers` has for them."""
     moe: MoEConfig | None = None
     """The MoE layers; null: every layer is dense."""
+    mtp: PredictionConfig | None = None
+    """Multi-token prediction in training; null: none. Evaluation leaves it out."""
     tie_embeddings: bool = False
     """Use the embedding's weight as the output head."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square in every RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the wavelengths of rotary positions."""
+    rope_scaling: RopeScalingConfig | None = None
+    """How rotary positions are stretched to longer sequences; null: not."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of all matrices."""
 
     @property
     def depth(self) -> int:
-        """Blocks."""
+        """Blocks, without those of multi-token prediction."""
         return self.layers if isinstance(self.layers, int) else self.layers.count
 
+    @property
+    def predicted(self) -> int:
+        """D: blocks of multi-token prediction, which follow the others in number."""
+        return 0 if self.mtp is None else self.mtp.depth
+
+    @property
+    def blocks(self) -> int:
+        """All blocks."""
+        return self.depth + self.predicted
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """λ / D: the factor on the loss of each depth of multi-token prediction."""
+        return () if self.mtp is None else (self.mtp.loss_weight / self.mtp.depth,) * self.mtp.depth
+
+    @property
+    def ends_share_embedding(self) -> bool:
+        """Whether the end of the model uses the embedding, too: as its head, or in multi-token prediction."""
+        return self.tie_embeddings or self.mtp is not None
+
     def is_moe(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) is an MoE block."""
+        """Whether block `layer` (from 0) is an MoE block; those of multi-token prediction are like the last one."""
+        layer = min(layer, self.depth - 1)
         if isinstance(self.layers, PatternConfig):
             return self.layers.block(layer)[1] == "moe"
         m = self.moe
@@ -217,11 +254,11 @@ class ModelConfig(Section):
     @property
     def moe_blocks(self) -> list[int]:
         """The numbers of the MoE blocks."""
-        return [layer for layer in range(self.depth) if self.is_moe(layer)]
+        return [layer for layer in range(self.blocks) if self.is_moe(layer)]
 
     def mixer(self, layer: int) -> tuple[AttentionConfig, str]:
         """The section of the mixer of block `layer`, and its dotted key."""
-        name = "attention" if isinstance(self.layers, int) else self.layers.block(layer)[0]
+        name = "attention" if isinstance(self.layers, int) else self.layers.block(min(layer, self.depth - 1))[0]
         if name == "attention":
             return self.attention, "model.attention"
         return self.mixers[name], f"model.mixers.{name}"
@@ -316,6 +353,9 @@ class SkipsConfig(Section):
 class TrainConfig(Section):
     steps: Positive = 100
     """Optimizer steps of the run."""
+    init: str | None = None
+    """Weights that a new run starts from, with a new optimizer: a released model's folder with config.json, a run's
+    folder, or a checkpoint; null: random ones. A run that goes on from its own checkpoint does not read it."""
     seq_len: Annotated[int, Field(ge=1), AtMost(2**27)] = 256
     """Tokens per sequence."""
     global_batch: Batch = 8

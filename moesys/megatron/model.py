@@ -28,7 +28,8 @@ def transformer_config(run: Config, ranks: MegatronRanks, stages: list[Stage], *
     given: dict[str, Any] = {
         "num_layers": m.depth, "hidden_size": m.hidden, "ffn_hidden_size": m.ffn_hidden or m.hidden,
         "num_attention_heads": heads, "num_query_groups": kv_heads, "kv_channels": head_dim,
-        "qk_layernorm": a.qk_norm == "head", "normalization": "RMSNorm", "layernorm_epsilon": m.norm_eps,
+        "qk_layernorm": a.qk_norm == "head", "add_qkv_bias": a.bias == "qkv",
+        "normalization": "RMSNorm", "layernorm_epsilon": m.norm_eps,
         "gated_linear_unit": True, "activation_func": nn.functional.silu, "add_bias_linear": False,
         "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True,
         "params_dtype": dtype, "pipeline_dtype": dtype, "bf16": t.dtype == "bfloat16",

@@ -136,8 +136,8 @@ class ParameterNames:
             return [self._piece(f"{block}ffn.{own}", *self.place.cuts(own), spread=spread)]
         if match := EXPERT.fullmatch(name):
             return [self._expert(block, int(match[1] or match[4]), match[2] or match[3])]
-        if name == "self_attention.linear_qkv.weight":
-            return list(self._attention(f"{block}attention."))
+        if name.startswith("self_attention.linear_qkv."):
+            return list(self._attention(f"{block}attention.", name.rpartition(".")[2]))
         if name == "self_attention.linear_proj.weight":
             cut = (1, self.place.tp_rank, self.place.tp)
             return [self._piece(f"{block}attention.o_proj.weight", cut, spread="tp")]
@@ -150,15 +150,15 @@ class ParameterNames:
         cuts = [(0, p.ep_rank * (moe.experts // p.ep) + number, moe.experts), *p.cuts(own)[1:]]
         return self._piece(f"{block}ffn.{own}", *cuts, spread="ep", transposed=True)
 
-    def _attention(self, block: str) -> Iterator[Piece]:
-        """Rows of each group: the queries of its heads, its key, its value."""
+    def _attention(self, block: str, leaf: str) -> Iterator[Piece]:
+        """Rows of each group in the weight or the bias: the queries of its heads, its key, its value."""
         p = self.place
         every, groups, d, _ = mixers(self.model)[0].head_sizes()
         heads, mine, end = every // groups, groups // p.tp, 0
         for group in range(p.tp_rank * mine, (p.tp_rank + 1) * mine):
             for kind, size in (("q", heads * d), ("k", d), ("v", d)):
                 rows, end = slice(end, end + size), end + size
-                yield self._piece(f"{block}{kind}_proj.weight", (0, group, groups), rows=rows, spread="tp")
+                yield self._piece(f"{block}{kind}_proj.{leaf}", (0, group, groups), rows=rows, spread="tp")
 
     def _feed_forward(self, block: str, name: str, count: int) -> list[Piece]:
         p, shared = self.place, "shared_experts." in name

@@ -21,20 +21,28 @@ class CausalCore(nn.Module):
 
     Args:
         window: tokens that a token sees, itself the last of them; None: all before it.
+        scale: factor on the scores; None: 1 / √d.
     """
 
-    def __init__(self, window: int | None = None):
+    def __init__(self, window: int | None = None, scale: float | None = None):
         super().__init__()
-        self.window = window
+        self.window, self.scale = window, scale
 
     def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
-        """q [B, S, h, d], k [B, S, g, d], v [B, S, g, dv] with g dividing h: [B, S, h, dv]."""
-        if self.window is not None and self.window < q_BShd.shape[1]:
-            return attend_window(q_BShd, k_BSgd, v_BSgd, self.window)
-        return attend(q_BShd, k_BSgd, v_BSgd)
+        """q [B, S, h, d], k [B, before + S, g, d], v [B, before + S, g, dv] with g dividing h: [B, S, h, dv].
+
+        Keys may stand before the first query, as when a sequence is decoded piece by piece: with a window, fewer than
+        that before more than one query.
+        """
+        if self.window is not None and self.window < k_BSgd.shape[1]:
+            before = k_BSgd.shape[1] - q_BShd.shape[1]
+            return attend_window(q_BShd, k_BSgd, v_BSgd, self.window, before, scale=self.scale)
+        return attend(q_BShd, k_BSgd, v_BSgd, scale=self.scale)
 
 
-def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | None = None) -> Tensor:
+def attend(
+    q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | None = None, scale: float | None = None
+) -> Tensor:
     """Causal attention of the last queries of a sequence to its keys: q [B, Sq, …], k and v [B, Sk, …].
 
     Query i sees keys 0 … Sk − Sq + i. No mask reaches a GPU: there one would leave only torch's slow path, which
@@ -42,6 +50,7 @@ def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | No
 
     Args:
         bias: `causal_lower_right(Sq, Sk)` where Sq < Sk, or None to make it here, which torch.compile cannot trace.
+        scale: factor on the scores; None: 1 / √d.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BShd, k_BSgd, v_BSgd))
     grouped = q.shape[1] != k.shape[1]
@@ -54,12 +63,14 @@ def attend(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | No
     elif q.shape[2] != k.shape[2]:
         mask = _lower_right(q, k)  # the CPU's fused kernel takes a mask, and no bias
     out = nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped, scale=scale
     )
     return out.transpose(1, 2)
 
 
-def attend_window(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, window: int, before: int = 0) -> Tensor:
+def attend_window(
+    q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, window: int, before: int = 0, scale: float | None = None
+) -> Tensor:
     """Attention of each query to the `window` last keys up to its own: q [B, S, h, d], k and v [B, before + S, g, …].
 
     Sliding-window attention (Longformer, arXiv 2004.05150; Mistral 7B, arXiv 2310.06825). Queries are taken in pieces
@@ -68,6 +79,7 @@ def attend_window(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, window: int, b
 
     Args:
         before: keys that stand before the first query, fewer than `window`.
+        scale: factor on the scores; None: 1 / √d.
     """
     batch, tokens = q_BShd.shape[:2]
     pieces = -(-tokens // window)
@@ -87,7 +99,7 @@ def attend_window(q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, window: int, b
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if heads > 1:
         k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).unflatten(0, (batch, pieces)).flatten(1, 2)[:, :tokens]
 
 
@@ -105,6 +117,16 @@ def _lower_right(q: Tensor, k: Tensor) -> Tensor:
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
 
 
+def turn(x_BShd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [B, S, h, d] whose first elements, as many as the tables [S, …] have, are rotated."""
+    turned = cos.shape[-1]
+    if turned == x_BShd.shape[-1]:
+        return rotate(x_BShd, cos, sin)
+    if not turned:
+        return x_BShd
+    return torch.cat((rotate(x_BShd[..., :turned], cos, sin), x_BShd[..., turned:]), -1)
+
+
 class GroupedQueryAttention(nn.Module):
     """Attention whose key and value heads are shared by groups of query heads (arXiv 2305.13245)."""
 
@@ -116,22 +138,25 @@ class GroupedQueryAttention(nn.Module):
         head_dim: int,
         *,
         bias: bool = False,
+        output_bias: bool | None = None,
         qk_norm: str = "none",
         eps: float = 1e-5,
         window: int | None = None,
+        scale: float | None = None,
     ):
-        """`qk_norm`: "none", or an RMSNorm of queries and keys per "head" or over all of them ("full")."""
+        """`output_bias`: of the output, default as `bias`, that of the others; `qk_norm`: "none", or an RMSNorm of
+        queries and keys per "head" or over all of them ("full"); `window`, `scale`: as those of `CausalCore`."""
         super().__init__()
         self.head_dim = head_dim
         self.q_proj = Linear(hidden, heads * head_dim, bias=bias)
         self.k_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
-        self.o_proj = Linear(heads * head_dim, hidden, bias=bias)
+        self.o_proj = Linear(heads * head_dim, hidden, bias=bias if output_bias is None else output_bias)
         self.per_head = qk_norm == "head"
         sizes = {"none": (0, 0), "head": (head_dim,) * 2, "full": (heads * head_dim, kv_heads * head_dim)}[qk_norm]
         self.q_norm = RMSNorm(sizes[0], eps) if sizes[0] else None
         self.k_norm = RMSNorm(sizes[1], eps) if sizes[1] else None
-        self.core = CausalCore(window)
+        self.core = CausalCore(window, scale)
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is not None and not self.per_head:
@@ -140,9 +165,9 @@ class GroupedQueryAttention(nn.Module):
         return norm(x) if norm is not None and self.per_head else x
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, S, H] → [B, S, H]; cos, sin [S, head_dim]: tables of the tokens' positions."""
-        q = rotate(self._heads(self.q_proj(x_BSH), self.q_norm), cos, sin)
-        k = rotate(self._heads(self.k_proj(x_BSH), self.k_norm), cos, sin)
+        """[B, S, H] → [B, S, H]; cos, sin [S, d]: tables of the tokens' positions, for d elements of each head."""
+        q = turn(self._heads(self.q_proj(x_BSH), self.q_norm), cos, sin)
+        k = turn(self._heads(self.k_proj(x_BSH), self.k_norm), cos, sin)
         v = self._heads(self.v_proj(x_BSH), None)
         return self.o_proj(self.core(q, k, v).flatten(2))
 
@@ -159,6 +184,10 @@ class LatentAttention(nn.Module):
 
     Each head's query and key have a part without position and one with rotary position; the key's
     rotary part is shared by all heads.
+
+    Attributes:
+        history: None, or takes the latents [B, S, latent] and shared rotated keys [B, S, 1, rope] of these tokens, and
+            gives those of all tokens up to them, as decoding a sequence piece by piece needs.
     """
 
     def __init__(
@@ -172,8 +201,10 @@ class LatentAttention(nn.Module):
         latent: int,
         query_rank: int | None = None,
         eps: float = 1e-5,
+        scale: float | None = None,
     ):
-        """`nope`, `rope`, `value`: sizes of a head's parts; `latent`, `query_rank`: of what is compressed."""
+        """`nope`, `rope`, `value`: sizes of a head's parts; `latent`, `query_rank`: of what is compressed; `scale`: as
+        that of `CausalCore`."""
         super().__init__()
         self.nope, self.rope, self.value, self.latent = nope, rope, value, latent
         query = heads * (nope + rope)
@@ -189,15 +220,19 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(latent, heads * (nope + value), bias=False)
         self.shared_key = SharedKey()
         self.o_proj = Linear(heads * value, hidden, bias=False)
-        self.core = CausalCore()
+        self.core = CausalCore(scale=scale)
+        self.history: nn.Module | None = None
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, S, H] → [B, S, H]; cos, sin [S, qk_rope_head_dim]: tables of the tokens' positions."""
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSH))) if self.compress_query else self.q_proj(x_BSH)
         q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split((self.nope, self.rope), -1)
         latent, k_rope = self.kv_a_proj(x_BSH).split((self.latent, self.rope), -1)
-        kv = self.kv_b_proj(self.kv_a_norm(latent)).unflatten(-1, (-1, self.nope + self.value))
+        latent, k_rope = self.kv_a_norm(latent), self.shared_key(k_rope, cos, sin)
+        if self.history is not None:
+            latent, k_rope = self.history(latent, k_rope)
+        kv = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.value))
         k_nope, v = kv.split((self.nope, self.value), -1)
-        k_rope = self.shared_key(k_rope, cos, sin).expand(-1, -1, k_nope.shape[2], -1)
+        k_rope = k_rope.expand(-1, -1, k_nope.shape[2], -1)
         q = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1)
         return self.o_proj(self.core(q, torch.cat((k_nope, k_rope), -1), v).flatten(2))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from moesys.kernels.activation import KINDS
 from moesys.kernels.linear import linear
 from moesys.kernels.rms_norm import rms_norm
-from moesys.kernels.rotary import tables
 
 
 class Linear(nn.Linear):
@@ -61,9 +60,3 @@ class FeedForward(nn.Module):
             return self.down_proj(self.kind.value(up))
         up = up if self.kind.linear is None else self.kind.linear(up)
         return self.down_proj(self.kind.value(self.gate_proj(x)) * up)
-
-
-def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Tables [S, size], float32, that `rotate` takes, of rotary positions (RoFormer, arXiv 2104.09864)."""
-    exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    return tables(positions.float()[:, None] * theta**-exponents)

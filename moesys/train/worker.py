@@ -29,9 +29,10 @@ from moesys.measure.report import run as report
 from moesys.measure.report.facts import bits_per_byte
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
-from moesys.train import checkpoint, heartbeat, manifest, resume, run_folder
+from moesys.train import checkpoint, heartbeat, initial_weights, manifest, resume, run_folder
 from moesys.train.balance import sentence
 from moesys.train.engine import engine_of
+from moesys.train.fill import fill
 from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
 from moesys.train.rank import LOG_ONLY
@@ -69,8 +70,12 @@ def _train(config: Config, run_dir: Path) -> None:
     _agree(corpus)
     heartbeat.phase("building the model", shown=True)
     folder = run_dir / "checkpoints"
-    trainer = Trainer(config, mesh, corpus, draw=checkpoint.newest(folder) is None)
-    _print_resumption(trainer.resume(folder), trainer, run_dir)
+    start = None if checkpoint.newest(folder) else initial_weights.find(config)
+    trainer = Trainer(config, mesh, corpus, draw=checkpoint.newest(folder) is None and start is None)
+    if start is not None:
+        _print_start(fill(trainer.engine, start, config))
+    else:
+        _print_resumption(trainer.resume(folder), trainer, run_dir)
     if mesh.rank == 0:
         run_folder.accept(run_dir)
     routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
@@ -80,6 +85,11 @@ def _train(config: Config, run_dir: Path) -> None:
         part()  # the other ranks need not wait for rank 0's last work
         if mesh.rank == 0:
             _write_summary(summary, trainer, run_dir, corpus)  # metrics are served until the end
+
+
+def _print_start(said: str) -> None:
+    if dist.get_rank() == 0:
+        print(said, flush=True)
 
 
 def _print_resumption(path: Path | None, trainer: Trainer, run_dir: Path) -> None:

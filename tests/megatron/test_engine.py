@@ -45,7 +45,7 @@ RICH = {
         "layers": 3,
         "ffn_hidden": 96,
         "tie_embeddings": True,
-        "attention": {"qk_norm": "head"},
+        "attention": {"qk_norm": "head", "bias": "qkv"},
         "moe": {
             "first_dense": 1,
             "gate": {"score": "sigmoid", "groups": 2, "groups_kept": 1, "group_score": "top2", "noise": "gaussian"},

@@ -62,7 +62,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Inside, tensors are fake ones of a GPU; the list gets the kernel of each attention."""
     ran: list[str] = []
 
-    def attention_of(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+    def attention_of(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False, scale=None):
         ran.append(kernel(q, k, v, attn_mask, is_causal, enable_gqa))
         return q.new_empty(*q.shape[:-1], v.shape[-1])
 

@@ -17,8 +17,9 @@ from moesys.config.schema import ModelConfig
 from moesys.models.attention import CausalCore, LatentAttention, SharedKey
 from moesys.models.block import Block
 from moesys.models.decoder import Decoder, Embedding
-from moesys.models.layers import FeedForward, Linear, RMSNorm, rotary_angles
+from moesys.models.layers import FeedForward, Linear, RMSNorm
 from moesys.models.parts.model import block
+from moesys.models.rotary import rotary_angles
 from moesys.moe import MoELayer
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate, PrototypeGate, TopKGate

@@ -8,7 +8,8 @@ from torch import nn
 
 from moesys.config.schema import ModelConfig
 from moesys.models.block import Block
-from moesys.models.layers import Linear, rotary_angles
+from moesys.models.layers import Linear
+from moesys.models.rotary import rotary_angles
 from moesys.parallel.recompute import prepare
 
 MODEL = {

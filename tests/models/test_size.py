@@ -31,6 +31,7 @@ MODELS = {
     "cmr": {
         "moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_mix": "cmr", "activation": "relu2"},
     },
+    "qkv": {"ffn_hidden": 96, "attention": {"heads": 4, "bias": "qkv"}},
     "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
     "cosine": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": {"kind": "cosine", "noise": "gaussian"}}},
     "hash": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": "hash"}},

@@ -78,25 +78,58 @@ def deepseek_v2():
     return transformers.DeepseekV2ForCausalLM(theirs), ours
 
 
+YARN = {"factor": 40.0, "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+"""DeepSeek's, with a ramp inside of the few pairs."""
+
+
 def deepseek_v3():
+    stretched = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 32, **YARN}
     theirs = transformers.DeepseekV3Config(
-        **COMMON, num_key_value_heads=4, intermediate_size=48, n_routed_experts=8, moe_intermediate_size=16,
+        **COMMON, rope_parameters=stretched, num_key_value_heads=4, intermediate_size=48, n_routed_experts=8,
+        moe_intermediate_size=16,
         first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=16, kv_lora_rank=24, qk_nope_head_dim=8,
         qk_rope_head_dim=8, v_head_dim=12, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
     )  # fmt: skip
     gate = {"score": "sigmoid", "groups": 4, "groups_kept": 2, "group_score": "top2"}
     moe = {"experts": 8, "ffn_hidden": 16, "first_dense": 1, "shared_experts": 1, "gate": gate, "scale": 2.5}
-    return transformers.DeepseekV3ForCausalLM(theirs), {**deepseek_v2()[1], "moe": {**MOE, **moe}}
+    scaling = {"kind": "yarn", "original_seq_len": 32, **YARN}
+    ours = {**deepseek_v2()[1], "rope_scaling": scaling, "moe": {**MOE, **moe}}
+    return transformers.DeepseekV3ForCausalLM(theirs), ours
+
+
+def glm4_moe():
+    theirs = transformers.Glm4MoeConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=48, n_routed_experts=4, moe_intermediate_size=16,
+        head_dim=16, attention_bias=True, use_qk_norm=True, first_k_dense_replace=1, n_shared_experts=1,
+        routed_scaling_factor=1.5, rope_parameters={"rope_theta": 1e4, "rope_type": "default",
+        "partial_rotary_factor": 0.5},
+    )  # fmt: skip
+    attention = {"heads": 4, "kv_heads": 2, "head_dim": 16, "bias": "qkv", "qk_norm": "head", "rotary_fraction": 0.5}
+    gate = {"score": "sigmoid"}
+    moe = {**MOE, "ffn_hidden": 16, "first_dense": 1, "shared_experts": 1, "gate": gate, "scale": 1.5}
+    return transformers.Glm4MoeForCausalLM(theirs), {"attention": attention, "ffn_hidden": 48, "moe": moe}
+
+
+def llama():
+    stretched = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs = transformers.LlamaConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=48, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 32, **stretched,
+        },
+    )  # fmt: skip
+    scaling = {"kind": "llama3", "original_seq_len": 32, **stretched}
+    ours = {"attention": {"heads": 4, "kv_heads": 2}, "ffn_hidden": 48, "rope_theta": 5e5, "rope_scaling": scaling}
+    return transformers.LlamaForCausalLM(theirs), ours
 
 
 def qwen2_moe():
     theirs = transformers.Qwen2MoeConfig(
         **COMMON, num_key_value_heads=2, intermediate_size=48, num_experts=4, moe_intermediate_size=16,
-        shared_expert_intermediate_size=40, norm_topk_prob=False, qkv_bias=False,
+        shared_expert_intermediate_size=40, norm_topk_prob=False,
     )  # fmt: skip
     shared = {"shared_experts": 1, "shared_ffn_hidden": 40, "shared_mix": "gate"}
     ours = {
-        "attention": {"heads": 4, "kv_heads": 2},
+        "attention": {"heads": 4, "kv_heads": 2, "bias": "qkv"},
         "moe": {**MOE, "ffn_hidden": 16, "normalize": False, **shared},
     }
     return transformers.Qwen2MoeForCausalLM(theirs), ours
@@ -136,14 +169,24 @@ def rotary_halves(weight: Tensor, path: str) -> Tensor:
     return weight
 
 
+def randomise(model: torch.nn.Module) -> None:
+    """Give what starts as zeros other values: biases."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
 @pytest.mark.parametrize(
-    "make", [mixtral, mixtral_windows, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3], ids=lambda f: f.__name__
+    "make",
+    [mixtral, mixtral_windows, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, glm4_moe, llama],
+    ids=lambda f: f.__name__,
 )
 def test_logits_and_gradients_equal_transformers(make):
     torch.manual_seed(0)
     theirs, ours = make()
     config = Config.model_validate({"model": {"hidden": 32, "layers": 2, "norm_eps": 1e-6, **ours}})
     model = Decoder(config.model, V)
+    randomise(theirs)
     state = theirs.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

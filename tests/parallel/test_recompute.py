@@ -7,7 +7,7 @@ import torch
 
 from moesys.config.schema import ModelConfig
 from moesys.models.block import Block
-from moesys.models.layers import rotary_angles
+from moesys.models.rotary import rotary_angles
 from moesys.moe import MoELayer
 from moesys.parallel.recompute import prepare
 

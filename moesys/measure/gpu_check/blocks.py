@@ -14,7 +14,7 @@ from moesys.measure.gpu_check.rows import CheckTask, Row, tried
 from moesys.measure.interleaved_timing import alone
 from moesys.measure.layer_benchmark.sides import made_on
 from moesys.models.block import Block
-from moesys.models.layers import rotary_angles
+from moesys.models.rotary import rotary_angles
 from moesys.parallel.recompute import prepare
 from moesys.words import plural
 

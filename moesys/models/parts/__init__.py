@@ -8,5 +8,5 @@ feed_forward  dense feed-forwards, and shared experts
 moe           MoE layers: gate, experts, mix
 model         a whole model as a list of parts
 
-`gate_rules`, `expert_rules` and `pattern_rules` hold the rules between keys of the model alone.
+`gate_rules`, `expert_rules`, `pattern_rules` and `rope_rules` hold the rules between keys of the model alone.
 """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from moesys.config.section import Dim, Section
+from moesys.config.section import Dim, Field, PositiveFloat, Section
 from moesys.errors import Problem
 from moesys.models.parts.axes import Axis, Kept, Weight
 from moesys.models.parts.mixer import Mixer, kept_by_attention, seen
@@ -14,12 +14,17 @@ from moesys.words import divisors
 if TYPE_CHECKING:
     from torch import nn
 
+    from moesys.models.attention import CausalCore
+
 
 class HeadsKeys(Section):
     """What every kind of attention has."""
 
     heads: Dim = 4
     """Query heads."""
+    softmax_scale: PositiveFloat | None = None
+    """Factor on the scores; default: 1 / √(size of a head's query), for mla times YaRN's (Granite:
+    attention_multiplier)."""
 
 
 class GroupedQueryKeys(HeadsKeys):
@@ -29,13 +34,24 @@ class GroupedQueryKeys(HeadsKeys):
     """Key and value heads of gqa; default: as many as query heads."""
     head_dim: Dim | None = None
     """Size of one head of gqa; default: hidden / heads."""
-    bias: bool = False
-    """A bias on the query, key, value and output projections of gqa."""
+    bias: bool | Literal["qkv"] = False
+    """gqa: a bias on the query, key, value and output projections (GPT-OSS), or on all but the output's (qkv:
+    Qwen2-MoE, GLM-4.5)."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """gqa: RMSNorm of queries and keys: none, per head (Qwen3) or over all heads together (OLMoE)."""
+    rotary_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """gqa: share of each head, its first elements, that rotary positions turn (GLM-4.5 and MiniMax-M2: 0.5); 0: no
+    positions."""
     window: Dim | None = None
     """gqa: tokens that a token attends to, itself the last of them (sliding-window attention, Mistral); default: all
     before it."""
+
+
+NATIVE_ONLY = {
+    "softmax_scale": "a factor on scores of one's own",
+    "rotary_fraction": "a rotation of a part of each head",
+}
+"""Keys that `engine: megatron` does not follow, in words."""
 
 
 class GroupedQuery(Mixer):
@@ -45,8 +61,9 @@ class GroupedQuery(Mixer):
     summary = "grouped-query attention"
     aliases = ("mha", "mqa", "multi_head")
     keys = GroupedQueryKeys
-    decides = {"window": "MEANT"}
+    decides = dict.fromkeys(("softmax_scale", "rotary_fraction", "window"), "MEANT")
     styles = {"q_norm": "heads", "k_norm": "heads"}
+    remembers = True
 
     @property
     def head_dim(self) -> int:
@@ -55,8 +72,8 @@ class GroupedQuery(Mixer):
 
     @property
     def rotary_dim(self) -> int:
-        """A whole head is turned."""
-        return self.head_dim
+        """The share of a head that is turned."""
+        return int(self.head_dim * self.a.rotary_fraction)
 
     @property
     def kv_heads(self) -> int:
@@ -79,7 +96,7 @@ class GroupedQuery(Mixer):
             if self.a.bias:
                 yield Weight(f"{name}.bias", (axis,), "bias")
         yield Weight("o_proj.weight", (hidden, self._heads))
-        if self.a.bias:
+        if self.a.bias is True:
             yield Weight("o_proj.bias", (hidden,), "bias")
         if self.a.qk_norm != "none":
             full, one = self.a.qk_norm == "full", Axis("head_dim", self.head_dim)
@@ -94,9 +111,7 @@ class GroupedQuery(Mixer):
         """Attention's inputs and result; the projection's input is that result."""
         a, d, cp = self.a, self.head_dim, shape.degrees.cp
         yield from kept_by_attention(a.heads, self.kv_heads, d, d, run, cp, a.window)
-        if a.qk_norm == "head":
-            yield Kept((a.heads + self.kv_heads) * d, "heads", selective=False)
-        if a.qk_norm == "full":
+        if a.qk_norm != "none":
             yield Kept((a.heads + self.kv_heads) * d, "heads")
 
     def gathered(self) -> Iterator[Axis]:
@@ -106,6 +121,12 @@ class GroupedQuery(Mixer):
     def head_sizes(self) -> tuple[int, int, int, int]:
         """Query heads, key heads, size of a query, size of a value."""
         return self.a.heads, self.kv_heads, self.head_dim, self.head_dim
+
+    def caches(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """Keys and values, of a window those in it."""
+        from moesys.models.key_cache import CachedCore
+
+        yield module, "core", CachedCore(cast("CausalCore", module.get_submodule("core")))
 
     def check(self) -> list[Problem]:
         """Heads divide what they share, and heads have pairs to turn."""
@@ -118,21 +139,28 @@ class GroupedQuery(Mixer):
             problems.append(Problem(f"{self.path}.kv_heads", rule, f"one of {divisors(a.heads)}"))
         if not problems and self.rotary_dim % 2:
             rule = f"rotary positions turn pairs: the size {self.rotary_dim} must be even"
-            problems.append(Problem(f"{self.path}.head_dim", rule, "use an even size"))
+            key, remedy = ("head_dim", "use an even size")
+            if a.rotary_fraction < 1:
+                rule = f"rotary positions turn pairs: {self.rotary_dim} of {self.head_dim} elements must be even"
+                key, remedy = "rotary_fraction", f"choose one that turns {self.rotary_dim - 1} or {self.rotary_dim + 1}"
+            problems.append(Problem(f"{self.path}.{key}", rule, remedy))
         return problems
 
     def megatron(self) -> list[Problem]:
         """What Megatron-Core's attention has not."""
         problems = []
-        if self.a.bias:
+        if self.a.bias is True:
             rule = "Megatron has no attention with a bias on every projection and none on the rest"
-            problems.append(Problem(f"{self.path}.bias", rule, "set it to false"))
+            problems.append(Problem(f"{self.path}.bias", rule, "set it to false or qkv"))
         if self.a.qk_norm == "full":
             rule = "Megatron's norm of queries and keys is per head"
             problems.append(Problem(f"{self.path}.qk_norm", rule, "set it to head"))
         if self.a.window is not None:
             rule = "Megatron's sliding window needs Transformer Engine: it is not in engine: megatron"
             problems.append(Problem(f"{self.path}.window", rule, "remove it"))
+        for key, words in NATIVE_ONLY.items():
+            if getattr(self.a, key) != type(self.a).model_fields[key].default:
+                problems.append(Problem(f"{self.path}.{key}", f"{words} is not in engine: megatron", "remove it"))
         return problems
 
     def build(self) -> nn.Module:
@@ -145,8 +173,10 @@ class GroupedQuery(Mixer):
             a.heads,
             self.kv_heads,
             self.head_dim,
-            bias=a.bias,
+            bias=bool(a.bias),
+            output_bias=a.bias is True,
             qk_norm=a.qk_norm,
             eps=self.model.norm_eps,
             window=a.window,
+            scale=a.softmax_scale,
         )

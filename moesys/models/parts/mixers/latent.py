@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from moesys.config.section import Dim
+from moesys.config.section import Dim, PositiveFloat
 from moesys.errors import Problem
 from moesys.models.parts.axes import Axis, Kept, Weight, kept_by_norm
 from moesys.models.parts.mixer import Mixer, kept_by_attention, seen
@@ -28,6 +28,8 @@ class LatentKeys(HeadsKeys):
     """mla: size of a head's part with rotary position, shared by all heads of the key."""
     v_head_dim: Dim = 128
     """mla: size of a head's value."""
+    latent_norm_eps: PositiveFloat | None = None
+    """mla: norm_eps of the norms of both compressions; default: model.norm_eps (DeepSeek's own code has 1e-6)."""
 
 
 class Latent(Mixer):
@@ -38,6 +40,8 @@ class Latent(Mixer):
     aliases = ("latent", "multi_latent")
     keys = LatentKeys
     styles = {"shared_key": "summed"}
+    decides = {"softmax_scale": "MEANT", "latent_norm_eps": "MEANT"}
+    remembers = True
 
     @property
     def rotary_dim(self) -> int:
@@ -48,6 +52,14 @@ class Latent(Mixer):
     def query_dim(self) -> int:
         """Size of one head's query."""
         return self.a.qk_nope_head_dim + self.a.qk_rope_head_dim
+
+    @property
+    def scale(self) -> float | None:
+        """Factor on the scores; None: 1 / √(size of a query)."""
+        scaling = self.model.rope_scaling
+        if self.a.softmax_scale is not None or scaling is None or scaling.score_factor == 1.0:
+            return self.a.softmax_scale
+        return self.query_dim**-0.5 * scaling.score_factor
 
     def _heads(self, each: int) -> Axis:
         return Axis("heads", self.a.heads, each, f"{self.path}.heads")
@@ -81,7 +93,7 @@ class Latent(Mixer):
         for size in (a.q_lora_rank, a.kv_lora_rank):
             if size is not None:
                 yield from kept_by_norm(size, "latent", split, run)
-                yield Kept(size, "latent", selective=False)  # what is expanded
+                yield Kept(size, "latent")  # what is expanded
 
     def gathered(self) -> Iterator[Axis]:
         """Keys and values of every head."""
@@ -90,6 +102,12 @@ class Latent(Mixer):
     def head_sizes(self) -> tuple[int, int, int, int]:
         """Query heads, key heads, size of a query, size of a value."""
         return self.a.heads, self.a.heads, self.query_dim, self.a.v_head_dim
+
+    def caches(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """Latents and the shared key."""
+        from moesys.models.key_cache import LatentCache
+
+        yield module, "history", LatentCache()
 
     def check(self) -> list[Problem]:
         """What is turned has pairs."""
@@ -111,5 +129,6 @@ class Latent(Mixer):
             value=a.v_head_dim,
             latent=a.kv_lora_rank,
             query_rank=a.q_lora_rank,
-            eps=self.model.norm_eps,
+            eps=a.latent_norm_eps or self.model.norm_eps,
+            scale=self.scale,
         )
