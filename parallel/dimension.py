@@ -112,4 +112,7 @@ def step(shape: StepShape) -> list[Collective]:
         return []
     model = shape.config.model
     reported = len(model.moe_blocks) * (model.moe.experts + len(COUNTS) + len(LOSSES)) if model.moe is not None else 0
-    return [Collective("all_reduce", DENSE_AXES, 8.0 * numbers, 1, small=True) for numbers in (2, 2 + model.predicted + reported)]
+    return [
+        Collective("all_reduce", DENSE_AXES, 8.0 * numbers, 1, small=True)
+        for numbers in (2, 2 + model.predicted + reported)
+    ]

@@ -43,9 +43,13 @@ _Dumper.add_representer(str, _text)
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads: every key with its value, without secrets (secret.py) and
     without keys that belong to other kinds."""
-    tree = hidden(config).model_dump()
-    text: str = yaml.dump(_of_its_kinds(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    return text
+    return text(_of_its_kinds(hidden(config).model_dump()))
+
+
+def text(tree: dict[str, Any]) -> str:
+    """A part of a configuration as YAML that `load` reads."""
+    written: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return written
 
 
 def _of_its_kinds(tree: dict[str, Any]) -> dict[str, Any]:

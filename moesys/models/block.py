@@ -46,6 +46,10 @@ class Block(nn.Module):
         shared: list[Part] = [] if moe.shared is None else [(moe, "run_shared")]
         return [(self, "route"), *whole, *shared, (self, "finish")]
 
+    def whole(self) -> Part:
+        """The method that full recomputation repeats. It ends with what backward does not need the result of."""
+        return self, "forward"
+
     @staticmethod
     def _apart(moe: MoELayer) -> bool:
         """Whether experts are never a part, but lie between two."""
@@ -124,6 +128,9 @@ class PredictionBlock(Block):
     def parts(self) -> list[Part]:
         return [(self, "join"), *super().parts()]
 
+    def whole(self) -> Part:
+        return self, "run"
+
     def forward(
         self,
         x_BSH: Tensor,
@@ -133,10 +140,15 @@ class PredictionBlock(Block):
         embedded_BSH: Tensor | None = None,
     ) -> Tensor:
         """h_k of h_{k−1} [B, S, H] and of the later tokens' embeddings [B, S, H]; ids in `tokens_BS2` are theirs."""
-        assert embedded_BSH is not None
-        x_BSH = super().forward(self.join(x_BSH, embedded_BSH), cos, sin, tokens_BS2)
-        out: Tensor = self.norm(x_BSH)
+        out: Tensor = self.norm(self.run(x_BSH, cos, sin, tokens_BS2, embedded_BSH))
         return out
+
+    def run(
+        self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None, embedded_BSH: Tensor | None
+    ) -> Tensor:
+        """All but the last norm."""
+        assert embedded_BSH is not None
+        return super().forward(self.join(x_BSH, embedded_BSH), cos, sin, tokens_BS2)
 
     def join(self, x_BSH: Tensor, embedded_BSH: Tensor) -> Tensor:
         """The stream that enters the block [B, S, H]."""

@@ -91,7 +91,8 @@ class Decoder(nn.Module):
         their gates, and logits are [B, S, V].
         """
         numbered_BS2 = None if tokens_BS2 is None else tokens_BS2[..., :2]
-        ahead_BSD, later = None, ()
+        ahead_BSD: Tensor | None = None
+        later: list[Tensor] = []
         if tokens_BS2 is not None and tokens_BS2.shape[-1] > 2 and self.head is not None:
             ahead_BSD = tokens_BS2[..., 2:]
             x, *later = self._embed_ahead(x, ahead_BSD)

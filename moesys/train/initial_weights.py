@@ -13,7 +13,7 @@ from moesys.hub import folder
 from moesys.hub.derive import Released, released
 from moesys.hub.family import decides, meant, nested
 from moesys.hub.fit import Fit, fit
-from moesys.train import manifest, resume, saved_shapes
+from moesys.train import manifest, resume, saved, saved_shapes
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,11 @@ def find(config: Config) -> InitialWeights | None:
     """
     if config.train.init is None:
         return None
-    path = locate(Path(config.train.init))
+    path = saved.find(Path(config.train.init))
     if folder.is_folder(path):
         return InitialWeights(path, _released(path, config))
     _require_same_model(manifest.read(path), config)
     return InitialWeights(path, None)
-
-
-def locate(path: Path) -> Path:
-    """The released model's folder or the checkpoint that `path` names: itself, or the newest checkpoint of a run.
-
-    Raises:
-        FileError: it is neither.
-    """
-    if folder.is_folder(path) or (path / manifest.META).is_file():
-        return path
-    found = manifest.newest(path / "checkpoints") or manifest.newest(path)
-    if found is None:
-        rule = "does not exist" if not path.exists() else f"has neither {folder.CONFIG} nor a checkpoint"
-        remedy = "name a released model's folder, a run's folder, or a checkpoint"
-        raise FileError(f"{path} {rule}\n    remedy: {remedy}")
-    return found
 
 
 def _released(path: Path, config: Config) -> Fit:

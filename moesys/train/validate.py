@@ -15,11 +15,9 @@ from moesys.config.changes import KINDS, NAMED_MIXERS, Kind, table_key
 from moesys.config.load import attempt, in_order, locate
 from moesys.config.placeholders import independent
 from moesys.config.schema import Config, TrainConfig
-from moesys.data import check as data
 from moesys.data.documents import located
 from moesys.errors import ConfigError, Problem
 from moesys.parallel import dimension
-from moesys.train import routing_files
 
 
 def load_checked(path: Path, overrides: Sequence[str] = (), world: int | None = None, with_data: bool = True) -> Config:
@@ -50,6 +48,8 @@ _DATA_ANSWERS: dict[str, list[Problem]] = {}
 
 
 def _data(config: Config) -> list[Problem]:
+    from moesys.data import check as data  # with numpy, which a dry run does without
+
     asked = repr((config.data, config.train, config.model.vocab_size))
     if asked not in _DATA_ANSWERS:
         _DATA_ANSWERS[asked] = data.check(config)
@@ -127,6 +127,8 @@ def recording(config: Config) -> list[Problem]:
 
 def replay(config: Config) -> list[Problem]:
     """Problems if the recording for gate replay is missing or does not fit the model."""
+    from moesys.train import routing_files
+
     model = config.model
     if model.moe is None or model.moe.gate.kind != "replay" or model.moe.gate.path is None:
         return []

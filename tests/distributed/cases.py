@@ -27,6 +27,8 @@ PATTERN = {
 """A dense block, then windows that end within a context rank's chunk and beyond it, in heads of other sizes."""
 AHEAD = {"ffn_hidden": 96, "mtp": {"depth": 2, "loss_weight": 0.6}, "moe": {"first_dense": 1, "shared_experts": 1}}
 """Blocks of multi-token prediction, which have experts like the last block."""
+COUNTING = {**AHEAD, "moe": {**AHEAD["moe"], "global_balance_loss": 0.05}}
+"""The same with a pass before each step, for the gates alone."""
 NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "normalize": False, "experts": 8}}
 
 
@@ -92,8 +94,8 @@ MORE = [
     Case("each-hybrid-tp", 8, {"dp_shard": 2, "sync_gradients": "each", "tp": 2}, LATENT, batch=8),
     Case("each-pp-shard-ep", 4, {**FULL, "sync_gradients": "each", "pp": 2, "ep": 2}),
     Case("ahead-shard-ep", 2, {**FULL, "ep": 2}, AHEAD, {"recompute": "full"}),
-    Case("ahead-tp-cp", 4, {"tp": 2, "cp": 2, "etp": 2}, AHEAD, {"recompute": "selective"}),
-    Case("ahead-pp-ep", 4, {"pp": 2, "ep": 2}, AHEAD),
+    Case("ahead-tp-cp", 4, {"tp": 2, "cp": 2, "etp": 2}, COUNTING, {"recompute": "selective"}),
+    Case("ahead-pp-ep", 4, {"pp": 2, "ep": 2}, COUNTING),
     Case("ahead-tied-pp", 2, {"pp": 2}, {**AHEAD, "tie_embeddings": True}, {"recompute": "full"}),
     Case("ahead-zero-bubble", 2, {"pp": 2, "pp_schedule": "zero-bubble"}, {"mtp": {}}),
     Case("dp-ep-selective", 2, {"ep": 2}, LATENT, {"recompute": "selective"}),

@@ -91,6 +91,7 @@ class GateKind(Described):
         seeded: it draws by `seed` without force.
         for_megatron: the plug-in for Megatron-Core takes it by `--moesys-gate`.
         whole: what it computes over, where parallelism must not split that: by axis, the reason.
+        recorded: it routes the tokens of a recording, and no other text.
     """
 
     moe: MoEConfig
@@ -100,6 +101,7 @@ class GateKind(Described):
     seeded: ClassVar[bool] = False
     for_megatron: ClassVar[bool] = False
     whole: ClassVar[Mapping[str, str]] = {}
+    recorded: ClassVar[bool] = False
     decides = STEPS | SHAPES
 
     @property
@@ -121,6 +123,14 @@ class GateKind(Described):
     def active(self) -> float:
         """Share of the routed experts' weights that one token uses."""
         return self.mean_choices / self.moe.experts
+
+    @property
+    def token_by_token(self) -> bool:
+        """Whether evaluation routes a token by that token alone, beside what capacity drops.
+
+        Otherwise its routing depends on other tokens of the micro-batch or the sequence: decoding cannot remember.
+        """
+        return True
 
     @property
     def weighted(self) -> bool:

@@ -118,11 +118,15 @@ class BlockParts:
 
 @dataclass(frozen=True)
 class Placed:
-    """A part of a model with its place: `prefix` of its weights' names, number of its block (None: of none)."""
+    """A part of a model with its place: `prefix` of its weights' names, number of its block (None: of none).
+
+    `repeated`: recomputation repeats it.
+    """
 
     part: Part
     prefix: str
     layer: int | None = None
+    repeated: bool = True
 
     def weights(self) -> Iterator[Weight]:
         """Its weights by their full names."""
@@ -159,7 +163,7 @@ def parts(model: ModelConfig, vocab_size: int) -> Iterator[Placed]:
         yield Placed(Norm(model.hidden), f"{prefix}ffn_norm.", layer)
         yield Placed(both.ffn, f"{prefix}ffn.", layer)
         if predicts:
-            yield Placed(Norm(model.hidden), f"{prefix}norm.", layer)
+            yield Placed(Norm(model.hidden), f"{prefix}norm.", layer, repeated=False)
     yield Placed(Norm(model.hidden), "norm.")
     head = TiedHead if model.tie_embeddings else Head
     yield Placed(head(vocab_size, model.hidden, 1 + model.predicted), "head.")

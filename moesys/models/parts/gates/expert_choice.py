@@ -54,6 +54,11 @@ for comparison, unless `causal`"
         """The histograms of scores that thresholds follow."""
         return BINS * self.moe.experts if self.moe.gate.causal else 0
 
+    @property
+    def token_by_token(self) -> bool:
+        """Thresholds see one token; experts that choose see all."""
+        return self.moe.gate.causal
+
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate."""
         from moesys.moe.gates.expert_choice import CausalExpertChoiceGate, ExpertChoiceGate

@@ -27,6 +27,7 @@ class Replay(GateKind):
     aliases = ("record", "recorded")
     keys = ReplayKeys
     ignores = FIXED
+    recorded = True
 
     def check(self) -> list[Problem]:
         """There is something to replay."""

@@ -38,6 +38,11 @@ class Smear(GateKind):
         once = 1 / seq_len
         return self.mean_choices / self.moe.experts + once if weight.routed else once
 
+    @property
+    def token_by_token(self) -> bool:
+        """The merged expert is made by all tokens."""
+        return False
+
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate."""
         from moesys.moe.gates.smear import SmearGate

@@ -66,6 +66,11 @@ class Soft(GateKind):
             "projection.weight", (Axis("candidate", self.moe.experts * self.moe.gate.slots), Axis("hidden", hidden))
         )
 
+    @property
+    def token_by_token(self) -> bool:
+        """Slots are mixtures of all tokens."""
+        return False
+
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate."""
         from moesys.moe.gates.soft import SoftGate
