@@ -27,30 +27,6 @@ from moesys.models.size import weights
 
 FAMILIES = Slot("families of released models", "moesys.hub.families", "moesys.families", "model.from")
 
-<<<<<<< HEAD
-=======
-REQUIRED = object()
-"""Default of a key that every config.json of a family has."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of config.json, and ours that means the same.
-
-    Attributes:
-        theirs: its name; older files may have one of `also` instead, and both are written.
-        ours: dotted, below "model."; "attention" is every mixer of the model.
-        default: its value where files lack it. None: as our key's default.
-        nullable: null is written where our key has no value, because the class of transformers has another default.
-    """
-
-    theirs: str
-    ours: str
-    default: Any = None
-    also: tuple[str, ...] = ()
-    nullable: bool = False
-
->>>>>>> main
 
 @dataclass
 class Derived:
@@ -193,14 +169,9 @@ class Family(Described):
         ours = meant(model) | {"ffn_hidden": model.ffn_hidden}
         raw: dict[str, Any] = {"model_type": self.kind, "architectures": [self.architecture], **self.only}
         for key in self.fields:
-<<<<<<< HEAD
             if key.ours in ours and (ours[key.ours] is not None or key.default not in (None, REQUIRED)):
                 value = ours[key.ours]
                 raw |= dict.fromkeys((key.theirs, *key.also), value[0] if isinstance(value, tuple) else value)
-=======
-            if (value := ours.get(key.ours)) is not None or key.nullable:
-                raw |= dict.fromkeys((key.theirs, *key.also), value)
->>>>>>> main
         raw["num_hidden_layers"] = model.depth
         self.rotary.write(model, raw)
         self.write_more(model, raw)

@@ -23,12 +23,7 @@ class Mixtral(Family):
     architecture = "MixtralForCausalLM"
     released = ("Mixtral-8x7B", "Mixtral-8x22B")
     fields = (
-<<<<<<< HEAD
         *with_defaults(GROUPED, rms_norm_eps=1e-5, num_key_value_heads=8),
-=======
-        *GROUPED,
-        Key("sliding_window", "attention.window", nullable=True),
->>>>>>> main
         Key("intermediate_size", "moe.ffn_hidden", REQUIRED),
         Key("num_local_experts", "moe.experts", 8),
         Key("num_experts_per_tok", "moe.top_k", 2),
