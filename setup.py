@@ -45,6 +45,7 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.9",
         "prometheus-client>=0.20",
+        "safetensors>=0.5",
     ],
     extras_require={
         "ray": ["ray[train]>=2.60,<2.61"],

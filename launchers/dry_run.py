@@ -19,7 +19,7 @@ from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
 from moesys.parallel.dimension import step_shape, traffic
 from moesys.parallel.gradient_sync import SYNCS, Settled, fullest, settle, with_sync
 from moesys.parallel.memory import estimate
-from moesys.words import plural
+from moesys.words import plural, size_text, unit_of
 
 SHOWN = 4
 """Groups and nodes listed of each kind before the rest is only counted."""
@@ -202,24 +202,11 @@ def _groups(facts: dict[str, Any]) -> Table:
     return table
 
 
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
-
-
-def _unit(size: float) -> tuple[str, int]:
-    """The unit, and its bytes, that leaves one to three digits before the point."""
-    return next(((unit, scale) for unit, scale in UNITS if size >= scale), UNITS[-1])
-
-
-def _size(size: float) -> str:
-    unit, scale = _unit(size)
-    return f"{size / scale:,.1f} {unit}" if scale > 1 else f"{size:,.0f} B"
-
-
 def _ranks(config: Config, facts: dict[str, Any]) -> Group:
     """A table of what the ranks of each stage hold; stages that are alike share a row."""
     holds = Table("pp rank", "stages", "parameters", "active", title="held by each rank", title_justify="left")
     # One unit for all, in the title: the table of a large model fits in 80 columns.
-    unit, scale = _unit(max(rank["memory_bytes"]["total"] for rank in facts["pipeline_ranks"]))
+    unit, scale = unit_of(max(rank["memory_bytes"]["total"] for rank in facts["pipeline_ranks"]))
     title = f"estimated memory of each rank, {unit}"
     memory = Table("pp rank", *KINDS, "total", title=title, title_justify="left")
     for number, rank in enumerate(facts["pipeline_ranks"]):
@@ -247,7 +234,7 @@ def _ways(facts: dict[str, Any]) -> list[Any]:
     heads = ("", "gradients", "summed over shards", "memory of the fullest")
     table = Table(*heads, title="parallel.sync_gradients", title_justify="left")
     for sync in SYNCS:
-        sizes = [_size(found[sync][key]) for key in ("gradient_bytes", "moved_bytes", "memory_bytes")]
+        sizes = [size_text(found[sync][key]) for key in ("gradient_bytes", "moved_bytes", "memory_bytes")]
         table.add_row(sync, *sizes)
     return [table, Text(f"{found['chosen']} is chosen: {found['why']}")]
 
@@ -261,5 +248,5 @@ def _traffic(facts: dict[str, Any]) -> Table:
             table.add_row("…", f"{len(facts['pipeline_ranks']) - SHOWN} more", "", "")
             break
         for kind, entry in rank["traffic_per_step"].items():
-            table.add_row(str(number), kind, f"{entry['calls']:,}", _size(entry["bytes"]))
+            table.add_row(str(number), kind, f"{entry['calls']:,}", size_text(entry["bytes"]))
     return table

@@ -63,6 +63,7 @@ def launch(spec: RunSpec, launcher: str, console: Console | None = None) -> int:
     if launcher == "slurm":
         return slurm.submit(spec)
     started = workers(spec, launcher)
+    preflight.weights(spec.config, launcher, spec.run_dir)
     preflight.data(spec.config, launcher)
     return watch(started, spec, console or Console())
 

@@ -1,14 +1,17 @@
-"""Checks before any worker starts: a port that is taken, data that cannot be read."""
+"""Checks before any worker starts: a port that is taken, data that cannot be read, weights that do not fit."""
 
 from __future__ import annotations
 
 import importlib.util
 import socket
+from pathlib import Path
 
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
 from moesys.errors import LaunchError
 from moesys.launchers.address import ray_address
+from moesys.train import initial_weights
+from moesys.train.manifest import newest
 
 
 def is_here(config: Config, launcher: str) -> bool:
@@ -39,6 +42,16 @@ def port(config: Config, launcher: str) -> None:
     except OSError as error:
         rule = f"measure.metrics_port: {host}:{number}: {(error.strerror or str(error)).lower()}"
         raise LaunchError(f"{rule}\n    remedy: choose another port, or another measure.metrics_host") from None
+
+
+def weights(config: Config, launcher: str, run_dir: Path) -> None:
+    """Compare what `train.init` names with the model if all workers are on this machine and the run is new.
+
+    Raises:
+        FileError, CheckpointError: it is missing, damaged or of another model.
+    """
+    if (is_here(config, launcher) or launcher == "hosts") and newest(run_dir / "checkpoints") is None:
+        initial_weights.find(config)
 
 
 def data(config: Config, launcher: str) -> None:

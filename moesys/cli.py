@@ -200,6 +200,28 @@ def bench_measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def import_released(arguments: argparse.Namespace) -> int:
+    """Write the configuration of a released model."""
+    from moesys.launchers.released import import_command
+
+    return import_command(arguments.folder, arguments.to)
+
+
+def export_released(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint as a released model's folder."""
+    from moesys.launchers.released import export_command
+
+    a = arguments
+    return export_command(a.checkpoint, a.to, a.dtype, a.shard_size, a.family)
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Write text with a trained model."""
+    from moesys.train.generate import command
+
+    return command(arguments)
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Explain a run, two runs, or traces."""
     if arguments.trace and arguments.runs:
@@ -247,6 +269,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sweep": sweep,
     "config": show_config,
     "verify": verify,
+    "import": import_released,
+    "export": export_released,
+    "generate": generate,
     "report": report,
     "what_if": what_if,
     "bench_train": bench_train,

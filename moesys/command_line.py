@@ -12,7 +12,7 @@ from typing import NoReturn
 from moesys import shipped
 from moesys.config import suggest
 from moesys.config.registry import DISPATCHERS, kinds
-from moesys.options import count, finite, output, tolerance
+from moesys.options import count, finite, output, seed, share, tolerance
 from moesys.version import __version__
 
 EXIT_CODES = """\
@@ -90,6 +90,9 @@ def parser() -> Parser:
     _config(commands)
     text = "prove that a configuration equals one process"
     _verify(_configured(commands, "verify", text, "configs/quickstart.yaml parallel.tp=2", "choosing-parallelism.md"))
+    _import(commands)
+    _export(commands)
+    _generate(commands)
     _report(commands)
     _what_if(commands)
     _bench(commands)
@@ -137,6 +140,27 @@ def _init(commands: argparse._SubParsersAction[Parser]) -> None:
     sub.add_argument("--to", type=output, metavar="FILE", help=text)
 
 
+def _import(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write the configuration of a released model, and check its files"
+    sub = _command(commands, "import", text, "Mixtral-8x7B-v0.1 --to mixtral.yaml", "weights.md")
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with config.json and safetensors files")
+    text = "the file to write, which must not exist (default: the configuration is printed)"
+    sub.add_argument("--to", type=output, metavar="FILE", help=text)
+
+
+def _export(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write a checkpoint as a folder that transformers, vLLM and SGLang open"
+    sub = _command(commands, "export", text, "runs/quickstart --to quickstart-hf", "weights.md")
+    text = "a run's folder, of which the newest checkpoint is taken, or a checkpoint"
+    sub.add_argument("checkpoint", type=Path, metavar="RUN|CHECKPOINT", help=text)
+    sub.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder, which must not exist")
+    text = "type of the weights (default: the one that the run computed in)"
+    sub.add_argument("--dtype", choices=("bfloat16", "float32"), help=text)
+    sub.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes of a file at most: 5GB, 200MB")
+    text = "family of the files, by its model_type (default: the released model's, or one that fits)"
+    sub.add_argument("--family", metavar="NAME", help=text)
+
+
 def _launch(sub: Parser) -> None:
     sub.add_argument("--launcher", choices=LAUNCHERS, help="default: launch.launcher")
     sub.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster (default: launch.ray_address)")
@@ -171,6 +195,25 @@ def _verify(sub: Parser) -> None:
     text = "engine of the one process (default: the configuration's)"
     sub.add_argument("--against", choices=("native", "megatron"), help=text)
     _json(sub, "the differences")
+
+
+MODEL = "a run's folder, for its newest good checkpoint; a checkpoint; or a released model's folder"
+
+
+def _generate(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "write text with a trained model"
+    sub = _command(commands, "generate", text, "runs/quickstart --prompt def", "generate-and-eval.md")
+    sub.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|FOLDER", help=MODEL)
+    text = "text to go on from; - reads standard input (default: nothing, the beginning of a document)"
+    sub.add_argument("--prompt", default="", metavar="TEXT", help=text)
+    sub.add_argument("--tokens", type=count, default=256, metavar="N", help="new tokens at most; a document may end")
+    text = "divides logits: below 1 the probable becomes more so; 0 takes the most probable token"
+    sub.add_argument("--temperature", type=tolerance, default=0.8, metavar="T", help=text)
+    text = "draw from the fewest most probable tokens with this probability in sum"
+    sub.add_argument("--top-p", type=share, default=0.95, metavar="P", help=text)
+    sub.add_argument("--seed", type=seed, default=0, metavar="S", help="another seed draws another text")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it computes")
+    sub.add_argument("--only-new", action="store_true", help="print the new text without the prompt")
 
 
 def _report(commands: argparse._SubParsersAction[Parser]) -> None:

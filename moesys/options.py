@@ -26,6 +26,21 @@ def tolerance(text: str) -> float:
     return number
 
 
+def seed(text: str) -> int:
+    """A whole number of at least 0."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 15):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    number = tolerance(text) if text[:1] != "-" else 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, at most 1")
+    return number
+
+
 def finite(text: str) -> float:
     """A finite number."""
     try:

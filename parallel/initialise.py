@@ -40,13 +40,17 @@ def initialise(part: Decoder, seed: int, std: float, tied: bool, draw: bool = Tr
 
 
 def _fill(param: nn.Parameter, weight: Weight, seed: int, std: float) -> None:
-    target: Tensor = param
-    slices = tuple(slice(0, size) for size in param.shape)
-    if isinstance(param, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        target, slices = param.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+    target, slices = held(param)
     if target.numel():
         target.copy_(initial(weight, slices, seed, std))
+
+
+def held(param: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """The part of a parameter that this rank holds, and its place in the whole."""
+    if not isinstance(param, DTensor):
+        return param, tuple(slice(0, size) for size in param.shape)
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return param.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
 def initial(weight: Weight, slices: tuple[slice, ...], seed: int, std: float) -> Tensor:

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from moesys.models.block import PredictionBlock
 from moesys.models.decoder import Decoder
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import BlockParts
@@ -68,9 +69,12 @@ def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
     if model.head is not None:
         plan["head"] = ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1))
         if sp:
-            plan["norm"] = SequenceParallel()
+            plan["norm"] = SequenceParallel(use_local_output=bool(model.config.predicted))
     for name, block in model.layers.items():
         styles = _block(block, describe(model.config, int(name)), stream, sp)
+        if sp and isinstance(block, PredictionBlock):
+            styles |= {"embed_norm": SequenceParallel(), "hidden_norm": SequenceParallel()}
+            styles |= {name: SequenceParallel(use_local_output=True) for name in ("project", "norm")}
         plan |= {f"layers.{name}.{key}": style for key, style in styles.items()}
     tied = model.embed is not None and model.head is not None and model.head.weight is model.embed.weight
     parallelize_module(model, axis, plan)

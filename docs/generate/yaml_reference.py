@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from moesys.config import changes, legal, registry
-from moesys.config.schema import Config
+from moesys.config.meanings import meanings
+from moesys.config.schema import Config, Section
 from moesys.config.sweep import SweepFile
 from moesys.config.write import json_schema
 
@@ -50,14 +51,14 @@ class Entry:
     default: str | None
     meaning: str
     words: tuple[str, ...] = ()
-    sections: tuple[type[BaseModel], ...] = ()
+    sections: tuple[type[Section], ...] = ()
     same_as: str = ""
     users: tuple[str, ...] = ()
     change: str = ""
 
 
 def entries(
-    root: type[BaseModel] = Config, prefix: str = "", listed: dict[type[BaseModel], str] | None = None
+    root: type[Section] = Config, prefix: str = "", listed: dict[type[Section], str] | None = None
 ) -> Iterator[Entry]:
     """Every key of `root` and of all sections under it, each before those under it.
 
@@ -66,7 +67,7 @@ def entries(
     """
     listed = {root: prefix.removesuffix(".")} if listed is None else listed
     for name, field in root.model_fields.items():
-        entry = _entry(prefix + name, field, listed)
+        entry = _entry(prefix + name, field, meanings(root).get(name, ""), listed)
         yield entry
         seen: set[str] = set()
         for section in entry.sections:
@@ -77,7 +78,7 @@ def entries(
                 yield from below
 
 
-def _entry(key: str, field: FieldInfo, listed: dict[type[BaseModel], str]) -> Entry:
+def _entry(key: str, field: FieldInfo, meaning: str, listed: dict[type[Section], str]) -> Entry:
     kind = legal.annotation(field)
     inner = tuple(dict.fromkeys(sections(kind)))
     change = changes.KINDS.get(key)
@@ -85,7 +86,7 @@ def _entry(key: str, field: FieldInfo, listed: dict[type[BaseModel], str]) -> En
         key,
         _legal(kind, inner),
         None if field.is_required() else _default(field.get_default(call_default_factory=True)),
-        field.description or next((_docstring(section) for section in inner if _docstring(section)), ""),
+        meaning or next((_docstring(section) for section in inner if _docstring(section)), ""),
         tuple(legal.choices(kind)),
         inner,
         next((listed[section] for section in inner if section in listed), ""),
@@ -104,16 +105,16 @@ def _users(key: str) -> tuple[str, ...]:
     return ()
 
 
-def sections(kind: Any) -> Iterator[type[BaseModel]]:
+def sections(kind: Any) -> Iterator[type[Section]]:
     """The sections in a type: those of its union, of its lists' and mappings' members."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
+    if isinstance(kind, type) and issubclass(kind, Section):
         yield kind
     if get_origin(kind) is not Literal:
         for inner in get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind):
             yield from sections(inner)
 
 
-def _legal(kind: Any, inner: tuple[type[BaseModel], ...]) -> str:
+def _legal(kind: Any, inner: tuple[type[Section], ...]) -> str:
     """Legal values, and the upper bounds that messages leave out."""
     text = re.sub(r"a section with the keys [^|]*?(?=, or null|$)", "a section", legal.describe(kind))
     if text.startswith("a section") and any(map(_word_stands_for, inner)):
@@ -122,7 +123,7 @@ def _legal(kind: Any, inner: tuple[type[BaseModel], ...]) -> str:
     return f"{text}; at most {' or '.join(bounds)}" if bounds else text
 
 
-def _word_stands_for(section: type[BaseModel]) -> bool:
+def _word_stands_for(section: type[Section]) -> bool:
     """Whether the section's kind alone, as a word, may stand in its place."""
     try:
         section.model_validate(section.model_fields["kind"].default)
@@ -133,12 +134,12 @@ def _word_stands_for(section: type[BaseModel]) -> bool:
 
 def _default(value: Any) -> str:
     """A default as YAML in one line."""
-    if isinstance(value, BaseModel):
+    if isinstance(value, Section):
         return "{}"
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def _docstring(section: type[BaseModel]) -> str:
+def _docstring(section: type[Section]) -> str:
     return " ".join((section.__dict__.get("__doc__") or "").split())
 
 

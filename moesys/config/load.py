@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -68,6 +69,8 @@ def attempt(path: Path, overrides: Sequence[str] = ()) -> Attempt:
     tree = read_tree(path, problems)
     unread = any(not problem.key or problem.key == "include" for problem in problems)
     whole = override.apply(tree or Entry({}, str(path)), overrides, problems)
+    if "from" in whole.section.get("model", whole).section:
+        whole = _expand(whole, problems)
     if "name" not in whole.section:
         whole = put(whole, ["name"], Entry(run_name(path), str(path)))
     config, wrong = _validate(whole, with_missing=not unread)
@@ -80,6 +83,12 @@ def attempt(path: Path, overrides: Sequence[str] = ()) -> Attempt:
     sources = {"": str(path), **{key: entry.where for key, entry in walk(whole)}}
     readable = None if unread or tree is None else whole
     return Attempt(None if problems else config, in_order(problems), readable, sources)
+
+
+def _expand(tree: Entry, problems: list[Problem]) -> Entry:
+    """`tree` with the keys that `model.from` stands for. The module is imported by name: it is on a floor above."""
+    found: Entry = import_module("moesys.hub.derive").expand(tree, problems)
+    return found
 
 
 def _validate(tree: Entry, with_missing: bool) -> tuple[Config | None, list[Problem]]:

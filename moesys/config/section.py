@@ -70,11 +70,21 @@ SlurmOption = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced, nothing changes later."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
     title: ClassVar[str] = "a section"
     """What the section is called in messages, where it is a whole file."""
+    keys_of_kinds: ClassVar[tuple[type[Section], ...]] = ()
+    """Of a section that takes kinds: the sections that its keys come from, the first to have a key first."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        from moesys.config.meanings import meanings
+
+        section = handler(core)
+        keys = handler.resolve_ref_schema(section)["properties"]
+        for key, text in meanings(cls).items():
+            keys[key]["description"] = text
+        return section
 
 
 class Kinds(Section):
@@ -87,7 +97,7 @@ class Kinds(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        section = handler(core)
+        section = super().__get_pydantic_json_schema__(core, handler)
         words = handler.resolve_ref_schema(section)["properties"]["kind"]["enum"]
         return {"anyOf": [{"enum": words, "type": "string"}, section]}
 

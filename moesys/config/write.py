@@ -43,9 +43,13 @@ _Dumper.add_representer(str, _text)
 def dump(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads: every key with its value, without secrets (secret.py) and
     without keys that belong to other kinds."""
-    tree = hidden(config).model_dump()
-    text: str = yaml.dump(_of_its_kinds(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    return text
+    return text(_of_its_kinds(hidden(config).model_dump()))
+
+
+def text(tree: dict[str, Any]) -> str:
+    """A part of a configuration as YAML that `load` reads."""
+    written: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return written
 
 
 def _of_its_kinds(tree: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +77,13 @@ def json_schema() -> dict[str, Any]:
         "description": "Files to merge under this one, relative to it; later ones win over earlier ones.",
     }
     schema = _schema(Config, required=False)
+    released = {
+        "description": "Folder of a released model: its config.json gives the model's keys that are not given here, "
+        "and training starts from its weights (train.init).",
+        "type": "string",
+    }
+    model = schema["$defs"]["ModelConfig"]
+    model["properties"] = {"from": released, **model["properties"]}
     return {**schema, "properties": {"include": include, **schema["properties"]}}
 
 

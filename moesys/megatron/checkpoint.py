@@ -14,56 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from moesys.megatron.names import Piece
 from moesys.train import storage
+from moesys.train.storage_parts import Parts
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """First element and sizes of a rectangular part of a tensor."""
-
-
-class Parts(Tensor):
-    """The rectangular parts of a tensor that this rank holds, as `torch.distributed.checkpoint` asks for them.
-
-    Args:
-        shape: of the whole tensor.
-        dtype: of the parts.
-    """
-
-    held: dict[tuple[int, ...], Tensor]
-    """By their first elements."""
-
-    @staticmethod
-    def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype) -> Parts:
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
-        made.held = {}
-        return made
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(first), part.size()) for first, part in self.held.items()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return self.held[tuple(index.offset)]
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{function} of the parts of a tensor")
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
@@ -137,6 +96,19 @@ class State:
         """The optimizer's state of this rank's parameters, by "NAME/SLOT"."""
         held = [(piece.name, self.kept[id(p)][2]) for p, piece in self.pieces if id(p) in self.kept]
         return {f"{name}/{slot}": state[slot] for name, state in held for slot in SLOTS}
+
+    def load_weights(self, folder: Path) -> set[str]:
+        """Read the weights and gates' buffers alone from `folder`; returns as `load`. Collective over the world."""
+        model: dict[str, Any] = dict(self.buffers)
+        weights: dict[str, Any] = {}
+        for parameter, piece in self.pieces:
+            _add(weights, piece.name, piece, parameter, None, parameter.detach())
+            if id(parameter) in self.kept:
+                start, main, _ = self.kept[id(parameter)]
+                _add(model, piece.name, piece, parameter, start, main)
+        fresh = storage.load({"model": model}, folder, optional={f"model.{name}" for name in self.buffers})
+        storage.load({"model": weights}, folder)
+        return fresh
 
     def load(self, folder: Path) -> set[str]:
         """Read everything from `folder`; returns gates' buffers that are missing there. Collective over the world."""

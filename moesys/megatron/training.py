@@ -24,8 +24,8 @@ from moesys.models.size import by_name
 from moesys.moe.layer import MoELayer
 from moesys.parallel import pipeline
 from moesys.parallel.cost import counting_passes
-from moesys.parallel.gates_step import counted, numbers, step_totals
 from moesys.parallel.initialise import initial
+from moesys.parallel.step_statistics import counted, numbers, step_totals
 from moesys.train.engine import Update
 from moesys.train.finite import nonfinite
 
@@ -74,13 +74,28 @@ class MegatronEngine:
     def _initialise(self, draw: bool) -> None:
         std, described = self.config.model.init_std, by_name(self.config.model, self.vocab_size)
         with torch.no_grad():
-            for _, piece, part in self.held():
+            for _, piece, part in self.pieces():
                 if draw:
                     part.copy_(initial(described[piece.name], piece.index, self.config.seed, std))
                 else:
                     part.fill_(torch.nan)
 
-    def held(self) -> Iterator[tuple[nn.Parameter, Piece, Tensor]]:
+    def held(self) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
+        """See `Engine.held`."""
+        for _, piece, part in self.pieces():
+            yield piece.name, part, piece.index
+        for name, buffer in self._buffers().items():
+            yield name, buffer, tuple(slice(0, size) for size in buffer.shape)
+
+    def written(self) -> None:
+        """See `Engine.written`; in bfloat16 the optimizer's float32 copies are of the rounded weights."""
+        self.optimizer.reload_model_params()
+
+    def load_weights(self, folder: Path) -> set[str]:
+        """See `Engine.load_weights`."""
+        return self._state().load_weights(folder)
+
+    def pieces(self) -> Iterator[tuple[nn.Parameter, Piece, Tensor]]:
         """Every parameter of this rank, piece by piece."""
         for chunk in self._inner():
             for parameter, pieces in self.names.pieces(chunk):
@@ -138,6 +153,10 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         return self._run(tokens, labels, samples, forward_only=False)
 
+    def later_losses(self) -> Tensor:
+        """See `Engine.later_losses`: none."""
+        return torch.zeros(0, device=self.mesh.device)
+
     def update(self, rate: float) -> Update:
         """See `Engine.update`."""
         o, gates = self.config.train.optimizer, [layer.gate for layer in self.moe_layers().values()]
@@ -152,14 +171,14 @@ class MegatronEngine:
         else:
             for gate in gates:
                 gate.skip_step()
-            gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.held()}  # type: ignore[attr-defined]
+            gradients = {piece.name: piece.view(p.main_grad) for p, piece, _ in self.pieces()}  # type: ignore[attr-defined]
             bad = nonfinite(gradients, order=2)
         scalar = partial(torch.full, (), device=self.mesh.device)
         return Update(scalar(norm, dtype=torch.float64), scalar(not isfinite(norm), dtype=torch.bool), lambda: bad)
 
     def nonfinite(self) -> list[str]:
         """See `Engine.nonfinite`."""
-        held = {piece.name: part for _, piece, part in self.held()} | self._buffers()
+        held = {piece.name: part for _, piece, part in self.pieces()} | self._buffers()
         return [*nonfinite(held), *nonfinite(self._state().slots())]
 
     @torch.no_grad()
@@ -210,7 +229,7 @@ class MegatronEngine:
         """See `Engine.gradients`."""
         if self.ranks.degrees.dp_shard > 1:
             self._gather_gradients()
-        parts = ((piece, piece.view(p.main_grad)) for p, piece, _ in self.held())  # type: ignore[attr-defined]
+        parts = ((piece, piece.view(p.main_grad)) for p, piece, _ in self.pieces())  # type: ignore[attr-defined]
         return gathered(parts, self.groups)
 
     def _gather_gradients(self) -> None:
@@ -224,7 +243,7 @@ class MegatronEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine.weights`."""
-        found = gathered(((piece, part) for _, piece, part in self.held()), self.groups)
+        found = gathered(((piece, part) for _, piece, part in self.pieces()), self.groups)
         return found | {name: value.cpu().clone() for name, value in self._buffers().items()}
 
     def save(self, folder: Path) -> None:
@@ -236,7 +255,7 @@ class MegatronEngine:
         return self._state().load(folder)
 
     def _state(self) -> State:
-        pieces = [(parameter, piece) for parameter, piece, _ in self.held()]
+        pieces = [(parameter, piece) for parameter, piece, _ in self.pieces()]
         return State(pieces, self.optimizer, self._buffers(), self.groups.tp.rank() == 0)
 
     def _buffers(self) -> dict[str, Tensor]:

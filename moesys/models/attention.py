@@ -30,9 +30,14 @@ class CausalCore(nn.Module):
         self.window, self.scale = window, scale
 
     def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, sink_h: Tensor | None = None) -> Tensor:
-        """q [B, S, h, d], k [B, S, g, d], v [B, S, g, dv] with g dividing h, sinks [h]: [B, S, h, dv]."""
-        if self.window is not None and self.window < q_BShd.shape[1]:
-            return attend_window(q_BShd, k_BSgd, v_BSgd, self.window, scale=self.scale, sink_h=sink_h)
+        """q [B, S, h, d], k [B, before + S, g, d], v [B, before + S, g, dv], g dividing h, sinks [h]: [B, S, h, dv].
+
+        Keys may stand before the first query, as when a sequence is decoded piece by piece: with a window, fewer than
+        that before more than one query.
+        """
+        if self.window is not None and self.window < k_BSgd.shape[1]:
+            before = k_BSgd.shape[1] - q_BShd.shape[1]
+            return attend_window(q_BShd, k_BSgd, v_BSgd, self.window, before, scale=self.scale, sink_h=sink_h)
         return attend(q_BShd, k_BSgd, v_BSgd, scale=self.scale, sink_h=sink_h)
 
 
@@ -218,6 +223,10 @@ class LatentAttention(nn.Module):
 
     Each head's query and key have a part without position and one with rotary position; the key's
     rotary part is shared by all heads.
+
+    Attributes:
+        history: None, or takes the latents [B, S, latent] and shared rotated keys [B, S, 1, rope] of these tokens, and
+            gives those of all tokens up to them, as decoding a sequence piece by piece needs.
     """
 
     def __init__(
@@ -251,14 +260,18 @@ class LatentAttention(nn.Module):
         self.shared_key = SharedKey()
         self.o_proj = Linear(heads * value, hidden, bias=False)
         self.core = CausalCore(scale=scale)
+        self.history: nn.Module | None = None
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, S, H] → [B, S, H]; cos, sin [S, qk_rope_head_dim]: tables of the tokens' positions."""
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSH))) if self.compress_query else self.q_proj(x_BSH)
         q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split((self.nope, self.rope), -1)
         latent, k_rope = self.kv_a_proj(x_BSH).split((self.latent, self.rope), -1)
-        kv = self.kv_b_proj(self.kv_a_norm(latent)).unflatten(-1, (-1, self.nope + self.value))
+        latent, k_rope = self.kv_a_norm(latent), self.shared_key(k_rope, cos, sin)
+        if self.history is not None:
+            latent, k_rope = self.history(latent, k_rope)
+        kv = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.value))
         k_nope, v = kv.split((self.nope, self.value), -1)
-        k_rope = self.shared_key(k_rope, cos, sin).expand(-1, -1, k_nope.shape[2], -1)
+        k_rope = k_rope.expand(-1, -1, k_nope.shape[2], -1)
         q = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1)
         return self.o_proj(self.core(q, torch.cat((k_nope, k_rope), -1), v).flatten(2))

@@ -18,20 +18,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor
 
 from moesys.config.changes import Change
-from moesys.config.differences import known, saved_form
-from moesys.config.schema import Config, ModelConfig
+from moesys.config.differences import saved_form
+from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
 from moesys.data.tokenizers import HFTokenizer
-from moesys.errors import CheckpointError
 from moesys.files import write_json
 from moesys.models.decoder import Decoder
+from moesys.models.empty import empty
 from moesys.moe.layer import moe_layers
 from moesys.parallel.initialise import canonical
-from moesys.train import manifest, resume, storage
+from moesys.train import manifest, resume, saved, storage
 from moesys.train.engine import Engine
 from moesys.train.manifest import META, complete, damaged, read
 from moesys.train.manifest import newest as newest
@@ -99,19 +98,10 @@ def surplus(folder: Path, keep: int) -> list[Path]:
     replaces none either, and stays: the disk may be at fault, and a person may repair it.
     """
     found = complete(folder)
-    skipping = {path: _skipping(path) for path in found}
+    skipping = {path: manifest.skipping(path) for path in found}
     good = [path for path in found if skipping[path] is False]
     needed = {*good[-keep:], *found[-1:]}
     return [path for path in found if path not in needed and skipping[path] is not None]
-
-
-def _skipping(path: Path) -> bool | None:
-    """True if a checkpoint was written while steps were being skipped; None if it cannot be read."""
-    try:
-        state = read(path).state.get("skips")
-    except CheckpointError:
-        return None
-    return isinstance(state, dict) and bool(state.get("consecutive"))
 
 
 def _begin(partial: Path, corpus: Corpus) -> None:
@@ -201,42 +191,29 @@ def model(path: Path) -> Decoder:
         CheckpointError: damaged.
     """
     meta = read(path)
-    if wrong := manifest.verify(path, meta.files):
-        raise damaged(path, wrong)
-    if not meta.whole:
-        raise CheckpointError(f"{path} was written before checkpoints kept their configuration\n    remedy: {AGAIN}")
-    config = _model_config(meta)
+    config = saved.configuration(meta).model
     assert config.vocab_size is not None
-    found = Decoder(config, config.vocab_size)
-    metadata = storage.read_metadata(path)
-    state: dict[str, Any] = {canonical(n, config.tie_embeddings): p.detach() for n, p in found.named_parameters()}
-    for name, layer in moe_layers(found).items():
-        for key, saved in _buffers(metadata, f"{name}.gate."):
-            setattr(layer.gate, key, saved)
-            state[f"{name}.gate.{key}"] = saved
-    storage.load({"model": state}, path)
-    return found.eval()
+    found = empty(config, config.vocab_size)
+    read_into(found, meta)
+    return found
 
 
-def _model_config(meta: manifest.Meta) -> ModelConfig:
-    """The model's configuration in a checkpoint of any version.
+def read_into(found: Decoder, meta: manifest.Meta) -> None:
+    """Give a whole model on one device the weights and gates' buffers of a checkpoint of it.
 
     Raises:
-        CheckpointError: this version does not know one of its keys or values, which may change numbers.
+        CheckpointError: damaged, or of another model.
     """
-    tree, unknown = known(meta.config["model"], ModelConfig, "model.")
-    remedy = f"use the version that wrote it, which {META} names"
-    if unknown:
-        raise CheckpointError(f"{meta.path} has keys of another version: {', '.join(unknown)}\n    remedy: {remedy}")
-    try:
-        return ModelConfig.model_validate(tree)
-    except ValidationError as error:
-        rule = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-        text = f"{meta.path}: its configuration is of another version: {rule}"
-        raise CheckpointError(f"{text}\n    remedy: {remedy}") from None
-
-
-AGAIN = "let its run go on for a step (train.steps), which saves a new one"
+    path = meta.path
+    if wrong := manifest.verify(path, meta.files):
+        raise damaged(path, wrong)
+    metadata, tied = storage.read_metadata(path), found.config.tie_embeddings
+    state: dict[str, Any] = {canonical(n, tied): p.detach() for n, p in found.named_parameters()}
+    for name, layer in moe_layers(found).items():
+        for key, buffer in _buffers(metadata, f"{name}.gate."):
+            setattr(layer.gate, key, buffer.to(next(found.parameters()).device))
+            state[f"{name}.gate.{key}"] = getattr(layer.gate, key)
+    storage.load({"model": state}, path)
 
 
 def _buffers(metadata: Any, prefix: str) -> list[tuple[str, Tensor]]:

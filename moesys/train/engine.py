@@ -6,7 +6,7 @@ and `build(config, mesh, vocab_size, dtype)`, which makes this rank's part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
@@ -63,6 +63,13 @@ class Engine(Protocol):
         rank's share of the mean loss: the sum over the world is tp times that.
         """
 
+    def later_losses(self) -> Tensor:
+        """This rank's shares of the losses of multi-token prediction, as `train` returns the next token's: float [D].
+
+        Those since the last call, without their weights; a sequence of S labels counts as S at every depth, though the
+        last k of depth k are missing.
+        """
+
     def update(self, rate: float) -> Update:
         """Clip the gradients, step with learning rate `rate`, and clear the gradients.
 
@@ -102,6 +109,18 @@ class Engine(Protocol):
         Gates' buffers ("model.layers.0.ffn.gate.selection_bias") may be missing there: they stay as they are, and their
         names are returned. Raises CheckpointError if anything else is missing or damaged.
         """
+
+    def held(self) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
+        """Every weight and gate's buffer of this rank: its name, the part that this rank holds, its place in the whole.
+
+        Not collective. Who writes into the parts calls `written` afterwards.
+        """
+
+    def written(self) -> None:
+        """Let the optimizer's copies follow weights that were written from outside; its state stays as it is new."""
+
+    def load_weights(self, folder: Path) -> set[str]:
+        """Restore the weights alone of what `save` wrote; as `load` otherwise."""
 
 
 class EngineModule(Protocol):

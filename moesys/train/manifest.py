@@ -64,6 +64,25 @@ def newest(folder: Path) -> Path | None:
     return next(reversed(complete(folder)), None)
 
 
+def skipping(path: Path) -> bool | None:
+    """True if a checkpoint was written while steps were being skipped; None if it cannot be read."""
+    try:
+        state = read(path).state.get("skips")
+    except CheckpointError:
+        return None
+    return isinstance(state, dict) and bool(state.get("consecutive"))
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder` that was not written while steps were being skipped, else the newest.
+
+    One that cannot be read counts as good: whoever reads it says what is wrong.
+    """
+    found = complete(folder)
+    good = (path for path in reversed(found) if not skipping(path))
+    return next(good, found[-1] if found else None)
+
+
 def previous(path: Path) -> Path | None:
     """The newest complete checkpoint beside `path` that is older, if any."""
     if not NAME.fullmatch(path.name):

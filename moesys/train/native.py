@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.moe.layer import MoELayer
+from moesys.parallel import initialise
 from moesys.parallel.compose import compose
 from moesys.parallel.degrees import Degrees, resolve
 from moesys.parallel.gradients import local
@@ -98,6 +99,11 @@ class NativeEngine:
         self.model.gradients.reduce()
         return loss
 
+    def later_losses(self) -> Tensor:
+        """See `Engine.later_losses`."""
+        found = self.model.loss.take()
+        return torch.zeros(self.config.model.predicted, device=self.mesh.device) if found is None else found
+
     def update(self, rate: float) -> Update:
         """See `Engine.update`."""
         gradients = self.model.gradients
@@ -148,6 +154,20 @@ class NativeEngine:
     def load(self, folder: Path) -> set[str]:
         """See `Engine.load`."""
         return storage.load(self._state(), folder, optional={f"model.{name}" for name in self.model.named_buffers()})
+
+    def held(self) -> Iterator[tuple[str, Tensor, tuple[slice, ...]]]:
+        """See `Engine.held`."""
+        for name, value in (self.model.named_parameters() | self.model.named_buffers()).items():
+            yield name, *initialise.held(value.detach())
+
+    def written(self) -> None:
+        """See `Engine.written`: the optimizer updates the weights themselves."""
+
+    def load_weights(self, folder: Path) -> set[str]:
+        """See `Engine.load_weights`."""
+        buffers = self.model.named_buffers()
+        state: dict[str, Any] = {name: p.detach() for name, p in self.model.named_parameters().items()} | buffers
+        return storage.load({"model": state}, folder, optional={f"model.{name}" for name in buffers})
 
     def _state(self) -> dict[str, Any]:
         parameters = self.model.named_parameters()

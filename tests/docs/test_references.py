@@ -8,7 +8,6 @@ from typing import Literal
 import api_reference
 import command_reference
 import yaml_reference
-from pydantic import BaseModel
 
 from moesys.command_line import parser
 from moesys.config import legal
@@ -61,7 +60,7 @@ def test_a_word_stands_for_a_section_only_where_the_schema_takes_it():
     class Word(Kinds):
         kind: Literal["a", "b"] = "a"
 
-    class Whole(BaseModel):
+    class Whole(Section):
         one: Word = Word()
         other: Even | None = None
 

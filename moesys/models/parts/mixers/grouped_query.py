@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from moesys.config.section import Dim, Field, PositiveFloat, Section
 from moesys.errors import Problem
@@ -14,6 +14,8 @@ from moesys.words import divisors
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from moesys.models.attention import CausalCore
 
 
 class HeadsKeys(Section):
@@ -65,6 +67,7 @@ class GroupedQuery(Mixer):
     keys = GroupedQueryKeys
     decides = dict.fromkeys(("softmax_scale", "rotary_fraction", "window"), "MEANT")
     styles = {"q_norm": "heads", "k_norm": "heads", "sinks": "own"}
+    remembers = True
 
     @property
     def head_dim(self) -> int:
@@ -114,9 +117,7 @@ class GroupedQuery(Mixer):
         """Attention's inputs and result; the projection's input is that result."""
         a, d, cp = self.a, self.head_dim, shape.degrees.cp
         yield from kept_by_attention(a.heads, self.kv_heads, d, d, run, cp, a.window)
-        if a.qk_norm == "head":
-            yield Kept((a.heads + self.kv_heads) * d, "heads", selective=False)
-        if a.qk_norm == "full":
+        if a.qk_norm != "none":
             yield Kept((a.heads + self.kv_heads) * d, "heads")
 
     def gathered(self) -> Iterator[Axis]:
@@ -126,6 +127,12 @@ class GroupedQuery(Mixer):
     def head_sizes(self) -> tuple[int, int, int, int]:
         """Query heads, key heads, size of a query, size of a value."""
         return self.a.heads, self.kv_heads, self.head_dim, self.head_dim
+
+    def caches(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """Keys and values, of a window those in it."""
+        from moesys.models.key_cache import CachedCore
+
+        yield module, "core", CachedCore(cast("CausalCore", module.get_submodule("core")))
 
     def check(self) -> list[Problem]:
         """Heads divide what they share, and heads have pairs to turn."""

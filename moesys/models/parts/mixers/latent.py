@@ -41,6 +41,7 @@ class Latent(Mixer):
     keys = LatentKeys
     styles = {"shared_key": "summed"}
     decides = {"softmax_scale": "MEANT", "latent_norm_eps": "MEANT"}
+    remembers = True
 
     @property
     def rotary_dim(self) -> int:
@@ -92,7 +93,7 @@ class Latent(Mixer):
         for size in (a.q_lora_rank, a.kv_lora_rank):
             if size is not None:
                 yield from kept_by_norm(size, "latent", split, run)
-                yield Kept(size, "latent", selective=False)  # what is expanded
+                yield Kept(size, "latent")  # what is expanded
 
     def gathered(self) -> Iterator[Axis]:
         """Keys and values of every head."""
@@ -101,6 +102,12 @@ class Latent(Mixer):
     def head_sizes(self) -> tuple[int, int, int, int]:
         """Query heads, key heads, size of a query, size of a value."""
         return self.a.heads, self.a.heads, self.query_dim, self.a.v_head_dim
+
+    def caches(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """Latents and the shared key."""
+        from moesys.models.key_cache import LatentCache
+
+        yield module, "history", LatentCache()
 
     def check(self) -> list[Problem]:
         """What is turned has pairs."""

@@ -1,4 +1,4 @@
-"""Inputs of gates from a step: the numbers of its tokens, and sums over its global batch."""
+"""Statistics of gates over the global batch of a step, and the numbers of its tokens."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def numbers(tokens: Tensor, samples: Sequence[int]) -> Tensor:
     length = tokens.shape[1]
     first = to_device(torch.from_numpy(np.asarray(samples)), tokens.device)[:, None] * length
     return first + torch.arange(length, device=tokens.device)
+
+
+def later(x: Tensor, depth: int, filler: int) -> list[Tensor]:
+    """x [B, S] as it is 1, …, `depth` places later in each sequence; `filler` after its end."""
+    ends = x.new_full((len(x), depth), filler)
+    return [torch.cat((x[:, k:], ends[:, :k]), 1) for k in range(1, depth + 1)]
 
 
 def step_totals(gates: Sequence[Gate], mesh: Ranks) -> list[tuple[Gate, Tensor]]:

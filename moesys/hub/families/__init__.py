@@ -1,0 +1,1 @@
+"""Families of released models, one per file."""

@@ -1,0 +1,170 @@
+"""Exports a checkpoint of any layout as a released model's folder, in one process, a shard at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesys.config.schema import Config
+from moesys.data.tokenizers import Tokenizer
+from moesys.hub import folder as released
+from moesys.hub import tokenizer
+from moesys.hub.choose import choose
+from moesys.hub.fit import stored
+from moesys.hub.mapping import Box, Stored, meet, sizes, whole
+from moesys.hub.writer import FolderWriter, Planned
+from moesys.models.parts.axes import Weight
+from moesys.train import manifest, saved
+from moesys.train.storage_parts import PartReader
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARD_BYTES = 5 * 10**9
+
+Progress = Callable[[float, str], None]
+"""Is told the share that is done, and of what."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        to: the folder.
+        family: its `model_type`.
+        tensors, bytes, files: their number and sizes.
+        notes: what the files do not have.
+    """
+
+    to: Path
+    family: str
+    tensors: int
+    bytes: int
+    files: int
+    notes: list[str]
+
+
+def export(
+    checkpoint: Path,
+    to: Path,
+    dtype: str | None = None,
+    shard_size: int = SHARD_BYTES,
+    family: str | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the model of `checkpoint` to the new folder `to`.
+
+    Args:
+        dtype: "float32" or "bfloat16"; None: the type that the run computed in.
+        shard_size: bytes of a file, at most; what is held in memory at once is a shard and one weight.
+        family: `model_type` of the files; None: that of the folder which the run started from, or one that fits.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or without its configuration.
+        NoFamily: no family's files can hold the model.
+        FileError: `to` exists or cannot be written.
+    """
+    meta = manifest.read(checkpoint)
+    if wrong := manifest.verify(checkpoint, meta.files):
+        raise manifest.damaged(checkpoint, wrong)
+    config = saved.configuration(meta)
+    model, origin = config.model, _origin(config)
+    assert model.vocab_size is not None
+    chosen = choose(model, family or _family_of(origin))
+    kind = DTYPES[dtype or config.train.dtype]
+    reader, every = PartReader(checkpoint), stored(chosen, model, model.vocab_size)
+    weights = {weight.name: weight for weight in chosen.weights(model, model.vocab_size)}
+    planned = [p for name in every for p in _planned(weights[name], every[name], kind, shard_size)]
+    total, done = sum(p.bytes for p in planned), 0
+    with FolderWriter(to, planned, shard_size) as writer:
+        for name, tensors in every.items():
+            for tensor_name, tensor in _tensors(reader, weights[name], tensors, kind, shard_size):
+                writer.add(tensor_name, tensor)
+                done += tensor.nbytes
+                if progress is not None:
+                    progress(done / total, tensor_name)
+        text = saved.tokenizer(meta, config)
+        written = chosen.write(model) | _facts(config, kind, text)
+        writer.finish(written, _generation(text), tokenizer.files(text, origin))
+    return Exported(to, chosen.kind, len(planned), total, len(set(writer.files.values())), [])
+
+
+def _origin(config: Config) -> Path | None:
+    """The released model's folder that the run started from, if it is still there."""
+    init = config.train.init
+    return Path(init) if init and released.is_folder(Path(init)) else None
+
+
+def _family_of(origin: Path | None) -> str | None:
+    return None if origin is None else str(released.open_folder(origin).config.get("model_type"))
+
+
+def _groups(weight: Weight, limit: int) -> Iterator[Box]:
+    """The parts in which a weight is read: all of it, or as many of its experts as a shard holds."""
+    full = whole(weight.shape)
+    rows = weight.shape[0]
+    per_row = 4 * prod(weight.shape[1:])
+    step = rows if not weight.routed else max(1, min(rows, limit // max(1, per_row)))
+    for start in range(0, rows, step):
+        yield ((start, min(rows, start + step)), *full[1:])
+
+
+def _order(weight: Weight, tensors: Sequence[Stored], limit: int) -> Iterator[tuple[Box, list[Stored]]]:
+    """Each part that is read with the tensors that lie in it; tensors of several parts are read whole."""
+    groups = [(box, [s for s in tensors if meet(box, s.box) == s.box]) for box in _groups(weight, limit)]
+    if sum(len(inside) for _, inside in groups) == len(tensors):
+        yield from groups
+    else:
+        yield whole(weight.shape), list(tensors)
+
+
+def _planned(weight: Weight, tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> Iterator[Planned]:
+    for _, inside in _order(weight, tensors, limit):
+        for s in inside:
+            yield Planned(s.name, s.shape, torch.float32 if s.float32 else dtype)
+
+
+def _tensors(
+    reader: PartReader, weight: Weight, tensors: Sequence[Stored], dtype: torch.dtype, limit: int
+) -> Iterator[tuple[str, Tensor]]:
+    for box, inside in _order(weight, tensors, limit):
+        part = reader.read(weight.name, tuple(start for start, _ in box), sizes(box))
+        for s in inside:
+            place = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(s.box, box, strict=True))
+            yield s.name, _stored(part[place], s).to(torch.float32 if s.float32 else dtype)
+
+
+def _stored(part: Tensor, s: Stored) -> Tensor:
+    """A part of a weight in the order of the files' tensor."""
+    order = [d for run in s.dims for d in run]
+    rest = [d for d in range(part.ndim) if d not in order]
+    found = part.permute(*rest, *order).reshape(s.shape if s.height is None else (-1, *s.shape[1:]))
+    if s.rows is None:
+        return found
+    out = found.new_zeros(s.shape)
+    out[torch.tensor(s.rows)] = found
+    return out
+
+
+def _facts(config: Config, dtype: torch.dtype, text: Tokenizer) -> dict[str, Any]:
+    """What config.json says beside the family's keys."""
+    name, longest = str(dtype).removeprefix("torch."), config.train.seq_len
+    if (scaling := config.model.rope_scaling) is not None and scaling.original_seq_len is not None:
+        longest = max(longest, int((scaling.factor or 1.0) * scaling.original_seq_len))
+    return {
+        "torch_dtype": name,
+        "dtype": name,
+        "max_position_embeddings": longest,
+        "use_cache": True,
+        "eos_token_id": text.end_of_document,
+        "bos_token_id": None,
+    }
+
+
+def _generation(text: Tokenizer) -> dict[str, Any]:
+    return {"eos_token_id": text.end_of_document, "do_sample": True}
