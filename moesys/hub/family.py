@@ -133,7 +133,7 @@ class Family(Described):
         depth = raw.get("num_hidden_layers")
         if not isinstance(depth, int) or depth < 1:
             found.refuse("num_hidden_layers", "must be the number of blocks", "copy config.json again, or add the key")
-            return
+            depth = 1
         moe = self.moe_blocks(raw, found, depth)
         if not any(moe):
             found.values = {key: value for key, value in found.values.items() if not key.startswith("moe.")}
