@@ -185,7 +185,10 @@ class Family(Described):
         back = self.read(self.write(model))
         if back.problems:
             return [str(problem) for problem in back.problems]
-        again, mine = meant(ModelConfig.model_validate(nested(back.values))), meant(model)
+        try:
+            again, mine = meant(ModelConfig.model_validate(nested(back.values))), meant(model)
+        except ValueError as error:  # pydantic's
+            return [f"{self.kind}: what its config.json would say is no model: {error}"]
         return [
             f"model.{key}: {mine.get(key)!r}, and {self.kind} has {again.get(key)!r}"
             for key in sorted(mine.keys() | again.keys())
