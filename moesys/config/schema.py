@@ -141,7 +141,7 @@ class MoEConfig(Section):
 
     @property
     def router(self) -> Any:
-        """The description of the gate (`moesys.models.parts.gate.GateKind`)."""
+        """The description of the gate (`moesys.models.parts.gates.kind.GateKind`)."""
         return kinds(GATES)[self.gate.kind](self)
 
     @property

@@ -60,7 +60,7 @@ def _rules(config: Config, world: int | None, with_data: bool) -> list[Problem]:
     """Every rule between keys that `config` breaks."""
     problems = dimension.check(config, world) + training(config.train) + output(config) + engine(config)
     problems += apex(config)
-    return problems + ([*_data(config), *replay(config)] if with_data else [])
+    return problems + ([*_data(config), *gate_files(config)] if with_data else [])
 
 
 def output(config: Config) -> list[Problem]:
@@ -143,17 +143,10 @@ def recording(config: Config) -> list[Problem]:
     return [Problem("output.record_routing", rule, "set it to 0")]
 
 
-def replay(config: Config) -> list[Problem]:
-    """Problems if the recording for gate replay is missing or does not fit the model."""
-    from moesys.train import routing_files
-
-    model = config.model
-    if model.moe is None or model.moe.gate.kind != "replay" or model.moe.gate.path is None:
-        return []
-    layers = model.moe_blocks
-    rule = routing_files.wrong(Path(model.moe.gate.path), layers, model.moe.experts)
-    remedy = "record a run of this model with output.record_routing"
-    return [Problem("model.moe.gate.path", rule, remedy)] if rule else []
+def gate_files(config: Config) -> list[Problem]:
+    """Problems of the files that the gate reads."""
+    moe = config.model.moe
+    return moe.router.check_files(config.model.moe_blocks) if moe is not None else []
 
 
 def decay_steps(config: TrainConfig) -> int:

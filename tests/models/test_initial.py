@@ -27,7 +27,7 @@ from moesys.moe.gates.base import BaseGate
 from moesys.moe.gates.cosine import CosineProjection
 from moesys.moe.gates.dense import DenseGate
 from moesys.moe.gates.expert_choice import CausalExpertChoiceGate, ExpertChoiceGate
-from moesys.moe.gates.hashed import HashGate
+from moesys.moe.gates.hash import HashGate
 from moesys.moe.gates.projection import GateProjection
 from moesys.moe.gates.random import RandomGate
 from moesys.moe.gates.replay import ReplayGate
@@ -101,7 +101,7 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (partial(BaseGate, H, E), layer),
     (partial(DenseGate, H, E), layer),
     (partial(ExpertChoiceGate, H, E, 2), layer),
-    (partial(CausalExpertChoiceGate, H, E, 2), layer),
+    (partial(CausalExpertChoiceGate, H, E, 2, bins=8), layer),
     (partial(HashGate, E, 2, 0, True), layer),
     (partial(RandomGate, E, 2, 0), layer),
     (partial(ReplayGate, H, E), layer),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesys.errors import Problem
 from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
-from moesys.models.parts.gate import NUMBER, SCORE, BiasKeys, ChoiceKeys, GateKind
+from moesys.models.parts.gates.kind import NUMBER, SCORE, BiasKeys, ChoiceKeys, GateKind
 from moesys.words import divisors
 
 if TYPE_CHECKING:
