@@ -22,6 +22,8 @@ from moesys.hub.weights import ReleasedWeights
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest number of a tensor."""
+CANCELLING = {"attention.sinks.weight": 1e-4}
+"""The same of gradients that are sums over all tokens and nearly cancel, by the end of their names."""
 
 
 @dataclass
@@ -58,7 +60,8 @@ def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def close(ours: Tensor, theirs: Tensor, what: str) -> None:
     scale = theirs.abs().max().item()
     assert scale > 0, f"{what} is all zero"
-    assert (ours - theirs).abs().max().item() <= TOLERANCE * scale, what
+    tolerance = next((t for end, t in CANCELLING.items() if what.endswith(end)), TOLERANCE)
+    assert (ours - theirs).abs().max().item() <= tolerance * scale, what
 
 
 def gradients(theirs: nn.Module, case: Case, path: Path) -> Folder:
