@@ -106,13 +106,13 @@ def in_flight(shape: StepShape) -> int:
 def _stage(shape: StepShape) -> float:
     config, d = shape.config, shape.degrees
     tokens, whole = shape.sequence_tokens / d.cp, replace(shape, config=_without_recomputation(shape.config))
+    # Recomputation begins with the stream that enters a block; those of multi-token prediction have two inputs.
+    inputs = shape.layers + config.model.predicted * shape.stage.last
+    beside = tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * inputs
     if config.train.recompute == "full":
-        # The input of each block; those of multi-token prediction have two.
-        inputs = shape.layers + config.model.predicted * shape.stage.last
-        beside = tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * inputs
         return beside + sum(part_bytes(placed.part, tokens, whole) for placed in shape.blocks if not placed.repeated)
     found = sum(part_bytes(placed.part, tokens, shape if placed.repeated else whole) for placed in shape.blocks)
-    return found + (_narrowed(shape, False) if config.train.recompute == "none" else 0.0)
+    return found + (_narrowed(shape, False) if config.train.recompute == "none" else beside)
 
 
 def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:
@@ -121,7 +121,7 @@ def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:
     selective = config.train.recompute == "selective"
     ways = {"stream": tp if config.parallel.sp else 1, "tokens": tp}
     total = 0.0
-    for kept in (*part.kept(config, shape), *_input(part, shape)):
+    for kept in (*part.kept(config, shape), *part.products(), *_input(part, shape)):
         if kept.selective if selective else kept.plain:
             split = ways.get(kept.axis, tp if SPLIT_BY.get(kept.axis) == "tp" else 1)
             total += kept.elements * (kept.width or shape.width) / split
@@ -129,14 +129,13 @@ def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:
 
 
 def _input(part: Part, shape: StepShape) -> Iterator[Kept]:
-    """The input of split weights, whole on every tensor rank; selective recomputation keeps their result instead."""
+    """The input of split weights, whole on every tensor rank; selective recomputation keeps what makes it whole."""
     hidden = shape.config.model.hidden
     if part.reads and part.writes and any(weight.split_by("tp") is not None for weight in part.weights()):
-        yield Kept(hidden, "whole", selective=False)
-        yield Kept(hidden, "whole", plain=False)
-        if shape.degrees.tp > 1 and shape.config.parallel.sp:  # what was gathered, and its part of the sum
-            yield Kept(hidden, "whole", plain=False)
-            yield Kept(hidden, "stream", plain=False)
+        yield Kept(hidden, "whole")
+        if shape.degrees.tp > 1 and shape.config.parallel.sp:  # what was gathered, and this rank's part of the sums
+            yield Kept(hidden, "whole", plain=False, selective=True)
+            yield Kept(hidden, "stream", plain=False, selective=True)
 
 
 def _narrowed(shape: StepShape, edge: bool) -> float:

@@ -141,7 +141,7 @@ class MoEConfig(Section):
 
     @property
     def router(self) -> Any:
-        """The description of the gate (`moesys.models.parts.gate.GateKind`)."""
+        """The description of the gate (`moesys.models.parts.gates.kind.GateKind`)."""
         return kinds(GATES)[self.gate.kind](self)
 
     @property
@@ -350,6 +350,23 @@ class SkipsConfig(Section):
     """Skipped steps in the whole run, resumptions included; one more ends it."""
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(64)]
+"""Name of a held-out text."""
+
+
+class HeldOutConfig(Section):
+    """A text that is held out as a whole, beside the share of `data`; it has the run's tokenizer."""
+
+    kind: Literal["python-stdlib", "text", "huggingface", "megatron"] = "text"
+    """As data.kind."""
+    path: str | None = None
+    """As data.path."""
+    text_key: str = "text"
+    """As data.text_key."""
+    split: str = "test"
+    """As data.split."""
+
+
 class TrainConfig(Section):
     steps: Positive = 100
     """Optimizer steps of the run."""
@@ -382,6 +399,9 @@ class TrainConfig(Section):
     eval_sequences: Batch = 64
     """Held-out sequences per evaluation. Padding fills up the last global batch: no expert computes it, and it takes no
     place from tokens under a capacity."""
+    eval: dict[SetName, HeldOutConfig] = {}
+    """More held-out texts by name, beside the share of the data that `data.heldout` names; each is evaluated when that
+    is, on as many sequences, and reported as eval/NAME/loss."""
     resume_changed: list[str] = []
     """Keys that may differ from the checkpoint's although they change numbers, such as [seed, data.heldout]."""
 
@@ -444,6 +464,11 @@ class OutputConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
     """Number of checkpoints to keep, the newest."""
+    export: Literal["none", "hf"] = "none"
+    """hf: at the end of the run, write the model to runs/NAME/export/step-N as a folder that transformers, vLLM and
+    SGLang open (moesys export)."""
+    export_checkpoints: bool = False
+    """With export: hf, write every checkpoint so, beside training, and keep as many of these folders as checkpoints."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard as well."""
     wandb: bool = False

@@ -39,6 +39,11 @@ MODELS: dict[str, dict] = {
     },
     "latent": {"ffn_hidden": 512, "attention": {**LATENT["attention"], "q_lora_rank": 64, "kv_lora_rank": 64}},
     "ahead": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2}, "mtp": {"depth": 2}},
+    "released": {
+        "ffn_hidden": 512,
+        "rope_scaling": {"kind": "linear", "factor": 2.0},
+        "attention": {"heads": 4, "kv_heads": 2, "sinks": True, "bias": "qkv", "rotary_fraction": 0.5},
+    },
     "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
 }
 KEPT = [
@@ -102,10 +107,10 @@ def test_moves_what_the_plan_says(found, small, case):
     assert not lines, "\n".join([f"{case.name} did not move what the dry run says:", *lines])
 
 
-def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str) -> Config:
+def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str, world: int = 2) -> Config:
     raw = changed(
         small,
-        {"model": {"hidden": 256, "layers": 2}, "parallel": LAYOUTS[layout], "cluster": {"ranks_per_node": 2}},
+        {"model": {"hidden": 256, "layers": 2}, "parallel": LAYOUTS[layout], "cluster": {"ranks_per_node": world}},
         {"train": {"seq_len": 128, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "recompute": recompute}},
     )
     raw["model"] = {**raw["model"], "moe": None, **MODELS[model]}

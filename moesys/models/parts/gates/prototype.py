@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moesys.errors import Problem
-from moesys.models.parts.gate import ZERO, BiasKeys, ForceKeys, RandomKeys
+from moesys.models.parts.gates.kind import ZERO, BiasKeys, ForceKeys, RandomKeys
 from moesys.models.parts.gates.top_k import TokenChoice
 from moesys.words import divisors
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moesys.errors import Problem
-from moesys.models.parts.gate import unused
+from moesys.models.parts.gates.kind import unused
 
 if TYPE_CHECKING:
     from moesys.config.schema import MoEConfig
