@@ -227,6 +227,13 @@ def generate(arguments: argparse.Namespace) -> int:
     return command(arguments)
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Compute the losses of a trained model on held-out texts."""
+    from moesys.launchers.evaluate import command
+
+    return command(arguments)
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Explain a run, two runs, or traces."""
     if arguments.trace and arguments.runs:
@@ -277,6 +284,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "import": import_released,
     "export": export_released,
     "generate": generate,
+    "eval": evaluate,
     "report": report,
     "what_if": what_if,
     "bench_train": bench_train,

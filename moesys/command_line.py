@@ -93,6 +93,7 @@ def parser() -> Parser:
     _import(commands)
     _export(commands)
     _generate(commands)
+    _eval(commands)
     _report(commands)
     _what_if(commands)
     _bench(commands)
@@ -214,6 +215,20 @@ def _generate(commands: argparse._SubParsersAction[Parser]) -> None:
     sub.add_argument("--seed", type=seed, default=0, metavar="S", help="another seed draws another text")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it computes")
     sub.add_argument("--only-new", action="store_true", help="print the new text without the prompt")
+
+
+def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "losses of a trained model on held-out texts"
+    sub = _command(commands, "eval", text, "runs/quickstart train.eval_sequences=64", "generate-and-eval.md")
+    sub.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|FOLDER", help=MODEL)
+    text = "override keys of the run: data.path, train.seq_len, parallel.ep, …"
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help=text)
+    sub.set_defaults(takes_overrides=True)
+    text = "a text, file or folder, instead of the run's held-out ones; may come again (default: the run's)"
+    sub.add_argument("--data", type=Path, action="append", metavar="PATH", help=text)
+    sub.add_argument("--all", action="store_true", help="every sequence instead of train.eval_sequences")
+    sub.add_argument("--launcher", choices=LAUNCHERS[:3], help="default: launch.launcher")
+    _json(sub, "the losses")
 
 
 def _report(commands: argparse._SubParsersAction[Parser]) -> None:
