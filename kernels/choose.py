@@ -16,7 +16,17 @@ from torch import Tensor
 from moesys.errors import MoesysError
 
 Implementation = Literal["reference", "torch", "triton"]
-Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn", "rotary", "fp8_rows"]
+Operation = Literal[
+    "gate",
+    "permute",
+    "unpermute",
+    "activation",
+    "grouped_matmul",
+    "expert_ffn",
+    "rotary",
+    "fp8_rows",
+    "attention_sinks",
+]
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether Triton is installed; finding out does not import it."""

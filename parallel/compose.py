@@ -31,11 +31,14 @@ from moesys.parallel.cost import Stage, counting_passes
 from moesys.parallel.gradient_sync import settled
 from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
-from moesys.parallel.loss import TokenLoss
+from moesys.parallel.loss import IGNORED, TokenLoss
 from moesys.parallel.mesh import ParallelMesh
 from moesys.parallel.recompute import prepare
 from moesys.parallel.schedules import Pipelined, Whole
-from moesys.parallel.step_statistics import counted, numbers, step_totals
+from moesys.parallel.step_statistics import counted, later, numbers, step_totals
+
+FILLER = 0
+"""The id that multi-token prediction reads after the end of a sequence, as Megatron-Core does; no label is there."""
 
 
 @dataclass
@@ -98,8 +101,9 @@ class Composed:
 
     def _count(self, mine: tuple[Tensor, Tensor]) -> None:
         """Let gates that must know the global batch before they route see it: a forward pass, as in training."""
+        tokens, labels = mine
         with counted(self.moe_layers(), self.mesh):
-            self._forward(mine)
+            self._forward((tokens, labels[:, 0] if labels.ndim > 2 else labels))
 
     def evaluate(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> Tensor:
         """Forward only, shapes as in `train`; samples below 0 are padding. tokens, labels: int64 [B, S]."""
@@ -121,11 +125,19 @@ class Composed:
                 part.train(training)
 
     def _mine(self, tokens: Tensor, labels: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        numbered = torch.stack((numbers(tokens, samples), tokens), -1)
+        """What the model and the loss take, of this context rank's positions.
+
+        In training with multi-token prediction tokens have the ids of the D after them beside their own: int64
+        [B, S, 2 + D], and labels those of each depth: int64 [B, 1 + D, S].
+        """
+        depth = self.config.model.predicted if self.parts[0].training else 0
+        numbered = torch.stack((numbers(tokens, samples), tokens, *later(tokens, depth, FILLER)), -1)
+        if depth:
+            labels = torch.stack((labels, *later(labels, depth, IGNORED)), 1)
         positions = self.parts[0].positions
         if self.mesh.degrees.cp == 1 or positions is None:
             return numbered, labels
-        return numbered[:, positions], labels[:, positions]
+        return numbered[:, positions], labels[..., positions]
 
 
 def compose(
@@ -144,7 +156,7 @@ def compose(
     for part in parts:
         for layer in moe_layers(part).values():
             layer.loss_scale = 1.0 / (micro_batches * mesh.degrees.dp)
-    loss = TokenLoss(t.global_batch * t.seq_len, mesh.mesh("tp"))
+    loss = TokenLoss(t.global_batch * t.seq_len, mesh.mesh("tp"), config.model.loss_weights)
     gradients = _gradients(config, mesh, parts, mine)
     engine = _engine(config, mesh, parts, mine, micro_batches, loss, vocab_size, gradients)
     return Composed(config, mesh, parts, mine, engine, gradients, loss)
@@ -193,14 +205,17 @@ def _engine(
     tokens = torch.empty(t.micro_batch, held, dtype=torch.int64, device="meta")
     like = partial(torch.empty, dtype=parts[0].dtype, device="meta", requires_grad=True)
     stream = like((t.micro_batch, width, config.model.hidden))
-    logits = like((t.micro_batch, held, vocab_size // d.tp))
-    shapes = [(tokens if s.first else stream, logits if s.last else stream) for s in stages]
+    training, evaluation = (
+        [(tokens if s.first else stream, like((rows, held, vocab_size // d.tp)) if s.last else stream) for s in stages]
+        for rows in (t.micro_batch * (1 + config.model.predicted), t.micro_batch)
+    )
     schedule = config.parallel.pp_schedule
-    return Pipelined(list(parts), stages, schedule, micro_batches, loss, mesh, shapes, last, each)
+    return Pipelined(list(parts), stages, schedule, micro_batches, loss, mesh, (training, evaluation), last, each)
 
 
 def _gradients(config: Config, mesh: ParallelMesh, parts: list[Decoder], stages: list[Stage]) -> Gradients:
-    if not config.model.tie_embeddings or mesh.degrees.pp == 1:
+    tied = config.model.tie_embeddings
+    if not config.model.ends_share_embedding or mesh.degrees.pp == 1:
         return Gradients(list(parts), mesh)
     # The embedding's copies on the first and the last stage get the sum of both gradients. All ranks
     # take part in making the groups.
@@ -214,6 +229,6 @@ def _gradients(config: Config, mesh: ParallelMesh, parts: list[Decoder], stages:
         for part, s in zip(parts, stages, strict=True)
         if s.first or s.last
         for n, p in part.named_parameters()
-        if canonical(n, True) == "embed.weight"
+        if canonical(n, tied) == "embed.weight"
     ]
     return Gradients(list(parts), mesh, (weights[0], group) if weights and group is not None else None)

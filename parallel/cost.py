@@ -20,7 +20,10 @@ from moesys.parallel.degrees import Degrees
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` of `count`: these layers, with the embedding if first, norm and head if last."""
+    """Stage `index` of `count`: these layers, with the embedding if first, norm and head if last.
+
+    The last one also has the blocks of multi-token prediction, as its last layers.
+    """
 
     index: int
     count: int
@@ -36,12 +39,12 @@ class Stage:
         """Whether the head is on it."""
         return self.index == self.count - 1
 
-    def holds(self, weight: Weight, tied: bool) -> bool:
-        """Whether a weight of the model lies on this stage; a tied embedding lies on both ends."""
+    def holds(self, weight: Weight, shared: bool) -> bool:
+        """Whether a weight of the model lies on this stage; `shared`: the embedding lies on both ends."""
         if weight.layer is not None:
             return weight.layer in self.layers
         if weight.name == "embed.weight":
-            return self.first or (tied and self.last)
+            return self.first or (shared and self.last)
         return self.last
 
 
@@ -166,9 +169,9 @@ class StepShape:
         return self._weights_of(self.stage)
 
     def _weights_of(self, stage: Stage) -> list[Weight]:
-        tied = self.config.model.tie_embeddings
+        shared = self.config.model.ends_share_embedding
         near = [placed for placed in self._model if placed.layer is None or placed.layer in stage.layers]
-        return [w for placed in near for w in placed.weights() if stage.holds(w, tied)]
+        return [w for placed in near for w in placed.weights() if stage.holds(w, shared)]
 
     @cached_property
     def _model(self) -> list[Placed]:
@@ -194,9 +197,13 @@ class StepShape:
 
     @property
     def edges(self) -> list[Placed]:
-        """The parts beside its blocks: the embedding on the first stage, the last norm and the head on the last."""
+        """The parts beside its blocks: the embedding on the first stage, the last norm and the head on the last.
+
+        With multi-token prediction the last stage has the embedding, too.
+        """
         whole = [placed for placed in self._model if placed.layer is None]
-        return whole[:1] * self.stage.first + whole[1:] * self.stage.last
+        reads = self.stage.first or (self.stage.last and self.config.model.predicted > 0)
+        return whole[:1] * reads + whole[1:] * self.stage.last
 
     def held(
         self,

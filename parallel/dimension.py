@@ -79,6 +79,9 @@ def _model(config: Config) -> list[Problem]:
     if m.ffn_hidden is None and len(m.moe_blocks) < m.depth:
         rule = "is needed: some layers are dense"
         problems.append(Problem("model.ffn_hidden", rule, "set it, or make every layer MoE"))
+    if m.predicted >= config.train.seq_len:
+        rule = f"must be less than train.seq_len({config.train.seq_len}), or there is no token to predict"
+        problems.append(Problem("model.mtp.depth", rule, "use a smaller depth or longer sequences"))
     return problems + freeze.check(config)
 
 
@@ -103,10 +106,14 @@ def traffic(shape: StepShape) -> list[Collective]:
 def step(shape: StepShape) -> list[Collective]:
     """The sums of a step over all ranks: of the gradients' norm and the loss, and of the metrics of a step that is due.
 
-    Metrics are the loss, the seconds of all-to-alls, and for each MoE layer what it reports.
+    Metrics are the losses of the next token and of later ones, the seconds of all-to-alls, and for each MoE layer what
+    it reports.
     """
     if not shape.leads or shape.config.engine != "native":
         return []
     model = shape.config.model
     reported = len(model.moe_blocks) * (model.moe.experts + len(COUNTS) + len(LOSSES)) if model.moe is not None else 0
-    return [Collective("all_reduce", DENSE_AXES, 8.0 * numbers, 1, small=True) for numbers in (2, 2 + reported)]
+    return [
+        Collective("all_reduce", DENSE_AXES, 8.0 * numbers, 1, small=True)
+        for numbers in (2, 2 + model.predicted + reported)
+    ]

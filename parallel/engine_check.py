@@ -49,6 +49,9 @@ def _model(config: Config, degrees: Degrees) -> list[Problem]:
     if not isinstance(config.model.layers, int):
         rule = "a pattern of layers is not in engine: megatron"
         problems.append(Problem("model.layers", rule, f"give a number, or {NATIVE}"))
+    if config.model.mtp is not None:
+        rule = "multi-token prediction is not in engine: megatron"
+        problems.append(Problem("model.mtp", rule, f"remove it, or {NATIVE}"))
     if moe is not None and moe.lora_rank is not None:
         rule = "LoRA experts are not in engine: megatron"
         problems.append(Problem("model.moe.lora_rank", rule, f"remove it, or {NATIVE}"))

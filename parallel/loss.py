@@ -7,7 +7,7 @@ float32 copy of all of them is ever there, and each chunk is overwritten by its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,47 +32,72 @@ class TokenLoss:
     batch, in nats. With `axis`, logits are this rank's slice [B, S, V/tp] and are never gathered.
     """
 
-    def __init__(self, tokens: int, axis: DeviceMesh | None = None):
+    def __init__(self, tokens: int, axis: DeviceMesh | None = None, weights: Sequence[float] = ()):
+        """`weights`: factors on the losses of multi-token prediction, by depth."""
         self.tokens = tokens
         self.group = None if axis is None else axis.get_group()
+        self.weights = (1.0, *weights)
+        self._later: Tensor | None = None
 
     def __call__(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        """A scalar in float32 or wider; backward, where there is one, runs once, and the logits are lost to it."""
-        loss: Tensor = _CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_BS.flatten(), self.tokens, self.group)
+        """A scalar in float32 or wider; backward, where there is one, runs once, and the logits are lost to it.
+
+        With multi-token prediction logits may be [(1 + D)·B, S, V], and labels [B, 1 + D, S]. The result is the loss of
+        the next token all the same; its gradient is that of the weighted sum of all losses.
+        """
+        labels_DBS = labels_BS[None] if labels_BS.ndim == 2 else labels_BS.transpose(0, 1)
+        labels_DT, weights = labels_DBS.flatten(1), self.weights[: len(labels_DBS)]
+        loss: Tensor
+        loss, later = _CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_DT, self.tokens, self.group, weights)
+        if later is not None:
+            self._later = later if self._later is None else self._later + later
         return loss
+
+    def take(self) -> Tensor | None:
+        """The losses of multi-token prediction [D] since the last call, without their weights; None without any."""
+        later, self._later = self._later, None
+        return later
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TV, labels_T, tokens, group):  # type: ignore[override]
-        work = _whole if group is None else _split
+    def forward(ctx, logits_TV, labels_DT, tokens, group, weights):  # type: ignore[override]
+        work, differentiate = _whole if group is None else _split, ctx.needs_input_grad[0]
         # The gradient is kept by hand: what is saved for backward must not be written to.
-        ctx.grad = logits_TV if ctx.needs_input_grad[0] else None
-        return work(logits_TV, labels_T, tokens, group, ctx.needs_input_grad[0])
+        ctx.grad = logits_TV if differentiate else None
+        depths = zip(logits_TV.chunk(len(weights)), labels_DT, weights, strict=True)
+        loss, *later = [work(logits, labels, tokens, group, differentiate, weight) for logits, labels, weight in depths]
+        if not later:
+            return loss, None
+        found = torch.stack(later)
+        ctx.mark_non_differentiable(found)
+        return loss, found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad, _):  # type: ignore[override]
         found, ctx.grad = ctx.grad, None
         if found is None:
             raise RuntimeError("the gradient of the logits was given away: backward through this loss runs once")
-        return found.mul_(grad), None, None, None
+        return found.mul_(grad), None, None, None, None
 
 
-def _whole(logits_TV: Tensor, labels_T: Tensor, tokens: int, group: Any, differentiate: bool) -> Tensor:
-    """The loss of whole logits; `differentiate`: the logits become their gradient."""
+def _whole(logits_TV: Tensor, labels_T: Tensor, tokens: int, group: Any, differentiate: bool, weight: float) -> Tensor:
+    """The loss of whole logits; `differentiate`: the logits become their gradient, times `weight`."""
     losses = []
     for logits, labels in _chunks(logits_TV, labels_T):
         with torch.set_grad_enabled(differentiate):
             leaf = logits.detach().requires_grad_(differentiate)
             loss = nn.functional.cross_entropy(_wide(leaf), labels, ignore_index=IGNORED, reduction="sum") / tokens
         if differentiate:
-            logits.copy_(torch.autograd.grad(loss, leaf)[0])
+            logits.copy_(torch.autograd.grad(loss, leaf, torch.full_like(loss, weight))[0])
         losses.append(loss.detach())
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
-def _split(logits_TV: Tensor, labels_T: Tensor, tokens: int, group: dist.ProcessGroup, differentiate: bool) -> Tensor:
+def _split(
+    logits_TV: Tensor, labels_T: Tensor, tokens: int, group: dist.ProcessGroup, differentiate: bool, weight: float
+) -> Tensor:
     """The same of logits whose vocabulary is split over `group`, with one collective (after Megatron-LM)."""
     here_T = labels_T - group.rank() * logits_TV.shape[1]
     mine_T = (here_T >= 0) & (here_T < logits_TV.shape[1])
@@ -84,7 +109,7 @@ def _split(logits_TV: Tensor, labels_T: Tensor, tokens: int, group: dist.Process
     total_RT, target_RT = comm.start_all_gather(found, group).wait().view(-1, *found.shape).unbind(1)
     total_T, learnt_T = total_RT.logsumexp(0), labels_T != IGNORED
     if differentiate:
-        scale_T = learnt_T.to(total_T.dtype) / tokens
+        scale_T = learnt_T.to(total_T.dtype) / tokens * weight
         there_T = mine_T * scale_T
         beside = [x.split(_rows(logits_TV)) for x in (total_T, scale_T, there_T)]
         for (logits, here), total, scale, there in zip(_chunks(logits_TV, here_T), *beside, strict=True):

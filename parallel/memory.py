@@ -105,11 +105,14 @@ def in_flight(shape: StepShape) -> int:
 
 def _stage(shape: StepShape) -> float:
     config, d = shape.config, shape.degrees
-    tokens = shape.sequence_tokens / d.cp
+    tokens, whole = shape.sequence_tokens / d.cp, replace(shape, config=_without_recomputation(shape.config))
+    # Recomputation begins with the stream that a block gets; blocks of multi-token prediction get two.
+    blocks = shape.layers + config.model.predicted * shape.stage.last
+    inputs = tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * blocks
     if config.train.recompute == "full":
-        return tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * shape.layers
-    found = sum(part_bytes(placed.part, tokens, shape) for placed in shape.blocks)
-    return found + (_narrowed(shape, False) if config.train.recompute == "none" else 0.0)
+        return inputs + sum(part_bytes(placed.part, tokens, whole) for placed in shape.blocks if not placed.repeated)
+    found = sum(part_bytes(placed.part, tokens, shape if placed.repeated else whole) for placed in shape.blocks)
+    return found + (_narrowed(shape, False) if config.train.recompute == "none" else inputs)
 
 
 def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:
@@ -118,7 +121,7 @@ def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:
     selective = config.train.recompute == "selective"
     ways = {"stream": tp if config.parallel.sp else 1, "tokens": tp}
     total = 0.0
-    for kept in (*part.kept(config, shape), *_input(part, shape)):
+    for kept in (*part.kept(config, shape), *part.products(), *_input(part, shape)):
         if kept.selective if selective else kept.plain:
             split = ways.get(kept.axis, tp if SPLIT_BY.get(kept.axis) == "tp" else 1)
             total += kept.elements * (kept.width or shape.width) / split
@@ -126,14 +129,13 @@ def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:
 
 
 def _input(part: Part, shape: StepShape) -> Iterator[Kept]:
-    """The input of split weights, whole on every tensor rank; selective recomputation keeps their result instead."""
+    """The input of split weights, whole on every tensor rank; selective recomputation keeps what makes it whole."""
     hidden = shape.config.model.hidden
     if part.reads and part.writes and any(weight.split_by("tp") is not None for weight in part.weights()):
-        yield Kept(hidden, "whole", selective=False)
-        yield Kept(hidden, "whole", plain=False)
-        if shape.degrees.tp > 1 and shape.config.parallel.sp:  # what was gathered, and its part of the sum
-            yield Kept(hidden, "whole", plain=False)
-            yield Kept(hidden, "stream", plain=False)
+        yield Kept(hidden, "whole")
+        if shape.degrees.tp > 1 and shape.config.parallel.sp:  # what was gathered, and this rank's part of the sums
+            yield Kept(hidden, "whole", plain=False, selective=True)
+            yield Kept(hidden, "stream", plain=False, selective=True)
 
 
 def _narrowed(shape: StepShape, edge: bool) -> float:
@@ -153,9 +155,12 @@ def _narrowed(shape: StepShape, edge: bool) -> float:
 
 
 def _head(shape: StepShape) -> float:
-    """What a micro-batch keeps at the end: inputs of norm and head, and logits, which become their gradient."""
-    tokens = shape.sequence_tokens / shape.degrees.cp
-    logits = shape.width * tokens * (shape.config.model.hidden + shape.vocab_size / shape.degrees.tp)
+    """What a micro-batch keeps at the end: inputs of norm and head, and logits, which become their gradient.
+
+    Multi-token prediction has the head's inputs and logits of each depth.
+    """
+    tokens, outputs = shape.sequence_tokens / shape.degrees.cp, 1 + shape.config.model.predicted
+    logits = outputs * shape.width * tokens * (shape.config.model.hidden + shape.vocab_size / shape.degrees.tp)
     whole = replace(shape, config=_without_recomputation(shape.config))
     return (
         logits

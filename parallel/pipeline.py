@@ -27,16 +27,19 @@ def stages(config: Config, vocab_size: int) -> list[Stage]:
     split = config.parallel.pp_split
     sizes = balanced(config.model, vocab_size, config.train.seq_len, count) if split == "auto" else tuple(split)
     ends = list(accumulate(sizes))
+    ends[-1], sizes = ends[-1] + config.model.predicted, (*sizes[:-1], sizes[-1] + config.model.predicted)
     return [Stage(i, count, range(end - size, end)) for i, (size, end) in enumerate(zip(sizes, ends, strict=True))]
 
 
 def balanced(model: ModelConfig, vocab_size: int, seq_len: int, count: int) -> tuple[int, ...]:
     """Layers per stage such that the largest estimated cost of a stage is least; at least one each.
 
-    Cost is FLOPs: the head's weigh on the last stage, so that it gets fewer layers.
+    Cost is FLOPs: those of multi-token prediction and of the head weigh on the last stage, so that it gets fewer
+    layers.
     """
     flops = flops_per_token(model, vocab_size, seq_len)
-    return divided(tuple(flops[f"layers.{i}"] for i in range(model.depth)), flops["head"], count)
+    blocks = [flops[f"layers.{i}"] for i in range(model.blocks)]
+    return divided(tuple(blocks[: model.depth]), sum(blocks[model.depth :]) + flops["head"], count)
 
 
 @cache
@@ -105,6 +108,13 @@ def _zero_bubble(config: Config, degrees: Degrees) -> list[Problem]:
             "parameters up by their place in the graph, which FSDP2 replaces"
         )
         problems.append(Problem("parallel.pp_schedule", rule, "set dp_shard: 1, or pp_schedule: interleaved-1f1b"))
+    model = config.model
+    if model.mtp is not None and (model.mtp.depth > 1 or model.tie_embeddings):
+        rule = (
+            "goes with multi-token prediction of depth 1, and with a head of its own: the split backward cannot use a "
+            "weight in two places of a stage, one behind the other"
+        )
+        problems.append(Problem("parallel.pp_schedule", rule, "set pp_schedule: 1f1b or interleaved-1f1b"))
     if config.train.recompute != "none":
         rule = "does not go with recomputation: both halves of the split backward would recompute"
         problems.append(Problem("parallel.pp_schedule", rule, "set train.recompute: none, or pp_schedule: 1f1b"))
@@ -134,14 +144,14 @@ def shards(weight: Weight, degrees: Degrees) -> int:
 
 
 def cost(shape: StepShape) -> list[Collective]:
-    """The stream sent on and its gradient sent back, for every micro-batch; the gradients of a tied embedding."""
+    """The stream and its gradient, for every micro-batch; the gradients of an embedding that both ends have."""
     if shape.degrees.pp == 1:
         return []
     d, p, stage, n = shape.degrees, shape.config.parallel, shape.stage, shape.micro_batches
     size = shape.sequence_tokens / (d.cp * (d.tp if p.sp else 1)) * shape.config.model.hidden * shape.width
     sent = (1 + shape.counting) * (not stage.last) + (not stage.first)
     moves = [Collective("send", ("pp",), size, sent * n)]
-    if shape.config.model.tie_embeddings and (stage.first or stage.last):
+    if shape.config.model.ends_share_embedding and (stage.first or stage.last):
         shared = 4 * shape.held(where=lambda w: w.name == "embed.weight")
         moves.append(Collective("all_reduce", ("pp",), shared, 1, "ends"))
     return moves

@@ -86,7 +86,7 @@ def prepare(block: Block, recompute: str, compiled: bool, backend: Any = "induct
         for part in block.parts():
             _replace(part, partial(torch.compile, backend=backend))
     if recompute == "full":
-        _replace((block, "forward"), repeated)
+        _replace(block.whole(), repeated)
 
 
 def _between(block: Block) -> list[Part]:

@@ -28,6 +28,9 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 LastBackward = Callable[[int], AbstractContextManager[None]]
 """Context of the last backward pass of a step through the part of a number (`Gradients.last_backward`)."""
 
+StageShapes = list[tuple[Tensor, Tensor]]
+"""(input, output) of each stage for one micro-batch, on the meta device."""
+
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
@@ -51,7 +54,8 @@ class Whole:
     def train(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Forward and backward of [micro_batches · b, S]: the sum of the losses.
 
-        tokens int64 […, S, 2]: each token's number in the run and its id; labels int64 […, S].
+        tokens int64 […, S, 2]: each token's number in the run and its id; labels int64 […, S]. With multi-token
+        prediction tokens and labels are those of `Composed._mine`.
         """
         losses = []
         for number, (x, y) in enumerate(self._pairs(tokens, labels)):
@@ -128,15 +132,15 @@ class Pipelined:
         micro_batches: int,
         loss: LossFunction,
         mesh: ParallelMesh,
-        shapes: list[tuple[Tensor, Tensor]],
+        shapes: tuple[StageShapes, StageShapes],
         last_backward: LastBackward,
         each: bool,
     ):
-        """`shapes`: (input, output) of each stage for one micro-batch, on the meta device. `each` as for `Whole`."""
+        """`shapes`: in training and in evaluation. `each` as for `Whole`."""
         self.stages, self.mesh = stages, mesh
         group, single = mesh.group("pp"), schedule not in MULTI
 
-        def make() -> Any:
+        def make(shapes: StageShapes) -> Any:
             wrapped = [
                 TorchStage(
                     part, s.index, s.count, mesh.device, input_args=x, output_args=y, group=group,
@@ -154,7 +158,7 @@ class Pipelined:
             return made
 
         # One schedule each: stages that switch between training and evaluation negotiate shapes at every switch.
-        self._training, self._evaluation = make(), make()
+        self._training, self._evaluation = map(make, shapes)
 
     def _run(self, step: Callable, tokens: Tensor, labels: Tensor) -> Tensor:
         losses: list[Tensor] = []

@@ -23,6 +23,12 @@ def numbers(tokens: Tensor, samples: Sequence[int]) -> Tensor:
     return first + torch.arange(length, device=tokens.device)
 
 
+def later(x: Tensor, depth: int, filler: int) -> list[Tensor]:
+    """x [B, S] as it is 1, …, `depth` places later in each sequence; `filler` after its end."""
+    ends = x.new_full((len(x), depth), filler)
+    return [torch.cat((x[:, k:], ends[:, :k]), 1) for k in range(1, depth + 1)]
+
+
 def step_totals(gates: Sequence[Gate], mesh: Ranks) -> list[tuple[Gate, Tensor]]:
     """Of gates that have statistics: their sums over the stage's ranks, float64. Collective over the stage."""
     found = [(gate, s) for gate in gates if (s := gate.step_statistics()) is not None]

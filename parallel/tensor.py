@@ -75,7 +75,8 @@ def cost(shape: StepShape) -> list[Collective]:
     if shape.stage.last:
         # Of each token, log Σ exp of each slice of the logits and the label's logit, in float32.
         found = 2 * 4 * shape.degrees.tp * shape.sequence_tokens / shape.degrees.cp
-        moves.append(Collective("all_gather", ("tp",), found, shape.micro_batches * (1 + shape.counting), small=True))
+        passes = 1 + shape.config.model.predicted + shape.counting
+        moves.append(Collective("all_gather", ("tp",), found, shape.micro_batches * passes, small=True))
     return moves + _gradients(shape)
 
 
@@ -85,21 +86,21 @@ def _stream(shape: StepShape, part: Part) -> list[Collective]:
     Full recomputation repeats those of blocks, save the last one of a block, whose result backward does not need.
     Selective recomputation keeps what is gathered and scattered, and repeats all-reduces.
     """
-    t, p, found = shape.config.train, shape.config.parallel, Counter[tuple[str, int]]()
+    t, p, found = shape.config.train, shape.config.parallel, Counter[tuple[str, int, int]]()
     once, full = 1 + shape.counting, int(t.recompute == "full")
-    width = shape.width
+    width, predicted = shape.width, shape.config.model.predicted
 
-    def meet(into: int, out: int, sliced: bool, width: int = width) -> None:
-        """Forward passes that make the input whole, and that sum the output; 0 for none."""
+    def meet(into: int, out: int, sliced: bool, width: int = width, streams: int = 1) -> None:
+        """Forward passes that make the input whole, and that sum the output; 0 for none. `streams`: at a time."""
         if sliced:
-            found["all_gather", width] += into + bool(out)
-            found["reduce_scatter", width] += out + bool(into)
+            found["all_gather", width, streams] += into + bool(out)
+            found["reduce_scatter", width, streams] += out + bool(into)
         else:
-            found["all_reduce", width] += out + bool(into)
+            found["all_reduce", width, streams] += out + bool(into)
 
     if isinstance(part, MoEFeedForward):
         if not p.sp:  # a slice of the sequence is cut out of the stream before it, and gathered after it
-            found["all_gather", width] += once + 1
+            found["all_gather", width, 1] += once + 1
         for inner in part.apart():
             # Backward needs what follows shared experts, or they are computed while rows travel.
             travelling = shape.degrees.ep * shape.degrees.etp > 1 and p.dispatch.overlap_shared
@@ -107,15 +108,19 @@ def _stream(shape: StepShape, part: Part) -> list[Collective]:
             assert _split(inner)
     elif not part.reads:
         # The embedding's rows have the type of its weight, which FSDP alone makes narrow.
-        meet(0, once, p.sp, width if shape.degrees.dp_shard > 1 else 4)
+        streams = shape.stage.first + predicted * shape.stage.last
+        meet(0, once, p.sp, width if shape.degrees.dp_shard > 1 else 4, streams)
     elif not part.writes:
-        meet(once, 0, p.sp)
+        meet(1, 0, p.sp, streams=1 + predicted)
+        found["all_gather", width, 1] += shape.counting * p.sp
     elif _split(part):
         mixing = isinstance(part, Mixer)
         meet(once + full, once + mixing * (full or (not p.sp and t.recompute == "selective")), p.sp)
     size = shape.sequence_tokens / shape.degrees.cp * shape.config.model.hidden
     n = shape.micro_batches
-    return [Collective(kind, ("tp",), size * each, calls * n) for (kind, each), calls in found.items()]
+    return [
+        Collective(kind, ("tp",), size * each * streams, calls * n) for (kind, each, streams), calls in found.items()
+    ]
 
 
 def _split(part: Part) -> bool:

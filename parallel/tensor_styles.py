@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from moesys.models.block import PredictionBlock
 from moesys.models.decoder import Decoder
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import BlockParts
@@ -47,6 +48,18 @@ class UsedByLocalHeads(ParallelStyle):
         return module
 
 
+class OfLocalHeads(ParallelStyle):
+    """Weights of one element per head, split over the axis; called without inputs, it gives the rank's own."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def split(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            for name, parameter in part.named_parameters(recurse=False):
+                whole = distribute_tensor(parameter, mesh, [Shard(0)])
+                part.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+
+        return distribute_module(module, device_mesh, split, output_fn=lambda _, out, __: out.to_local())
+
+
 def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
     """Apply the table of `moesys.parallel.tensor`; `sp`: the stream is split along the sequence."""
     stream: Placement = Shard(1) if sp else Replicate()
@@ -56,9 +69,12 @@ def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
     if model.head is not None:
         plan["head"] = ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1))
         if sp:
-            plan["norm"] = SequenceParallel()
+            plan["norm"] = SequenceParallel(use_local_output=bool(model.config.predicted))
     for name, block in model.layers.items():
         styles = _block(block, describe(model.config, int(name)), stream, sp)
+        if sp and isinstance(block, PredictionBlock):
+            styles |= {"embed_norm": SequenceParallel(), "hidden_norm": SequenceParallel()}
+            styles |= {name: SequenceParallel(use_local_output=True) for name in ("project", "norm")}
         plan |= {f"layers.{name}.{key}": style for key, style in styles.items()}
     tied = model.embed is not None and model.head is not None and model.head.weight is model.embed.weight
     parallelize_module(model, axis, plan)
@@ -133,6 +149,7 @@ def _mixer(mixer: Mixer, stream: Placement) -> dict[str, ParallelStyle]:
         # Heads [B, S, h, d] are split over the axis.
         "heads": SequenceParallel(sequence_dim=2, use_local_output=True),
         "summed": UsedByLocalHeads(),
+        "own": OfLocalHeads(),
     }
     plan = _from_axes(mixer, stream)
     return plan | {name: exceptions[style] for name, style in mixer.styles.items() if name in plan or style == "summed"}

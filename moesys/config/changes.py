@@ -51,6 +51,7 @@ _WORDS = {
         model.vocab_size model.hidden model.layers model.ffn_hidden model.tie_embeddings
         model.mixers
         model.layers: count first repeat
+        model.mtp.depth
         model.moe: experts ffn_hidden bias every first_dense zero_experts copy_experts constant_experts lora_rank
             shared_experts shared_ffn_hidden shared_mix
         """,
@@ -65,7 +66,7 @@ _WORDS = {
         data: kind path text_key split tokenizer
         """,
     Kind.TRAINING: """
-        model.init_std
+        model.init_std model.mtp.loss_weight
         model.moe: capacity_factor eval_capacity_factor min_capacity drop pad_to_capacity balance_loss
             sequence_balance_loss global_balance_loss balance_counts z_loss importance_loss load_loss bias_rate zero_tau
             cmr_budget cmr_loss
@@ -84,10 +85,10 @@ _WORDS = {
         """,
     Kind.FREE: """
         name
-        train: init eval_every resume_changed
+        train: init eval eval_every resume_changed
         data.cache cluster.memory_gib
         launch: launcher link_gbit ray_address timeout_s max_failures threads env slurm
-        output: runs checkpoint_every keep tensorboard wandb log_every record_routing
+        output: runs checkpoint_every keep export export_checkpoints tensorboard wandb log_every record_routing
         measure: every steps audit profile metrics_port metrics_host
         """,
 }
@@ -123,8 +124,14 @@ NAMED_MIXERS = "model.mixers."
 """Prefix of the sections of mixers that have names; they have the keys of `model.attention`."""
 
 
+HELD_OUT = "train.eval"
+"""The key of the held-out texts that have names."""
+
+
 def table_key(key: str) -> str:
     """The key of `KINDS` for `key`: "model.attention.heads" for "model.mixers.local.heads"."""
+    if key.startswith(f"{HELD_OUT}."):
+        return HELD_OUT
     _, dot, rest = key.removeprefix(NAMED_MIXERS).partition(".")
     return f"{MIXERS.key}.{rest}" if key.startswith(NAMED_MIXERS) and dot else key
 

@@ -179,6 +179,17 @@ class PatternConfig(Section):
         return mixer, ffn
 
 
+class PredictionConfig(Section):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437): more blocks after the last one learn the tokens after the
+    next one."""
+
+    depth: Layers = 1
+    """D: blocks, each like the last one of `layers`, that predict one token further each; embedding and head are the
+    model's. They have the numbers that follow: layers.61 after 61 blocks."""
+    loss_weight: PositiveFloat = 0.3
+    """λ: λ / D times the sum of their losses is added to the loss (DeepSeek-V3: 0.3, then 0.1)."""
+
+
 class ModelConfig(Section):
     vocab_size: Dim | None = None
     """Entries of the embedding; default: the tokenizer's, rounded up to a multiple of 64."""
@@ -194,6 +205,8 @@ class ModelConfig(Section):
     """More mixers, by the words that a pattern in `layers` has for them."""
     moe: MoEConfig | None = None
     """The MoE layers; null: every layer is dense."""
+    mtp: PredictionConfig | None = None
+    """Multi-token prediction in training; null: none. Evaluation leaves it out."""
     tie_embeddings: bool = False
     """Use the embedding's weight as the output head."""
     norm_eps: PositiveFloat = 1e-5
@@ -207,11 +220,32 @@ class ModelConfig(Section):
 
     @property
     def depth(self) -> int:
-        """Blocks."""
+        """Blocks, without those of multi-token prediction."""
         return self.layers if isinstance(self.layers, int) else self.layers.count
 
+    @property
+    def predicted(self) -> int:
+        """D: blocks of multi-token prediction, which follow the others in number."""
+        return 0 if self.mtp is None else self.mtp.depth
+
+    @property
+    def blocks(self) -> int:
+        """All blocks."""
+        return self.depth + self.predicted
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """λ / D: the factor on the loss of each depth of multi-token prediction."""
+        return () if self.mtp is None else (self.mtp.loss_weight / self.mtp.depth,) * self.mtp.depth
+
+    @property
+    def ends_share_embedding(self) -> bool:
+        """Whether the end of the model uses the embedding, too: as its head, or in multi-token prediction."""
+        return self.tie_embeddings or self.mtp is not None
+
     def is_moe(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) is an MoE block."""
+        """Whether block `layer` (from 0) is an MoE block; those of multi-token prediction are like the last one."""
+        layer = min(layer, self.depth - 1)
         if isinstance(self.layers, PatternConfig):
             return self.layers.block(layer)[1] == "moe"
         m = self.moe
@@ -220,11 +254,11 @@ class ModelConfig(Section):
     @property
     def moe_blocks(self) -> list[int]:
         """The numbers of the MoE blocks."""
-        return [layer for layer in range(self.depth) if self.is_moe(layer)]
+        return [layer for layer in range(self.blocks) if self.is_moe(layer)]
 
     def mixer(self, layer: int) -> tuple[AttentionConfig, str]:
         """The section of the mixer of block `layer`, and its dotted key."""
-        name = "attention" if isinstance(self.layers, int) else self.layers.block(layer)[0]
+        name = "attention" if isinstance(self.layers, int) else self.layers.block(min(layer, self.depth - 1))[0]
         if name == "attention":
             return self.attention, "model.attention"
         return self.mixers[name], f"model.mixers.{name}"
@@ -316,6 +350,23 @@ class SkipsConfig(Section):
     """Skipped steps in the whole run, resumptions included; one more ends it."""
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(64)]
+"""Name of a held-out text."""
+
+
+class HeldOutConfig(Section):
+    """A text that is held out as a whole, beside the share of `data`; it has the run's tokenizer."""
+
+    kind: Literal["python-stdlib", "text", "huggingface", "megatron"] = "text"
+    """As data.kind."""
+    path: str | None = None
+    """As data.path."""
+    text_key: str = "text"
+    """As data.text_key."""
+    split: str = "test"
+    """As data.split."""
+
+
 class TrainConfig(Section):
     steps: Positive = 100
     """Optimizer steps of the run."""
@@ -348,6 +399,9 @@ class TrainConfig(Section):
     eval_sequences: Batch = 64
     """Held-out sequences per evaluation. Padding fills up the last global batch: no expert computes it, and it takes no
     place from tokens under a capacity."""
+    eval: dict[SetName, HeldOutConfig] = {}
+    """More held-out texts by name, beside the share of the data that `data.heldout` names; each is evaluated when that
+    is, on as many sequences, and reported as eval/NAME/loss."""
     resume_changed: list[str] = []
     """Keys that may differ from the checkpoint's although they change numbers, such as [seed, data.heldout]."""
 
@@ -410,6 +464,11 @@ class OutputConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
     """Number of checkpoints to keep, the newest."""
+    export: Literal["none", "hf"] = "none"
+    """hf: at the end of the run, write the model to runs/NAME/export/step-N as a folder that transformers, vLLM and
+    SGLang open (moesys export)."""
+    export_checkpoints: bool = False
+    """With export: hf, write every checkpoint so, beside training, and keep as many of these folders as checkpoints."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard as well."""
     wandb: bool = False

@@ -153,6 +153,10 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         return self._run(tokens, labels, samples, forward_only=False)
 
+    def later_losses(self) -> Tensor:
+        """See `Engine.later_losses`: none."""
+        return torch.zeros(0, device=self.mesh.device)
+
     def update(self, rate: float) -> Update:
         """See `Engine.update`."""
         o, gates = self.config.train.optimizer, [layer.gate for layer in self.moe_layers().values()]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from moesys.models.layers import RMSNorm
+from moesys.models.layers import Linear, RMSNorm
 from moesys.models.parts.model import block as describe
 from moesys.moe import MoELayer
 from moesys.moe.layer import Lazy, RoutedTokens
@@ -44,6 +45,10 @@ class Block(nn.Module):
         whole: list[Part] = [] if self._apart(moe) else [(self, "run_experts")]
         shared: list[Part] = [] if moe.shared is None else [(moe, "run_shared")]
         return [(self, "route"), *whole, *shared, (self, "finish")]
+
+    def whole(self) -> Part:
+        """The method that full recomputation repeats. It ends with what backward does not need the result of."""
+        return self, "forward"
 
     @staticmethod
     def _apart(moe: MoELayer) -> bool:
@@ -96,4 +101,57 @@ class Block(nn.Module):
         """What follows the routed experts, where these are no part."""
         assert isinstance(self.ffn, MoELayer)
         out: Tensor = x_BSH + self.ffn.leave(self.ffn.join(h_BSH, routed_BSH, routed, dense_BSH))
+        return out
+
+
+class PredictionBlock(Block):
+    """A block of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2), with its own last norm.
+
+    Depth k of D, from 1, gives for token i what the head makes the logits of token i + k + 1 of:
+    h_k = norm(block(project(embed_norm(embedding of token i + k), hidden_norm(h_{k−1})))), where h_0 are the outputs of
+    the model's last norm, as in Megatron-Core and in transformers.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        usual = dict(self.named_children())
+        for name in usual:
+            delattr(self, name)
+        # Parameters lie in the order of computation, about which gradients are completed.
+        self.embed_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.project = Linear(2 * config.hidden, config.hidden, bias=False)
+        for name, module in usual.items():
+            self.add_module(name, module)
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+
+    def parts(self) -> list[Part]:
+        return [(self, "join"), *super().parts()]
+
+    def whole(self) -> Part:
+        return self, "run"
+
+    def forward(
+        self,
+        x_BSH: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        tokens_BS2: Tensor | None = None,
+        embedded_BSH: Tensor | None = None,
+    ) -> Tensor:
+        """h_k of h_{k−1} [B, S, H] and of the later tokens' embeddings [B, S, H]; ids in `tokens_BS2` are theirs."""
+        out: Tensor = self.norm(self.run(x_BSH, cos, sin, tokens_BS2, embedded_BSH))
+        return out
+
+    def run(
+        self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None, embedded_BSH: Tensor | None
+    ) -> Tensor:
+        """All but the last norm."""
+        assert embedded_BSH is not None
+        return super().forward(self.join(x_BSH, embedded_BSH), cos, sin, tokens_BS2)
+
+    def join(self, x_BSH: Tensor, embedded_BSH: Tensor) -> Tensor:
+        """The stream that enters the block [B, S, H]."""
+        both = torch.cat((self.embed_norm(embedded_BSH), self.hidden_norm(x_BSH)), -1)
+        out: Tensor = self.project(both)
         return out

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from moesys.models.block import Block
+from moesys.models.block import Block, PredictionBlock
 from moesys.models.layers import Linear, RMSNorm
 from moesys.models.rotary import rotary_angles
 from moesys.models.size import by_name
@@ -21,13 +22,14 @@ class Embedding(nn.Embedding):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm and head.
+    """Embedding, blocks, final norm and head; in training also blocks of multi-token prediction.
 
     A pipeline stage is the same class with parts removed (`keep`): blocks keep their global numbers,
     so that a parameter's name does not depend on the layout.
 
     Attributes:
         dtype: type of the stream between blocks.
+        first: whether its input are tokens; else it is the stream of the stage before it.
         described: every parameter of the whole model by its name, as its part describes it.
         positions: sequence positions of the tokens that this device holds, int64 [S]; None: 0 … S−1.
         length: tokens of a whole sequence, where they are more than this device holds; None: as many as the last
@@ -41,7 +43,9 @@ class Decoder(nn.Module):
         self.length: int | None = None
         self._tables: tuple[tuple[int, torch.device, Tensor | None], dict[int, tuple[Tensor, Tensor]]] | None = None
         self.embed: Embedding | None = Embedding(vocab_size, config.hidden)
-        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.depth)})
+        self.first = True
+        kinds = [Block] * config.depth + [PredictionBlock] * config.predicted
+        self.layers = nn.ModuleDict({str(i): kind(config, i) for i, kind in enumerate(kinds)})
         self.norm: RMSNorm | None = RMSNorm(config.hidden, config.norm_eps)
         self.head: Linear | None = Linear(config.hidden, vocab_size, bias=False)
         if config.tie_embeddings:
@@ -61,15 +65,19 @@ class Decoder(nn.Module):
                 parameter.normal_(0.0, self.config.init_std)
 
     def blocks(self) -> list[Block]:
-        """Its blocks, in order."""
+        """Its blocks, in order; those of multi-token prediction are the last ones."""
         return cast("list[Block]", list(self.layers.values()))
 
     def keep(self, layers: range, first: bool, last: bool) -> Decoder:
-        """Remove all but these layers, the embedding unless `first`, norm and head unless `last`."""
+        """Remove all but these layers, the embedding unless `first`, norm and head unless `last`.
+
+        Multi-token prediction, on the last stage, needs the embedding, too.
+        """
         for name in list(self.layers):
             if int(name) not in layers:
                 del self.layers[name]
-        if not first:
+        self.first = first
+        if not first and not (last and self.config.predicted):
             self.embed = None
         if not last:
             self.norm = self.head = None
@@ -78,16 +86,53 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, tokens_BS2: Tensor | None = None) -> Tensor:
         """Logits [B, S, V] of tokens int64 [B, S]; a stage takes and gives its part, stream [B, S, H].
 
-        `tokens_BS2` int64 [B, S, 2]: number and id of each token, for MoE layers (`MoELayer.forward`).
+        `tokens_BS2` int64 [B, S, 2]: number and id of each token, for MoE layers (`MoELayer.forward`). Multi-token
+        prediction of depth D runs where they are [B, S, 2 + D], with the ids of the D tokens after each one: logits
+        are then [(1 + D)·B, S, V], those of the next token first. Without gradients its blocks run, for the sake of
+        their gates, and logits are [B, S, V].
         """
-        if self.embed is not None:
-            x = self.embed(x).to(self.dtype)
+        ahead_BSD = None if tokens_BS2 is None or self.head is None else tokens_BS2[..., 2:]
+        later: Sequence[Tensor] = ()
+        if ahead_BSD is not None and ahead_BSD.shape[-1]:
+            x, *later = self._embed_ahead(x, ahead_BSD)
+        elif self.first:
+            x = self._embed(x)
         tables = self._rotary(x.shape[1], x.device)
+        numbered_BS2 = None if tokens_BS2 is None else tokens_BS2[..., :2]
         for block in self.blocks():
-            x = block(x, *tables[block.rotary_dim], tokens_BS2)
-        if self.head is not None and self.norm is not None:
-            x = self.head(self.norm(x))
-        return x
+            if not isinstance(block, PredictionBlock):
+                x = block(x, *tables[block.rotary_dim], numbered_BS2)
+        if self.head is None or self.norm is None:
+            return x
+        outputs = [self.norm(x)]
+        if later and tokens_BS2 is not None:
+            outputs += self._predict(outputs[0], tables, tokens_BS2, later)
+        if len(outputs) == 1 or not torch.is_grad_enabled():
+            return self.head(outputs[0])
+        return self.head(torch.cat(outputs))
+
+    def _predict(
+        self, h_BSH: Tensor, tables: Mapping[int, tuple[Tensor, Tensor]], tokens: Tensor, later: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        """What the head takes of each depth of multi-token prediction [B, S, H]; `tokens` int64 [B, S, 2 + D]."""
+        blocks = (block for block in self.blocks() if isinstance(block, PredictionBlock))
+        for depth, (block, embedded_BSH) in enumerate(zip(blocks, later, strict=True), 1):
+            numbered_BS2 = torch.stack((tokens[..., 0], tokens[..., 1 + depth]), -1)
+            h_BSH = block(h_BSH, *tables[block.rotary_dim], numbered_BS2, embedded_BSH)
+            yield h_BSH
+
+    def _embed(self, id_BS: Tensor) -> Tensor:
+        assert self.embed is not None
+        out: Tensor = self.embed(id_BS).to(self.dtype)
+        return out
+
+    def _embed_ahead(self, x: Tensor, ahead_BSD: Tensor) -> tuple[Tensor, ...]:
+        """The stream and the embeddings of the D tokens after each one [B, S, H], looked up together."""
+        id_DBS = ahead_BSD.movedim(-1, 0)
+        if not self.first:
+            return x, *self._embed(id_DBS.flatten(0, 1)).chunk(len(id_DBS))
+        id_DBS = torch.cat((x[None], id_DBS))
+        return self._embed(id_DBS.flatten(0, 1)).chunk(len(id_DBS))
 
     def _rotary(self, tokens: int, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
         """Tables of the positions [S, d] for every size d that a block turns, made once for all passes of as many

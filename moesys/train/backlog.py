@@ -23,7 +23,8 @@ class StepMeasurements:
     """A step's numbers on the host.
 
     Attributes:
-        values: for its record: loss (mean of the global batch), all_to_all_seconds (mean over ranks), and with MoE
+        values: for its record: loss (mean of the global batch), mtp_loss_k for each depth k of multi-token prediction
+            (mean over the tokens that it predicts), all_to_all_seconds (mean over ranks), and with MoE
             layers imbalance (largest expert's load / mean, mean over layers), rank_imbalance (the same of the ep
             ranks' loads), dropped (share of assignments), zero_share (assignments to zero-computation experts, where
             there are any), each of `LOSSES` that is on (unscaled, mean over layers and micro-batches).
@@ -70,6 +71,8 @@ class Backlog:
 
         `loss` is a scalar.
 
+        Losses of multi-token prediction are taken from the engine.
+
         loss: this rank's share, as `Engine.train` returns it. all_to_all_seconds: of this rank.
         """
         device = self.engine.mesh.device
@@ -82,7 +85,8 @@ class Backlog:
             row += torch.cat([torch.stack([p.double() for p in parts]), totals["load"].double()])
         # torch.tensor would copy from the host and wait for that.
         seconds = torch.full((), all_to_all_seconds, dtype=torch.float64, device=device)
-        own = torch.cat([torch.stack([loss.detach().double() / self.engine.mesh.degrees.tp, seconds]), table.flatten()])
+        losses = torch.cat([loss.detach()[None].double(), self.engine.later_losses().double()])
+        own = torch.cat([losses / self.engine.mesh.degrees.tp, seconds[None], table.flatten()])
         self._waiting.append(_Waiting(step, own, torch.stack([update.norm, update.skipped.double()]), update.bad))
 
     def read(self) -> list[StepMeasurements]:
@@ -95,11 +99,13 @@ class Backlog:
         return [self._measured(w, row) for w, row in zip(waiting, rows, strict=True)]
 
     def _measured(self, waiting: _Waiting, row: np.ndarray) -> StepMeasurements:
-        norm, skipped, loss, seconds = row[:4].tolist()
+        model, length = self.engine.config.model, self.engine.config.train.seq_len
+        norm, skipped, loss, *later, seconds = row[: 4 + model.predicted].tolist()
         values = {"loss": loss, "all_to_all_seconds": seconds / self.engine.mesh.degrees.world}
-        load, moe = None, self.engine.config.model.moe
+        values |= {f"mtp_loss_{k}": each * length / (length - k) for k, each in enumerate(later, 1)}
+        load, moe = None, model.moe
         if moe is not None and self._layers:
-            table = row[4:].reshape(self._shape)
+            table = row[4 + model.predicted :].reshape(self._shape)
             load = table[:, len(COUNTS) + len(LOSSES) :].round(3).tolist()
             with np.errstate(all="ignore"):  # NaN in a skipped step is reported as NaN
                 values |= _routing(table, moe, self.engine.mesh.degrees)

@@ -63,6 +63,13 @@ class Engine(Protocol):
         rank's share of the mean loss: the sum over the world is tp times that.
         """
 
+    def later_losses(self) -> Tensor:
+        """This rank's shares of the losses of multi-token prediction, as `train` returns the next token's: float [D].
+
+        Those since the last call, without their weights; a sequence of S labels counts as S at every depth, though the
+        last k of depth k are missing.
+        """
+
     def update(self, rate: float) -> Update:
         """Clip the gradients, step with learning rate `rate`, and clear the gradients.
 

@@ -99,6 +99,11 @@ class NativeEngine:
         self.model.gradients.reduce()
         return loss
 
+    def later_losses(self) -> Tensor:
+        """See `Engine.later_losses`."""
+        found = self.model.loss.take()
+        return torch.zeros(self.config.model.predicted, device=self.mesh.device) if found is None else found
+
     def update(self, rate: float) -> Update:
         """See `Engine.update`."""
         gradients = self.model.gradients

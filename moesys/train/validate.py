@@ -75,7 +75,25 @@ def output(config: Config) -> list[Problem]:
     for key, folder in (("output.runs", config.output.runs), ("data.cache", config.data.cache)):
         if folder is not None and (wrong := no_folder(folder)) is not None:
             problems.append(Problem(key, wrong, "choose another folder"))
-    return problems + recording(config)
+    return problems + recording(config) + export(config)
+
+
+def export(config: Config) -> list[Problem]:
+    """Problems of `output.export`: a model that no family's files can hold."""
+    o, m = config.output, config.model
+    if o.export == "none":
+        if not o.export_checkpoints:
+            return []
+        rule = "needs output.export, which is none"
+        return [Problem("output.export_checkpoints", rule, "set output.export: hf")]
+    from moesys.hub.choose import NoFamily, choose
+
+    try:
+        choose(m if m.vocab_size is not None else m.model_copy(update={"vocab_size": 64}))
+    except NoFamily as error:
+        rule = str(error).partition("\n    remedy:")[0]
+        return [Problem("output.export", rule, "set it to none: moesys generate and moesys eval read checkpoints")]
+    return []
 
 
 def no_folder(given: str) -> str | None:

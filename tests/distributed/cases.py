@@ -25,6 +25,17 @@ PATTERN = {
     "mixers": {"local": {"heads": 4, "kv_heads": 2, "window": 5}, "wide": {"heads": 2, "head_dim": 24, "window": 16}},
 }
 """A dense block, then windows that end within a context rank's chunk and beyond it, in heads of other sizes."""
+AHEAD = {"ffn_hidden": 96, "mtp": {"depth": 2, "loss_weight": 0.6}, "moe": {"first_dense": 1, "shared_experts": 1}}
+"""Blocks of multi-token prediction, which have experts like the last block."""
+COUNTING = {**AHEAD, "moe": {**AHEAD["moe"], "global_balance_loss": 0.05}}
+"""The same with a pass before each step, for the gates alone."""
+RELEASED = {
+    "layers": {"count": 4, "repeat": ["local moe", "attention moe"]},
+    "rope_scaling": {"kind": "yarn", "factor": 8.0, "original_seq_len": 16, "truncate": False},
+    "attention": {"bias": "qkv", "sinks": True, "head_dim": 16, "rotary_fraction": 0.5, "softmax_scale": 0.3},
+    "mixers": {"local": {"heads": 4, "kv_heads": 2, "bias": True, "sinks": True, "window": 5}},
+}
+"""Parts of released families: sinks, in windows too, stretched rotary positions on a part of each head, biases."""
 NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "normalize": False, "experts": 8}}
 
 
@@ -85,10 +96,17 @@ MORE = [
     Case("pp-tp-cp-etp", 8, {"pp": 2, "tp": 2, "cp": 2, "etp": 2, "ep": 2}, DROPPING),
     Case("hybrid-tp-ep", 8, {"dp_shard": 2, "tp": 2, "ep": 2}, DROPPING, {"recompute": "full"}),
     Case("pattern-cp-ep", 2, {"cp": 2, "ep": 2}, PATTERN, {"recompute": "selective"}),
+    Case("released-cp-tp", 4, {"cp": 2, "tp": 2}, RELEASED, {"recompute": "selective"}),
+    Case("released-pp-shard-tp", 8, {**FULL, "pp": 2, "tp": 2, "sp": False}, RELEASED),
     Case("pattern-pp-shard-tp", 8, {**FULL, "pp": 2, "tp": 2}, PATTERN),
     Case("each-shard-ep", 2, {**FULL, "sync_gradients": "each", "ep": 2}, DROPPING),
     Case("each-hybrid-tp", 8, {"dp_shard": 2, "sync_gradients": "each", "tp": 2}, LATENT, batch=8),
     Case("each-pp-shard-ep", 4, {**FULL, "sync_gradients": "each", "pp": 2, "ep": 2}),
+    Case("ahead-shard-ep", 2, {**FULL, "ep": 2}, AHEAD, {"recompute": "full"}),
+    Case("ahead-tp-cp", 4, {"tp": 2, "cp": 2, "etp": 2}, COUNTING, {"recompute": "selective"}),
+    Case("ahead-pp-ep", 4, {"pp": 2, "ep": 2}, COUNTING),
+    Case("ahead-tied-pp", 2, {"pp": 2}, {**AHEAD, "tie_embeddings": True}, {"recompute": "full"}),
+    Case("ahead-zero-bubble", 2, {"pp": 2, "pp_schedule": "zero-bubble"}, {"mtp": {}}),
     Case("dp-ep-selective", 2, {"ep": 2}, LATENT, {"recompute": "selective"}),
     Case("shard-ep-full", 2, {**FULL, "ep": 2}, PLAIN, {"recompute": "full", "micro_batch": 2}),
 ]

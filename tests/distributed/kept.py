@@ -1,13 +1,19 @@
-"""What autograd keeps of one micro-batch, by size."""
+"""What is kept of micro-batches between forward and backward, by size."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moesys.kernels.cpu import memory_pool
 
 
 def plain(x: Tensor) -> Tensor:
@@ -20,11 +26,58 @@ def plain(x: Tensor) -> Tensor:
 def storage(x: Tensor) -> int:
     """The identity of a tensor's storage. Its address will not do: FSDP frees what it gathered, and the next tensor may
     lie there."""
-    return x.untyped_storage()._cdata
+    return plain(x).untyped_storage()._cdata
+
+
+class Allocated(TorchDispatchMode):
+    """Knows every storage that was allocated inside, with the type and shape of its first tensor, and keeps none alive.
+
+    It sees what hooks of saved tensors do not: the results that selective recomputation holds, inputs of checkpoints,
+    outputs of pipeline stages.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, tuple[StorageWeakRef, str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        before = {storage(x) for x in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for x in _tensors(out):
+            if storage(x) not in before:
+                local = plain(x)
+                name = f"{str(local.dtype).removeprefix('torch.')} {list(local.shape)} of {func}"
+                # The reference keeps the identity from being used again, but not the bytes.
+                self.found[storage(x)] = StorageWeakRef(local.untyped_storage()), name
+        return out
+
+    def alive(self, leaving_out: set[int]) -> dict[str, int]:
+        """Bytes of what has not been freed, by type and shape."""
+        sizes: dict[str, int] = {}
+        for place, (reference, name) in self.found.items():
+            if place not in leaving_out and (held := torch.UntypedStorage._new_with_weak_ptr(reference.cdata)):
+                sizes[name] = sizes.get(name, 0) + held.nbytes()
+        return sizes
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.device.type != "meta")
+
+
+def weights(part: Any) -> set[int]:
+    """Storages of a part's weights and gradients, of what FSDP gathered of them, and of its tables of positions."""
+    found = {storage(table) for pair in (part._tables or ({}, {}))[1].values() for table in pair}
+    for p in part.parameters():
+        found |= {storage(p)} | ({storage(p.grad)} if p.grad is not None else set())
+    for module in part.modules():
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            for p in group.fsdp_params:
+                found |= {storage(out) for out in p.all_gather_outputs}
+    return found
 
 
 def kept(trainer: Any) -> dict[str, int]:
-    """Bytes that autograd keeps of a micro-batch between forward and backward, by type and shape. Collective.
+    """Bytes that are kept of a micro-batch between forward and backward, by type and shape. Collective.
 
     Weights, and what FSDP gathered, are left out; the loss keeps the logits, as their gradient.
     """
@@ -34,27 +87,9 @@ def kept(trainer: Any) -> dict[str, int]:
         0, trainer.vocab_size, (t.micro_batch, t.seq_len), generator=torch.Generator().manual_seed(0)
     )
     numbered, labels = model._mine(tokens, tokens, range(t.micro_batch))
-    found: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        local = plain(x)
-        found.setdefault(storage(local), local)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        logits = part(numbered[..., 1], numbered)
-        weights = {storage(plain(p)) for p in part.parameters()}
-        for module in part.modules():
-            if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
-                for p in group.fsdp_params:
-                    weights |= {storage(out) for out in p.all_gather_outputs}
-    loss = model.loss(logits, labels)
-    found[storage(plain(logits))] = plain(logits)
-    sizes: dict[str, int] = {}
-    for place, x in found.items():
-        if place not in weights:
-            name = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-            sizes[name] = sizes.get(name, 0) + x.untyped_storage().nbytes()
+    with memory_pool.recorded(), Allocated() as allocated:  # else freed results would lie in the pool
+        loss = model.loss(part(numbered[..., 1], numbered), labels)
+        sizes = allocated.alive(weights(part))
     loss.backward()
     trainer.engine.optimizer.zero_grad()
     for layer in trainer.engine.moe_layers().values():

@@ -9,7 +9,7 @@ import json
 
 import pytest
 from batches import start
-from cases import DROPPING, FULL, LATENT, NORMED, PLAIN, Case
+from cases import AHEAD, DROPPING, FULL, LATENT, NORMED, PLAIN, Case
 from planned import differences
 from planned_ranks import kept_of_each, observed
 from ran import Ran
@@ -38,6 +38,12 @@ MODELS: dict[str, dict] = {
         "moe": {"experts": 4, "ffn_hidden": 128, "shared_experts": 1, "gate": {"kind": "top_k", "force": "balanced"}},
     },
     "latent": {"ffn_hidden": 512, "attention": {**LATENT["attention"], "q_lora_rank": 64, "kv_lora_rank": 64}},
+    "ahead": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2}, "mtp": {"depth": 2}},
+    "released": {
+        "ffn_hidden": 512,
+        "rope_scaling": {"kind": "linear", "factor": 2.0},
+        "attention": {"heads": 4, "kv_heads": 2, "sinks": True, "bias": "qkv", "rotary_fraction": 0.5},
+    },
     "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
 }
 KEPT = [
@@ -66,6 +72,8 @@ CASES = [
     Case("one micro-batch", 2, {**FULL, "ep": 2}, PLAIN, {"micro_batch": 2}, batch=4),
     Case("pp tp", 4, {"pp": 2, "tp": 2, "ep": 2}, DROPPING),
     Case("pp shard full", 4, {**FULL, "pp": 2, "ep": 2}, LATENT, {"recompute": "full"}),
+    Case("ahead shard tp", 4, {**FULL, "tp": 2, "ep": 2}, AHEAD, {"recompute": "selective"}),
+    Case("ahead tp without sp", 2, {"tp": 2, "sp": False}, AHEAD, {"recompute": "full"}),
     Case("gathered", 4, {"ep": 2, "etp": 2, "dispatch": {"kind": "all_gather", "chunks": 2}}, LATENT),
 ]
 
@@ -99,10 +107,10 @@ def test_moves_what_the_plan_says(found, small, case):
     assert not lines, "\n".join([f"{case.name} did not move what the dry run says:", *lines])
 
 
-def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str) -> Config:
+def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str, world: int = 2) -> Config:
     raw = changed(
         small,
-        {"model": {"hidden": 256, "layers": 2}, "parallel": LAYOUTS[layout], "cluster": {"ranks_per_node": 2}},
+        {"model": {"hidden": 256, "layers": 2}, "parallel": LAYOUTS[layout], "cluster": {"ranks_per_node": world}},
         {"train": {"seq_len": 128, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "recompute": recompute}},
     )
     raw["model"] = {**raw["model"], "moe": None, **MODELS[model]}

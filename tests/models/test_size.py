@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moesys.config import Config
+from moesys.models.attention import Sinks
 from moesys.models.decoder import Decoder
 from moesys.models.layers import RMSNorm
 from moesys.models.size import flops_per_token, parameters, weights
@@ -31,7 +32,7 @@ MODELS = {
     "cmr": {
         "moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_mix": "cmr", "activation": "relu2"},
     },
-    "qkv": {"ffn_hidden": 96, "attention": {"heads": 4, "bias": "qkv"}},
+    "qkv": {"ffn_hidden": 96, "attention": {"heads": 4, "bias": "qkv", "sinks": True}},
     "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
     "cosine": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": {"kind": "cosine", "noise": "gaussian"}}},
     "hash": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": "hash"}},
@@ -61,6 +62,7 @@ def what_they_are(built: Decoder) -> dict[str, str]:
     for path, module in built.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             what = "norm" if isinstance(module, RMSNorm) else "bias" if "bias" in leaf else "matrix"
+            what = "bias" if isinstance(module, Sinks) else what
             if isinstance(module, CosineProjection) and parameter.numel() == 1:
                 what = "temperature"
             found[f"{path}.{leaf}"] = what

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from sabotage import report_layout
 from support import changed
 
 from moesys.config import Config
 from moesys.data.corpus import vocab_size
-from moesys.models.decoder import Decoder
 from moesys.parallel.degrees import resolve
 from moesys.parallel.dimension import step_shape, traffic
-from moesys.parallel.loss import TokenLoss
-from moesys.parallel.memory import activations
 
 COMBINATIONS = {
     "shard-ep-tp": {"dp_shard": "full", "ep": 2, "tp": 2},
@@ -53,55 +49,3 @@ def test_parameters_and_bytes_on_the_way_to_experts_are_those_of_a_real_step(sma
                 told[key] = told.get(key, 0) + move.bytes * move.calls * degrees.stage
     found = {key: sum(sent[key] for _, sent in measured.values()) for key in measured[0][1]}
     assert found == pytest.approx(told, rel=0.15 if name == "two-nodes" else 1e-9)
-
-
-MODELS = {
-    "dense": {"ffn_hidden": 1024, "attention": {"heads": 4, "kv_heads": 2}},
-    "moe": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512}},
-    "fine": {"moe": {"experts": 16, "top_k": 4, "ffn_hidden": 64, "shared_experts": 2}},
-    "lora": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512, "lora_rank": 8}},
-    "mixed": {
-        "moe": {
-            "experts": 8, "ffn_hidden": 256, "shared_experts": 2, "shared_mix": "residual", "activation": "gelu",
-        }
-    },
-    "latent": {
-        "ffn_hidden": 1024,
-        "attention": {
-            "kind": "mla", "heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-        },
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_activations_are_what_autograd_keeps(model, dtype):
-    sequence, batch, vocabulary = 128, 2, 320
-    config = Config.model_validate(
-        {
-            "model": {"hidden": 256, "layers": 4, **model},
-            "train": {"seq_len": sequence, "micro_batch": batch, "global_batch": batch, "dtype": dtype},
-            "cluster": {"device": "cpu"},
-        }
-    )
-    built = Decoder(config.model, vocabulary, getattr(torch, dtype))
-    for parameter in built.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage().data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        logits = built(torch.randint(0, vocabulary, (batch, sequence)))
-    loss = TokenLoss(batch * sequence)(logits, torch.zeros(batch, sequence, dtype=torch.int64))
-    # The loss keeps the logits, as their gradient.
-    measured = sum(x.untyped_storage().nbytes() for x in kept.values()) + logits.nbytes
-    degrees, _ = resolve(config)
-    assert activations(step_shape(config, degrees, vocabulary, 0)) == pytest.approx(measured, rel=0.1)
-    assert loss.requires_grad

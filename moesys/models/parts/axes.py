@@ -130,15 +130,15 @@ class Kept:
         elements: of one token, before any split.
         axis: the axis that they lie along: one of the axes above; "stream": as the stream between blocks; "tokens":
             of the rank's own tokens of an MoE layer, which tp always splits along the sequence; others are whole.
-        selective: selective recomputation keeps them, too.
         plain: without recomputation they are kept.
+        selective: with selective recomputation they are kept; what a part's products give (`Part.products`) is anyway.
         width: bytes of each; None: as the type of the run.
     """
 
     elements: float
     axis: str
-    selective: bool = True
     plain: bool = True
+    selective: bool = False
     width: int | None = None
 
 
@@ -147,11 +147,9 @@ def kept_by_norm(size: int, axis: str, split: bool, run: Any) -> Iterator[Kept]:
     if not split:
         yield Kept(size, axis)
     elif run.train.dtype == "bfloat16":
-        yield Kept(3 * size, axis, selective=False, width=4)
-        yield Kept(size, axis, plain=False)
+        yield Kept(3 * size, axis, width=4)
     else:
-        yield Kept(size, axis)
-        yield Kept(size, axis, selective=False)
+        yield Kept(2 * size, axis)
 
 
 @dataclass(frozen=True)

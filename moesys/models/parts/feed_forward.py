@@ -47,8 +47,7 @@ class DenseFeedForward(Part):
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
         """Products, and what is computed from them elementwise."""
         products = self.inner * (1.0 if self.gated else 0.5)
-        yield Kept(2 * products, "inner")
-        yield Kept(2 * products, "inner", selective=False)
+        yield Kept(4 * products, "inner")
 
     def build(self) -> nn.Module:
         """The module."""

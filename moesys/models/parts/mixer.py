@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from moesys.config.schema import ModelConfig
 
-Style = Literal["heads", "summed", "replicated"]
+Style = Literal["heads", "summed", "own"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Mixer(Part, Described):
         path: the section's dotted key, for messages.
         styles: by module, how tensor parallelism treats what cannot follow from the axes of its weights. "heads": it
             works on heads that are split (dim 2 of [B, S, h, d]); "summed": its output is whole and used by each rank's
-            own heads, so that gradients are summed.
+            own heads, so that gradients are summed. "own": it has no input, and gives a number per head.
         remembers: whether `caches` lets it decode a sequence token by token; otherwise each token computes the whole
             sequence again.
     """
@@ -86,6 +86,8 @@ def kept_by_attention(
     Flash attention alone takes grouped heads: on CPU, and in float32, each query head gets its copy of a key. Over `cp`
     context ranks a rank has the keys of the sequence up to each of its two chunks, and joins the results of both. A
     window's keys are kept twice. The CPU has no fused kernel for two sizes of heads: scores are kept, in float32.
+
+    Selective recomputation keeps the results of attention, scores included, and what context ranks gathered.
     """
     cpu, seq = run.cluster.device == "cpu", run.train.seq_len
     repeated = heads != keys and (cpu or run.train.dtype == "float32")
@@ -95,8 +97,12 @@ def kept_by_attention(
     width = 4 if scored else None
     yield Kept(heads * query, "heads", width=width)
     yield Kept(heads * value, "heads")
+    yield Kept(heads * value, "heads", plain=False, selective=True, width=width)
     yield Kept(copies * (heads if repeated else keys) * (query + value), "heads", width=width)
     if scored:
-        yield Kept(heads * seq * (1.0 if cp == 1 else 0.5 + 0.25 / cp), "heads", width=4)
+        yield Kept(heads * seq * (1.0 if cp == 1 else 0.5 + 0.25 / cp), "heads", selective=True, width=4)
+    else:
+        yield Kept(heads, "heads", selective=True, width=4)  # log Σ exp of its scores
     if cp > 1:
-        yield Kept(heads * value, "heads", selective=False)
+        yield Kept(heads * value, "heads")
+        yield Kept(cp * keys * (query + value), "kv_heads", plain=False, selective=True)

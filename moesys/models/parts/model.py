@@ -52,11 +52,16 @@ class Head(Part):
 
     vocab: int
     hidden: int
+    outputs: int = 1
     writes = False
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
         yield Weight("weight", (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden)))
+
+    def multiply_adds(self, weight: Weight, seq_len: int) -> float:
+        """One per output: of the next token, and of each that is predicted after it."""
+        return float(self.outputs)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class TiedHead(Part):
 
     vocab: int
     hidden: int
+    outputs: int = 1
     writes = False
 
     def weights(self) -> Iterator[Weight]:
@@ -73,7 +79,33 @@ class TiedHead(Part):
 
     def flops(self, seq_len: int) -> float:
         """A product with the embedding's weight."""
-        return 2.0 * self.hidden * self.vocab
+        return 2.0 * self.hidden * self.vocab * self.outputs
+
+
+@dataclass(frozen=True)
+class PredictionInput(Part):
+    """What a block of multi-token prediction reads: the output before it, and the embedding of a later token.
+
+    `project(concat(embed_norm(embedding), hidden_norm(output)))` (DeepSeek-V3, arXiv 2412.19437, section 2.2). It works
+    on the stream as it lies between blocks; tensor ranks hold its weights whole.
+    """
+
+    hidden: int
+
+    def weights(self) -> Iterator[Weight]:
+        """Two norms and a matrix, whose first half is multiplied with the embedding."""
+        hidden = Axis("hidden", self.hidden)
+        yield Weight("embed_norm.weight", (hidden,), "norm", on_stream=True)
+        yield Weight("hidden_norm.weight", (hidden,), "norm", on_stream=True)
+        yield Weight("project.weight", (hidden, Axis("both", 2 * self.hidden)), on_stream=True)
+
+    def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
+        """The inputs of the norms, and both norms' outputs side by side; selective recomputation keeps the product."""
+        split = shape.degrees.tp > 1 and run.parallel.sp
+        for _ in range(2):
+            yield from kept_by_norm(self.hidden, "stream", split, run)
+        yield Kept(2 * self.hidden, "stream", selective=False)
+        yield Kept(self.hidden, "stream", plain=False)
 
 
 @dataclass(frozen=True)
@@ -86,11 +118,15 @@ class BlockParts:
 
 @dataclass(frozen=True)
 class Placed:
-    """A part of a model with its place: `prefix` of its weights' names, number of its block (None: of none)."""
+    """A part of a model with its place: `prefix` of its weights' names, number of its block (None: of none).
+
+    `repeated`: recomputation repeats it.
+    """
 
     part: Part
     prefix: str
     layer: int | None = None
+    repeated: bool = True
 
     def weights(self) -> Iterator[Weight]:
         """Its weights by their full names."""
@@ -118,11 +154,16 @@ def mixers(model: ModelConfig) -> list[Mixer]:
 def parts(model: ModelConfig, vocab_size: int) -> Iterator[Placed]:
     """Every part of a model in the order of `moesys.models.Decoder`."""
     yield Placed(Embedding(vocab_size, model.hidden), "embed.")
-    for layer in range(model.depth):
-        both, prefix = block(model, layer), f"layers.{layer}."
+    for layer in range(model.blocks):
+        both, prefix, predicts = block(model, layer), f"layers.{layer}.", layer >= model.depth
+        if predicts:
+            yield Placed(PredictionInput(model.hidden), prefix, layer)
         yield Placed(Norm(model.hidden), f"{prefix}attention_norm.", layer)
         yield Placed(both.mixer, f"{prefix}attention.", layer)
         yield Placed(Norm(model.hidden), f"{prefix}ffn_norm.", layer)
         yield Placed(both.ffn, f"{prefix}ffn.", layer)
+        if predicts:
+            yield Placed(Norm(model.hidden), f"{prefix}norm.", layer, repeated=False)
     yield Placed(Norm(model.hidden), "norm.")
-    yield Placed((TiedHead if model.tie_embeddings else Head)(vocab_size, model.hidden), "head.")
+    head = TiedHead if model.tie_embeddings else Head
+    yield Placed(head(vocab_size, model.hidden, 1 + model.predicted), "head.")

@@ -144,15 +144,41 @@ class MoEFeedForward(Part):
             row += self.hidden + m.ffn_hidden + (parts + 1) * m.lora_rank
         rows = gate.mean_choices * row + shape.arrived_rows * self.hidden
         rows *= gate.rows_per_token(run.train.seq_len)
-        yield Kept(rows, "tokens")
+        yield Kept(rows, "tokens", selective=True)
+        if m.bias and gate.weighted:
+            yield Kept(gate.mean_choices * self.hidden, "tokens")  # each row's output bias, before it is weighed
+        if m.constant_experts:
+            # They multiply in float32, and add up to one row.
+            yield Kept(self.hidden, "tokens", shape.width < 4, selective=True, width=4)
         yield Kept(4 * m.experts, "tokens", width=4)
-        yield Kept(self.hidden, "tokens")  # the tokens
+        yield Kept(self.hidden, "tokens", selective=True)  # the tokens
+        yield from self._after_experts(run, shape)
         if self.shared is not None:
             # The outputs of the branches that a mix has factors for.
             yield Kept(MIX_BRANCHES[m.shared_mix] * self.hidden, "tokens")
             yield from self.shared.kept(run, shape)
             if shape.degrees.tp > 1:
-                yield Kept(self.hidden, "whole")  # the tokens of all slices
+                yield Kept(self.hidden, "whole", selective=True)  # the tokens of all slices
+                yield Kept(self.hidden, "tokens", plain=False, selective=True)  # this slice's sums
+
+    def _after_experts(self, run: Any, shape: Any) -> Iterator[Kept]:
+        """What selective recomputation keeps for what follows the experts: their sums, and the stream beside the layer.
+
+        Where rows travel, or FSDP gathers experts as they are called, that is a part of its own (`Block.finish`). Of
+        such a part nothing is kept unless backward needs any of it, and a sum alone needs none.
+        """
+        d, m = shape.degrees, self.m
+        multiplied = MIX_BRANCHES[m.shared_mix] + m.copy_experts + m.constant_experts
+        if d.ep * d.etp * d.dp_shard == 1 or multiplied:
+            yield Kept(self.hidden, "tokens", plain=False, selective=True)
+            yield Kept(self.hidden, "stream", plain=False, selective=True)
+            if d.tp > 1 and not run.parallel.sp:
+                yield Kept(self.hidden, "whole", plain=False, selective=True)  # all slices, for the stream
+
+    def products(self) -> Iterator[Kept]:
+        """Those of shared experts."""
+        if self.shared is not None:
+            yield from self.shared.products()
 
     def check(self) -> list[Problem]:
         """Rules of the gate, its losses, capacity and experts that are broken."""

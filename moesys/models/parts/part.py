@@ -44,8 +44,20 @@ class Part:
         return 0.0
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
-        """What it keeps for backward. `run`: the configuration; `shape`: a `moesys.parallel.cost.StepShape`."""
+        """What it keeps for backward. `run`: the configuration; `shape`: a `moesys.parallel.cost.StepShape`.
+
+        Selective recomputation keeps `products`, too.
+        """
         yield from ()
+
+    def products(self) -> Iterator[Kept]:
+        """The results of products with its matrices [outputs, inputs], needed in backward or not.
+
+        Where tp splits the inputs, each tensor rank has a whole result: its part of the sum.
+        """
+        for weight in self.weights():
+            if weight.kind == "matrix" and not weight.looked_up:
+                yield Kept(weight.axes[0].size, weight.axes[0].name, plain=False, selective=True)
 
     def exchanges(self, run: Any, tokens: int, sequences: int) -> Iterator[Exchange]:
         """Collectives of one forward pass in training over `tokens` of `sequences`, the whole micro-batch."""

@@ -93,7 +93,7 @@ class Latent(Mixer):
         for size in (a.q_lora_rank, a.kv_lora_rank):
             if size is not None:
                 yield from kept_by_norm(size, "latent", split, run)
-                yield Kept(size, "latent", selective=False)  # what is expanded
+                yield Kept(size, "latent")  # what is expanded
 
     def gathered(self) -> Iterator[Axis]:
         """Keys and values of every head."""

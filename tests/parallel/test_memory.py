@@ -1,0 +1,65 @@
+"""What a model keeps for backward on one device, beside the estimate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kept import Allocated, storage
+
+from moesys.config import Config
+from moesys.kernels.cpu import memory_pool
+from moesys.models.decoder import Decoder
+from moesys.parallel.degrees import resolve
+from moesys.parallel.dimension import step_shape
+from moesys.parallel.loss import TokenLoss
+from moesys.parallel.memory import activations
+from moesys.parallel.recompute import prepare
+
+MLA = {"kind": "mla", "heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+MODELS = {
+    "dense": {"ffn_hidden": 1024, "attention": {"heads": 4, "kv_heads": 2}},
+    "norms": {"ffn_hidden": 512, "attention": {"heads": 4, "head_dim": 128, "qk_norm": "full", "bias": True}},
+    "window": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 32, "qk_norm": "head"}},
+    "moe": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512}},
+    "fine": {"moe": {"experts": 16, "top_k": 4, "ffn_hidden": 64, "shared_experts": 2}},
+    "lora": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512, "lora_rank": 8}},
+    "bias": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 256, "bias": True, "activation": "clipped_swiglu"}},
+    "mixed": {
+        "moe": {"experts": 8, "ffn_hidden": 256, "shared_experts": 2, "shared_mix": "residual", "activation": "gelu"}
+    },
+    "reduced": {"moe": {"experts": 8, "ffn_hidden": 256, "shared_experts": 1, "shared_mix": "cmr"}},
+    "zero": {"moe": {"experts": 8, "ffn_hidden": 256, "copy_experts": 1, "constant_experts": 2}},
+    "latent": {"ffn_hidden": 1024, "attention": MLA},
+    "ranks": {"ffn_hidden": 512, "attention": {**MLA, "q_lora_rank": 96}},
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_activations_are_what_is_kept(model, dtype, recompute):
+    sequence, batch, vocabulary = 128, 2, 320
+    config = Config.model_validate(
+        {
+            "model": {"hidden": 256, "layers": 4, **model},
+            "train": {
+                **{"seq_len": sequence, "micro_batch": batch, "global_batch": batch},
+                **{"dtype": dtype, "recompute": recompute},
+            },
+            "cluster": {"device": "cpu"},
+        }
+    )
+    built = Decoder(config.model, vocabulary, getattr(torch, dtype))
+    for block in built.blocks():
+        prepare(block, recompute, False)
+    tokens = torch.randint(0, vocabulary, (batch, sequence))
+    with torch.no_grad():
+        built(tokens)  # it keeps its tables of positions
+    with memory_pool.recorded(), Allocated() as allocated:
+        loss = TokenLoss(batch * sequence)(built(tokens), torch.zeros(batch, sequence, dtype=torch.int64))
+        sizes = allocated.alive({storage(p) for p in built.parameters()})
+    degrees, _ = resolve(config)
+    estimate, measured = activations(step_shape(config, degrees, vocabulary, 0)), sum(sizes.values())
+    largest = "\n".join(f"    {size:10} bytes of {name}" for name, size in sorted(sizes.items(), key=lambda x: -x[1]))
+    assert estimate == pytest.approx(measured, rel=0.1), f"estimated {estimate:.0f}, kept {measured}:\n{largest}"
+    assert loss.requires_grad
