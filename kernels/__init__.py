@@ -1,6 +1,6 @@
 if __name__ != "moesys.kernels":
-    # From the repository root a bare `import kernels` also succeeds, and would yield a second copy of every class. It
-    # gives an empty module, no error: transformers imports a package of this name, if there is one, for its version.
+    # From the repository root a bare `import kernels` also succeeds and yields a second copy of every class. It gives
+    # an empty module, and no error: transformers imports a package of this name, if there is one, for its version.
     __path__ = []
 
     def __getattr__(name: str) -> None:

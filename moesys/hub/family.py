@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from pydantic import ValidationError
+
 from moesys.config.differences import flat
 from moesys.config.registry import MIXERS, Described, Slot, kinds, used
 from moesys.config.schema import ModelConfig
@@ -185,7 +187,10 @@ class Family(Described):
         back = self.read(self.write(model))
         if back.problems:
             return [str(problem) for problem in back.problems]
-        again, mine = meant(ModelConfig.model_validate(nested(back.values))), meant(model)
+        try:
+            again, mine = meant(ModelConfig.model_validate(nested(back.values))), meant(model)
+        except ValidationError as error:  # the model has sizes that these files cannot say
+            return [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         return [
             f"model.{key}: {mine.get(key)!r}, and {self.kind} has {again.get(key)!r}"
             for key in sorted(mine.keys() | again.keys())

@@ -30,7 +30,7 @@ class CausalCore(nn.Module):
         self.window, self.scale = window, scale
 
     def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, sink_h: Tensor | None = None) -> Tensor:
-        """q [B, S, h, d], k [B, before + S, g, d], v [B, before + S, g, dv] with g dividing h, sinks [h]: [B, S, h, dv].
+        """q [B, S, h, d], k [B, before + S, g, d], v [B, before + S, g, dv], g dividing h, sinks [h]: [B, S, h, dv].
 
         Keys may stand before the first query, as when a sequence is decoded piece by piece: with a window, fewer than
         that before more than one query.

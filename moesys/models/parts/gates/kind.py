@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from moesys.config.registry import GATES, Described, kinds, used, users
 from moesys.config.section import AtMost, Experts, Field, Fraction, Section, Seed
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Exchange, Weight
+from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +173,11 @@ class GateKind(Described):
         """Its parameters: one linear map from tokens to candidates."""
         yield Weight("projection.weight", (Axis("candidate", self.candidates), Axis("hidden", hidden)))
 
+    def kept(self, hidden: int, shape: Any) -> Iterator[Kept]:
+        """What it keeps for backward beside tokens and experts' rows; `shape`: a `moesys.parallel.cost.StepShape`."""
+        yield Kept(4 * self.candidates, "tokens", width=4)
+        yield Kept(self.candidates, "tokens", plain=False, selective=True, width=4)
+
     def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
         """Collectives of one forward pass in training over `tokens` of `sequences`, the whole micro-batch."""
         yield from ()
@@ -205,6 +210,16 @@ class GateKind(Described):
         Raises:
             DataError: a file is missing, or is not of this model.
         """
+
+
+def experts_apart(shape: Any) -> bool:
+    """Whether experts lie between the parts that selective recomputation repeats (`Block.parts`).
+
+    So they do where rows travel, and where FSDP gathers experts as they are called. `shape`: as for `GateKind.kept`.
+    """
+    d = shape.degrees
+    apart: bool = d.ep * d.etp * d.dp_shard > 1
+    return apart
 
 
 NUMBER, SCORE = 8, 4

@@ -7,7 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Exchange, Weight
+from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 from moesys.models.parts.gates.kind import NUMBER, SCORE, BiasKeys, ChoiceKeys, GateKind
 from moesys.words import divisors
 
@@ -33,6 +33,12 @@ class TokenChoice(GateKind):
         yield Weight("projection.weight", (candidate, Axis("hidden", hidden)))
         if self.moe.gate.bias:
             yield Weight("projection.bias", (candidate,), "bias")
+
+    def kept(self, hidden: int, shape: Any) -> Iterator[Kept]:
+        """Jitter's factors, too, and what they give, in float32."""
+        yield from super().kept(hidden, shape)
+        if self.moe.gate.jitter:
+            yield Kept(2 * hidden, "tokens", width=4)
 
     @property
     def even_rows(self) -> bool:
