@@ -142,3 +142,62 @@ def test_absent_keys_mean_what_they_mean_to_transformers(kind: str) -> None:
     said, unsaid = family.read(full | needed), family.read(needed)
     assert not said.problems
     assert meant(section(unsaid)) == meant(section(said))
+
+
+def test_every_family_says_what_it_cannot_hold_of_every_other_familys_model(imported: Imported) -> None:
+    for kind, family in families().items():
+        lacks = family.differences(imported.model)
+        assert lacks == [] or all(line.startswith(("model.", kind)) or ": " in line for line in lacks)
+
+
+def test_older_moe_files_are_read_with_lists_and_other_names() -> None:
+    hunyuan = {
+        **{"model_type": "hunyuan_v1_moe", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 24},
+        **{
+            "num_experts": 4,
+            "moe_topk": [2, 2, 2],
+            "moe_intermediate_size": [24, 24, 24],
+            "num_shared_expert": [1, 1, 1],
+        },
+        **{"rope_theta": 10000.0, "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}},
+        **{"use_qk_norm": True, "use_mixed_mlp_moe": True, "use_cla": False, "cla_share_factor": 2},
+    }
+    found = families()["hunyuan_v1_moe"].read(hunyuan)
+    assert not found.problems
+    assert found.values["moe.top_k"] == 2
+    assert found.values["rope_theta"] == pytest.approx(10000.0 * 1000.0 ** (12 / 10))
+    assert "rope_scaling" not in found.values
+    minimax = families()["minimax_m2"].read(
+        {
+            **{"model_type": "minimax_m2", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 24},
+            **{"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 6, "attn_type_list": [1, 1, 1]},
+            **{"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True, "num_mtp_modules": 3},
+            **{"use_mtp": True, "qk_norm_type": "per_layer", "mlp_intermediate_size": 64},
+        }
+    )
+    assert not minimax.problems
+    assert minimax.values["attention.rotary_fraction"] == 0.5
+    gpt_oss = families()["gpt_oss"].read(
+        {
+            **{"model_type": "gpt_oss", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 24},
+            **{
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "experts_per_token": 2,
+                "initial_context_length": 4096,
+            },
+            **{"swiglu_limit": 7.0, "rope_theta": 150000, "sliding_window": 128},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_scaling": {
+                **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False},
+                "original_max_position_embeddings": 4096,
+            },
+        }
+    )
+    assert not gpt_oss.problems
+    assert gpt_oss.values["layers.repeat"] == ["local moe", "attention moe"]
+    assert gpt_oss.values["mixers.local.window"] == 128
+    assert gpt_oss.values["rope_scaling"]["truncate"] is False
