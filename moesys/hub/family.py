@@ -166,7 +166,8 @@ class Family(Described):
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model, without what tokens and types mean."""
-        ours = meant(model) | {"ffn_hidden": model.ffn_hidden}
+        # Readers ask for the size of dense blocks where there are none, too.
+        ours = meant(model) | {"ffn_hidden": model.ffn_hidden or (model.moe.ffn_hidden if model.moe else None)}
         raw: dict[str, Any] = {"model_type": self.kind, "architectures": [self.architecture], **self.only}
         for key in self.fields:
             if key.ours in ours and (ours[key.ours] is not None or key.default not in (None, REQUIRED)):
