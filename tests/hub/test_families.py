@@ -11,6 +11,7 @@ import torch
 from released_models import CASES, Case
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesys.config.schema import ModelConfig
@@ -18,7 +19,10 @@ from moesys.hub.family import Derived, Family, families, meant, nested
 from moesys.hub.fit import fit
 from moesys.hub.folder import Folder, open_folder
 from moesys.hub.mapping import whole
+from moesys.hub.tensors import FolderTensors
 from moesys.hub.weights import ReleasedWeights
+from moesys.hub.writer import FolderWriter
+from moesys.train.export import Tensors
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest number of a tensor."""
@@ -95,6 +99,37 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(imported: Impo
         source.read_into(wanted, name, whole(parameter.shape))
         assert parameter.grad is not None, name
         close(parameter.grad, wanted, name)
+
+
+@dataclass
+class InMemory:
+    """Parts of a model's weights."""
+
+    state: dict[str, Tensor]
+
+    def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        return self.state[name][tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))].clone()
+
+
+def test_what_is_written_is_what_was_read_and_transformers_loads_it(imported: Imported, tmp_path: Path) -> None:
+    family, model, to = imported.family, imported.model, tmp_path / "written"
+    fitting = fit(imported.folder, model, released.VOCAB)
+    weights = InMemory(released.filled(fitting, model).state_dict())
+    tensors = Tensors(family, model, weights, torch.float32, 4000)
+    with FolderWriter(to, list(tensors.planned()), 12000) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+        writer.finish(family.write(model), {}, {})
+    before, after = FolderTensors(imported.folder), FolderTensors(open_folder(to))
+    assert after.folder.tensors.keys() == imported.folder.tensors.keys() - set(fitting.left_out)
+    for name, tensor in after.folder.tensors.items():
+        everything = (None,) * len(tensor.shape)
+        assert before.read(name, everything).numpy().tobytes() == after.read(name, everything).numpy().tobytes(), name
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        to, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not any(report.values()), report
+    close(loaded.eval()(released.tokens()).logits, imported.theirs(released.tokens()).logits, "logits")
 
 
 def test_config_is_read_as_it_is_written(imported: Imported) -> None:
