@@ -101,20 +101,10 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(imported: Impo
         close(parameter.grad, wanted, name)
 
 
-@dataclass
-class InMemory:
-    """Parts of a model's weights."""
-
-    state: dict[str, Tensor]
-
-    def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        return self.state[name][tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))].clone()
-
-
 def test_what_is_written_is_what_was_read_and_transformers_loads_it(imported: Imported, tmp_path: Path) -> None:
     family, model, to = imported.family, imported.model, tmp_path / "written"
     fitting = fit(imported.folder, model, released.VOCAB)
-    weights = InMemory(released.filled(fitting, model).state_dict())
+    weights = released.InMemory(released.filled(fitting, model).state_dict())
     tensors = Tensors(family, model, weights, torch.float32, 4000)
     with FolderWriter(to, list(tensors.planned()), 12000) as writer:
         for name, tensor in tensors:
