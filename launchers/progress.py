@@ -23,13 +23,14 @@ from rich.text import Text
 from moesys.files import json_objects
 from moesys.launchers.outcome import log_file
 from moesys.launchers.tail import Tail
+from moesys.measure.report.facts import TEXTS, texts
 from moesys.train.heartbeat import heartbeat_file
 from moesys.train.rank import LOG_ONLY
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl. A logged step has "step", "steps", "loss", "grad_norm", "tokens_per_second",
-"imbalance", "all_to_all_share" and "eta_s"; an evaluation has "step" and "heldout_loss"; a warning "step" and
-"warning"."""
+"imbalance", "all_to_all_share" and "eta_s"; an evaluation has "step", "heldout_loss", and "eval/NAME/loss" of other
+texts; a warning "step" and "warning"."""
 
 FIELDS = (
     ("loss", "loss", "{:.4f}"),
@@ -166,9 +167,16 @@ def line_of(metrics: Metrics) -> str:
 
 
 def evaluation(metrics: Metrics) -> str:
-    """ "step 100: held-out loss 2.0866 (3.0104 bits per byte)"; without bits where bytes are not known."""
-    loss, bits = metrics["heldout_loss"], metrics.get("heldout_bits_per_byte")
-    line = f"step {metrics['step']}: held-out loss {NOT_FINITE if loss is None else f'{loss:.4f}'}"
+    """ "step 100: held-out loss 2.0866 (3.0104 bits per byte), wiki 2.5"; without bits where bytes are not known."""
+    found = [_figure("held-out loss", metrics, "heldout_")]
+    found += [_figure(name, metrics, f"{TEXTS}{name}/") for name in texts(metrics)]
+    return f"step {metrics['step']}: {', '.join(found)}"
+
+
+def _figure(label: str, metrics: Metrics, key: str) -> str:
+    """A loss with its label: "wiki 2.0866 (3.0104 bits per byte)"."""
+    loss, bits = metrics[f"{key}loss"], metrics.get(f"{key}bits_per_byte")
+    line = f"{label} {NOT_FINITE if loss is None else f'{loss:.4f}'}"
     return line if bits is None else f"{line} ({bits:.4f} bits per byte)"
 
 

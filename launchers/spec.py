@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import moesys
-from moesys.config.schema import Config
+from moesys.config.schema import Config, HeldOutConfig
 from moesys.config.secret import hidden, is_secret, resolved
 
 PASSED_ON = (
@@ -117,7 +117,15 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
     if data.cache is not None:
         changes["cache"] = absolute(data.cache, base)
     output = config.output.model_copy(update={"runs": absolute(config.output.runs, base)})
-    return config.model_copy(update={"data": data.model_copy(update=changes), "output": output})
+    texts = {name: _absolute_text(text, base) for name, text in config.train.eval.items()}
+    train = config.train.model_copy(update={"eval": texts})
+    return config.model_copy(update={"data": data.model_copy(update=changes), "output": output, "train": train})
+
+
+def _absolute_text(text: HeldOutConfig, base: Path) -> HeldOutConfig:
+    if text.path is None or (text.kind == "huggingface" and not (base / text.path).exists()):
+        return text
+    return text.model_copy(update={"path": absolute(text.path, base)})
 
 
 def absolute(path: str, base: Path) -> str:

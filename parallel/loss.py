@@ -54,7 +54,7 @@ class TokenLoss:
         return loss
 
     def take(self) -> Tensor | None:
-        """The losses of multi-token prediction [D] since the last call, without their weights; None: there were none."""
+        """The losses of multi-token prediction [D] since the last call, without their weights; None without any."""
         later, self._later = self._later, None
         return later
 
@@ -82,9 +82,7 @@ class _CrossEntropy(torch.autograd.Function):
         return found.mul_(grad), None, None, None, None
 
 
-def _whole(
-    logits_TV: Tensor, labels_T: Tensor, tokens: int, group: Any, differentiate: bool, weight: float
-) -> Tensor:
+def _whole(logits_TV: Tensor, labels_T: Tensor, tokens: int, group: Any, differentiate: bool, weight: float) -> Tensor:
     """The loss of whole logits; `differentiate`: the logits become their gradient, times `weight`."""
     losses = []
     for logits, labels in _chunks(logits_TV, labels_T):

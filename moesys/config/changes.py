@@ -60,7 +60,7 @@ _WORDS = {
         model: norm_eps rope_theta
         model.rope_scaling: kind factor original_seq_len low_freq_factor high_freq_factor beta_fast beta_slow truncate
             mscale mscale_all_dim attention_factor short_factor long_factor short_mscale long_mscale
-        model.moe: top_k activation normalize scale lora_alpha zero_variant
+        model.moe: top_k activation normalize normalize_min scale selection_bias lora_alpha zero_variant
         """,
     Kind.CONTENT: """
         data: kind path text_key split tokenizer
@@ -85,10 +85,10 @@ _WORDS = {
         """,
     Kind.FREE: """
         name
-        train: init eval_every resume_changed
+        train: init eval eval_every resume_changed
         data.cache cluster.memory_gib
         launch: launcher link_gbit ray_address timeout_s max_failures threads env slurm
-        output: runs checkpoint_every keep tensorboard wandb log_every record_routing
+        output: runs checkpoint_every keep export export_checkpoints tensorboard wandb log_every record_routing
         measure: every steps audit profile metrics_port metrics_host
         """,
 }
@@ -124,8 +124,14 @@ NAMED_MIXERS = "model.mixers."
 """Prefix of the sections of mixers that have names; they have the keys of `model.attention`."""
 
 
+HELD_OUT = "train.eval"
+"""The key of the held-out texts that have names."""
+
+
 def table_key(key: str) -> str:
     """The key of `KINDS` for `key`: "model.attention.heads" for "model.mixers.local.heads"."""
+    if key.startswith(f"{HELD_OUT}."):
+        return HELD_OUT
     _, dot, rest = key.removeprefix(NAMED_MIXERS).partition(".")
     return f"{MIXERS.key}.{rest}" if key.startswith(NAMED_MIXERS) and dot else key
 

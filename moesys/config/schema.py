@@ -63,6 +63,8 @@ class MoEConfig(Section):
     """The first layers that are dense."""
     normalize: bool = True
     """Divide the chosen experts' probabilities by their sum (Mixtral, Qwen3) or leave them (OLMoE)."""
+    normalize_min: NonNegativeFloat = 0.0
+    """With normalize: the least sum that they are divided by (ERNIE-4.5: moe_norm_min)."""
     scale: PositiveFloat = 1.0
     """Factor on the routing weights (DeepSeek's routed_scaling_factor)."""
     capacity_factor: Factor | None = None
@@ -96,7 +98,10 @@ class MoEConfig(Section):
     """Coefficient of CV² of the experts' smooth load in a micro-batch (Shazeer et al. 2017); needs gate.noise."""
     bias_rate: NonNegativeFloat = 0.0
     """Rate u of loss-free balancing (DeepSeek-V3: 0.001): a bias per expert, for selection only, grows after each
-    step by u · sign(mean load − load), loads of the global batch; 0: no bias."""
+    step by u · sign(mean load − load), loads of the global batch; 0: no bias, or one that stays as it is."""
+    selection_bias: bool = False
+    """A bias per expert, for selection only, although bias_rate is 0: that of the weights that a run starts from, which
+    then stays as it is. A bias_rate above 0 has one anyway."""
     zero_experts: FewExperts = 0
     """Experts beside `experts` that give zero: a token that chooses them uses fewer (AdaMoE's null experts, MoE++)."""
     copy_experts: FewExperts = 0
@@ -141,7 +146,7 @@ class MoEConfig(Section):
 
     @property
     def router(self) -> Any:
-        """The description of the gate (`moesys.models.parts.gate.GateKind`)."""
+        """The description of the gate (`moesys.models.parts.gates.kind.GateKind`)."""
         return kinds(GATES)[self.gate.kind](self)
 
     @property
@@ -350,6 +355,23 @@ class SkipsConfig(Section):
     """Skipped steps in the whole run, resumptions included; one more ends it."""
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), LongestText(64)]
+"""Name of a held-out text."""
+
+
+class HeldOutConfig(Section):
+    """A text that is held out as a whole, beside the share of `data`; it has the run's tokenizer."""
+
+    kind: Literal["python-stdlib", "text", "huggingface", "megatron"] = "text"
+    """As data.kind."""
+    path: str | None = None
+    """As data.path."""
+    text_key: str = "text"
+    """As data.text_key."""
+    split: str = "test"
+    """As data.split."""
+
+
 class TrainConfig(Section):
     steps: Positive = 100
     """Optimizer steps of the run."""
@@ -382,6 +404,9 @@ class TrainConfig(Section):
     eval_sequences: Batch = 64
     """Held-out sequences per evaluation. Padding fills up the last global batch: no expert computes it, and it takes no
     place from tokens under a capacity."""
+    eval: dict[SetName, HeldOutConfig] = {}
+    """More held-out texts by name, beside the share of the data that `data.heldout` names; each is evaluated when that
+    is, on as many sequences, and reported as eval/NAME/loss."""
     resume_changed: list[str] = []
     """Keys that may differ from the checkpoint's although they change numbers, such as [seed, data.heldout]."""
 
@@ -444,6 +469,11 @@ class OutputConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
     """Number of checkpoints to keep, the newest."""
+    export: Literal["none", "hf"] = "none"
+    """hf: at the end of the run, write the model to runs/NAME/export/step-N as a folder that transformers, vLLM and
+    SGLang open (moesys export)."""
+    export_checkpoints: bool = False
+    """With export: hf, write every checkpoint so, beside training, and keep as many of these folders as checkpoints."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard as well."""
     wandb: bool = False

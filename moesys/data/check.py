@@ -6,11 +6,13 @@ Slow packages are looked for, not imported, and text is not read to its end. Lat
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from moesys.config.schema import Config
 from moesys.data import megatron_indexed, stdlib, text, tokenizers
-from moesys.data.corpus import TOO_SMALL_REMEDY, too_small
+from moesys.data.corpus import TOO_SMALL_REMEDY, source_of, too_small
 from moesys.data.division import divide, hashed_names
 from moesys.data.sources import SOURCES
 from moesys.errors import Problem
@@ -27,7 +29,16 @@ def check(config: Config) -> list[Problem]:
         problems += _vocabulary(config)
     if not source:
         problems += _size(config)
+    for name in config.train.eval:
+        problems += _held_out(config, name)
     return problems
+
+
+def _held_out(config: Config, name: str) -> list[Problem]:
+    """Problems of a text of `train.eval`, by its own keys."""
+    data = source_of(config, name)
+    found = megatron_indexed.check(data) if data.kind == "megatron" else SOURCES[data.kind].check(data)
+    return [replace(problem, key=f"train.eval.{name}.{problem.key.removeprefix('data.')}") for problem in found]
 
 
 def _vocabulary(config: Config) -> list[Problem]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any
@@ -20,10 +20,21 @@ from moesys.errors import DataError
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """A held-out text: its tokens [T], and whether they are those of the run's tokenizer.
+
+    A file of another tool may hold tokens of any tokenizer.
+    """
+
+    tokens: Tokens
+    tokenized: bool = True
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Tokens for training and held-out tokens, each [T]; ids are below `vocab_size`.
 
-    `tokenized`: True if the tokens are the tokenizer's. A file of another tool may hold tokens of any tokenizer.
+    `tokenized`: True if the tokens are the tokenizer's, see `HeldOut`. `more`: other held-out texts by name.
     """
 
     train: Tokens
@@ -31,19 +42,29 @@ class Corpus:
     tokenizer: Tokenizer
     vocab_size: int
     tokenized: bool = True
+    more: Mapping[str, HeldOut] = field(default_factory=dict)
 
-    def bytes_per_token(self, pieces: Iterable[np.ndarray]) -> float | None:
+    def bytes_per_token(self, pieces: Iterable[np.ndarray], tokenized: bool | None = None) -> float | None:
         """Bytes of UTF-8 text / tokens in `pieces`, each [T]; None unless the tokens are the tokenizer's.
 
-        The end of a document is a token without bytes.
+        The end of a document is a token without bytes. `tokenized`: of a text of `more`.
         """
-        if not self.tokenized:
+        if not (self.tokenized if tokenized is None else tokenized):
             return None
         size = count = 0
         for tokens in pieces:
             size += len(self.tokenizer.decode(tokens[tokens != self.tokenizer.end_of_document]))
             count += len(tokens)
         return size / count if size else None
+
+    def frequencies(self) -> np.ndarray:
+        """Occurrences of each id in the training data, or in a part of large data: int64 [V]."""
+        pieces = [np.asarray(self.train[:])]
+        if len(self.train) > COUNTED:
+            size = COUNTED // COUNTED_PIECES
+            starts = (i * len(self.train) // COUNTED_PIECES for i in range(COUNTED_PIECES))
+            pieces = [self.train[start : start + size] for start in starts]
+        return np.sum([np.bincount(piece, minlength=self.vocab_size) for piece in pieces], axis=0)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -56,6 +77,9 @@ class Corpus:
         sizes = {"train_tokens": len(self.train), "heldout_tokens": len(self.heldout)}
         return sizes | {"digest": digest.hexdigest()}
 
+
+COUNTED, COUNTED_PIECES = 2**24, 64
+"""Most tokens that frequencies are counted in, and from how many places of the training data they come."""
 
 PIECE, PIECES = 1 << 17, 64
 """Tokens of one piece that the fingerprint sees, and pieces of each side, evenly spaced."""
@@ -92,8 +116,30 @@ def open_corpus(config: Config) -> Corpus:
     for side, tokens in (("training", train), ("held-out", heldout)):
         if (rule := too_small(side, len(tokens), config)) is not None:
             raise DataError(f"{data.path or data.kind}: {rule}; {TOO_SMALL_REMEDY}")
-    named = data.kind != "megatron" or data.tokenizer != "bytes"
-    return Corpus(train, heldout, tokenizer, vocabulary, tokenized=named)
+    more = {name: _whole(name, config, tokenizer, vocabulary) for name in config.train.eval}
+    return Corpus(train, heldout, tokenizer, vocabulary, _is_tokenized(data), more)
+
+
+def _is_tokenized(data: DataConfig) -> bool:
+    return data.kind != "megatron" or data.tokenizer != "bytes"
+
+
+def source_of(config: Config, name: str) -> DataConfig:
+    """The keys of `data` of the held-out text `name` of `train.eval`."""
+    return config.data.model_copy(update=config.train.eval[name].model_dump())
+
+
+def _whole(name: str, config: Config, tokenizer: Tokenizer, vocabulary: int) -> HeldOut:
+    """A text of `train.eval`, held out as a whole. Raises DataError as `open_corpus`."""
+    data = source_of(config, name)
+    tokens: Tokens
+    if data.kind == "megatron":
+        tokens = megatron_indexed.open_whole(data, vocabulary)
+    else:
+        _, tokens = _tokenized(data, tokenizer, whole=True)
+    if (rule := too_small("held-out", len(tokens), config)) is not None:
+        raise DataError(f"train.eval.{name}: {data.path or data.kind}: {rule}; use more text, a shorter train.seq_len")
+    return HeldOut(tokens, _is_tokenized(data))
 
 
 TOO_SMALL_REMEDY = "use more text, a shorter train.seq_len, or another data.heldout"
@@ -107,9 +153,10 @@ def too_small(side: str, tokens: int, config: Config) -> str | None:
     return f"{tokens} {side} tokens are fewer than one sequence: train.seq_len({needed - 1}) + 1 = {needed}"
 
 
-def _tokenized(data: DataConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    source = SOURCES[data.kind]
-    facts = [data.kind, source.identity(data), tokenizer.identity, data.heldout]
+def _tokenized(data: DataConfig, tokenizer: Tokenizer, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens for training and held-out tokens; `whole`: all are held out."""
+    source, share = SOURCES[data.kind], None if whole else data.heldout
+    facts = [data.kind, source.identity(data), tokenizer.identity, share]
     folder = located(data.cache) if data.cache else cache.default_folder()
-    write = partial(tokenized.write, partial(source.documents, data), tokenizer, data.heldout)
+    write = partial(tokenized.write, partial(source.documents, data), tokenizer, share)
     return cache.open_or_make(folder, cache.key(facts), token_dtype(tokenizer.vocab_size), write)

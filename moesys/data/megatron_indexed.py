@@ -87,14 +87,10 @@ def open_tokens(data: DataConfig, vocab_size: int) -> tuple[IndexedTokens, Index
         DataError: megatron-core is missing, the files are damaged or hold no tokens, or an id among
             the first is not in the vocabulary; later ones are found when they are read.
     """
-    count_tokens(data)
-    dataset = _open(_prefix(data))
-    lengths = dataset.sequence_lengths.astype(np.int64)
+    dataset, lengths = _nonempty(data)
     bounds = np.asarray(dataset.document_indices)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     sizes = np.diff(starts[bounds])
-    if not sizes.sum():
-        raise DataError(f"{_prefix(data)}.bin holds no tokens")
     division = divide(sizes, hashed_numbers(len(sizes), data.heldout), data.heldout)
     held = np.repeat(division.heldout, np.diff(bounds))  # of each sequence
     # With a cut, tokens of the first held-out document before it are for training, even inside a sequence.
@@ -105,6 +101,24 @@ def open_tokens(data: DataConfig, vocab_size: int) -> tuple[IndexedTokens, Index
     for tokens in (train, heldout):
         _ = tokens[: 1 << 20]
     return train, heldout
+
+
+def open_whole(data: DataConfig, vocab_size: int) -> IndexedTokens:
+    """All tokens, held out; `data.heldout` is not used. Raises DataError as `open_tokens`."""
+    dataset, lengths = _nonempty(data)
+    tokens = _view(dataset, np.zeros_like(lengths), lengths, vocab_size)
+    _ = tokens[: 1 << 20]
+    return tokens
+
+
+def _nonempty(data: DataConfig) -> tuple[Any, np.ndarray]:
+    """The dataset, and the lengths of its sequences, int64 [S]; not all of them are 0."""
+    count_tokens(data)
+    dataset = _open(_prefix(data))
+    lengths = dataset.sequence_lengths.astype(np.int64)
+    if not lengths.sum():
+        raise DataError(f"{_prefix(data)}.bin holds no tokens")
+    return dataset, lengths
 
 
 def check(data: DataConfig) -> list[Problem]:

@@ -52,7 +52,7 @@ def from_memory(buffer: memoryview, dtype: np.dtype) -> np.ndarray:
 def write(
     documents: Callable[[], Iterator[Document]],
     tokenizer: Tokenizer,
-    share: float,
+    share: float | None,
     train: BinaryIO,
     heldout: BinaryIO,
 ) -> None:
@@ -63,7 +63,7 @@ def write(
 
     Args:
         documents: gives the documents, in the same order at every call.
-        share: of the text to hold out, see `division`.
+        share: of the text to hold out, see `division`; None: all of it.
 
     Raises:
         DataError: there is no text, or a document cannot be read.
@@ -77,7 +77,10 @@ def write(
             sizes.append(len(document.text))
     if not names:
         raise DataError("the data hold no text: every document is empty")
-    division = divide(np.array(sizes), hashed_names(names, share), share)
+    if share is None:
+        division = Division(np.ones(len(names), bool))
+    else:
+        division = divide(np.array(sizes), hashed_names(names, share), share)
     dtype = token_dtype(tokenizer.vocab_size)
     ended = tokenizer.end_of_document is not None
     end = np.array([tokenizer.end_of_document] if ended else [], dtype)

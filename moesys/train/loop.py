@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
@@ -20,15 +17,12 @@ from moesys.data.samples import Samples
 from moesys.errors import CheckpointError
 from moesys.parallel import comm
 from moesys.parallel.mesh import Ranks
-from moesys.parallel.to_device import to_device
-from moesys.train import checkpoint, gate_data, optimizer
+from moesys.train import checkpoint, optimizer
 from moesys.train.backlog import Backlog, StepMeasurements
 from moesys.train.balance import BalanceWatch, Fault
-from moesys.train.engine import Engine, engine_of
+from moesys.train.engine import Engine, engine_of, prepare_gates
+from moesys.train.evaluation import OWN, Evaluation, share, split
 from moesys.train.guard import Guard, Skip, demand_finite
-
-IGNORED = -100
-"""Label of a token that no loss counts."""
 
 
 class StepReport(NamedTuple):
@@ -62,10 +56,9 @@ class Trainer:
         self._drawn = draw
         self.vocab_size = corpus.vocab_size
         self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype, draw)
-        gate_data.prepare(self.engine, corpus)
+        prepare_gates(self.engine, corpus)
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
-        # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
-        self.heldout = Samples(corpus.heldout, config.train.seq_len, seed=0)
+        self.evaluation = Evaluation(self.engine, corpus)
         self.step, self.seen = 0, 0
         self.resumed: checkpoint.ResumePoint | None = None
         self.guard, self.balance = Guard(config.train.skips), BalanceWatch(config)
@@ -103,13 +96,13 @@ class Trainer:
         self.step += 1
         numbers = range(self.seen, self.seen + t.global_batch)
         self.seen += t.global_batch
-        mine = self._mine(numbers)
+        mine = share(self.mesh, numbers)
         windows = torch.from_numpy(np.stack([self.samples[n] for n in mine]))
         self.events = []
         with ExitStack() as stack:
             if due:
                 self.events = stack.enter_context(comm.record())
-            loss = self.engine.train(*self._split(windows), mine)
+            loss = self.engine.train(*split(windows, self.mesh.device), mine)
         if self.before_update is not None:
             self.before_update()
         update = self.engine.update(rate)
@@ -154,32 +147,25 @@ class Trainer:
         }
 
     def evaluate(self) -> float:
-        """Mean cross-entropy in nats per token of `eval_sequences` held-out sequences. Collective."""
-        t = self.config.train
-        count = self.heldout_windows()
-        total, size = torch.zeros((), dtype=torch.float64, device=self.mesh.device), t.global_batch
-        for start in range(0, count, size):
-            numbers = self._mine(range(start, start + size))
-            windows = torch.from_numpy(np.stack([self.heldout[min(n, count - 1)] for n in numbers]))
-            tokens, labels = self._split(windows)
-            labels[torch.tensor([n >= count for n in numbers], device=labels.device)] = IGNORED
-            # Padding fills up the last global batch; negative numbers mark it for gates.
-            samples = [n if n < count else -1 for n in numbers]
-            total += self.engine.evaluate(tokens, labels, samples).double()
-        for layer in self.engine.moe_layers().values():
-            layer.statistics.take()
-        dist.all_reduce(total)
-        return total.item() * size / (self.mesh.degrees.tp * count)
+        """Mean cross-entropy in nats per token of `eval_sequences` held-out sequences. Collective.
 
-    @cached_property
+        `self.evaluation` has the texts of `train.eval`, too.
+        """
+        return self.evaluation.loss()
+
+    @property
+    def heldout(self) -> Samples:
+        """The held-out sequences of the run's data."""
+        return self.evaluation.samples[OWN]
+
+    @property
     def heldout_bytes_per_token(self) -> float | None:
         """Bytes of text per token that `evaluate` predicts; None if the corpus does not know its text."""
-        labels = (self.heldout[number][1:] for number in range(self.heldout_windows()))
-        return self.corpus.bytes_per_token(labels)
+        return self.evaluation.bytes_per_token()
 
     def heldout_windows(self) -> int:
         """Held-out sequences that `evaluate` uses."""
-        return min(self.config.train.eval_sequences, len(self.heldout))
+        return self.evaluation.windows()
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of this step under `folder`. Collective.
@@ -213,14 +199,3 @@ class Trainer:
             self.balance.restore(self.step, self.resumed.state.get("balance") or {})
             demand_finite(self.engine, str(path), "remove it, so that the run goes on from the one before")
         return path
-
-    def _mine(self, numbers: range) -> range:
-        """This data rank's share of a global batch: consecutive micro-batches."""
-        place, degrees = self.mesh.place, self.mesh.degrees
-        rank = place["dp_replicate"] * degrees.dp_shard + place["dp_shard"]
-        size = len(numbers) // degrees.dp
-        return numbers[rank * size : (rank + 1) * size]
-
-    def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        windows = to_device(windows, self.mesh.device)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -26,7 +26,7 @@ from moesys.measure.explain.averages import explain
 from moesys.measure.explain.step_summary import Summary
 from moesys.measure.record.recorder import StepRecorder
 from moesys.measure.report import run as report
-from moesys.measure.report.facts import bits_per_byte
+from moesys.measure.report.facts import TEXTS
 from moesys.models.size import parameters
 from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, heartbeat, initial_weights, manifest, resume, run_folder
@@ -37,6 +37,7 @@ from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
 from moesys.train.rank import LOG_ONLY
 from moesys.train.routing_log import RoutingLog
+from moesys.train.run_exports import RunExports
 from moesys.train.throughput import Throughput
 
 
@@ -67,7 +68,7 @@ def _train(config: Config, run_dir: Path) -> None:
     _write_ranks(mesh, run_dir)
     heartbeat.phase("loading data", shown=True)
     corpus = open_corpus(config)
-    _agree(corpus)
+    agree(corpus)
     heartbeat.phase("building the model", shown=True)
     folder = run_dir / "checkpoints"
     start = None if checkpoint.newest(folder) else initial_weights.find(config)
@@ -81,10 +82,14 @@ def _train(config: Config, run_dir: Path) -> None:
     routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
     recorder = StepRecorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
-        summary = _steps(trainer, log, routing, recorder, folder)
+        exports = RunExports(config, run_dir, mesh.rank == 0)
+        summary = _steps(trainer, log, routing, recorder, folder, exports)
         part()  # the other ranks need not wait for rank 0's last work
         if mesh.rank == 0:
             _write_summary(summary, trainer, run_dir, corpus)  # metrics are served until the end
+            if config.output.export != "none":
+                heartbeat.phase("exporting the model", shown=True)
+                exports.finish(Path(summary["checkpoint"]))
 
 
 def _print_start(said: str) -> None:
@@ -125,7 +130,7 @@ def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:
     return f"going on from step {step} of {steps}: {checkpoint}{again}"
 
 
-def _agree(corpus: Corpus) -> None:
+def agree(corpus: Corpus) -> None:
     """Raise DataError if ranks read different text: a file differs on one node, or the Python version does."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), corpus.fingerprint))
@@ -137,7 +142,12 @@ def _agree(corpus: Corpus) -> None:
 
 
 def _steps(
-    trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: StepRecorder, folder: Path
+    trainer: Trainer,
+    log: MetricsLog,
+    routing: RoutingLog,
+    recorder: StepRecorder,
+    folder: Path,
+    exports: RunExports,
 ) -> dict[str, Any]:
     t, o = trainer.config.train, trainer.config.output
     begin, first = perf_counter(), trainer.step
@@ -164,13 +174,16 @@ def _steps(
         if saves:
             _write_measured(recorder.flush(), log)
             heartbeat.phase("saving a checkpoint")
+            exports.before_saving()
             saved = trainer.save(folder)
+            exports.saved(saved)
     _write_measured(recorder.flush(), log)
     heartbeat.phase("evaluating on held-out data", shown=True)
     heldout = _heldout(trainer)
     if trainer.step > first:
         log.write({"step": trainer.step, **heldout})
         heartbeat.phase("saving the checkpoint", shown=True)
+        exports.before_saving()
         saved = trainer.save(folder)
     faults = trainer.balance.faults()
     return {
@@ -202,9 +215,14 @@ def _write_reports(trainer: Trainer, log: MetricsLog, folder: Path) -> None:
 
 
 def _heldout(trainer: Trainer) -> dict[str, float]:
-    """The held-out loss, per token and, where the text is known, in bits per byte. Collective."""
-    loss, size = trainer.evaluate(), trainer.heldout_bytes_per_token
-    return {"heldout_loss": loss} | ({} if size is None else {"heldout_bits_per_byte": bits_per_byte(loss, size)})
+    """The loss of every held-out text, per token and, where the text is known, in bits per byte. Collective."""
+    found: dict[str, float] = {}
+    for name in trainer.evaluation.names():
+        text, key = trainer.evaluation.text(name), f"{TEXTS}{name}/" if name else "heldout_"
+        found[f"{key}loss"] = text.loss
+        if text.bits_per_byte is not None:
+            found[f"{key}bits_per_byte"] = text.bits_per_byte
+    return found
 
 
 def _write_measured(steps: Sequence[Summary], log: MetricsLog) -> None:

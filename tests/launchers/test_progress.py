@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from moesys.launchers import summary
-from moesys.launchers.progress import LiveDisplay, line_of
+from moesys.launchers.progress import LiveDisplay, evaluation, line_of
 from moesys.launchers.tail import Tail
 from moesys.train.heartbeat import Heartbeat, phase
 
@@ -64,6 +64,14 @@ def test_a_line_has_all_figures():
         "all_to_all_share": None
     }
     assert line_of(dense) == "step 1/100  loss 5.1234  tokens/s 12,346  grad norm 1.500"
+
+
+def test_an_evaluation_has_every_text():
+    losses = {"step": 9, "heldout_loss": 2.0, "heldout_bits_per_byte": 3.0}
+    more = {"eval/wiki/loss": 2.5, "eval/wiki/bits_per_byte": 3.5, "eval/code/loss": None}
+    assert evaluation(losses | more) == (
+        "step 9: held-out loss 2.0000 (3.0000 bits per byte), wiki 2.5000 (3.5000 bits per byte), code not finite"
+    )
 
 
 def test_plain_lines_come_every_tenth(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import log
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,27 @@ EXPERT_AXES = (("edp", ("edp_replicate", "edp_shard")), ("ep", ("ep",)), ("etp",
 
 def results(summary: Mapping[str, Any]) -> list[Row]:
     """The results that the run has. Skipped steps are left out if there were none."""
-    return [(label, text) for label, key, form in RESULTS if (text := shown(summary, key, form))]
+    rows = [(label, text) for label, key, form in RESULTS if (text := shown(summary, key, form))]
+    place = next((at for at, row in enumerate(rows) if not row[0].startswith(("held-out", " "))), len(rows))
+    return [*rows[:place], *_of_texts(summary), *rows[place:]]
+
+
+TEXTS, LOSS = "eval/", "/loss"
+"""Beginning of the keys of held-out texts with names (`train.eval`), and end of that of a text's loss."""
+
+
+def texts(figures: Iterable[str]) -> list[str]:
+    """The names of the held-out texts whose losses are among the keys of some figures."""
+    keys = (key for key in figures if key.startswith(TEXTS) and key.endswith(LOSS))
+    return [key.removeprefix(TEXTS).removesuffix(LOSS) for key in keys]
+
+
+def _of_texts(summary: Mapping[str, Any]) -> Iterator[Row]:
+    for name in texts(summary):
+        loss = summary[f"{TEXTS}{name}{LOSS}"]
+        yield f"loss of {name}", f"{loss:.4f} nats per token" if is_number(loss) else "not finite"
+        if bits := shown(summary, f"{TEXTS}{name}/bits_per_byte", "{:.4f}"):
+            yield "  in bits per byte", bits
 
 
 def shown(summary: Mapping[str, Any], key: str, form: str) -> str:

@@ -54,7 +54,9 @@ def _parts(run: Run) -> list[str]:
 def _curves(run: Run) -> list[str]:
     found = []
     for title, keys in CURVES:
+        named = facts.texts(run.summary) if "loss" in keys else []
         lines = {name: run.curve(key) for key, name in keys.items()}
+        lines |= {name: run.curve(f"{facts.TEXTS}{name}{facts.LOSS}") for name in named}
         # A metric that is always 0, as drops of a dropless run, needs no picture.
         lines = {name: points for name, points in lines.items() if any(value for _, value in points)}
         levels = {}
@@ -62,7 +64,8 @@ def _curves(run: Run) -> list[str]:
             known = {f"{m} model": run.summary.get(f"{m}_loss") for m in ("unigram", "bigram")}
             levels = {name: loss for name, loss in known.items() if loss is not None and is_number(loss)}
         if lines:
-            drawn = {name: Curve(points, dots=name == "held-out loss") for name, points in lines.items()}
+            dots = ("held-out loss", *named)
+            drawn = {name: Curve(points, dots=name in dots) for name, points in lines.items()}
             found.append(figures.curves(title, drawn, levels))
     return found
 

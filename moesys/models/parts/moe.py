@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesys.errors import Problem
-from moesys.models.parts import expert_rules, gate, gate_rules
+from moesys.models.parts import expert_rules
 from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 from moesys.models.parts.feed_forward import DenseFeedForward
+from moesys.models.parts.gates import rules as gate_rules
+from moesys.models.parts.gates.kind import GateKind, describe, experts_apart
 from moesys.models.parts.part import Part
 
 if TYPE_CHECKING:
@@ -55,9 +57,9 @@ class MoEFeedForward(Part):
     layer: int
 
     @cached_property
-    def gate(self) -> gate.GateKind:
+    def gate(self) -> GateKind:
         """Its gate."""
-        return gate.describe(self.m)
+        return describe(self.m)
 
     @cached_property
     def shared(self) -> DenseFeedForward | None:
@@ -167,7 +169,7 @@ class MoEFeedForward(Part):
         """
         d, m = shape.degrees, self.m
         multiplied = MIX_BRANCHES[m.shared_mix] + m.copy_experts + m.constant_experts
-        if multiplied or not gate.experts_apart(shape):
+        if multiplied or not experts_apart(shape):
             yield Kept(self.hidden, "tokens", plain=False, selective=True)
             yield Kept(self.hidden, "stream", plain=False, selective=True)
             if d.tp > 1 and not run.parallel.sp:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moesys.config.section import Dim
 from moesys.errors import Problem
 from moesys.models.parts.axes import Axis, Kept, Weight
-from moesys.models.parts.gate import SCORE, ChoiceKeys
+from moesys.models.parts.gates.kind import SCORE, ChoiceKeys
 from moesys.models.parts.gates.top_k import TokenChoice, check_groups, check_second
 
 if TYPE_CHECKING:

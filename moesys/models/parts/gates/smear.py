@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from moesys.models.parts.axes import Kept, Weight
-from moesys.models.parts.gate import NOT_LEARNED, SCORE, GateKind, experts_apart
+from moesys.models.parts.gates.kind import NOT_LEARNED, SCORE, GateKind, experts_apart
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate

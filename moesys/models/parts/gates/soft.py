@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesys.config.section import Dim, Section
 from moesys.models.parts.axes import Axis, Kept, Weight
-from moesys.models.parts.gate import NOT_LEARNED, SCORE, GateKind, experts_apart
+from moesys.models.parts.gates.kind import NOT_LEARNED, SCORE, GateKind, experts_apart
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -12,7 +12,10 @@ from moesys.errors import Problem
 from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 
 if TYPE_CHECKING:
+    import torch
+
     from moesys.config.schema import MoEConfig
+    from moesys.data.corpus import Corpus
     from moesys.moe.gates import Gate
 
 ZERO = frozenset({"zero_experts", "copy_experts", "constant_experts", "zero_variant", "zero_tau"})
@@ -20,10 +23,10 @@ CAPACITY = frozenset({"eval_capacity_factor", "min_capacity", "drop", "pad_to_ca
 BALANCE = frozenset(
     {
         *("balance_loss", "sequence_balance_loss", "global_balance_loss", "balance_counts"),
-        *("importance_loss", "load_loss", "bias_rate"),
+        *("importance_loss", "load_loss", "bias_rate", "selection_bias"),
     }
 )
-WEIGHTS = frozenset({"normalize", "scale"})
+WEIGHTS = frozenset({"normalize", "normalize_min", "scale"})
 FIXED = frozenset({"capacity_factor"}) | CAPACITY | BALANCE | ZERO
 NOT_LEARNED = frozenset({"z_loss"}) | FIXED | WEIGHTS
 
@@ -193,9 +196,20 @@ class GateKind(Described):
         """Rules between its keys that are broken, beside those of all gates."""
         return []
 
+    def check_files(self, layers: Sequence[int]) -> list[Problem]:
+        """Faults of files that it reads, for a model with MoE blocks `layers`. A dry run does not ask."""
+        return []
+
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate of block `layer`, whose number makes random routing differ between layers."""
         raise NotImplementedError
+
+    def prepare(self, gates: Mapping[int, Gate], corpus: Corpus, device: torch.device) -> None:
+        """Give the built gates of this rank, by block, what they know of files and of the training data.
+
+        Raises:
+            DataError: a file is missing, or is not of this model.
+        """
 
 
 def experts_apart(shape: Any) -> bool:
