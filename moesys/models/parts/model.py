@@ -31,6 +31,10 @@ class Norm(Part):
         """Its input."""
         yield from kept_by_norm(self.hidden, "stream", shape.degrees.tp > 1 and run.parallel.sp, run)
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Its output."""
+        yield Kept(self.hidden, "stream")
+
 
 @dataclass(frozen=True)
 class Embedding(Part):
@@ -109,6 +113,10 @@ class PredictionInput(Part):
     def products(self) -> Iterator[Kept]:
         """The stream that enters the block."""
         yield Kept(self.hidden, "stream", plain=False, selective=True)
+
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Those of the norms, too."""
+        yield Kept(3 * self.hidden, "stream")
 
 
 @dataclass(frozen=True)
