@@ -17,9 +17,6 @@ from moesys.models.parts.part import Part
 from moesys.parallel.cost import StepShape
 from moesys.parallel.pipeline import MULTI
 
-EDGES = ("embed.weight", "head.weight")
-"""Weights beside the blocks that FSDP gathers apart."""
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -66,10 +63,11 @@ def _gathered(shapes: list[StepShape]) -> float:
         return sum(s.held(unsharded=True) for s in shapes)
     (shape,) = shapes
     tied = shape.config.model.tie_embeddings
-    edge = {name: shape.held(unsharded=True, where=lambda w, n=name: w.name == n) for name in EDGES}  # type: ignore[misc]
+    embedding = shape.held(unsharded=True, where=lambda w: w.looked_up)
+    head = shape.held(unsharded=True, where=lambda w: w.makes_logits)
     blocks = [shape.held(layer=layer, unsharded=True) for layer in shape.stage.layers]
-    order = blocks if tied else [edge["embed.weight"], *blocks, edge["head.weight"]]
-    throughout = edge["embed.weight"] if tied else 0.0
+    order = blocks if tied else [embedding, *blocks, head]
+    throughout = embedding if tied else 0.0
     return throughout + max((a + b for a, b in pairwise(order)), default=sum(order))
 
 
@@ -143,7 +141,6 @@ def _narrowed(shape: StepShape, edge: bool) -> float:
     d = shape.degrees
     if shape.width == 4:
         return 0.0
-    head = "embed.weight" if shape.config.model.tie_embeddings else "head.weight"
     split = d.tp > 1 and d.dp_shard == 1
     own = [
         w
@@ -151,7 +148,7 @@ def _narrowed(shape: StepShape, edge: bool) -> float:
         if (w.narrowed and shape.data_shards(w, d) == 1)
         or (split and w.kind == "matrix" and not (w.routed or w.router or w.frozen))
     ]
-    return shape.width * sum(shape.local(w) for w in own if (w.name == head if edge else w.layer is not None))
+    return shape.width * sum(shape.local(w) for w in own if (w.makes_logits if edge else w.layer is not None))
 
 
 def _head(shape: StepShape) -> float:
