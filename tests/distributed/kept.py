@@ -114,7 +114,8 @@ def kept_in_flight(trainer: Any) -> dict[str, int]:
             nonlocal fullest
             out = work(*arguments, **more)
             now = own.alive(set().union(*map(weights, parts)))
-            if LOG is not None: LOG.append((work.__name__, arguments[0].stage_index, arguments[1], sum(now.values()), now))
+            if LOG is not None:
+                LOG.append((work.__name__, arguments[0].stage_index, arguments[1], sum(now.values()), now))
             if sum(now.values()) > sum(fullest.values()):
                 fullest = now
             return out
@@ -128,4 +129,6 @@ def kept_in_flight(trainer: Any) -> dict[str, int]:
         stack.enter_context(own)
         trainer.train_step()
     return fullest
+
+
 LOG = None

@@ -42,12 +42,13 @@ class Embedding(Part):
 
     vocab: int
     hidden: int
+    tied: bool = False
     reads = False
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
         axes = (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden))
-        yield Weight("weight", axes, looked_up=True)
+        yield Weight("weight", axes, looked_up=True, makes_logits=self.tied)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Head(Part):
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
-        yield Weight("weight", (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden)))
+        axes = (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden))
+        yield Weight("weight", axes, makes_logits=True)
 
     def multiply_adds(self, weight: Weight, seq_len: int) -> float:
         """One per output: of the next token, and of each that is predicted after it."""
@@ -164,7 +166,7 @@ def mixers(model: ModelConfig) -> list[Mixer]:
 
 def parts(model: ModelConfig, vocab_size: int) -> Iterator[Placed]:
     """Every part of a model in the order of `moesys.models.Decoder`."""
-    yield Placed(Embedding(vocab_size, model.hidden), "embed.")
+    yield Placed(Embedding(vocab_size, model.hidden, model.tie_embeddings), "embed.")
     for layer in range(model.blocks):
         both, prefix, predicts = block(model, layer), f"layers.{layer}.", layer >= model.depth
         if predicts:
