@@ -10,13 +10,26 @@ NEWEST := $(VENV)/megatron-core-0.19.2
 # What builds the site is installed by `make docs` alone.
 SITE := $(VENV)/.site
 
-.PHONY: quickstart test lint bench docs gpu-check clean
+REQUIREMENTS := requirements.txt
+# The newest torch that the whole suite has passed with, for `make test-torch`.
+TORCH ?= 2.14.1
+
+.PHONY: quickstart test test-torch lint bench docs gpu-check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/moesys launch configs/quickstart.yaml
 
 test: $(INSTALLED) $(NEWEST)
 	$(BIN)/pytest
+
+# The whole suite with another torch, in a virtual environment of its own: make test-torch TORCH=2.14.1
+test-torch: build/torch-$(TORCH)/requirements.txt
+	$(MAKE) test VENV=$(<D) REQUIREMENTS=$<
+
+# Each torch names the Triton and setuptools that it takes; from 70.1 on setuptools makes wheels by itself.
+build/torch-%/requirements.txt: requirements.txt
+	mkdir -p $(@D)
+	sed -E -e 's/^torch==.*/torch==$*/' -e 's/^triton==[^;]*/triton/' -e 's/^setuptools==.*/setuptools>=70.1/' requirements.txt > $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -35,9 +48,9 @@ docs: $(INSTALLED) $(SITE)
 gpu-check: $(INSTALLED)
 	$(BIN)/python -m moesys.measure.gpu_check
 
-$(INSTALLED): requirements.txt setup.py
+$(INSTALLED): $(REQUIREMENTS) setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(REQUIREMENTS)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 

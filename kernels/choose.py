@@ -16,7 +16,17 @@ from torch import Tensor
 from moesys.errors import MoesysError
 
 Implementation = Literal["reference", "torch", "triton"]
-Operation = Literal["gate", "permute", "unpermute", "activation", "grouped_matmul", "expert_ffn", "rotary", "fp8_rows"]
+Operation = Literal[
+    "gate",
+    "permute",
+    "unpermute",
+    "activation",
+    "grouped_matmul",
+    "expert_ffn",
+    "rotary",
+    "fp8_rows",
+    "attention_sinks",
+]
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether Triton is installed; finding out does not import it."""
@@ -80,9 +90,11 @@ def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:
 
 def has_aligned_rows(x: Tensor) -> bool:
     """Whether each row of x [..., N, M] lies apart in memory, from a whole number of 16 bytes on."""
-    between, within = x.stride()[-2:]
-    starts = (between, x.storage_offset())
-    return within == 1 and between >= x.shape[-1] and all(n * x.element_size() % 16 == 0 for n in starts)
+    *_, between, within = x.stride()
+    if within != 1 or between < x.shape[-1]:
+        return False
+    size = x.element_size()
+    return between * size % 16 == 0 and x.storage_offset() * size % 16 == 0
 
 
 class _Forced:

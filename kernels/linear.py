@@ -17,7 +17,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     the weight, is kept.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    if weight.dtype == x.dtype or isinstance(weight, DTensor):
+    if weight.dtype == x.dtype:
+        return functional.linear(x, weight, bias)
+    if isinstance(weight, DTensor):
         return functional.linear(x, weight.to(x.dtype), bias)
     out: Tensor = _Narrowed.apply(x, weight, bias)
     return out

@@ -30,21 +30,27 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_H, eps):  # type: ignore[override]
-        wide = widened(x.dtype)
-        x_wide = x.to(wide)
+        x_wide, weight = _widened(widened(x.dtype), x, weight_H)
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_H, scale)
-        return (x_wide * scale).mul_(weight_H.to(wide)).to(x.dtype)
+        out = (x_wide * scale).mul_(weight)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, weight_H, scale = ctx.saved_tensors
-        x_wide, upstream = x.to(scale.dtype), grad.to(scale.dtype)
-        weight = weight_H.to(scale.dtype)
+        x_wide, weight, upstream = _widened(scale.dtype, x, weight_H, grad)
         product = upstream * x_wide
         along = (product @ weight).unsqueeze_(-1).mul_(scale).mul_(scale)
         grad_x = (upstream * weight).addcmul_(x_wide, along, value=-1 / x.shape[-1]).mul_(scale)
         # A product with a vector reads once, and sums as it does.
         grad_weight = product.flatten(0, -2).t() @ scale.flatten()
-        return grad_x.to(x.dtype), grad_weight.to(weight_H.dtype), None
+        if grad_x.dtype != x.dtype:
+            grad_x = grad_x.to(x.dtype)
+        return grad_x, grad_weight if grad_weight.dtype == weight_H.dtype else grad_weight.to(weight_H.dtype), None
+
+
+def _widened(wide: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in the type to compute in. Where they are of it, nothing is called, which small steps would feel."""
+    return [t if t.dtype == wide else t.to(wide) for t in tensors]

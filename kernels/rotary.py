@@ -49,7 +49,8 @@ def _rotate(x: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, direction: int) -> Tensor
 
         return kernel.rotate(x, cos_Sd, sin_Sd, direction < 0)
     wide = widened(x.dtype)
-    cos_S1d, sin_S1d = cos_Sd.to(wide).unsqueeze(1), sin_Sd.to(wide).unsqueeze(1)
-    wide_x = x.to(wide)
+    cos, sin, wide_x = (t if t.dtype == wide else t.to(wide) for t in (cos_Sd, sin_Sd, x))
     # Rolled by half its length, each element meets the one it is paired with.
-    return (wide_x * cos_S1d).addcmul_(wide_x.roll(x.shape[-1] // 2, -1), sin_S1d, value=direction).to(x.dtype)
+    rolled = wide_x.roll(x.shape[-1] // 2, -1)
+    out = (wide_x * cos.unsqueeze(1)).addcmul_(rolled, sin.unsqueeze(1), value=direction)
+    return out if x.dtype == wide else out.to(x.dtype)

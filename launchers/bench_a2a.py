@@ -15,6 +15,7 @@ from rich.console import Console
 from moesys import leftovers
 from moesys.config.load import dump
 from moesys.config.schema import Config
+from moesys.data import routing_files
 from moesys.files import read_json, write_json
 from moesys.launchers.launch import run, workers
 from moesys.launchers.spec import RunSpec
@@ -26,7 +27,6 @@ from moesys.measure.a2a_benchmark.result import CollectiveResult
 from moesys.measure.a2a_benchmark.table import LARGER, as_json, progress_line, show
 from moesys.measure.a2a_benchmark.traffic import Matrix
 from moesys.measure.predict.links import Profile
-from moesys.train import routing_files
 from moesys.train.validate import load_checked
 from moesys.words import plural
 

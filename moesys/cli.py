@@ -173,6 +173,11 @@ def bench_megatron(arguments: argparse.Namespace) -> int:
     return _compare("megatron", arguments)
 
 
+def bench_load(arguments: argparse.Namespace) -> int:
+    """Compare the loading of a released model with transformers, and with reading its bytes."""
+    return _compare("load", arguments)
+
+
 def _compare(name: str, arguments: argparse.Namespace) -> int:
     from moesys.comparisons import demanded
 
@@ -287,6 +292,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "bench_measure": bench_measure,
     "bench_megatron": bench_megatron,
     "bench_layer": bench_layer,
+    "bench_load": bench_load,
 }
 """The function of each command."""
 

@@ -287,6 +287,11 @@ def _bench(commands: argparse._SubParsersAction[Parser]) -> None:
     text = "Megatron-Core's model with this project's MoE layer and with its own"
     sub = _configured(bench, "megatron", text, "configs/quickstart-megatron.yaml", guide)
     _rounds(sub, 3, "training steps per round of each side")
+    text = "loading of a released model beside transformers and beside reading its bytes"
+    sub = _command(bench, "load", text, "--layers 1", guide)
+    sub.add_argument("--layers", type=count, default=1, help="of Qwen3-30B-A3B's 48; each is 1.2 GB in files")
+    sub.add_argument("--rounds", type=count, default=5, help="repetitions; their median is printed")
+    _json(sub, "the figures")
     text = "one MoE layer beside dense products, transformers, Megatron-Core, DeepSpeed"
     _layer(_command(bench, "layer", text, "--shape laptop", guide))
 

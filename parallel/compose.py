@@ -28,7 +28,6 @@ from moesys.models.decoder import Decoder
 from moesys.moe.layer import MoELayer, moe_layers
 from moesys.parallel import context, data, expert, freeze, pipeline, tensor
 from moesys.parallel.cost import Stage, counting_passes
-from moesys.parallel.gates_step import counted, later, numbers, step_totals
 from moesys.parallel.gradient_sync import settled
 from moesys.parallel.gradients import Gradients
 from moesys.parallel.initialise import canonical, initialise
@@ -36,6 +35,7 @@ from moesys.parallel.loss import IGNORED, TokenLoss
 from moesys.parallel.mesh import ParallelMesh
 from moesys.parallel.recompute import prepare
 from moesys.parallel.schedules import Pipelined, Whole
+from moesys.parallel.step_statistics import counted, later, numbers, step_totals
 
 FILLER = 0
 """The id that multi-token prediction reads after the end of a sequence, as Megatron-Core does; no label is there."""

@@ -106,7 +106,8 @@ def traffic(shape: StepShape) -> list[Collective]:
 def step(shape: StepShape) -> list[Collective]:
     """The sums of a step over all ranks: of the gradients' norm and the loss, and of the metrics of a step that is due.
 
-    Metrics are the losses of the next token and of later ones, the seconds of all-to-alls, and for each MoE layer what it reports.
+    Metrics are the losses of the next token and of later ones, the seconds of all-to-alls, and for each MoE layer what
+    it reports.
     """
     if not shape.leads or shape.config.engine != "native":
         return []

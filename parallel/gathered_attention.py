@@ -26,8 +26,8 @@ class GatheredCore(nn.Module):
         """Where the keys end that each chunk of queries sees."""
         self.biases = [causal_lower_right(size, end) for end in self.ends]
 
-    def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
-        """q [B, S/cp, h, d], k [B, S/cp, g, d], v [B, S/cp, g, dv] → [B, S/cp, h, dv].
+    def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, sink_h: Tensor | None = None) -> Tensor:
+        """q [B, S/cp, h, d], k [B, S/cp, g, d], v [B, S/cp, g, dv], sinks [h] → [B, S/cp, h, dv].
 
         Raises:
             ValueError: the sequence is not as long as it was said to be.
@@ -38,17 +38,26 @@ class GatheredCore(nn.Module):
             raise ValueError(f"{rule}: it must have {self.seq_len // cp}")
         keys, values = self._whole(k_BSgd), self._whole(v_BSgd)
         parts = zip(q_BShd.chunk(2, dim=1), self.ends, self.biases, strict=True)
-        out = [self._attend(q, keys, values, end, bias) for q, end, bias in parts]
+        out = [self._attend(q, keys, values, end, bias, sink_h) for q, end, bias in parts]
         return torch.cat(out, dim=1)
 
-    def _attend(self, q_BShd: Tensor, keys_BSgd: Tensor, values_BSgd: Tensor, end: int, bias: CausalBias) -> Tensor:
+    def _attend(
+        self,
+        q_BShd: Tensor,
+        keys_BSgd: Tensor,
+        values_BSgd: Tensor,
+        end: int,
+        bias: CausalBias,
+        sink_h: Tensor | None = None,
+    ) -> Tensor:
         """One chunk of queries, the last of which stands at `end - 1`."""
         if self.window is None:
-            return attend(q_BShd, keys_BSgd.narrow(1, 0, end), values_BSgd.narrow(1, 0, end), bias, self.scale)
+            seen = keys_BSgd.narrow(1, 0, end), values_BSgd.narrow(1, 0, end)
+            return attend(q_BShd, *seen, bias, self.scale, sink_h)
         first = end - q_BShd.shape[1]
         before = min(first, self.window - 1)
         keys, values = (x.narrow(1, first - before, end - first + before) for x in (keys_BSgd, values_BSgd))
-        return attend_window(q_BShd, keys, values, self.window, before, self.scale)
+        return attend_window(q_BShd, keys, values, self.window, before, self.scale, sink_h)
 
     def _whole(self, x_BSgd: Tensor) -> Tensor:
         """The whole sequence in its own order, from every rank's two chunks."""

@@ -54,7 +54,7 @@ class TokenLoss:
         return loss
 
     def take(self) -> Tensor | None:
-        """The losses of multi-token prediction [D] since the last call, without their weights; None: there were none."""
+        """The losses of multi-token prediction [D] since the last call, without their weights; None without any."""
         later, self._later = self._later, None
         return later
 

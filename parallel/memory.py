@@ -106,13 +106,13 @@ def in_flight(shape: StepShape) -> int:
 def _stage(shape: StepShape) -> float:
     config, d = shape.config, shape.degrees
     tokens, whole = shape.sequence_tokens / d.cp, replace(shape, config=_without_recomputation(shape.config))
-    # Recomputation begins with the stream that a block gets; blocks of multi-token prediction get two.
-    blocks = shape.layers + config.model.predicted * shape.stage.last
-    inputs = tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * blocks
+    # Recomputation begins with the stream that enters a block; those of multi-token prediction have two inputs.
+    inputs = shape.layers + config.model.predicted * shape.stage.last
+    beside = tokens * config.model.hidden / (d.tp if config.parallel.sp else 1) * shape.width * inputs
     if config.train.recompute == "full":
-        return inputs + sum(part_bytes(placed.part, tokens, whole) for placed in shape.blocks if not placed.repeated)
+        return beside + sum(part_bytes(placed.part, tokens, whole) for placed in shape.blocks if not placed.repeated)
     found = sum(part_bytes(placed.part, tokens, shape if placed.repeated else whole) for placed in shape.blocks)
-    return found + (_narrowed(shape, False) if config.train.recompute == "none" else inputs)
+    return found + (_narrowed(shape, False) if config.train.recompute == "none" else beside)
 
 
 def part_bytes(part: Part, tokens: float, shape: StepShape) -> float:

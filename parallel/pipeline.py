@@ -144,7 +144,7 @@ def shards(weight: Weight, degrees: Degrees) -> int:
 
 
 def cost(shape: StepShape) -> list[Collective]:
-    """The stream sent on and its gradient sent back, for every micro-batch; the gradients of an embedding on both ends."""
+    """The stream and its gradient, for every micro-batch; the gradients of an embedding that both ends have."""
     if shape.degrees.pp == 1:
         return []
     d, p, stage, n = shape.degrees, shape.config.parallel, shape.stage, shape.micro_batches

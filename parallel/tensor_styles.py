@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -46,6 +46,18 @@ class UsedByLocalHeads(ParallelStyle):
 
         module.register_forward_pre_hook(localise)
         return module
+
+
+class OfLocalHeads(ParallelStyle):
+    """Weights of one element per head, split over the axis; called without inputs, it gives the rank's own."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def split(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            for name, parameter in part.named_parameters(recurse=False):
+                whole = distribute_tensor(parameter, mesh, [Shard(0)])
+                part.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+
+        return distribute_module(module, device_mesh, split, output_fn=lambda _, out, __: out.to_local())
 
 
 def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
@@ -137,6 +149,7 @@ def _mixer(mixer: Mixer, stream: Placement) -> dict[str, ParallelStyle]:
         # Heads [B, S, h, d] are split over the axis.
         "heads": SequenceParallel(sequence_dim=2, use_local_output=True),
         "summed": UsedByLocalHeads(),
+        "own": OfLocalHeads(),
     }
     plan = _from_axes(mixer, stream)
     return plan | {name: exceptions[style] for name, style in mixer.styles.items() if name in plan or style == "summed"}

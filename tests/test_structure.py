@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from moesys.config.registry import DISPATCHERS, GATES, kinds
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -73,9 +75,16 @@ def test_a_circle_through_lazy_and_type_only_imports_is_found(tmp_path):
 
 @pytest.mark.parametrize("name", ["parallel", "kernels", "launchers", "benchmarks"])
 def test_folders_are_imported_by_the_package_name_alone(name):
-    result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", f"from {name} import x"], cwd=ROOT, capture_output=True, text=True)
     assert f"import moesys.{name}, not {name}" in result.stderr
     subprocess.run([sys.executable, "-c", f"import moesys.{name}"], cwd=ROOT, check=True)
+
+
+def test_transformers_is_imported_from_the_repository_root():
+    """It looks for a package `kernels`, and finds the folder."""
+    code = "import importlib.util, kernels; from transformers.utils.import_utils import is_kernels_available as found; "
+    code += "assert not found() and importlib.util.find_spec('kernels.choose') is None"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 LACKING = ("torch", "ray", "megatron", "transformers", "triton")
@@ -101,3 +110,14 @@ for words in (["config", "FILE", "--check"], ["config", "FILE"], ["launch", "FIL
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "legal on 128 ranks" in done.stdout and "#SBATCH" in done.stdout
+
+
+def test_a_gate_is_found_by_its_word():
+    """It is described and computed in files of its name; so are dispatchers described."""
+    for slot in (GATES, DISPATCHERS):
+        for kind, described in kinds(slot).items():
+            assert described.__module__ == f"{slot.package}.{kind}"
+    rooms = [
+        {path.stem for path in (ROOT / "moesys" / room / "gates").glob("*.py")} for room in ("models/parts", "moe")
+    ]
+    assert set(kinds(GATES)) <= rooms[0] & rooms[1]

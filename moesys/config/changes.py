@@ -60,7 +60,7 @@ _WORDS = {
         model: norm_eps rope_theta
         model.rope_scaling: kind factor original_seq_len low_freq_factor high_freq_factor beta_fast beta_slow truncate
             mscale mscale_all_dim attention_factor short_factor long_factor short_mscale long_mscale
-        model.moe: top_k activation normalize scale lora_alpha zero_variant
+        model.moe: top_k activation normalize normalize_min scale selection_bias lora_alpha zero_variant
         """,
     Kind.CONTENT: """
         data: kind path text_key split tokenizer
@@ -88,7 +88,7 @@ _WORDS = {
         train: init eval eval_every resume_changed
         data.cache cluster.memory_gib
         launch: launcher link_gbit ray_address timeout_s max_failures threads env slurm
-        output: runs checkpoint_every keep tensorboard wandb log_every record_routing
+        output: runs checkpoint_every keep export export_checkpoints tensorboard wandb log_every record_routing
         measure: every steps audit profile metrics_port metrics_host
         """,
 }

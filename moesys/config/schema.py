@@ -63,6 +63,8 @@ class MoEConfig(Section):
     """The first layers that are dense."""
     normalize: bool = True
     """Divide the chosen experts' probabilities by their sum (Mixtral, Qwen3) or leave them (OLMoE)."""
+    normalize_min: NonNegativeFloat = 0.0
+    """With normalize: the least sum that they are divided by (ERNIE-4.5: moe_norm_min)."""
     scale: PositiveFloat = 1.0
     """Factor on the routing weights (DeepSeek's routed_scaling_factor)."""
     capacity_factor: Factor | None = None
@@ -96,7 +98,10 @@ class MoEConfig(Section):
     """Coefficient of CV² of the experts' smooth load in a micro-batch (Shazeer et al. 2017); needs gate.noise."""
     bias_rate: NonNegativeFloat = 0.0
     """Rate u of loss-free balancing (DeepSeek-V3: 0.001): a bias per expert, for selection only, grows after each
-    step by u · sign(mean load − load), loads of the global batch; 0: no bias."""
+    step by u · sign(mean load − load), loads of the global batch; 0: no bias, or one that stays as it is."""
+    selection_bias: bool = False
+    """A bias per expert, for selection only, although bias_rate is 0: that of the weights that a run starts from, which
+    then stays as it is. A bias_rate above 0 has one anyway."""
     zero_experts: FewExperts = 0
     """Experts beside `experts` that give zero: a token that chooses them uses fewer (AdaMoE's null experts, MoE++)."""
     copy_experts: FewExperts = 0
@@ -141,7 +146,7 @@ class MoEConfig(Section):
 
     @property
     def router(self) -> Any:
-        """The description of the gate (`moesys.models.parts.gate.GateKind`)."""
+        """The description of the gate (`moesys.models.parts.gates.kind.GateKind`)."""
         return kinds(GATES)[self.gate.kind](self)
 
     @property
@@ -464,6 +469,11 @@ class OutputConfig(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
     """Number of checkpoints to keep, the newest."""
+    export: Literal["none", "hf"] = "none"
+    """hf: at the end of the run, write the model to runs/NAME/export/step-N as a folder that transformers, vLLM and
+    SGLang open (moesys export)."""
+    export_checkpoints: bool = False
+    """With export: hf, write every checkpoint so, beside training, and keep as many of these folders as checkpoints."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard as well."""
     wandb: bool = False

@@ -57,6 +57,15 @@ class Corpus:
             count += len(tokens)
         return size / count if size else None
 
+    def frequencies(self) -> np.ndarray:
+        """Occurrences of each id in the training data, or in a part of large data: int64 [V]."""
+        pieces = [np.asarray(self.train[:])]
+        if len(self.train) > COUNTED:
+            size = COUNTED // COUNTED_PIECES
+            starts = (i * len(self.train) // COUNTED_PIECES for i in range(COUNTED_PIECES))
+            pieces = [self.train[start : start + size] for start in starts]
+        return np.sum([np.bincount(piece, minlength=self.vocab_size) for piece in pieces], axis=0)
+
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """train_tokens, heldout_tokens, and a digest of the tokens; a part of them represents a long text."""
@@ -68,6 +77,9 @@ class Corpus:
         sizes = {"train_tokens": len(self.train), "heldout_tokens": len(self.heldout)}
         return sizes | {"digest": digest.hexdigest()}
 
+
+COUNTED, COUNTED_PIECES = 2**24, 64
+"""Most tokens that frequencies are counted in, and from how many places of the training data they come."""
 
 PIECE, PIECES = 1 << 17, 64
 """Tokens of one piece that the fingerprint sees, and pieces of each side, evenly spaced."""

@@ -5,7 +5,7 @@ Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,8 +62,8 @@ class Fused:
         dims: by our weight, the weight's dims that each dim of theirs runs over.
     """
 
-    names: dict[str, str]
-    dims: dict[str, tuple[tuple[int, ...], ...]]
+    names: Mapping[str, str]
+    dims: Mapping[str, tuple[tuple[int, ...], ...]]
 
     def stored(self, name: str, shape: Sequence[int], prefix: str) -> list[Stored]:
         """See `ExpertLayout`."""

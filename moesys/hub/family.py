@@ -6,43 +6,26 @@ A family is one file in `moesys/hub/families`, or a plug-in's (entry points `moe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from pydantic import ValidationError
+
 from moesys.config.differences import flat
-from moesys.config.registry import Described, Slot, kinds
+from moesys.config.registry import FAMILIES, MIXERS, Described, kinds, used
 from moesys.config.schema import ModelConfig
 from moesys.errors import Problem
+from moesys.hub import blocks
 from moesys.hub.experts import ExpertLayout, PerExpert
+from moesys.hub.keys import DROPOUTS, GENERAL, GENERATION, GROUPED, REQUIRED, Key
 from moesys.hub.mapping import Stored, identity
+from moesys.hub.names import BLOCK_NAMES, MODEL_NAMES
+from moesys.hub.rotary import Rotary
 from moesys.models.parts.axes import Axis, Weight
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import block
 from moesys.models.size import weights
-
-FAMILIES = Slot("families of released models", "moesys.hub.families", "moesys.families", "model.from")
-
-REQUIRED = object()
-"""Default of a key that every config.json of a family has."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of config.json, and ours that means the same.
-
-    Attributes:
-        theirs: its name; older files may have one of `also` instead, and both are written.
-        ours: dotted, below "model."; "attention" is every mixer of the model.
-        default: its value where files lack it. None: as our key's default.
-        nullable: null is written where our key has no value, because the class of transformers has another default.
-    """
-
-    theirs: str
-    ours: str
-    default: Any = None
-    also: tuple[str, ...] = ()
-    nullable: bool = False
 
 
 @dataclass
@@ -66,45 +49,6 @@ class Derived:
         self.problems.append(Problem(key, rule, remedy))
 
 
-GENERAL = """
-    _name_or_path architectures auto_map model_type transformers_version torch_dtype dtype use_cache bos_token_id
-    eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id eod_token_id im_start_id im_end_id
-    id2label label2id output_hidden_states output_attentions return_dict is_encoder_decoder chunk_size_feed_forward
-    problem_type tokenizer_class quantization_config max_position_embeddings max_window_layers pretraining_tp
-    attn_implementation _attn_implementation output_router_logits ep_size qk_head_dim num_experts_per_device
-    use_return_dict torchscript pruned_heads gradient_checkpointing language_model_only
-"""
-"""Keys of config.json that no number of the model hangs on."""
-GENERATION = """
-    temperature top_k top_p typical_p do_sample max_length min_length max_new_tokens num_beams num_beam_groups
-    repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size early_stopping bad_words_ids
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id prefix
-    num_return_sequences output_scores remove_invalid_values return_dict_in_generate suppress_tokens
-    begin_suppress_tokens
-"""
-"""Generation settings that older files have in config.json."""
-DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "resid_dropout", "classifier_dropout")
-"""Keys that must be 0: no part here drops activations."""
-
-ROTARY = ("rope_theta", "rope_scaling", "rope_parameters")
-
-COMMON = (
-    Key("vocab_size", "vocab_size", REQUIRED),
-    Key("hidden_size", "hidden", REQUIRED),
-    Key("num_attention_heads", "attention.heads", REQUIRED),
-    Key("rms_norm_eps", "norm_eps", 1e-6),
-    Key("tie_word_embeddings", "tie_embeddings", False),
-    Key("initializer_range", "init_std", 0.02),
-)
-"""Keys of all families."""
-GROUPED = (
-    *COMMON,
-    Key("num_key_value_heads", "attention.kv_heads"),
-    Key("head_dim", "attention.head_dim"),
-)
-"""Those of families with grouped-query attention."""
-
-
 class Family(Described):
     """A family of released models.
 
@@ -121,6 +65,7 @@ class Family(Described):
         experts: how the routed experts' matrices lie in the files.
         float32: our weights that stay float32 whatever the files' type, by their names within a block.
         left_out: patterns of tensors in files that are not used.
+        rotary: what its files say of rotary positions.
     """
 
     also: ClassVar[tuple[str, ...]] = ()
@@ -135,25 +80,32 @@ class Family(Described):
     experts: ClassVar[ExpertLayout] = PerExpert("mlp.experts.{expert}.", "gate_proj", "up_proj", "down_proj")
     float32: ClassVar[frozenset[str]] = frozenset()
     left_out: ClassVar[tuple[str, ...]] = (r".*\.rotary_emb\.inv_freq",)
+    rotary: ClassVar[Rotary] = Rotary()
 
     # ---- config.json -> our keys
 
-    def read(self, raw: Mapping[str, Any]) -> Derived:
-        """Our model section, as a config.json means it."""
+    def read(self, raw: Mapping[str, Any], tensors: Collection[str] | None = None) -> Derived:
+        """Our model section, as a config.json means it.
+
+        Args:
+            raw: config.json.
+            tensors: names of the tensors in the files, where they are known: parts that config.json names and files
+                lack are left out.
+        """
         found = Derived(values=dict(self.always))
         for key in self.fields:
             self._read(key, raw, found)
         self.layers(raw, found)
-        self.rotary(raw, found)
+        self.rotary.read(raw, found)
         self.more(raw, found)
+        self.predict(raw, found, tensors)
         for name, value in self.only.items():
-            found.read.add(name)
-            if name in raw and raw[name] != value and raw[name] is not None:
-                found.refuse(name, f"is {raw[name]!r}, and only {value!r} is followed")
+            self.require(raw, found, name, value)
         for name in DROPOUTS:
             if raw.get(name):
                 found.refuse(name, f"is {raw[name]}, and no part drops activations here", "set it to 0 in config.json")
         self._rest(raw, found)
+        _spread(found)
         return found
 
     def _read(self, key: Key, raw: Mapping[str, Any], found: Derived) -> None:
@@ -162,32 +114,50 @@ class Family(Described):
         given = {name: raw[name] for name in names if raw.get(name) is not None}
         if len({repr(value) for value in given.values()}) > 1:
             found.refuse(key.theirs, "differs from " + ", ".join(f"{n}({v})" for n, v in given.items()), "keep one")
-        value = next(iter(given.values()), key.default)
+        absent = key.default if not any(name in raw for name in names) or key.default is REQUIRED else None
+        value = next(iter(given.values()), absent)
         if value is REQUIRED:
             found.refuse(key.theirs, "is missing", "copy config.json again, or add the key")
         elif value is not None:
             found.values[key.ours] = value
 
+    def require(self, raw: Mapping[str, Any], found: Derived, name: str, *followed: Any) -> None:
+        """Refuse a key of config.json, unless it is absent, null or one of the values that are followed."""
+        found.read.add(name)
+        if raw.get(name) is not None and raw[name] not in followed:
+            found.refuse(name, f"is {raw[name]!r}, and only {' or '.join(map(repr, followed))} is followed")
+
     def layers(self, raw: Mapping[str, Any], found: Derived) -> None:
-        """Number of blocks, and which mixer each has."""
-        self._read(Key("num_hidden_layers", "layers", REQUIRED), raw, found)
+        """Number of blocks, which of them are MoE, and which have a window."""
+        found.read.add("num_hidden_layers")
+        depth = raw.get("num_hidden_layers")
+        if not isinstance(depth, int) or depth < 1:
+            found.refuse("num_hidden_layers", "must be the number of blocks", "copy config.json again, or add the key")
+            depth = 1
+        moe = self.moe_blocks(raw, found, depth)
+        if not any(moe):
+            found.values = {key: value for key, value in found.values.items() if not key.startswith("moe.")}
+        found.values |= blocks.arranged(self.windows(raw, found, depth), moe)
 
-    def rotary(self, raw: Mapping[str, Any], found: Derived) -> None:
-        """Rotary positions: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of older files."""
-        from moesys.hub.rotary import read
+    def moe_blocks(self, raw: Mapping[str, Any], found: Derived, depth: int) -> Sequence[bool]:
+        """Whether each block is MoE."""
+        return [any(key.startswith("moe.") for key in found.values)] * depth
 
-        read(raw, found)
+    def windows(self, raw: Mapping[str, Any], found: Derived, depth: int) -> Sequence[int | None]:
+        """The window of each block; None: the whole sequence."""
+        return [None] * depth
 
     def more(self, raw: Mapping[str, Any], found: Derived) -> None:
         """What no `Key` says."""
 
+    def predict(self, raw: Mapping[str, Any], found: Derived, tensors: Collection[str] | None) -> None:
+        """Blocks of multi-token prediction."""
+
     def _rest(self, raw: Mapping[str, Any], found: Derived) -> None:
-        known = found.read | {*GENERAL.split(), *self.ignored, *DROPOUTS}
-        generation = set(GENERATION.split())
-        settings = sorted(set(raw) & generation - known)
-        if settings:
+        known = found.read | GENERAL | self.ignored | set(DROPOUTS)
+        if settings := sorted(set(raw) & GENERATION - known):
             found.notes.append(f"generation settings, which training has not: {', '.join(settings)}")
-        for name in sorted(set(raw) - known - generation):
+        for name in sorted(set(raw) - known - GENERATION):
             if raw[name] not in (None, False, 0, "", [], {}):
                 rule = f"{self.kind} files are not known to have it, and it may change numbers"
                 found.refuse(name, rule, "remove it from config.json if it does not")
@@ -196,33 +166,30 @@ class Family(Described):
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model, without what tokens and types mean."""
-        ours = meant(model)
+        # Readers ask for the size of dense blocks where there are none, too.
+        ours = meant(model) | {"ffn_hidden": model.ffn_hidden or (model.moe.ffn_hidden if model.moe else None)}
         raw: dict[str, Any] = {"model_type": self.kind, "architectures": [self.architecture], **self.only}
         for key in self.fields:
-            if (value := ours.get(key.ours)) is not None or key.nullable:
-                raw |= dict.fromkeys((key.theirs, *key.also), value)
+            if key.ours in ours and (ours[key.ours] is not None or key.default not in (None, REQUIRED)):
+                value = ours[key.ours]
+                raw |= dict.fromkeys((key.theirs, *key.also), value[0] if isinstance(value, tuple) else value)
         raw["num_hidden_layers"] = model.depth
-        self.write_rotary(model, raw)
+        self.rotary.write(model, raw)
         self.write_more(model, raw)
         return raw
-
-    def write_rotary(self, model: ModelConfig, raw: dict[str, Any]) -> None:
-        """Rotary positions, by the new keys and the old."""
-        from moesys.hub.rotary import write
-
-        write(model, raw)
 
     def write_more(self, model: ModelConfig, raw: dict[str, Any]) -> None:
         """What no `Key` says."""
 
     def differences(self, model: ModelConfig) -> list[str]:
         """What the family's files cannot say of a model: each key with its value, and the one that they would mean."""
-        written = self.write(model)
-        back = self.read(written)
+        back = self.read(self.write(model))
         if back.problems:
             return [str(problem) for problem in back.problems]
-        again = meant(ModelConfig.model_validate(nested(back.values)))
-        mine = meant(model)
+        try:
+            again, mine = meant(ModelConfig.model_validate(nested(back.values))), meant(model)
+        except ValidationError as error:  # the model has sizes that these files cannot say
+            return [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         return [
             f"model.{key}: {mine.get(key)!r}, and {self.kind} has {again.get(key)!r}"
             for key in sorted(mine.keys() | again.keys())
@@ -276,39 +243,14 @@ class Family(Described):
         yield from weights(model, vocab_size)
         yield from buffers(model)
 
+    def copies(self, model: ModelConfig) -> dict[str, str]:
+        """Tensors of the files that are copies of one of our weights, which is named: not read, and written."""
+        return {}
+
     def is_left_out(self, name: str, model: ModelConfig) -> bool:
         """True if a tensor of the files is not used, on purpose."""
         tied = model.tie_embeddings and name == self.names_of_model()["head.weight"]
-        return tied or any(re.fullmatch(pattern, name) for pattern in self.left_out)
-
-
-MODEL_NAMES = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "norm.bias": "model.norm.bias",
-    "head.weight": "lm_head.weight",
-    "head.bias": "lm_head.bias",
-}
-_LINEAR = ("weight", "bias")
-BLOCK_NAMES = {
-    **{f"attention_norm.{p}": f"input_layernorm.{p}" for p in _LINEAR},
-    **{f"ffn_norm.{p}": f"post_attention_layernorm.{p}" for p in _LINEAR},
-    **{f"attention.{m}_proj.{p}": f"self_attn.{m}_proj.{p}" for m in "qkvo" for p in _LINEAR},
-    **{f"attention.{m}_norm.weight": f"self_attn.{m}_norm.weight" for m in "qk"},
-    "attention.q_a_proj.weight": "self_attn.q_a_proj.weight",
-    "attention.q_a_norm.weight": "self_attn.q_a_layernorm.weight",
-    "attention.q_b_proj.weight": "self_attn.q_b_proj.weight",
-    "attention.kv_a_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "attention.kv_a_norm.weight": "self_attn.kv_a_layernorm.weight",
-    "attention.kv_b_proj.weight": "self_attn.kv_b_proj.weight",
-    "attention.sinks.weight": "self_attn.sinks",
-    **{f"ffn.{m}_proj.weight": f"mlp.{m}_proj.weight" for m in ("gate", "up", "down")},
-    **{f"ffn.shared.{m}_proj.weight": f"mlp.shared_experts.{m}_proj.weight" for m in ("gate", "up", "down")},
-    "ffn.gate.projection.weight": "mlp.gate.weight",
-    "ffn.gate.projection.bias": "mlp.gate.bias",
-    "ffn.gate.selection_bias": "mlp.gate.e_score_correction_bias",
-}
-"""Names that most families have."""
+        return tied or name in self.copies(model) or any(re.fullmatch(pattern, name) for pattern in self.left_out)
 
 
 def buffers(model: ModelConfig) -> Iterator[Weight]:
@@ -354,13 +296,48 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def meant(model: ModelConfig) -> dict[str, Any]:
-    """Every key of a model, dotted, with the values that null stands for."""
+    """Every key that a model uses, dotted, with the values that null stands for.
+
+    "layers" says which blocks are MoE. A key of mixers that differs between blocks is a tuple with the value of each.
+    """
     found = flat(model.model_dump(mode="json"))
-    for section in ("attention", *(f"mixers.{name}" for name in model.mixers)):
-        heads = found[f"{section}.heads"]
-        if found.get(f"{section}.kind") == "gqa":
-            found[f"{section}.kv_heads"] = found[f"{section}.kv_heads"] or heads
-            found[f"{section}.head_dim"] = found[f"{section}.head_dim"] or model.hidden // heads
-    if model.moe is not None and model.moe.shared_experts:
-        found["moe.shared_ffn_hidden"] = model.moe.shared_ffn_hidden or model.moe.ffn_hidden
+    places = ("layers", "attention", "mixers", "moe.every", "moe.first_dense")
+    found = {key: value for key, value in found.items() if not key.startswith(places)}
+    moe = [str(layer) for layer in range(model.depth) if model.is_moe(layer)]
+    found["layers"] = f"{model.depth} blocks, MoE: {', '.join(moe) or 'none'}"
+    each = [_mixer(model, layer) for layer in range(model.depth)]
+    for key in dict.fromkeys(key for mixer in each for key in mixer):
+        values = tuple(mixer.get(key) for mixer in each)
+        found[f"attention.{key}"] = values[0] if len(set(values)) == 1 else values
+    if len(moe) == model.depth:
+        del found["ffn_hidden"]
+    if (m := model.moe) is not None:
+        found["moe.selection_bias"] = bool(m.bias_rate or getattr(m, "selection_bias", False))
+        found["moe.shared_ffn_hidden"] = m.shared_width or None
+        del found["moe.shared_experts"]
+        if not m.shared_experts:
+            del found["moe.shared_mix"]
+        if m.gate.kind == "top_k" and m.gate.groups == 1:
+            del found["moe.gate.groups_kept"], found["moe.gate.group_score"]
     return found
+
+
+def _mixer(model: ModelConfig, layer: int) -> dict[str, Any]:
+    """The keys that a block's mixer uses."""
+    section = model.mixer(layer)[0]
+    found = {key: getattr(section, key) for key in ("kind", *used(MIXERS, section.kind))}
+    if section.kind == "gqa":
+        found["kv_heads"] = section.kv_heads or section.heads
+        found["head_dim"] = section.head_dim or model.hidden // section.heads
+        found["softmax_scale"] = section.softmax_scale or found["head_dim"] ** -0.5
+    if section.kind == "mla":
+        found["latent_norm_eps"] = section.latent_norm_eps or model.norm_eps
+    return found
+
+
+def _spread(found: Derived) -> None:
+    """Give every other mixer of a pattern the keys of `attention`."""
+    shared = {key.removeprefix("attention."): v for key, v in found.values.items() if key.startswith("attention.")}
+    names = sorted({key.split(".")[1] for key in found.values if key.startswith("mixers.")})
+    for name in names:
+        found.values = {f"mixers.{name}.{key}": value for key, value in shared.items()} | found.values

@@ -19,7 +19,7 @@ from moesys.megatron import settings
 from moesys.megatron.fields import unknown
 from moesys.megatron.refusal import Refusal
 from moesys.megatron.unsupported import unsupported
-from moesys.models.parts import gate_rules
+from moesys.models.parts.gates import rules as gate_rules
 
 GATES = ("top_k", *(kind for kind, described in kinds(registry.GATES).items() if described.for_megatron))
 """Gates that need neither token ids nor token numbers, and keep no state between steps."""

@@ -24,8 +24,8 @@ from moesys.models.size import by_name
 from moesys.moe.layer import MoELayer
 from moesys.parallel import pipeline
 from moesys.parallel.cost import counting_passes
-from moesys.parallel.gates_step import counted, numbers, step_totals
 from moesys.parallel.initialise import initial
+from moesys.parallel.step_statistics import counted, numbers, step_totals
 from moesys.train.engine import Update
 from moesys.train.finite import nonfinite
 

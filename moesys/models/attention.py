@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+from moesys.kernels.attention_sinks import attend_with_sinks
 from moesys.kernels.rotary import rotate
 from moesys.models.layers import Linear, RMSNorm
 
@@ -28,20 +29,25 @@ class CausalCore(nn.Module):
         super().__init__()
         self.window, self.scale = window, scale
 
-    def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
-        """q [B, S, h, d], k [B, before + S, g, d], v [B, before + S, g, dv] with g dividing h: [B, S, h, dv].
+    def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, sink_h: Tensor | None = None) -> Tensor:
+        """q [B, S, h, d], k [B, before + S, g, d], v [B, before + S, g, dv], g dividing h, sinks [h]: [B, S, h, dv].
 
         Keys may stand before the first query, as when a sequence is decoded piece by piece: with a window, fewer than
         that before more than one query.
         """
         if self.window is not None and self.window < k_BSgd.shape[1]:
             before = k_BSgd.shape[1] - q_BShd.shape[1]
-            return attend_window(q_BShd, k_BSgd, v_BSgd, self.window, before, scale=self.scale)
-        return attend(q_BShd, k_BSgd, v_BSgd, scale=self.scale)
+            return attend_window(q_BShd, k_BSgd, v_BSgd, self.window, before, scale=self.scale, sink_h=sink_h)
+        return attend(q_BShd, k_BSgd, v_BSgd, scale=self.scale, sink_h=sink_h)
 
 
 def attend(
-    q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, bias: CausalBias | None = None, scale: float | None = None
+    q_BShd: Tensor,
+    k_BSgd: Tensor,
+    v_BSgd: Tensor,
+    bias: CausalBias | None = None,
+    scale: float | None = None,
+    sink_h: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of the last queries of a sequence to its keys: q [B, Sq, …], k and v [B, Sk, …].
 
@@ -51,12 +57,15 @@ def attend(
     Args:
         bias: `causal_lower_right(Sq, Sk)` where Sq < Sk, or None to make it here, which torch.compile cannot trace.
         scale: factor on the scores; None: 1 / √d.
+        sink_h: a logit per head [h] that joins the softmax's denominator; None: none does.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BShd, k_BSgd, v_BSgd))
     grouped = q.shape[1] != k.shape[1]
     if grouped and not takes_groups(q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         grouped = False
+    if sink_h is not None:
+        return attend_with_sinks(q, k, v, sink_h, scale=scale or 0.0).transpose(1, 2)
     mask: Tensor | None = None
     if q.shape[2] != k.shape[2] and q.is_cuda:
         mask = causal_lower_right(q.shape[2], k.shape[2]) if bias is None else bias
@@ -69,7 +78,13 @@ def attend(
 
 
 def attend_window(
-    q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, window: int, before: int = 0, scale: float | None = None
+    q_BShd: Tensor,
+    k_BSgd: Tensor,
+    v_BSgd: Tensor,
+    window: int,
+    before: int = 0,
+    scale: float | None = None,
+    sink_h: Tensor | None = None,
 ) -> Tensor:
     """Attention of each query to the `window` last keys up to its own: q [B, S, h, d], k and v [B, before + S, g, …].
 
@@ -79,7 +94,7 @@ def attend_window(
 
     Args:
         before: keys that stand before the first query, fewer than `window`.
-        scale: factor on the scores; None: 1 / √d.
+        scale, sink_h: as those of `attend`.
     """
     batch, tokens = q_BShd.shape[:2]
     pieces = -(-tokens // window)
@@ -99,7 +114,10 @@ def attend_window(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if heads > 1:
         k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if sink_h is None:
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        out = attend_with_sinks(q, k, v, sink_h, mask, scale or 0.0)
     return out.transpose(1, 2).unflatten(0, (batch, pieces)).flatten(1, 2)[:, :tokens]
 
 
@@ -127,6 +145,23 @@ def turn(x_BShd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotate(x_BShd[..., :turned], cos, sin), x_BShd[..., turned:]), -1)
 
 
+class Sinks(nn.Module):
+    """A learned logit per head that joins the softmax's denominator (GPT-OSS); starts as zeros."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the weight its initial values."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self) -> Tensor:
+        """The logits [h]."""
+        return self.weight
+
+
 class GroupedQueryAttention(nn.Module):
     """Attention whose key and value heads are shared by groups of query heads (arXiv 2305.13245)."""
 
@@ -143,9 +178,11 @@ class GroupedQueryAttention(nn.Module):
         eps: float = 1e-5,
         window: int | None = None,
         scale: float | None = None,
+        sinks: bool = False,
     ):
         """`output_bias`: of the output, default as `bias`, that of the others; `qk_norm`: "none", or an RMSNorm of
-        queries and keys per "head" or over all of them ("full"); `window`, `scale`: as those of `CausalCore`."""
+        queries and keys per "head" or over all of them ("full"); `window`, `scale`: as those of `CausalCore`;
+        `sinks`: whether each head has one."""
         super().__init__()
         self.head_dim = head_dim
         self.q_proj = Linear(hidden, heads * head_dim, bias=bias)
@@ -156,6 +193,7 @@ class GroupedQueryAttention(nn.Module):
         sizes = {"none": (0, 0), "head": (head_dim,) * 2, "full": (heads * head_dim, kv_heads * head_dim)}[qk_norm]
         self.q_norm = RMSNorm(sizes[0], eps) if sizes[0] else None
         self.k_norm = RMSNorm(sizes[1], eps) if sizes[1] else None
+        self.sinks = Sinks(heads) if sinks else None
         self.core = CausalCore(window, scale)
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -169,7 +207,8 @@ class GroupedQueryAttention(nn.Module):
         q = turn(self._heads(self.q_proj(x_BSH), self.q_norm), cos, sin)
         k = turn(self._heads(self.k_proj(x_BSH), self.k_norm), cos, sin)
         v = self._heads(self.v_proj(x_BSH), None)
-        return self.o_proj(self.core(q, k, v).flatten(2))
+        out = self.core(q, k, v, None if self.sinks is None else self.sinks())
+        return self.o_proj(out.flatten(2))
 
 
 class SharedKey(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -90,30 +91,35 @@ class Decoder(nn.Module):
         are then [(1 + D)·B, S, V], those of the next token first. Without gradients its blocks run, for the sake of
         their gates, and logits are [B, S, V].
         """
-        numbered_BS2 = None if tokens_BS2 is None else tokens_BS2[..., :2]
-        ahead_BSD: Tensor | None = None
-        later: list[Tensor] = []
-        if tokens_BS2 is not None and tokens_BS2.shape[-1] > 2 and self.head is not None:
-            ahead_BSD = tokens_BS2[..., 2:]
+        ahead_BSD = None if tokens_BS2 is None or self.head is None else tokens_BS2[..., 2:]
+        later: Sequence[Tensor] = ()
+        if ahead_BSD is not None and ahead_BSD.shape[-1]:
             x, *later = self._embed_ahead(x, ahead_BSD)
         elif self.first:
             x = self._embed(x)
         tables = self._rotary(x.shape[1], x.device)
-        every = self.blocks()
-        for block in (block for block in every if not isinstance(block, PredictionBlock)):
-            x = block(x, *tables[block.rotary_dim], numbered_BS2)
+        numbered_BS2 = None if tokens_BS2 is None else tokens_BS2[..., :2]
+        for block in self.blocks():
+            if not isinstance(block, PredictionBlock):
+                x = block(x, *tables[block.rotary_dim], numbered_BS2)
         if self.head is None or self.norm is None:
             return x
-        x = self.norm(x)
-        outputs = [x]
-        if ahead_BSD is not None and tokens_BS2 is not None:
-            predicting = (block for block in every if isinstance(block, PredictionBlock))
-            for block, id_BS, embedded_BSH in zip(predicting, ahead_BSD.unbind(-1), later, strict=True):
-                tokens = torch.stack((tokens_BS2[..., 0], id_BS), -1)
-                outputs.append(block(outputs[-1], *tables[block.rotary_dim], tokens, embedded_BSH))
+        outputs = [self.norm(x)]
+        if later and tokens_BS2 is not None:
+            outputs += self._predict(outputs[0], tables, tokens_BS2, later)
         if len(outputs) == 1 or not torch.is_grad_enabled():
-            return self.head(x)
+            return self.head(outputs[0])
         return self.head(torch.cat(outputs))
+
+    def _predict(
+        self, h_BSH: Tensor, tables: Mapping[int, tuple[Tensor, Tensor]], tokens: Tensor, later: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        """What the head takes of each depth of multi-token prediction [B, S, H]; `tokens` int64 [B, S, 2 + D]."""
+        blocks = (block for block in self.blocks() if isinstance(block, PredictionBlock))
+        for depth, (block, embedded_BSH) in enumerate(zip(blocks, later, strict=True), 1):
+            numbered_BS2 = torch.stack((tokens[..., 0], tokens[..., 1 + depth]), -1)
+            h_BSH = block(h_BSH, *tables[block.rotary_dim], numbered_BS2, embedded_BSH)
+            yield h_BSH
 
     def _embed(self, id_BS: Tensor) -> Tensor:
         assert self.embed is not None

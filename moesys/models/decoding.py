@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.models.decoder import Decoder
-from moesys.models.parts.gate import GateKind, describe
+from moesys.models.parts.gates.kind import GateKind, describe
 from moesys.models.parts.model import block
 from moesys.moe.layer import moe_layers
 

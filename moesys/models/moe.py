@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from moesys.models.layers import FeedForward
-from moesys.models.parts.gate import describe
+from moesys.models.parts.gates.kind import describe
 from moesys.moe import MoELayer, noise
 from moesys.moe.experts import Experts
 from moesys.moe.gates import Gate

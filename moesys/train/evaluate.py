@@ -8,8 +8,8 @@ from typing import Any
 from moesys.config.schema import Config
 from moesys.data.corpus import open_corpus
 from moesys.files import read_json, write_json
-from moesys.train import gate_data, heartbeat, initial_weights, manifest, worker
-from moesys.train.engine import engine_of
+from moesys.train import heartbeat, initial_weights, manifest, worker
+from moesys.train.engine import engine_of, prepare_gates
 from moesys.train.evaluation import OWN, Evaluation, TextLoss
 from moesys.train.fill import fill
 
@@ -30,7 +30,7 @@ def _evaluate(config: Config, folder: Path) -> None:
     start = initial_weights.find(config)
     assert start is not None
     engine = engine_of(config).build(config, mesh, corpus.vocab_size, draw=False)
-    gate_data.prepare(engine, corpus)
+    prepare_gates(engine, corpus)
     fill(engine, start, config)
     evaluation, found = Evaluation(engine, corpus), dict[str, Any]()
     for name in evaluation.names():

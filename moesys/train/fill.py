@@ -13,6 +13,7 @@ from moesys.train import heartbeat, manifest, storage
 from moesys.train.engine import Engine
 from moesys.train.finite import nonfinite
 from moesys.train.initial_weights import InitialWeights
+from moesys.words import size_text
 
 SHOWN_EVERY_S = 5.0
 """Seconds between two lines of progress."""
@@ -31,10 +32,22 @@ def fill(engine: Engine, source: InitialWeights, config: Config) -> str:
     return said
 
 
-@torch.no_grad()
 def _from_folder(engine: Engine, fit: Fit) -> str:
-    source, begin, shown = ReleasedWeights(fit), perf_counter(), perf_counter()
-    parts = [found for found in engine.held() if found[0] in fit.stored]
+    begin = perf_counter()
+    source = ReleasedWeights(fit)
+    read_released(engine, source)
+    seconds = max(perf_counter() - begin, 1e-9)
+    rate = size_text(source.bytes_read / seconds)
+    read = f"{size_text(source.bytes_read)} on this rank in {seconds:.1f} s, {rate}/s"
+    left = f"; left out: {', '.join(fit.left_out)}" if fit.left_out else ""
+    return f"starting from the weights of {fit.folder.path} ({fit.family.summary}): {read}{left}"
+
+
+@torch.no_grad()
+def read_released(engine: Engine, source: ReleasedWeights) -> None:
+    """Read a released model's weights into the parts that this rank holds. Not collective."""
+    shown = perf_counter()
+    parts = [found for found in engine.held() if found[0] in source.fit.stored]
     size, done = sum(part.nbytes for _, part, _ in parts), 0
     for name, part, place in parts:
         if part.numel():
@@ -42,13 +55,8 @@ def _from_folder(engine: Engine, fit: Fit) -> str:
         done += part.nbytes
         if perf_counter() - shown > SHOWN_EVERY_S:
             shown = perf_counter()
-            heartbeat.phase(f"loading weights: {done / size:.0%} of {size / 2**30:.1f} GiB on this rank", shown=True)
+            heartbeat.phase(f"loading weights: {done / size:.0%} of {size_text(size)} on this rank", shown=True)
     engine.written()
-    seconds = perf_counter() - begin
-    rate = source.bytes_read / 2**30 / max(seconds, 1e-9)
-    read = f"{source.bytes_read / 2**30:.2f} GiB on this rank in {seconds:.1f} s, {rate:.2f} GiB/s"
-    left = f"; left out: {', '.join(fit.left_out)}" if fit.left_out else ""
-    return f"starting from the weights of {fit.folder.path} ({fit.family.summary}): {read}{left}"
 
 
 def _from_checkpoint(engine: Engine, source: InitialWeights) -> str:

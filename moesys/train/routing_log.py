@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moesys.data import routing_files
+from moesys.data.routing_files import block
 from moesys.moe.record import RoutingRecorder
-from moesys.train import routing_files
 from moesys.train.engine import Engine
-from moesys.train.routing_files import block
 
 
 class RoutingLog:

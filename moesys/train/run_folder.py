@@ -11,7 +11,7 @@ from moesys.errors import FileError
 from moesys.files import write_whole
 from moesys.train.manifest import NAME, newest
 
-FOLDERS = ("beats", "checkpoints", "errors", "logs", "measure", "ray", "routing", "tensorboard", "wandb")
+FOLDERS = ("beats", "checkpoints", "errors", "export", "logs", "measure", "ray", "routing", "tensorboard", "wandb")
 FILES = (
     "config.yaml", "job.sbatch", "launch.lock", "launches.jsonl", "load.jsonl", "metrics.jsonl", "ranks.json",
     "report.html", "summary.json", "wandb.json", "measure/steps.jsonl", "measure/summary.jsonl",

@@ -60,7 +60,7 @@ def _rules(config: Config, world: int | None, with_data: bool) -> list[Problem]:
     """Every rule between keys that `config` breaks."""
     problems = dimension.check(config, world) + training(config.train) + output(config) + engine(config)
     problems += apex(config)
-    return problems + ([*_data(config), *replay(config)] if with_data else [])
+    return problems + ([*_data(config), *gate_files(config)] if with_data else [])
 
 
 def output(config: Config) -> list[Problem]:
@@ -75,7 +75,25 @@ def output(config: Config) -> list[Problem]:
     for key, folder in (("output.runs", config.output.runs), ("data.cache", config.data.cache)):
         if folder is not None and (wrong := no_folder(folder)) is not None:
             problems.append(Problem(key, wrong, "choose another folder"))
-    return problems + recording(config)
+    return problems + recording(config) + export(config)
+
+
+def export(config: Config) -> list[Problem]:
+    """Problems of `output.export`: a model that no family's files can hold."""
+    o, m = config.output, config.model
+    if o.export == "none":
+        if not o.export_checkpoints:
+            return []
+        rule = "needs output.export, which is none"
+        return [Problem("output.export_checkpoints", rule, "set output.export: hf")]
+    from moesys.hub.choose import NoFamily, choose
+
+    try:
+        choose(m if m.vocab_size is not None else m.model_copy(update={"vocab_size": 64}))
+    except NoFamily as error:
+        rule = str(error).partition("\n    remedy:")[0]
+        return [Problem("output.export", rule, "set it to none: moesys generate and moesys eval read checkpoints")]
+    return []
 
 
 def no_folder(given: str) -> str | None:
@@ -125,17 +143,10 @@ def recording(config: Config) -> list[Problem]:
     return [Problem("output.record_routing", rule, "set it to 0")]
 
 
-def replay(config: Config) -> list[Problem]:
-    """Problems if the recording for gate replay is missing or does not fit the model."""
-    from moesys.train import routing_files
-
-    model = config.model
-    if model.moe is None or model.moe.gate.kind != "replay" or model.moe.gate.path is None:
-        return []
-    layers = model.moe_blocks
-    rule = routing_files.wrong(Path(model.moe.gate.path), layers, model.moe.experts)
-    remedy = "record a run of this model with output.record_routing"
-    return [Problem("model.moe.gate.path", rule, remedy)] if rule else []
+def gate_files(config: Config) -> list[Problem]:
+    """Problems of the files that the gate reads."""
+    moe = config.model.moe
+    return moe.router.check_files(config.model.moe_blocks) if moe is not None else []
 
 
 def decay_steps(config: TrainConfig) -> int:

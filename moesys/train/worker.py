@@ -37,6 +37,7 @@ from moesys.train.loop import Trainer
 from moesys.train.metrics import MetricsLog
 from moesys.train.rank import LOG_ONLY
 from moesys.train.routing_log import RoutingLog
+from moesys.train.run_exports import RunExports
 from moesys.train.throughput import Throughput
 
 
@@ -81,10 +82,14 @@ def _train(config: Config, run_dir: Path) -> None:
     routing = RoutingLog(trainer.engine, run_dir / "routing", trainer.step)
     recorder = StepRecorder(config, mesh, run_dir, trainer.step)
     with MetricsLog(config, run_dir, trainer.step) as log:
-        summary = _steps(trainer, log, routing, recorder, folder)
+        exports = RunExports(config, run_dir, mesh.rank == 0)
+        summary = _steps(trainer, log, routing, recorder, folder, exports)
         part()  # the other ranks need not wait for rank 0's last work
         if mesh.rank == 0:
             _write_summary(summary, trainer, run_dir, corpus)  # metrics are served until the end
+            if config.output.export != "none":
+                heartbeat.phase("exporting the model", shown=True)
+                exports.finish(Path(summary["checkpoint"]))
 
 
 def _print_start(said: str) -> None:
@@ -137,7 +142,12 @@ def agree(corpus: Corpus) -> None:
 
 
 def _steps(
-    trainer: Trainer, log: MetricsLog, routing: RoutingLog, recorder: StepRecorder, folder: Path
+    trainer: Trainer,
+    log: MetricsLog,
+    routing: RoutingLog,
+    recorder: StepRecorder,
+    folder: Path,
+    exports: RunExports,
 ) -> dict[str, Any]:
     t, o = trainer.config.train, trainer.config.output
     begin, first = perf_counter(), trainer.step
@@ -164,13 +174,16 @@ def _steps(
         if saves:
             _write_measured(recorder.flush(), log)
             heartbeat.phase("saving a checkpoint")
+            exports.before_saving()
             saved = trainer.save(folder)
+            exports.saved(saved)
     _write_measured(recorder.flush(), log)
     heartbeat.phase("evaluating on held-out data", shown=True)
     heldout = _heldout(trainer)
     if trainer.step > first:
         log.write({"step": trainer.step, **heldout})
         heartbeat.phase("saving the checkpoint", shown=True)
+        exports.before_saving()
         saved = trainer.save(folder)
     faults = trainer.balance.faults()
     return {

@@ -15,8 +15,9 @@ from support import changed
 
 from moesys.config import Config
 from moesys.config.schema import DispatchConfig, GateConfig
+from moesys.data import routing_files
 from moesys.parallel import dimension
-from moesys.train import routing_files, verify
+from moesys.train import verify
 
 EXPERTS, LAYERS, WORLD, STEPS = 4, 1, 4, 2
 KINDS = get_args(GateConfig.model_fields["kind"].annotation)

@@ -39,6 +39,11 @@ MODELS: dict[str, dict] = {
     },
     "latent": {"ffn_hidden": 512, "attention": {**LATENT["attention"], "q_lora_rank": 64, "kv_lora_rank": 64}},
     "ahead": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2}, "mtp": {"depth": 2}},
+    "released": {
+        "ffn_hidden": 512,
+        "rope_scaling": {"kind": "linear", "factor": 2.0},
+        "attention": {"heads": 4, "kv_heads": 2, "sinks": True, "bias": "qkv", "rotary_fraction": 0.5},
+    },
     "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
 }
 KEPT = [

@@ -16,6 +16,7 @@ from support import changed
 
 from moesys.cli import main
 from moesys.config.schema import Config
+from moesys.data import routing_files
 from moesys.launchers.bench_a2a import routed
 from moesys.measure.a2a_benchmark import collective, payload, timing
 from moesys.measure.a2a_benchmark.collective import CollectiveCase
@@ -25,7 +26,6 @@ from moesys.measure.a2a_benchmark.options import BenchmarkOptions
 from moesys.measure.a2a_benchmark.result import CollectiveResult, RankTimes
 from moesys.measure.a2a_benchmark.table import show
 from moesys.measure.a2a_benchmark.timing import timed
-from moesys.train import routing_files
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moesys.data import routing_files
 from moesys.errors import MoesysError
 from moesys.measure.a2a_benchmark import result_file
 from moesys.measure.explain.averages import explain
@@ -24,7 +25,6 @@ from moesys.measure.record.step_files import append, rank_file, read_steps, step
 from moesys.measure.report import perfetto
 from moesys.measure.report import run as report
 from moesys.measure.step import CollectiveSpan, GroupArrival, RankStep, Step
-from moesys.train import routing_files
 
 STRANGE = (None, "N/A", "", "7", -1, 0, 2**70, 1e308, float("nan"), float("inf"), True, [], {}, [1, "x"], {"a": None})
 """What stands where something else was expected."""

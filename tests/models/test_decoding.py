@@ -14,7 +14,7 @@ from moesys.config.schema import ModelConfig
 from moesys.models.decoder import Decoder
 from moesys.models.decoding import decoding, dropless, recomputed
 from moesys.models.key_cache import CachedCore, LatentCache, Ring, Rows
-from moesys.models.parts.gate import describe
+from moesys.models.parts.gates.kind import describe
 
 VOCAB, TOKENS = 50, 24
 PIECES = [7, 1, 1, 5, 1, 1, 1, 7]

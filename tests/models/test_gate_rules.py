@@ -6,8 +6,8 @@ import pytest
 
 from moesys.config.registry import GATES, kinds
 from moesys.config.schema import MoEConfig
-from moesys.models.parts.gate_rules import check
 from moesys.models.parts.gates.cosine import START as described_start
+from moesys.models.parts.gates.rules import check
 from moesys.moe.gates import cosine
 
 MISTAKES = {

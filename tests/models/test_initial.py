@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import moesys.models
 import moesys.moe
 from moesys.config.schema import ModelConfig
-from moesys.models.attention import CausalCore, LatentAttention, SharedKey
+from moesys.models.attention import CausalCore, LatentAttention, SharedKey, Sinks
 from moesys.models.block import Block
 from moesys.models.decoder import Decoder, Embedding
 from moesys.models.layers import FeedForward, Linear, RMSNorm
@@ -27,7 +27,7 @@ from moesys.moe.gates.base import BaseGate
 from moesys.moe.gates.cosine import CosineProjection
 from moesys.moe.gates.dense import DenseGate
 from moesys.moe.gates.expert_choice import CausalExpertChoiceGate, ExpertChoiceGate
-from moesys.moe.gates.hashed import HashGate
+from moesys.moe.gates.hash import HashGate
 from moesys.moe.gates.projection import GateProjection
 from moesys.moe.gates.random import RandomGate
 from moesys.moe.gates.replay import ReplayGate
@@ -44,7 +44,7 @@ from moesys.moe.zero import ZeroExperts, ZeroRule
 H, F, E, V, B, S = 16, 12, 4, 32, 2, 8
 
 RAW = {"hidden": H, "layers": 1, "moe": {"experts": E, "ffn_hidden": F, "bias": True, "shared_experts": 1}}
-GQA = ModelConfig.model_validate(RAW | {"attention": {"heads": 2, "bias": True, "qk_norm": "head"}})
+GQA = ModelConfig.model_validate(RAW | {"attention": {"heads": 2, "bias": True, "qk_norm": "head", "sinks": True}})
 MLA = ModelConfig.model_validate(RAW | {"attention": {"kind": "mla", "heads": 2, "q_lora_rank": 8}})
 
 Run = Callable[[nn.Module], Tensor]
@@ -101,7 +101,7 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (partial(BaseGate, H, E), layer),
     (partial(DenseGate, H, E), layer),
     (partial(ExpertChoiceGate, H, E, 2), layer),
-    (partial(CausalExpertChoiceGate, H, E, 2), layer),
+    (partial(CausalExpertChoiceGate, H, E, 2, bins=8), layer),
     (partial(HashGate, E, 2, 0, True), layer),
     (partial(RandomGate, E, 2, 0), layer),
     (partial(ReplayGate, H, E), layer),
@@ -122,6 +122,7 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (block(GQA, 0).mixer.build, attention),
     (block(MLA, 0).mixer.build, attention),
     (CausalCore, lambda made: made(*torch.randn(3, B, S, 2, 8))),
+    (partial(Sinks, 2), lambda made: made()),
     (SharedKey, lambda made: made(torch.randn(B, S, 8), *rotary_angles(torch.arange(S), 8, 1e4))),
     (partial(Block, GQA, 0), attention),
     (partial(Decoder, GQA, V), lambda made: made(tokens()[..., 1], tokens())),
@@ -151,8 +152,8 @@ def check(module: nn.Module, run: Run) -> None:
     for name, parameter in module.named_parameters():
         if (
             not name.endswith(("bias", "lora_b", "log_temperature"))
-            and "norm" not in name
-            and not isinstance(module, RMSNorm)
+            and not any(word in name for word in ("norm", "sinks"))
+            and not isinstance(module, (RMSNorm, Sinks))
         ):
             assert 0.005 < float(parameter.detach().std()) < 1.5, name
     assert run(module).isfinite().all()

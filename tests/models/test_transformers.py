@@ -110,6 +110,26 @@ def glm4_moe():
     return transformers.Glm4MoeForCausalLM(theirs), {"attention": attention, "ffn_hidden": 48, "moe": moe}
 
 
+def gpt_oss():
+    stretched = {"factor": 32.0, "beta_fast": 4.0, "beta_slow": 1.0, "truncate": False}
+    theirs = transformers.GptOssConfig(
+        **COMMON, num_key_value_heads=2, intermediate_size=24, num_local_experts=4, head_dim=16, sliding_window=5,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1.5e5, "original_max_position_embeddings": 32, **stretched,
+        },
+    )  # fmt: skip
+    attention = {"heads": 4, "kv_heads": 2, "head_dim": 16, "bias": True, "sinks": True}
+    ours = {
+        "layers": {"count": 2, "repeat": ["local moe", "attention moe"]},
+        "attention": attention,
+        "mixers": {"local": {**attention, "window": 5}},
+        "rope_theta": 1.5e5,
+        "rope_scaling": {"kind": "yarn", "original_seq_len": 32, **stretched},
+        "moe": {**MOE, "ffn_hidden": 24, "activation": "clipped_swiglu", "bias": True, "gate": {"bias": True}},
+    }
+    return transformers.GptOssForCausalLM(theirs), ours
+
+
 def llama():
     stretched = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     theirs = transformers.LlamaConfig(
@@ -152,11 +172,22 @@ def theirs_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     path = path.replace("_a_norm", "_a_layernorm")
     if path not in tensors:
         path = path.replace("shared_experts.", "shared_expert.")  # Qwen2-MoE has one
+    if "model.layers.0.mlp.router.bias" in tensors:
+        return of_gpt_oss(path, tensors)
     if path.endswith("experts.fc1"):
         return tensors[path[: -len("fc1")] + "gate_up_proj"].transpose(1, 2).unflatten(2, (2, -1))
     if path.endswith("experts.fc2"):
         return tensors[path[: -len("fc2")] + "down_proj"].transpose(1, 2)
     return rotary_halves(tensors[path], path)
+
+
+def of_gpt_oss(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Its experts lie as ours, with gates and linear parts in turns."""
+    for ours, renamed in {"mlp.gate.": "mlp.router.", "sinks.weight": "sinks", "fc2": "down_proj"}.items():
+        path = path.replace(ours, renamed)
+    if "experts.fc1" in path:
+        return tensors[path.replace("fc1", "gate_up_proj")].unflatten(-1, (-1, 2)).transpose(-1, -2)
+    return tensors[path]
 
 
 def rotary_halves(weight: Tensor, path: str) -> Tensor:
@@ -172,13 +203,13 @@ def rotary_halves(weight: Tensor, path: str) -> Tensor:
 def randomise(model: torch.nn.Module) -> None:
     """Give what starts as zeros other values: biases."""
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             torch.nn.init.normal_(parameter, std=0.1)
 
 
 @pytest.mark.parametrize(
     "make",
-    [mixtral, mixtral_windows, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, glm4_moe, llama],
+    [mixtral, mixtral_windows, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, glm4_moe, gpt_oss, llama],
     ids=lambda f: f.__name__,
 )
 def test_logits_and_gradients_equal_transformers(make):

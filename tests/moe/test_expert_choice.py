@@ -60,7 +60,7 @@ def test_of_tokens_that_are_alike_the_earliest_are_taken():
 
 
 def causal(threshold: list[float] | None = None, k: int = K, factor: float = 1.0) -> CausalExpertChoiceGate:
-    gate = drawn(CausalExpertChoiceGate(H, E, k, factor))
+    gate = drawn(CausalExpertChoiceGate(H, E, k, factor, bins=128))
     gate.reset_state()
     if threshold is not None:
         gate.threshold_E.copy_(torch.tensor(threshold))
@@ -125,7 +125,7 @@ def test_every_token_passes_if_every_expert_is_wanted():
 
 
 def test_thresholds_stay_float32_and_begin_by_themselves():
-    gate = CausalExpertChoiceGate(H, E, 2)
+    gate = CausalExpertChoiceGate(H, E, 2, bins=128)
     assert (gate.threshold_E == -1).all()
     gate.threshold_E.fill_(0.123456789)
     gate.to(torch.bfloat16)

@@ -12,7 +12,7 @@ from moesys.moe import Tokens, noise
 from moesys.moe.gates import PrototypeGate, TopKGate
 from moesys.moe.gates.base import BaseGate
 from moesys.moe.gates.forced import Balanced, Skewed
-from moesys.moe.gates.hashed import HashGate
+from moesys.moe.gates.hash import HashGate
 from moesys.moe.gates.random import RandomGate
 from moesys.moe.gates.sinkhorn import SinkhornGate
 from moesys.moe.losses import Balance

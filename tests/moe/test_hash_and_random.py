@@ -7,7 +7,7 @@ import torch
 from gate_cases import feed_forward, layer, routed, vectors
 
 from moesys.moe import Tokens
-from moesys.moe.gates.hashed import HashGate, balanced_table
+from moesys.moe.gates.hash import HashGate, balanced_table
 from moesys.moe.gates.random import RandomGate
 from moesys.moe.routing import MicroBatch
 

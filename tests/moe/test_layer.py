@@ -123,7 +123,7 @@ def test_a_recomputed_pass_counts_once(kind, reentrant):
         balance = Balance(balance=0.02, global_balance=0.01, z=0.003)
         gate = TopKGate(H, E, K, bias_rate=0.1, capacity=Capacity(0.5), balance=balance)
     else:
-        gate = CausalExpertChoiceGate(H, E, K, z_loss=0.003)
+        gate = CausalExpertChoiceGate(H, E, K, z_loss=0.003, bins=128)
     layer = MoELayer(gate, Experts(E, H, F), shared, mix=mix)
     x = torch.randn(2, T // 2, H, requires_grad=True)
     found = []

@@ -17,7 +17,7 @@ from moesys.config.schema import GateConfig, MoEConfig
 from moesys.models.moe import build_moe
 from moesys.moe import MoELayer, Routing, Tokens
 from moesys.moe.gates.expert_choice import CausalExpertChoiceGate
-from moesys.moe.gates.hashed import HashGate
+from moesys.moe.gates.hash import HashGate
 from moesys.moe.gates.replay import ReplayGate
 
 H, VOCABULARY = 6, 11

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from kept import Allocated, storage
@@ -15,6 +17,7 @@ from moesys.parallel.loss import TokenLoss
 from moesys.parallel.memory import activations
 from moesys.parallel.recompute import prepare
 
+KINDS = ["none", "selective", "full"]
 MLA = {"kind": "mla", "heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 MODELS = {
     "dense": {"ffn_hidden": 1024, "attention": {"heads": 4, "kv_heads": 2}},
@@ -28,20 +31,25 @@ MODELS = {
         "moe": {"experts": 8, "ffn_hidden": 256, "shared_experts": 2, "shared_mix": "residual", "activation": "gelu"}
     },
     "reduced": {"moe": {"experts": 8, "ffn_hidden": 256, "shared_experts": 1, "shared_mix": "cmr"}},
+    "jitter": {"moe": {"experts": 8, "ffn_hidden": 256, "gate": {"kind": "cosine", "jitter": 0.1}}},
+    "soft": {"moe": {"experts": 8, "ffn_hidden": 256, "gate": {"kind": "soft", "slots": 32}}},
+    "smear": {"moe": {"experts": 8, "ffn_hidden": 256, "gate": "smear"}},
     "zero": {"moe": {"experts": 8, "ffn_hidden": 256, "copy_experts": 1, "constant_experts": 2}},
     "latent": {"ffn_hidden": 1024, "attention": MLA},
+    "ahead": {"ffn_hidden": 512, "mtp": {"depth": 2}},
     "ranks": {"ffn_hidden": 512, "attention": {**MLA, "q_lora_rank": 96}},
 }
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "recompute"), [("float32", "none"), ("float32", "selective"), *product(["bfloat16"], KINDS)]
+)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_activations_are_what_is_kept(model, dtype, recompute):
     sequence, batch, vocabulary = 128, 2, 320
     config = Config.model_validate(
         {
-            "model": {"hidden": 256, "layers": 4, **model},
+            "model": {"hidden": 256, "layers": 2, **model},
             "train": {
                 **{"seq_len": sequence, "micro_batch": batch, "global_batch": batch},
                 **{"dtype": dtype, "recompute": recompute},
@@ -49,14 +57,17 @@ def test_activations_are_what_is_kept(model, dtype, recompute):
             "cluster": {"device": "cpu"},
         }
     )
+    torch.manual_seed(0)
     built = Decoder(config.model, vocabulary, getattr(torch, dtype))
     for block in built.blocks():
         prepare(block, recompute, False)
-    tokens = torch.randint(0, vocabulary, (batch, sequence))
+    depth = config.model.predicted
+    tokens = torch.randint(0, vocabulary, (batch, sequence, 2 + depth))  # number, id, and the ids that follow
+    labels = torch.zeros(batch, 1 + depth, sequence, dtype=torch.int64)
     with torch.no_grad():
-        built(tokens)  # it keeps its tables of positions
+        built(tokens[..., 1], tokens)  # it keeps its tables of positions
     with memory_pool.recorded(), Allocated() as allocated:
-        loss = TokenLoss(batch * sequence)(built(tokens), torch.zeros(batch, sequence, dtype=torch.int64))
+        loss = TokenLoss(batch * sequence, weights=[0.1] * depth)(built(tokens[..., 1], tokens), labels)
         sizes = allocated.alive({storage(p) for p in built.parameters()})
     degrees, _ = resolve(config)
     estimate, measured = activations(step_shape(config, degrees, vocabulary, 0)), sum(sizes.values())

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from moesys.hub.family import GROUPED, REQUIRED, Family, Key
+from moesys.hub.family import Family
+from moesys.hub.keys import GROUPED, REQUIRED, Key
+
+DENSE = (
+    *GROUPED,
+    Key("intermediate_size", "ffn_hidden", REQUIRED),
+    Key("attention_bias", "attention.bias", False),
+)
+"""Keys of dense models."""
 
 
 class Llama(Family):
@@ -12,28 +20,5 @@ class Llama(Family):
     summary = "Llama, dense"
     architecture = "LlamaForCausalLM"
     released = ("Llama-3.1-8B", "Llama-3.2-1B")
-    fields = (*GROUPED, Key("intermediate_size", "ffn_hidden", REQUIRED))
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-
-
-class Mistral(Family):
-    """The same with a sliding window."""
-
-    kind = "mistral"
-    summary = "Mistral, dense"
-    architecture = "MistralForCausalLM"
-    released = ("Mistral-7B",)
-    fields = (*Llama.fields, Key("sliding_window", "attention.window", nullable=True))
-
-
-class Qwen3(Family):
-    """The same with a norm of each head's query and key."""
-
-    kind = "qwen3"
-    summary = "Qwen3, dense"
-    architecture = "Qwen3ForCausalLM"
-    released = ("Qwen3-0.6B", "Qwen3-8B")
-    fields = Llama.fields
-    always = {"attention.qk_norm": "head"}
-    only = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
-    ignored = frozenset({"sliding_window", "layer_types"})
+    fields = DENSE
+    only = {"hidden_act": "silu", "mlp_bias": False}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moesys.hub.family import GROUPED, REQUIRED, Family, Key
+from moesys.hub.family import Family
+from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 
 
 class Olmoe(Family):
@@ -13,7 +14,8 @@ class Olmoe(Family):
     architecture = "OlmoeForCausalLM"
     released = ("OLMoE-1B-7B",)
     fields = (
-        *GROUPED,
+        *with_defaults(GROUPED, rms_norm_eps=1e-5),
+        Key("attention_bias", "attention.bias", False),
         Key("clip_qkv", "attention.clip_qkv"),
         Key("intermediate_size", "moe.ffn_hidden", REQUIRED),
         Key("num_experts", "moe.experts", 64),
@@ -22,4 +24,3 @@ class Olmoe(Family):
         Key("router_aux_loss_coef", "moe.balance_loss", 0.01),
     )
     always = {"attention.qk_norm": "full"}
-    only = {"hidden_act": "silu", "attention_bias": False}

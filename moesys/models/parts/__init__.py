@@ -3,10 +3,10 @@
 axes          named axes, weights and kept activations
 part          the base of all parts
 mixers/       kinds of attention, one file each
-gates/        kinds of gates, one file each
+gates/        kinds of gates, one file each; their base is in `kind`, rules between their keys in `rules`
 feed_forward  dense feed-forwards, and shared experts
 moe           MoE layers: gate, experts, mix
 model         a whole model as a list of parts
 
-`gate_rules`, `expert_rules`, `pattern_rules` and `rope_rules` hold the rules between keys of the model alone.
+`expert_rules`, `pattern_rules` and `rope_rules` hold the rules between other keys of the model alone.
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from moesys.config.schema import ModelConfig
 
-Style = Literal["heads", "summed", "replicated"]
+Style = Literal["heads", "summed", "own"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Mixer(Part, Described):
         path: the section's dotted key, for messages.
         styles: by module, how tensor parallelism treats what cannot follow from the axes of its weights. "heads": it
             works on heads that are split (dim 2 of [B, S, h, d]); "summed": its output is whole and used by each rank's
-            own heads, so that gradients are summed.
+            own heads, so that gradients are summed. "own": it has no input, and gives a number per head.
         remembers: whether `caches` lets it decode a sequence token by token; otherwise each token computes the whole
             sequence again.
     """

@@ -100,12 +100,15 @@ class PredictionInput(Part):
         yield Weight("project.weight", (hidden, Axis("both", 2 * self.hidden)), on_stream=True)
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
-        """The inputs of the norms, and both norms' outputs side by side; selective recomputation keeps the product."""
+        """The inputs of the norms, and both norms' outputs side by side."""
         split = shape.degrees.tp > 1 and run.parallel.sp
         for _ in range(2):
             yield from kept_by_norm(self.hidden, "stream", split, run)
-        yield Kept(2 * self.hidden, "stream", selective=False)
-        yield Kept(self.hidden, "stream", plain=False)
+        yield Kept(2 * self.hidden, "stream")
+
+    def products(self) -> Iterator[Kept]:
+        """The stream that enters the block."""
+        yield Kept(self.hidden, "stream", plain=False, selective=True)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesys.errors import Problem
-from moesys.models.parts import expert_rules, gate, gate_rules
+from moesys.models.parts import expert_rules
 from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 from moesys.models.parts.feed_forward import DenseFeedForward
+from moesys.models.parts.gates import rules as gate_rules
+from moesys.models.parts.gates.kind import GateKind, describe, experts_apart
 from moesys.models.parts.part import Part
 
 if TYPE_CHECKING:
@@ -55,9 +57,9 @@ class MoEFeedForward(Part):
     layer: int
 
     @cached_property
-    def gate(self) -> gate.GateKind:
+    def gate(self) -> GateKind:
         """Its gate."""
-        return gate.describe(self.m)
+        return describe(self.m)
 
     @cached_property
     def shared(self) -> DenseFeedForward | None:
@@ -148,7 +150,7 @@ class MoEFeedForward(Part):
         if m.constant_experts:
             # They multiply in float32, and add up to one row.
             yield Kept(self.hidden, "tokens", shape.width < 4, selective=True, width=4)
-        yield Kept(4 * m.experts, "tokens", width=4)
+        yield from gate.kept(self.hidden, shape)
         yield Kept(self.hidden, "tokens", selective=True)  # the tokens
         yield from self._after_experts(run, shape)
         if self.shared is not None:
@@ -162,12 +164,12 @@ class MoEFeedForward(Part):
     def _after_experts(self, run: Any, shape: Any) -> Iterator[Kept]:
         """What selective recomputation keeps for what follows the experts: their sums, and the stream beside the layer.
 
-        Where rows travel, or FSDP gathers experts as they are called, that is a part of its own (`Block.finish`). Of
-        such a part nothing is kept unless backward needs any of it, and a sum alone needs none.
+        With experts apart that is a part of its own (`Block.finish`). Of such a part nothing is kept unless backward
+        needs any of it, and a sum alone needs none.
         """
         d, m = shape.degrees, self.m
         multiplied = MIX_BRANCHES[m.shared_mix] + m.copy_experts + m.constant_experts
-        if d.ep * d.etp * d.dp_shard == 1 or multiplied:
+        if multiplied or not experts_apart(shape):
             yield Kept(self.hidden, "tokens", plain=False, selective=True)
             yield Kept(self.hidden, "stream", plain=False, selective=True)
             if d.tp > 1 and not run.parallel.sp:

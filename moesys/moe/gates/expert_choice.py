@@ -75,17 +75,24 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
     a micro-batch's load is balanced on average only. Before the first step, every token takes its k best
     experts. In the manner of the causal variants of expert choice; no paper fixes one.
 
+    Args:
+        hidden, experts, top_k, capacity_factor, z_loss: see `ExpertChoiceGate`.
+        bins: bins of the histogram, of equal ratio over scores from 2^−OCTAVES to 1.
+
     Buffers:
         threshold_E: float32 [E], −1 before the first step.
     """
 
-    BINS, OCTAVES, PACE = 128, 16, 0.1
-    """Bins of the histogram, of equal ratio over scores from 2^−OCTAVES to 1; share of one step in the threshold."""
+    OCTAVES, PACE = 16, 0.1
+    """Range of the histogram; share of one step in the threshold."""
 
     threshold_E: Tensor
 
-    def __init__(self, hidden: int, experts: int, top_k: int, capacity_factor: float = 1.0, z_loss: float = 0.0):
+    def __init__(
+        self, hidden: int, experts: int, top_k: int, capacity_factor: float = 1.0, z_loss: float = 0.0, *, bins: int
+    ):
         super().__init__(hidden, experts, top_k, capacity_factor, z_loss)
+        self.bins = bins
         self.register_buffer("threshold_E", torch.full((experts,), -1.0))
         self.histogram_EB: Tensor | None = None
 
@@ -106,16 +113,16 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
         return taken_TE if tokens.real_T is None else taken_TE & tokens.real_T[:, None]
 
     def _counts(self, score_TE: Tensor) -> Tensor:
-        """Tokens per expert and bin: int64 [E, BINS]."""
+        """Tokens per expert and bin: int64 [E, bins]."""
         # NaN is in no bin, and its step counts for nothing.
-        place = ((score_TE.log2() / self.OCTAVES + 1) * self.BINS).nan_to_num(0.0).clamp(0, self.BINS - 1).long()
-        row = torch.arange(self.experts, device=score_TE.device) * self.BINS
-        return occurrences(place + row, self.experts * self.BINS).view(-1, self.BINS)
+        place = ((score_TE.log2() / self.OCTAVES + 1) * self.bins).nan_to_num(0.0).clamp(0, self.bins - 1).long()
+        row = torch.arange(self.experts, device=score_TE.device) * self.bins
+        return occurrences(place + row, self.experts * self.bins).view(-1, self.bins)
 
     def step_statistics(self) -> Tensor:
         found, self.histogram_EB = self.histogram_EB, None
         if found is None:
-            return self.threshold_E.new_zeros(self.experts * self.BINS)
+            return self.threshold_E.new_zeros(self.experts * self.bins)
         return found.flatten()
 
     def skip_step(self) -> None:
@@ -123,7 +130,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
 
     def after_step(self, total: Tensor) -> None:
         """Move the thresholds by the step's histograms, `total` [E · bins]."""
-        passed = self._quantile(total.view(self.experts, self.BINS).double())
+        passed = self._quantile(total.view(self.experts, self.bins).double())
         old = self.threshold_E.double()
         moved = torch.exp2(old.clamp(min=NONE).log2().lerp(passed.log2(), self.PACE))
         self.threshold_E.copy_(torch.where(old < 0, passed, moved))
@@ -135,7 +142,7 @@ class CausalExpertChoiceGate(ExpertChoiceGate):
             return torch.full_like(count_EB[:, 0], NONE)
         below_EB = count_EB.cumsum(1)
         wanted_E1 = (1 - share) * below_EB[:, -1:]
-        bin_E1 = torch.searchsorted(below_EB, wanted_E1).clamp(max=self.BINS - 1)
+        bin_E1 = torch.searchsorted(below_EB, wanted_E1).clamp(max=self.bins - 1)
         inside_E1 = count_EB.gather(1, bin_E1)
         part = (wanted_E1 - below_EB.gather(1, bin_E1) + inside_E1) / inside_E1.clamp(min=1)
-        return torch.exp2(((bin_E1 + part) / self.BINS - 1) * self.OCTAVES).squeeze(1)
+        return torch.exp2(((bin_E1 + part) / self.bins - 1) * self.OCTAVES).squeeze(1)

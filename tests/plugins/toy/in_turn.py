@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesys.config.section import Section, Seed
 from moesys.models.parts.axes import Weight
-from moesys.models.parts.gate import NOT_LEARNED, GateKind
+from moesys.models.parts.gates.kind import NOT_LEARNED, GateKind
 from moesys.moe.gates.gate import Gate
 from moesys.moe.gates.per_token import route_evenly
 from moesys.moe.routing import MicroBatch, Routing, Tokens

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import log
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesys.config.section import Dim
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Weight
-from moesys.models.parts.gate import ChoiceKeys
+from moesys.models.parts.axes import Axis, Kept, Weight
+from moesys.models.parts.gates.kind import SCORE, ChoiceKeys
 from moesys.models.parts.gates.top_k import TokenChoice, check_groups, check_second
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ class Cosine(TokenChoice):
         yield Weight("projection.down", (low, Axis("hidden", hidden)))
         yield Weight("projection.weight", (Axis("candidate", self.candidates), low), normalized=True)
         yield Weight("projection.log_temperature", (Axis("one", 1),), "temperature", start=START)
+
+    def kept(self, hidden: int, shape: Any) -> Iterator[Kept]:
+        """The tokens in float32, too; jitter makes them so."""
+        yield from super().kept(hidden, shape)
+        if shape.width < SCORE and not self.moe.gate.jitter:
+            yield Kept(hidden, "tokens", width=SCORE)
 
     def check(self) -> list[Problem]:
         """What k, weights and groups must be."""

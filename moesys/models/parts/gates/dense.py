@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moesys.models.parts.gate import FIXED, WEIGHTS, GateKind
+from moesys.models.parts.gates.kind import FIXED, WEIGHTS, GateKind
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moesys.config.section import Section
 from moesys.models.parts.axes import Exchange
-from moesys.models.parts.gate import BALANCE, CAPACITY, WEIGHTS, ZERO, GateKind, gathered_scores
+from moesys.models.parts.gates.kind import BALANCE, CAPACITY, WEIGHTS, ZERO, GateKind, gathered_scores
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate
@@ -64,5 +64,5 @@ for comparison, unless `causal`"
         from moesys.moe.gates.expert_choice import CausalExpertChoiceGate, ExpertChoiceGate
 
         m = self.moe
-        made = CausalExpertChoiceGate if m.gate.causal else ExpertChoiceGate
-        return made(hidden, m.experts, m.top_k, m.capacity_factor or 1.0, m.z_loss)
+        given = (hidden, m.experts, m.top_k, m.capacity_factor or 1.0, m.z_loss)
+        return CausalExpertChoiceGate(*given, bins=BINS) if m.gate.causal else ExpertChoiceGate(*given)

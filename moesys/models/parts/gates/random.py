@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moesys.models.parts.axes import Weight
-from moesys.models.parts.gate import NOT_LEARNED, ForceKeys, GateKind
+from moesys.models.parts.gates.kind import NOT_LEARNED, ForceKeys, GateKind
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate

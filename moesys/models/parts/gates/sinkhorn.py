@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moesys.models.parts.axes import Exchange
-from moesys.models.parts.gate import FIXED, WEIGHTS, ForceKeys, GateKind, gathered_scores
+from moesys.models.parts.gates.kind import FIXED, WEIGHTS, ForceKeys, GateKind, gathered_scores
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from moesys.models.parts.axes import Weight
-from moesys.models.parts.gate import NOT_LEARNED, GateKind
+from moesys.models.parts.axes import Kept, Weight
+from moesys.models.parts.gates.kind import NOT_LEARNED, SCORE, GateKind, experts_apart
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate
@@ -42,6 +43,18 @@ class Smear(GateKind):
     def token_by_token(self) -> bool:
         """The merged expert is made by all tokens."""
         return False
+
+    def kept(self, hidden: int, shape: Any) -> Iterator[Kept]:
+        """The merged expert of each sequence.
+
+        Selective recomputation keeps what merges it, in float32; with experts apart it repeats nothing.
+        """
+        m = self.moe
+        merged = ((2 if m.gated else 1) + 1) * m.ffn_hidden * hidden / shape.config.train.seq_len
+        apart = experts_apart(shape)
+        yield Kept(merged, "tokens", selective=apart)
+        if not apart:
+            yield Kept(merged, "tokens", plain=False, selective=True, width=SCORE)
 
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from moesys.config.section import Dim, Field, PositiveFloat, Section
@@ -39,6 +40,8 @@ class GroupedQueryKeys(HeadsKeys):
     Qwen2-MoE, GLM-4.5)."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """gqa: RMSNorm of queries and keys: none, per head (Qwen3) or over all heads together (OLMoE)."""
+    sinks: bool = False
+    """gqa: a learned logit per head joins the softmax's denominator, so that a head may attend to nothing (GPT-OSS)."""
     rotary_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     """gqa: share of each head, its first elements, that rotary positions turn (GLM-4.5 and MiniMax-M2: 0.5); 0: no
     positions."""
@@ -50,6 +53,7 @@ class GroupedQueryKeys(HeadsKeys):
 NATIVE_ONLY = {
     "softmax_scale": "a factor on scores of one's own",
     "rotary_fraction": "a rotation of a part of each head",
+    "sinks": "a sink per head",
 }
 """Keys that `engine: megatron` does not follow, in words."""
 
@@ -62,7 +66,7 @@ class GroupedQuery(Mixer):
     aliases = ("mha", "mqa", "multi_head")
     keys = GroupedQueryKeys
     decides = dict.fromkeys(("softmax_scale", "rotary_fraction", "window"), "MEANT")
-    styles = {"q_norm": "heads", "k_norm": "heads"}
+    styles = {"q_norm": "heads", "k_norm": "heads", "sinks": "own"}
     remembers = True
 
     @property
@@ -102,6 +106,8 @@ class GroupedQuery(Mixer):
             full, one = self.a.qk_norm == "full", Axis("head_dim", self.head_dim)
             yield Weight("q_norm.weight", (self._heads if full else one,), "norm")
             yield Weight("k_norm.weight", (self._kv_heads if full else one,), "norm")
+        if self.a.sinks:
+            yield Weight("sinks.weight", (replace(self._heads, each=1),), "bias")
 
     def flops(self, seq_len: int) -> float:
         """Scores and sums over the keys that a query sees on average."""
@@ -179,4 +185,5 @@ class GroupedQuery(Mixer):
             eps=self.model.norm_eps,
             window=a.window,
             scale=a.softmax_scale,
+            sinks=a.sinks,
         )

@@ -1,4 +1,4 @@
-"""Inputs of gates from a step: the numbers of its tokens, and sums over its global batch."""
+"""Statistics of gates over the global batch of a step, and the numbers of its tokens."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import yaml
 from support import changed
 
 from moesys import cli
+from moesys.data import routing_files
 from moesys.errors import ConfigError, DataError
-from moesys.train import routing_files
 from moesys.train.validate import load_checked
 
 E = 4

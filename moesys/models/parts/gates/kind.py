@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from moesys.config.registry import GATES, Described, kinds, used, users
 from moesys.config.section import AtMost, Experts, Field, Fraction, Section, Seed
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Exchange, Weight
+from moesys.models.parts.axes import Axis, Exchange, Kept, Weight
 
 if TYPE_CHECKING:
+    import torch
+
     from moesys.config.schema import MoEConfig
+    from moesys.data.corpus import Corpus
     from moesys.moe.gates import Gate
 
 ZERO = frozenset({"zero_experts", "copy_experts", "constant_experts", "zero_variant", "zero_tau"})
@@ -20,10 +23,10 @@ CAPACITY = frozenset({"eval_capacity_factor", "min_capacity", "drop", "pad_to_ca
 BALANCE = frozenset(
     {
         *("balance_loss", "sequence_balance_loss", "global_balance_loss", "balance_counts"),
-        *("importance_loss", "load_loss", "bias_rate"),
+        *("importance_loss", "load_loss", "bias_rate", "selection_bias"),
     }
 )
-WEIGHTS = frozenset({"normalize", "scale"})
+WEIGHTS = frozenset({"normalize", "normalize_min", "scale"})
 FIXED = frozenset({"capacity_factor"}) | CAPACITY | BALANCE | ZERO
 NOT_LEARNED = frozenset({"z_loss"}) | FIXED | WEIGHTS
 
@@ -170,6 +173,11 @@ class GateKind(Described):
         """Its parameters: one linear map from tokens to candidates."""
         yield Weight("projection.weight", (Axis("candidate", self.candidates), Axis("hidden", hidden)))
 
+    def kept(self, hidden: int, shape: Any) -> Iterator[Kept]:
+        """What it keeps for backward beside tokens and experts' rows; `shape`: a `moesys.parallel.cost.StepShape`."""
+        yield Kept(4 * self.candidates, "tokens", width=4)
+        yield Kept(self.candidates, "tokens", plain=False, selective=True, width=4)
+
     def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
         """Collectives of one forward pass in training over `tokens` of `sequences`, the whole micro-batch."""
         yield from ()
@@ -188,9 +196,30 @@ class GateKind(Described):
         """Rules between its keys that are broken, beside those of all gates."""
         return []
 
+    def check_files(self, layers: Sequence[int]) -> list[Problem]:
+        """Faults of files that it reads, for a model with MoE blocks `layers`. A dry run does not ask."""
+        return []
+
     def build(self, hidden: int, layer: int) -> Gate:
         """The gate of block `layer`, whose number makes random routing differ between layers."""
         raise NotImplementedError
+
+    def prepare(self, gates: Mapping[int, Gate], corpus: Corpus, device: torch.device) -> None:
+        """Give the built gates of this rank, by block, what they know of files and of the training data.
+
+        Raises:
+            DataError: a file is missing, or is not of this model.
+        """
+
+
+def experts_apart(shape: Any) -> bool:
+    """Whether experts lie between the parts that selective recomputation repeats (`Block.parts`).
+
+    So they do where rows travel, and where FSDP gathers experts as they are called. `shape`: as for `GateKind.kept`.
+    """
+    d = shape.degrees
+    apart: bool = d.ep * d.etp * d.dp_shard > 1
+    return apart
 
 
 NUMBER, SCORE = 8, 4

@@ -1,0 +1,144 @@
+"""Every family of released models against transformers: logits, loss, every gradient, and config.json both ways."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import released_models as released
+import torch
+from released_models import CASES, Case
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moesys.config.schema import ModelConfig
+from moesys.hub.family import Derived, Family, families, meant, nested
+from moesys.hub.fit import fit
+from moesys.hub.folder import Folder, open_folder
+from moesys.hub.mapping import whole
+from moesys.hub.weights import ReleasedWeights
+
+TOLERANCE = 1e-5
+"""Largest difference, relative to the largest number of a tensor."""
+CANCELLING = {"attention.sinks.weight": 1e-4}
+"""The same of gradients that are sums over all tokens and nearly cancel, by the end of their names."""
+
+
+@dataclass
+class Imported:
+    """A model by transformers, its folder, and what moesys reads of it."""
+
+    case: Case
+    theirs: Any
+    folder: Folder
+    family: Family
+    derived: Derived
+
+    @property
+    def model(self) -> ModelConfig:
+        """Our model section."""
+        return section(self.derived)
+
+
+def section(derived: Derived) -> ModelConfig:
+    return ModelConfig.model_validate(nested(derived.values))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.id)
+def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Imported]:
+    theirs, path = released.build(request.param), tmp_path_factory.mktemp("released")
+    released.save(theirs, path)
+    folder = open_folder(path)
+    family = families()[folder.config["model_type"]]
+    derived = family.read(folder.config, folder.tensors)
+    assert not derived.problems
+    yield Imported(request.param, theirs, folder, family, derived)
+
+
+def close(ours: Tensor, theirs: Tensor, what: str) -> None:
+    scale = theirs.abs().max().item()
+    assert scale > 0, f"{what} is all zero"
+    tolerance = next((t for end, t in CANCELLING.items() if what.endswith(end)), TOLERANCE)
+    assert (ours - theirs).abs().max().item() <= tolerance * scale, what
+
+
+def gradients(theirs: nn.Module, case: Case, path: Path) -> Folder:
+    """A folder with the gradients of transformers' model in place of its weights, by its own names and orders."""
+    twin = released.build(case)
+    mine = dict(twin.named_parameters())
+    with torch.no_grad():
+        for tensor in twin.buffers():
+            tensor.zero_()
+        for name, parameter in theirs.named_parameters():
+            mine[name].copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    released.save(twin, path)
+    return open_folder(path)
+
+
+def test_logits_loss_and_every_gradient_are_those_of_transformers(imported: Imported, tmp_path: Path) -> None:
+    model, tokens = imported.model, released.tokens()
+    fitting = fit(imported.folder, model, released.VOCAB)
+    ours = released.filled(fitting, model)
+    logits = ours(tokens)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    theirs = imported.theirs(tokens, labels=tokens)
+    theirs.loss.backward()
+    assert len({tensor.file for tensor in imported.folder.tensors.values()}) > 1
+    close(logits, theirs.logits, "logits")
+    close(loss, theirs.loss, "loss")
+    source = ReleasedWeights(fit(gradients(imported.theirs, imported.case, tmp_path), model, released.VOCAB))
+    for name, parameter in ours.named_parameters():
+        wanted = torch.empty_like(parameter)
+        source.read_into(wanted, name, whole(parameter.shape))
+        assert parameter.grad is not None, name
+        close(parameter.grad, wanted, name)
+
+
+def test_config_is_read_as_it_is_written(imported: Imported) -> None:
+    family, model = imported.family, imported.model
+    assert family.differences(model) == []
+    back = family.read(family.write(model))
+    assert not back.problems
+    assert meant(section(back)) == meant(model)
+
+
+NOT_OF_THE_MODEL = {
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "max_position_embeddings", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "eod_token_id", "sep_token_id", "_name_or_path"),
+    *("pretraining_tp", "max_window_layers", "id2label", "label2id", "output_router_logits", "chunk_size_feed_forward"),
+}
+"""Keys of config.json that moesys does not write, or not as they were, and that change no number."""
+
+
+def test_transformers_reads_the_written_config_as_the_original(imported: Imported) -> None:
+    original = imported.theirs.config.to_dict()
+    written = CONFIG_MAPPING[imported.case.family].from_dict(imported.family.write(imported.model)).to_dict()
+    rotary = original["rope_parameters"]
+    written["rope_parameters"] = {key: written["rope_parameters"].get(key) for key in rotary}
+    differ = {key: (value, written.get(key)) for key, value in original.items() if written.get(key) != value}
+    one_group = {"n_group": (None, 1), "topk_group": (None, 1)}
+    assert {k: p for k, p in differ.items() if k not in NOT_OF_THE_MODEL and p != one_group.get(k)} == {}
+
+
+def test_older_files_say_the_same_of_rotary_positions(imported: Imported) -> None:
+    raw = dict(imported.folder.config)
+    new = dict(raw.pop("rope_parameters"))
+    share, kind = new.pop("partial_rotary_factor", None), new.pop("rope_type")
+    raw["rope_theta"] = new.pop("rope_theta")
+    raw |= {} if share is None else {"partial_rotary_factor": share}
+    raw["rope_scaling"] = None if kind == "default" else {"type": kind, **new}
+    assert imported.family.read(raw, imported.folder.tensors).values == imported.derived.values
+
+
+@pytest.mark.parametrize("kind", sorted({family.kind for family in families().values()}))
+def test_absent_keys_mean_what_they_mean_to_transformers(kind: str) -> None:
+    family = families()[kind]
+    full = CONFIG_MAPPING[kind](hidden_size=960, num_attention_heads=12).to_dict()
+    needed = {key.theirs: full[key.theirs] or 4 for key in family.fields if key.required}
+    needed |= {"model_type": kind, "num_hidden_layers": full["num_hidden_layers"]}
+    said, unsaid = family.read(full | needed), family.read(needed)
+    assert not said.problems
+    assert meant(section(unsaid)) == meant(section(said))
