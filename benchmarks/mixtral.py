@@ -19,7 +19,6 @@ from moesys.models.parts.model import mixers
 from moesys.train.loop import Trainer
 from moesys.train.optimizer import build, learning_rate
 
-
 SHAPE = (
     "vocab_size", "hidden", "layers", "tie_embeddings", "norm_eps", "rope_theta", "init_std", "attention.heads",
     "attention.kv_heads", "attention.head_dim", "moe.experts", "moe.top_k", "moe.ffn_hidden", "moe.balance_loss",

@@ -10,6 +10,7 @@ from moesys.hub.family import Derived, Family
 from moesys.hub.keys import COMMON, REQUIRED, Key, with_defaults
 from moesys.hub.mapping import halves_from_pairs
 from moesys.models.parts.mixer import Mixer
+from moesys.words import plural
 
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
@@ -120,7 +121,8 @@ class SigmoidMoE(DeepSeekMoE):
         if tensors is None or any(name.startswith(prefix) for name in tensors):
             found.values["mtp.depth"] = count
         else:
-            found.notes.append(f"config.json names {count} blocks of multi-token prediction, which the files lack")
+            named = plural(count, "block")
+            found.notes.append(f"config.json names {named} of multi-token prediction, and the files have none")
 
     def copies(self, model: ModelConfig) -> dict[str, str]:
         """Blocks of multi-token prediction have the embedding and the head, too."""

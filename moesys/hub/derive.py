@@ -50,7 +50,7 @@ def released(path: Path) -> Released:
     """
     folder = open_folder(path)
     family = family_of(folder)
-    return Released(folder, family, family.read(folder.config))
+    return Released(folder, family, family.read(folder.config, folder.tensors))
 
 
 def expand(tree: Entry, problems: list[Problem]) -> Entry:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pydantic import ValidationError
 
 from moesys.config.differences import flat
-from moesys.config.registry import MIXERS, Described, Slot, kinds, used
+from moesys.config.registry import FAMILIES, MIXERS, Described, kinds, used
 from moesys.config.schema import ModelConfig
 from moesys.errors import Problem
 from moesys.hub import blocks
@@ -26,8 +26,6 @@ from moesys.models.parts.axes import Axis, Weight
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import block
 from moesys.models.size import weights
-
-FAMILIES = Slot("families of released models", "moesys.hub.families", "moesys.families", "model.from")
 
 
 @dataclass
@@ -135,7 +133,7 @@ class Family(Described):
         depth = raw.get("num_hidden_layers")
         if not isinstance(depth, int) or depth < 1:
             found.refuse("num_hidden_layers", "must be the number of blocks", "copy config.json again, or add the key")
-            return
+            depth = 1
         moe = self.moe_blocks(raw, found, depth)
         if not any(moe):
             found.values = {key: value for key, value in found.values.items() if not key.startswith("moe.")}
@@ -168,7 +166,8 @@ class Family(Described):
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model, without what tokens and types mean."""
-        ours = meant(model) | {"ffn_hidden": model.ffn_hidden}
+        # Readers ask for the size of dense blocks where there are none, too.
+        ours = meant(model) | {"ffn_hidden": model.ffn_hidden or (model.moe.ffn_hidden if model.moe else None)}
         raw: dict[str, Any] = {"model_type": self.kind, "architectures": [self.architecture], **self.only}
         for key in self.fields:
             if key.ours in ours and (ours[key.ours] is not None or key.default not in (None, REQUIRED)):

@@ -18,6 +18,6 @@ def build(config, barrier, results, delay):
         write(*arguments)
 
     corpus.tokenized.write = slowly
-    barrier.wait(60)
+    barrier.wait(600)
     opened = open_corpus(config)
     results.put((len(made), len(opened.train), int(opened.train[:].sum()), int(opened.heldout[:].sum())))

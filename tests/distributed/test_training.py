@@ -46,6 +46,6 @@ def test_compiled_blocks_compute_the_same(small):
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(small):
     """The one that hangs would sleep for ten minutes: that process 0 fails is the timeout's work."""
-    change = {"parallel": {"ep": 2}, "cluster": {"ranks_per_node": 2}, "launch": {"timeout_s": 5.0}}
+    change = {"parallel": {"ep": 2}, "cluster": {"ranks_per_node": 2}, "launch": {"timeout_s": 10.0}}
     with pytest.raises(LaunchError, match=r"^process 0 failed: waited for another rank in vain: .*[Tt]im(ed )?out"):
         verify.trace(Config.model_validate(changed(small, change)), 2, 1, prepare=stall_the_second_rank)

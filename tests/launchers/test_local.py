@@ -97,8 +97,6 @@ def test_workers_deaf_to_sigterm_are_killed(launched):
     run.wait_until_training()
     run.process.send_signal(signal.SIGINT)
     assert run.finish()[0] == 130
-    asked = sorted(path.name for path in run.run_dir.glob("asked-*"))
-    assert asked == ["asked-0", "asked-1"], "they were asked first, and had time to hear it"
     assert not run.alive()
 
 

@@ -59,11 +59,37 @@ def test_what_a_process_started_ends_with_it(tmp_path):
         time.sleep(0.01)
 
 
+LONG_S = 600.0
+"""A grace that ends on no machine before a process that hears SIGTERM."""
+
+
 def test_ending_is_gentle_first_and_harmless_twice(tmp_path):
     processes = start(tmp_path, SLEEP, 2)
-    processes.end()
-    processes.end()
+    processes.end(LONG_S)
+    processes.end(LONG_S)
     assert {end.signal for end in processes.ended().values()} == {signal.SIGTERM}
+
+
+def on_sigterm(tmp_path: Path, handler: str) -> Processes:
+    """Two processes that have set this handler."""
+    code = f"import os, signal; from pathlib import Path; signal.signal(signal.SIGTERM, {handler}); "
+    code += f"Path({str(tmp_path)!r}, 'set-' + os.environ['NUMBER']).touch(); {SLEEP}"
+    processes = start(tmp_path, code, 2)
+    while len(list(tmp_path.glob("set-*"))) < 2:
+        time.sleep(0.01)
+    return processes
+
+
+def test_who_hears_sigterm_ends_by_itself(tmp_path):
+    processes = on_sigterm(tmp_path, "lambda *_: os._exit(3)")
+    processes.end(LONG_S)
+    assert set(processes.ended().values()) == {ExitStatus(3)}
+
+
+def test_who_is_deaf_to_sigterm_is_killed_after_the_grace(tmp_path):
+    processes = on_sigterm(tmp_path, "signal.SIG_IGN")
+    processes.end(0.1)
+    assert set(processes.ended().values()) == {ExitStatus(137, signal.SIGKILL)}
 
 
 def test_a_missing_program_is_an_exit_not_a_hang(tmp_path):

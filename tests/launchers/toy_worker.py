@@ -2,7 +2,7 @@
 
 `python toy_worker.py RUN_DIR` for the local launcher, `toy_worker:run` for Ray. What it does is in the
 environment variable MOESYS_TOY: "ok", "fail" (rank 1 raises a DataError), "wait" (until killed),
-"stubborn" (the same, notes a SIGTERM and goes on). MOESYS_TOY_TIMEOUT: seconds that its steps wait for other ranks.
+"stubborn" (the same, deaf to SIGTERM). MOESYS_TOY_TIMEOUT: seconds that its steps wait for other ranks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def behave(mode: str, rank: int, barrier: Callable[[], None], run_dir: Path) -> 
     if mode == "fail" and rank == 1:
         raise DataError("the corpus is empty")
     if mode == "stubborn":
-        signal.signal(signal.SIGTERM, lambda *_: (run_dir / f"asked-{rank}").touch())
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     steps = 5 if mode == "ok" else 10**6
     for step in range(1, steps + 1):
         heartbeat.step(step)

@@ -14,7 +14,7 @@ import transformers
 from moesys.config.load import load
 from moesys.config.schema import ModelConfig
 from moesys.kernels import activation
-from moesys.models.size import parameters
+from moesys.models.size import parameters, prediction_parameters
 
 MODELS = {path.stem: path for path in (Path(__file__).parents[2] / "configs" / "models").glob("*.yaml")}
 
@@ -143,7 +143,8 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def ours(name: str) -> ModelConfig:
-    return load(MODELS[name]).config.model
+    """The model without multi-token prediction, which reports count apart, and transformers has apart."""
+    return load(MODELS[name]).config.model.model_copy(update={"mtp": None})
 
 
 @cache
@@ -175,6 +176,12 @@ def test_sizes_are_those_published(name):
     if name in WITHOUT_EMBEDDINGS:
         rest = total - 2 * model.vocab_size * model.hidden
         assert as_published(rest, WITHOUT_EMBEDDINGS[name]) == WITHOUT_EMBEDDINGS[name]
+
+
+def test_multi_token_prediction_of_deepseek_v3_is_as_large_as_its_file_says():
+    model = load(MODELS["deepseek-v3"]).config.model
+    added = prediction_parameters(model, model.vocab_size)[0]
+    assert f"and {as_published(added, '0.1')}B more" in MODELS["deepseek-v3"].read_text()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

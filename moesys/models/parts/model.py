@@ -37,6 +37,10 @@ class Norm(Part):
         """Its input."""
         yield from kept_by_norm(self.hidden, "stream", shape.degrees.tp > 1 and run.parallel.sp, run)
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Its output."""
+        yield Kept(self.hidden, "stream")
+
 
 def norm_weights(prefix: str, hidden: int, kind: str) -> Iterator[Weight]:
     """The weights of a norm of the stream of a kind of `model.norm`."""
@@ -52,12 +56,13 @@ class Embedding(Part):
 
     vocab: int
     hidden: int
+    tied: bool = False
     reads = False
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
         axes = (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden))
-        yield Weight("weight", axes, looked_up=True)
+        yield Weight("weight", axes, looked_up=True, makes_logits=self.tied)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Head(Part):
     def weights(self) -> Iterator[Weight]:
         """A row per entry, and a bias for each."""
         vocab = Axis("vocab", self.vocab, key="model.vocab_size")
-        yield Weight("weight", (vocab, Axis("hidden", self.hidden)))
+        yield Weight("weight", (vocab, Axis("hidden", self.hidden)), makes_logits=True)
         if self.bias:
             yield Weight("bias", (vocab,), "bias")
 
@@ -131,6 +136,10 @@ class PredictionInput(Part):
         """The stream that enters the block."""
         yield Kept(self.hidden, "stream", plain=False, selective=True)
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Those of the norms, too."""
+        yield Kept(3 * self.hidden, "stream")
+
 
 @dataclass(frozen=True)
 class BlockParts:
@@ -177,7 +186,7 @@ def mixers(model: ModelConfig) -> list[Mixer]:
 
 def parts(model: ModelConfig, vocab_size: int) -> Iterator[Placed]:
     """Every part of a model in the order of `moesys.models.Decoder`."""
-    yield Placed(Embedding(vocab_size, model.hidden), "embed.")
+    yield Placed(Embedding(vocab_size, model.hidden, model.tie_embeddings), "embed.")
     for layer in range(model.blocks):
         both, prefix, predicts = block(model, layer), f"layers.{layer}.", layer >= model.depth
         if predicts:
