@@ -214,12 +214,23 @@ class ModelConfig(Section):
     """Multi-token prediction in training; null: none. Evaluation leaves it out."""
     tie_embeddings: bool = False
     """Use the embedding's weight as the output head."""
+    head_bias: bool = False
+    """A bias on the logits (Phi-3.5-MoE)."""
+    norm: Literal["rms", "rms_zero_centered", "layer"] = "rms"
+    """Norms of the stream. rms: RMSNorm. rms_zero_centered: the same with factors 1 + weight, those of queries and keys
+    too (Qwen3-Next). layer: LayerNorm with biases (Phi-3.5-MoE)."""
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in every RMSNorm."""
+    """Added to the mean square, or to the variance, in every norm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the wavelengths of rotary positions."""
     rope_scaling: RopeScalingConfig | None = None
     """How rotary positions are stretched to longer sequences; null: not."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """Factor on the embedding (Granite)."""
+    residual_multiplier: PositiveFloat = 1.0
+    """Factor on the output of each mixer and feed-forward, before it is added to the stream (Granite)."""
+    logits_divisor: PositiveFloat = 1.0
+    """Divisor of the logits (Granite: logits_scaling)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of all matrices."""
 
