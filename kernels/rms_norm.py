@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moesys.kernels.choose import widened
+from moesys.kernels.choose import as_type, widened
 
 
 def reference(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -30,27 +30,21 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_H, eps):  # type: ignore[override]
-        x_wide, weight = _widened(widened(x.dtype), x, weight_H)
+        wide = widened(x.dtype)
+        x_wide, weight = as_type(x, wide), as_type(weight_H, wide)
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_H, scale)
-        out = (x_wide * scale).mul_(weight)
-        return out if out.dtype == x.dtype else out.to(x.dtype)
+        return as_type((x_wide * scale).mul_(weight), x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, weight_H, scale = ctx.saved_tensors
-        x_wide, weight, upstream = _widened(scale.dtype, x, weight_H, grad)
+        wide = scale.dtype
+        x_wide, weight, upstream = as_type(x, wide), as_type(weight_H, wide), as_type(grad, wide)
         product = upstream * x_wide
         along = (product @ weight).unsqueeze_(-1).mul_(scale).mul_(scale)
         grad_x = (upstream * weight).addcmul_(x_wide, along, value=-1 / x.shape[-1]).mul_(scale)
         # A product with a vector reads once, and sums as it does.
         grad_weight = product.flatten(0, -2).t() @ scale.flatten()
-        if grad_x.dtype != x.dtype:
-            grad_x = grad_x.to(x.dtype)
-        return grad_x, grad_weight if grad_weight.dtype == weight_H.dtype else grad_weight.to(weight_H.dtype), None
-
-
-def _widened(wide: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """The tensors in the type to compute in. Where they are of it, nothing is called, which small steps would feel."""
-    return [t if t.dtype == wide else t.to(wide) for t in tensors]
+        return as_type(grad_x, x.dtype), as_type(grad_weight, weight_H.dtype), None

@@ -185,8 +185,7 @@ def _passes(shape: StepShape, weight: Weight) -> int:
         return 1 + counting
     if weight.layer is not None:
         return n * (2 + counting)
-    tied = shape.config.model.tie_embeddings
-    return n * (1 + counting) if weight.name == "embed.weight" and not tied else n + counting
+    return n * (1 + counting) if weight.looked_up and not weight.makes_logits else n + counting
 
 
 def routers(model: Module) -> Iterator[Parameter]:

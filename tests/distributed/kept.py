@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moesys.kernels.cpu import memory_pool
+from moesys.parallel.schedules import TorchStage
 
 
 def plain(x: Tensor) -> Tensor:
@@ -95,3 +98,37 @@ def kept(trainer: Any) -> dict[str, int]:
     for layer in trainer.engine.moe_layers().values():
         layer.statistics.take()
     return sizes
+
+
+def kept_in_flight(trainer: Any) -> dict[str, int]:
+    """Bytes that are kept at the fullest moment of a step of a pipeline, by type and shape. Collective.
+
+    Moments are the ends of a rank's forward and backward passes. Buffers of what stages send each other are included,
+    so that the step must be the trainer's first.
+    """
+    parts, fullest = trainer.engine.model.parts, dict[str, int]()
+    own = Allocated()
+
+    def measured(work: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal fullest
+            out = work(*arguments, **more)
+            now = own.alive(set().union(*map(weights, parts)))
+            if LOG is not None:
+                LOG.append((work.__name__, arguments[0].stage_index, arguments[1], sum(now.values()), now))
+            if sum(now.values()) > sum(fullest.values()):
+                fullest = now
+            return out
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+            stack.enter_context(mock.patch.object(TorchStage, name, measured(getattr(TorchStage, name))))
+        stack.enter_context(memory_pool.recorded())
+        stack.enter_context(own)
+        trainer.train_step()
+    return fullest
+
+
+LOG = None

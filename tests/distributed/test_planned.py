@@ -21,7 +21,7 @@ from moesys.data.corpus import vocab_size
 from moesys.parallel import dimension
 from moesys.parallel.degrees import resolve
 from moesys.parallel.dimension import step_shape
-from moesys.parallel.memory import activations
+from moesys.parallel.activations import activations
 
 LAYOUTS = {
     "tp": {"tp": 2},

@@ -226,3 +226,13 @@ def filled(fitting: Fit, model: ModelConfig) -> Decoder:
 def family(kind: str) -> Family:
     """A family by its `model_type`."""
     return families()[kind]
+
+
+@dataclass
+class InMemory:
+    """Parts of a model's weights."""
+
+    state: dict[str, Tensor]
+
+    def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        return self.state[name][tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))].clone()

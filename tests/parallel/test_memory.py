@@ -14,7 +14,7 @@ from moesys.models.decoder import Decoder
 from moesys.parallel.degrees import resolve
 from moesys.parallel.dimension import step_shape
 from moesys.parallel.loss import TokenLoss
-from moesys.parallel.memory import activations
+from moesys.parallel.activations import activations
 from moesys.parallel.recompute import prepare
 
 KINDS = ["none", "selective", "full"]

@@ -31,6 +31,10 @@ class Norm(Part):
         """Its input."""
         yield from kept_by_norm(self.hidden, "stream", shape.degrees.tp > 1 and run.parallel.sp, run)
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Its output."""
+        yield Kept(self.hidden, "stream")
+
 
 @dataclass(frozen=True)
 class Embedding(Part):
@@ -38,12 +42,13 @@ class Embedding(Part):
 
     vocab: int
     hidden: int
+    tied: bool = False
     reads = False
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
         axes = (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden))
-        yield Weight("weight", axes, looked_up=True)
+        yield Weight("weight", axes, looked_up=True, makes_logits=self.tied)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Head(Part):
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
-        yield Weight("weight", (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden)))
+        axes = (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden))
+        yield Weight("weight", axes, makes_logits=True)
 
     def multiply_adds(self, weight: Weight, seq_len: int) -> float:
         """One per output: of the next token, and of each that is predicted after it."""
@@ -110,6 +116,10 @@ class PredictionInput(Part):
         """The stream that enters the block."""
         yield Kept(self.hidden, "stream", plain=False, selective=True)
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Those of the norms, too."""
+        yield Kept(3 * self.hidden, "stream")
+
 
 @dataclass(frozen=True)
 class BlockParts:
@@ -156,7 +166,7 @@ def mixers(model: ModelConfig) -> list[Mixer]:
 
 def parts(model: ModelConfig, vocab_size: int) -> Iterator[Placed]:
     """Every part of a model in the order of `moesys.models.Decoder`."""
-    yield Placed(Embedding(vocab_size, model.hidden), "embed.")
+    yield Placed(Embedding(vocab_size, model.hidden, model.tie_embeddings), "embed.")
     for layer in range(model.blocks):
         both, prefix, predicts = block(model, layer), f"layers.{layer}.", layer >= model.depth
         if predicts:

@@ -120,6 +120,12 @@ class GroupedQuery(Mixer):
         if a.qk_norm != "none":
             yield Kept((a.heads + self.kv_heads) * d, "heads")
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Those of the norms, too."""
+        yield from self.products()
+        if self.a.qk_norm != "none":
+            yield Kept((self.a.heads + self.kv_heads) * self.head_dim, "heads")
+
     def gathered(self) -> Iterator[Axis]:
         """Keys and values."""
         yield from (self._kv_heads, self._kv_heads)
