@@ -28,7 +28,9 @@ def actions(schedule: str, pp: int, virtual: int, count: int, rank: int) -> Iter
         yield from repeat(("backward", 0), ahead)
         return
     split = schedule == "zero-bubble"
-    each = count // max(1, count // pp)  # micro-batches that pass a stage before the next stage of the rank has its turn
+    each = count // max(
+        1, count // pp
+    )  # micro-batches that pass a stage before the next stage of the rank has its turn
     ahead = min((virtual - 1) * each + (1 if split else 2) * (pp - 1 - rank), count * virtual)
     waiting: list[int] = []
     for number in range(count * virtual + ahead):

@@ -184,7 +184,9 @@ class MoEFeedForward(Part):
         """Those of shared experts, and the experts' rows; without rows that travel, all branches have one gradient."""
         yield from self.products()
         if shape.arrived_rows:
-            yield Kept(shape.arrived_rows * self.gate.rows_per_token(shape.config.train.seq_len) * self.hidden, "tokens")
+            yield Kept(
+                shape.arrived_rows * self.gate.rows_per_token(shape.config.train.seq_len) * self.hidden, "tokens"
+            )
         elif self.shared is None or MIX_BRANCHES[self.m.shared_mix]:
             yield Kept(self.hidden, "tokens")
 
