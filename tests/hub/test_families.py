@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesys.config.schema import ModelConfig
-from moesys.hub.family import Derived, Family, families, meant, nested
+from moesys.hub.derived import Derived
+from moesys.hub.family import Family, families, meant, nested
 from moesys.hub.fit import fit
 from moesys.hub.folder import Folder, open_folder
 from moesys.hub.mapping import whole
