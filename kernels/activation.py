@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moesys.kernels.choose import choose
+from moesys.kernels.choose import as_type, choose, widened
 
 ALPHA, LIMIT = 1.702, 7.0
 """GPT-OSS's clipped SwiGLU: slope inside the sigmoid, and bounds of both parts."""
@@ -148,10 +148,11 @@ def gradients(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None
 
 def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, out_NF: Tensor | None = None) -> Tensor:
     """`activated` by torch; may write to `out_NF` of h's type."""
-    k, wide = KINDS[kind], h_NGF.to(torch.promote_types(h_NGF.dtype, torch.float32))
-    out = _value(k, wide[:, 0], out_NF)
+    k, wide = KINDS[kind], as_type(h_NGF, widened(h_NGF.dtype))
+    g, *linear = wide.unbind(1)
+    out = _value(k, g, out_NF)
     if k.gated:
-        out = out.mul_(wide[:, 1] if k.linear is None else k.linear(wide[:, 1]))
+        out = out.mul_(linear[0] if k.linear is None else k.linear(linear[0]))
     if weight_N is not None:
         out = out.mul_(weight_N.unsqueeze(-1))
     if out.dtype == h_NGF.dtype:
@@ -180,7 +181,7 @@ class Recomputed:
     """Recomputes an activation for backward, without routing weights, in the memory of its gradient.
 
     First `inner` [N, F], the activation, stands in `dh[:, 0]`, for the gradient of the matrix that it was
-    multiplied with. Then the gradient of `inner` is written there, and `backward` makes of it that of h.
+    multiplied with. Then the gradient of `inner` is written there, or given to `backward`, which makes of it that of h.
 
     Args:
         h_NGF: what was activated; all of one type.
@@ -188,37 +189,38 @@ class Recomputed:
     """
 
     def __init__(self, h_NGF: Tensor, kind: str, dh: Tensor):
-        self.kind, self.h, self.dh = KINDS[kind], h_NGF, dh
-        self.inner = dh[:, 0]
+        self.kind, (self.g, *rest), (self.inner, *memory) = KINDS[kind], h_NGF.unbind(1), dh.unbind(1)
         if not self.kind.gated:
-            self.value = self.kind.value(h_NGF[:, 0])
+            self.value = self.kind.value(self.g)
             self.inner.copy_(self.value)
             return
         # It is kept in the memory of the other part's gradient.
-        self.value = dh[:, 1]
+        (self.u,), (self.value,) = rest, memory
         if self.kind.value_out is not None:
-            self.kind.value_out(h_NGF[:, 0], out=self.value)
+            self.kind.value_out(self.g, out=self.value)
         else:
-            self.value.copy_(self.kind.value(h_NGF[:, 0]))
+            self.value.copy_(self.kind.value(self.g))
         torch.mul(self.value, self._linear(), out=self.inner)
 
     def _linear(self) -> Tensor:
-        u = self.h[:, 1]
-        return u if self.kind.linear is None else self.kind.linear(u)
+        return self.u if self.kind.linear is None else self.kind.linear(self.u)
 
-    def backward(self) -> Tensor:
-        """Σ_f gradient · activation [N], of the gradient in `dh[:, 0]`; `dh` becomes the gradient of h."""
-        k, g, d = self.kind, self.h[:, 0], self.dh[:, 0]
+    def backward(self, grad_NF: Tensor | None = None) -> Tensor:
+        """Σ_f gradient · activation [N]; `dh` becomes the gradient of h.
+
+        `grad_NF` is the gradient of `inner`, which this overwrites; by default it stands in `dh[:, 0]`.
+        """
+        k, d = self.kind, self.inner if grad_NF is None else grad_NF
         if k.gated:
             linear, du = self._linear(), self.value.mul_(d)
             along = torch.linalg.vecdot(du, linear)
             if k.linear_backward is not None:
-                du.copy_(k.linear_backward(du, self.h[:, 1]))
+                du.copy_(k.linear_backward(du, self.u))
             d.mul_(linear)
         else:
             along = torch.linalg.vecdot(d, self.value)
         if k.value_backward_out is not None:
-            k.value_backward_out(d, g, grad_input=d)
+            k.value_backward_out(d, self.g, grad_input=self.inner)
         else:
-            d.copy_(k.value_backward(d, g))
+            self.inner.copy_(k.value_backward(d, self.g))
         return along

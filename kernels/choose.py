@@ -71,6 +71,11 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`. A tensor of it already costs nothing: small steps feel calls of `to` that change nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:
     """Whether torch's grouped_mm runs x [N, K] · w [G, K, M] and its gradients as one kernel.
 
@@ -90,9 +95,11 @@ def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:
 
 def has_aligned_rows(x: Tensor) -> bool:
     """Whether each row of x [..., N, M] lies apart in memory, from a whole number of 16 bytes on."""
-    between, within = x.stride()[-2:]
-    starts = (between, x.storage_offset())
-    return within == 1 and between >= x.shape[-1] and all(n * x.element_size() % 16 == 0 for n in starts)
+    *_, between, within = x.stride()
+    if within != 1 or between < x.shape[-1]:
+        return False
+    size = x.element_size()
+    return between * size % 16 == 0 and x.storage_offset() * size % 16 == 0
 
 
 class _Forced:

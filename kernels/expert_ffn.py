@@ -18,7 +18,7 @@ from moesys.kernels import activation
 from moesys.kernels import expert_ffn_grouped as grouped
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
-from moesys.kernels.choose import choose
+from moesys.kernels.choose import as_type, choose
 from moesys.kernels.cpu import expert_ffn_blocked as blocked
 from moesys.kernels.expert_ffn_arguments import Arguments
 from moesys.kernels.permute import Permutation
@@ -66,9 +66,9 @@ def expert_ffn(
         return reference(x_TH, fc1_EHGF, fc2_EFH, counts_E, kind, weight_N, bias1_EGF, p)
     index = row = offsets = None
     if p is not None:
-        index, row, offsets = p.token_A, p.row_A, p.offsets_T1
-        if _in_blocks(x_TH):  # blocks add to their tokens, and need neither
-            row = offsets = None
+        index = p.token_A
+        if not _in_blocks(x_TH):  # blocks add to their tokens, and need neither
+            row, offsets = p.row_A, p.offsets_T1
     return _ExpertFFN.apply(x_TH, fc1_EHGF, fc2_EFH, counts_E, weight_N, bias1_EGF, index, row, offsets, kind)
 
 
@@ -156,7 +156,7 @@ class _ExpertFFN(torch.autograd.Function):
         asked = (True, of_fc1, of_fc2, of_weight, of_bias1)
         args = (tensors[0], tensors[1], tensors[2], tensors[4], tensors[5])
         x, fc1, fc2, weight, bias1 = (
-            g.to(t.dtype) if a and t is not None else None for a, t, g in zip(asked, args, grads, strict=True)
+            as_type(g, t.dtype) if a and t is not None else None for a, t, g in zip(asked, args, grads, strict=True)
         )
         return x, fc1, fc2, None, weight, bias1, None, None, None, None
 
@@ -165,7 +165,7 @@ def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The inputs of `Arguments` but the kind, with fc1, fc2 and bias1 in the type of x."""
     x = tensors[0]
     assert x is not None
-    return [t.to(x.dtype) if t is not None and i in (1, 2, 5) else t for i, t in enumerate(tensors)]
+    return [t if t is None or i not in (1, 2, 5) else as_type(t, x.dtype) for i, t in enumerate(tensors)]
 
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)

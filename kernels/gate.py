@@ -79,21 +79,35 @@ def best(scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 def weigh(
-    logits_TE: Tensor, expert_Tk: Tensor, score: Score = "softmax", normalize: bool = True, scale: float = 1.0
+    logits_TE: Tensor,
+    expert_Tk: Tensor,
+    score: Score = "softmax",
+    normalize: bool = True,
+    scale: float = 1.0,
+    least_sum: float = 0.0,
 ) -> GateResult:
-    """`gate` where the experts of each token, int64 [T, k], are chosen already, by whatever rule."""
+    """`gate` where the experts of each token, int64 [T, k], are chosen already, by whatever rule.
+
+    `least_sum`: to normalise them, the chosen scores are divided by this at least.
+    """
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     probabilities_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
-    if normalize and score == "softmax":
+    if normalize and score == "softmax" and not least_sum:
         # The same as dividing by their sum, which is 0 where all that are chosen lie far below the best.
         weight_Tk = logits_TE.gather(-1, expert_Tk).softmax(-1)
     else:
         weight_Tk = probabilities_TE.gather(-1, expert_Tk)
-        weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + EPSILON) if normalize else weight_Tk
+        weight_Tk = weight_Tk / _sum(weight_Tk, least_sum) if normalize else weight_Tk
     chosen = expert_Tk.flatten()
     load_E = chosen.new_zeros(logits_TE.shape[1]).scatter_add_(0, chosen, torch.ones_like(chosen))
     weight_Tk = weight_Tk if scale == 1 else weight_Tk * scale
     return GateResult(weight_Tk, expert_Tk, probabilities_TE, load_E)
+
+
+def _sum(weight_Tk: Tensor, least: float) -> Tensor:
+    """The sum of a token's weights [T, 1], never zero."""
+    total_T1 = weight_Tk.sum(-1, keepdim=True)
+    return total_T1.clamp(min=least) if least else total_T1 + EPSILON
 
 
 def _sorted(scores_TE: Tensor, top_k: int) -> Tensor:

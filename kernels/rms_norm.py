@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moesys.kernels.choose import widened
+from moesys.kernels.choose import as_type, widened
 
 
 def reference(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -31,20 +31,20 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_H, eps):  # type: ignore[override]
         wide = widened(x.dtype)
-        x_wide = x.to(wide)
+        x_wide, weight = as_type(x, wide), as_type(weight_H, wide)
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_H, scale)
-        return (x_wide * scale).mul_(weight_H.to(wide)).to(x.dtype)
+        return as_type((x_wide * scale).mul_(weight), x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, weight_H, scale = ctx.saved_tensors
-        x_wide, upstream = x.to(scale.dtype), grad.to(scale.dtype)
-        weight = weight_H.to(scale.dtype)
+        wide = scale.dtype
+        x_wide, weight, upstream = as_type(x, wide), as_type(weight_H, wide), as_type(grad, wide)
         product = upstream * x_wide
         along = (product @ weight).unsqueeze_(-1).mul_(scale).mul_(scale)
         grad_x = (upstream * weight).addcmul_(x_wide, along, value=-1 / x.shape[-1]).mul_(scale)
         # A product with a vector reads once, and sums as it does.
         grad_weight = product.flatten(0, -2).t() @ scale.flatten()
-        return grad_x.to(x.dtype), grad_weight.to(weight_H.dtype), None
+        return as_type(grad_x, x.dtype), as_type(grad_weight, weight_H.dtype), None

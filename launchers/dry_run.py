@@ -12,7 +12,7 @@ from rich.text import Text
 from moesys.config.schema import Config
 from moesys.data.corpus import vocab_size
 from moesys.launchers import placement
-from moesys.models.size import active_parameters, parameters
+from moesys.models.size import active_parameters, parameters, prediction_parameters
 from moesys.parallel.cost import Stage, StepShape
 from moesys.parallel.data import summed_over_shards
 from moesys.parallel.degrees import DENSE_AXES, EXPERT_AXES, Degrees, resolve
@@ -56,6 +56,7 @@ def plan(config: Config) -> dict[str, Any]:
         "crossings": [str(crossing) for crossing in placement.check(degrees, config.cluster)],
         "parameters": total,
         "active_parameters": active,
+        "prediction_parameters": prediction_parameters(config.model, vocabulary)[0],
         "pipeline_ranks": [_rank(step_shape(as_run, degrees, vocabulary, rank)) for rank in range(degrees.pp)],
         "sync_gradients": None if found is None else _sync_gradients(config, degrees, vocabulary, found),
     }
@@ -160,11 +161,12 @@ def _heading(config: Config, facts: dict[str, Any]) -> list[Text]:
     def mesh(axes: dict[str, int]) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in axes.items())
 
-    total, active = facts["parameters"], facts["active_parameters"]
+    total, active, ahead = facts["parameters"], facts["active_parameters"], facts["prediction_parameters"]
     nodes = plural(len(facts["nodes"]), "node")
     return [
         Text(f"{config.name}: {plural(facts['world_size'], 'rank')} on {nodes}, launcher {config.launch.launcher}"),
         Text(f"model        {total:,} parameters, {active:,} active per token ({active / total:.1%})"),
+        *([Text(f"             {ahead:,} of them for multi-token prediction, in training alone")] if ahead else []),
         Text(f"dense mesh   {mesh(facts['dense_mesh'])}"),
         Text(f"expert mesh  {mesh(facts['expert_mesh'])}\n"),
     ]

@@ -173,6 +173,11 @@ def bench_megatron(arguments: argparse.Namespace) -> int:
     return _compare("megatron", arguments)
 
 
+def bench_load(arguments: argparse.Namespace) -> int:
+    """Compare the loading of a released model with transformers, and with reading its bytes."""
+    return _compare("load", arguments)
+
+
 def _compare(name: str, arguments: argparse.Namespace) -> int:
     from moesys.comparisons import demanded
 
@@ -218,6 +223,13 @@ def export_released(arguments: argparse.Namespace) -> int:
 def generate(arguments: argparse.Namespace) -> int:
     """Write text with a trained model."""
     from moesys.train.generate import command
+
+    return command(arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Compute the losses of a trained model on held-out texts."""
+    from moesys.launchers.evaluate import command
 
     return command(arguments)
 
@@ -272,6 +284,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "import": import_released,
     "export": export_released,
     "generate": generate,
+    "eval": evaluate,
     "report": report,
     "what_if": what_if,
     "bench_train": bench_train,
@@ -279,6 +292,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "bench_measure": bench_measure,
     "bench_megatron": bench_megatron,
     "bench_layer": bench_layer,
+    "bench_load": bench_load,
 }
 """The function of each command."""
 

@@ -93,6 +93,7 @@ def parser() -> Parser:
     _import(commands)
     _export(commands)
     _generate(commands)
+    _eval(commands)
     _report(commands)
     _what_if(commands)
     _bench(commands)
@@ -216,6 +217,20 @@ def _generate(commands: argparse._SubParsersAction[Parser]) -> None:
     sub.add_argument("--only-new", action="store_true", help="print the new text without the prompt")
 
 
+def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "losses of a trained model on held-out texts"
+    sub = _command(commands, "eval", text, "runs/quickstart train.eval_sequences=64", "generate-and-eval.md")
+    sub.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|FOLDER", help=MODEL)
+    text = "override keys of the run: data.path, train.seq_len, parallel.ep, …"
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help=text)
+    sub.set_defaults(takes_overrides=True)
+    text = "a text, file or folder, instead of the run's held-out ones; may come again (default: the run's)"
+    sub.add_argument("--data", type=Path, action="append", metavar="PATH", help=text)
+    sub.add_argument("--all", action="store_true", help="every sequence instead of train.eval_sequences")
+    sub.add_argument("--launcher", choices=LAUNCHERS[:3], help="default: launch.launcher")
+    _json(sub, "the losses")
+
+
 def _report(commands: argparse._SubParsersAction[Parser]) -> None:
     text = "a run, two runs, or traces of any framework, explained"
     sub = _command(commands, "report", text, "runs/quickstart", "measuring.md")
@@ -272,6 +287,11 @@ def _bench(commands: argparse._SubParsersAction[Parser]) -> None:
     text = "Megatron-Core's model with this project's MoE layer and with its own"
     sub = _configured(bench, "megatron", text, "configs/quickstart-megatron.yaml", guide)
     _rounds(sub, 3, "training steps per round of each side")
+    text = "loading of a released model beside transformers and beside reading its bytes"
+    sub = _command(bench, "load", text, "--layers 1", guide)
+    sub.add_argument("--layers", type=count, default=1, help="of Qwen3-30B-A3B's 48; each is 1.2 GB in files")
+    sub.add_argument("--rounds", type=count, default=5, help="repetitions; their median is printed")
+    _json(sub, "the figures")
     text = "one MoE layer beside dense products, transformers, Megatron-Core, DeepSpeed"
     _layer(_command(bench, "layer", text, "--shape laptop", guide))
 

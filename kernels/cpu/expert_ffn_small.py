@@ -30,8 +30,8 @@ def fits(args: Arguments, most: int) -> bool:
 def forward(args: Arguments) -> tuple[Tensor, Tensor]:
     """Output and h [N, G, F] of the operation `moesys::expert_ffn`."""
     fc1, counts_E = args.fc1, args.counts_E
-    ends = counts_E.cumsum(0).to(torch.int32)
-    h = _product(_rows(args.x_TH, args), fc1.flatten(2), offs=ends).unflatten(1, fc1.shape[2:])
+    ends = counts_E.cumsum(0, dtype=torch.int32)
+    h = _product(_rows(args.x_TH, args), fc1.flatten(2), offs=ends).view(-1, *fc1.shape[2:])
     if args.bias1 is not None:
         h += args.bias1.repeat_interleave(counts_E, 0)
     y = _product(activation.forward(h, args.kind, args.weight_N), args.fc2, offs=ends)
@@ -44,17 +44,19 @@ def backward(grad_TH: Tensor, args: Arguments, h_NGF: Tensor, of_fc1: bool, of_f
     Routing weights have no zeros, `grad_TH` is contiguous.
     """
     fc1, counts_E, weight_N = args.fc1, args.counts_E, args.weight_N
-    ends = counts_E.cumsum(0).to(torch.int32)
-    x, dy = _rows(args.x_TH, args), _rows(grad_TH, args)
+    ends = counts_E.cumsum(0, dtype=torch.int32)
+    dy = _rows(grad_TH, args)
     if weight_N is not None:
-        dy = dy * weight_N.to(dy.dtype).unsqueeze(-1)
+        # Gathered rows are this function's own.
+        dy = torch.mul(dy, weight_N.to(dy.dtype).unsqueeze(-1), out=None if args.index_N is None else dy)
     dh = torch.empty_like(h_NGF)
     recomputed = activation.Recomputed(h_NGF, args.kind, dh)
     grad2 = _product(recomputed.inner.t(), dy, offs=ends) if of_fc2 else None
-    recomputed.inner.copy_(_product(dy, args.fc2.mT, offs=ends))
-    along = recomputed.backward()
-    grad1 = _product(x.t(), dh.flatten(1), offs=ends).view_as(fc1) if of_fc1 else None
-    grad_x = _sums(_product(dh.flatten(1), fc1.flatten(2).mT, offs=ends), args)
+    along = recomputed.backward(_product(dy, args.fc2.mT, offs=ends))
+    del dy, recomputed
+    dh_NM = dh.flatten(1)
+    grad1 = _product(_rows(args.x_TH, args).t(), dh_NM, offs=ends).view_as(fc1) if of_fc1 else None
+    grad_x = _sums(_product(dh_NM, fc1.flatten(2).mT, offs=ends), args)
     grad_bias = None
     if args.bias1 is not None:
         expert_N = torch.arange(len(counts_E)).repeat_interleave(counts_E)

@@ -66,6 +66,7 @@ class Slot:
 MIXERS = Slot("mixers", "moesys.models.parts.mixers", "moesys.parts", "model.attention")
 GATES = Slot("gates", "moesys.models.parts.gates", "moesys.gates", "model.moe.gate")
 DISPATCHERS = Slot("dispatchers", "moesys.parallel.dispatchers.kinds", "moesys.dispatchers", "parallel.dispatch")
+FAMILIES = Slot("families of released models", "moesys.hub.families", "moesys.families", "model.from")
 
 
 @cache

@@ -63,6 +63,8 @@ class MoEConfig(Section):
     """The first layers that are dense."""
     normalize: bool = True
     """Divide the chosen experts' probabilities by their sum (Mixtral, Qwen3) or leave them (OLMoE)."""
+    normalize_min: NonNegativeFloat = 0.0
+    """With normalize: the least sum that they are divided by (ERNIE-4.5: moe_norm_min)."""
     scale: PositiveFloat = 1.0
     """Factor on the routing weights (DeepSeek's routed_scaling_factor)."""
     capacity_factor: Factor | None = None
@@ -96,7 +98,10 @@ class MoEConfig(Section):
     """Coefficient of CV² of the experts' smooth load in a micro-batch (Shazeer et al. 2017); needs gate.noise."""
     bias_rate: NonNegativeFloat = 0.0
     """Rate u of loss-free balancing (DeepSeek-V3: 0.001): a bias per expert, for selection only, grows after each
-    step by u · sign(mean load − load), loads of the global batch; 0: no bias."""
+    step by u · sign(mean load − load), loads of the global batch; 0: no bias, or one that stays as it is."""
+    selection_bias: bool = False
+    """A bias per expert, for selection only, although bias_rate is 0: that of the weights that a run starts from, which
+    then stays as it is. A bias_rate above 0 has one anyway."""
     zero_experts: FewExperts = 0
     """Experts beside `experts` that give zero: a token that chooses them uses fewer (AdaMoE's null experts, MoE++)."""
     copy_experts: FewExperts = 0
@@ -209,12 +214,23 @@ class ModelConfig(Section):
     """Multi-token prediction in training; null: none. Evaluation leaves it out."""
     tie_embeddings: bool = False
     """Use the embedding's weight as the output head."""
+    head_bias: bool = False
+    """A bias on the logits (Phi-3.5-MoE)."""
+    norm: Literal["rms", "rms_zero_centered", "layer"] = "rms"
+    """Norms of the stream. rms: RMSNorm. rms_zero_centered: the same with factors 1 + weight, those of queries and keys
+    too (Qwen3-Next). layer: LayerNorm with biases (Phi-3.5-MoE)."""
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in every RMSNorm."""
+    """Added to the mean square, or to the variance, in every norm."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the wavelengths of rotary positions."""
     rope_scaling: RopeScalingConfig | None = None
     """How rotary positions are stretched to longer sequences; null: not."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """Factor on the embedding (Granite)."""
+    residual_multiplier: PositiveFloat = 1.0
+    """Factor on the output of each mixer and feed-forward, before it is added to the stream (Granite)."""
+    logits_divisor: PositiveFloat = 1.0
+    """Divisor of the logits (Granite: logits_scaling)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of all matrices."""
 

@@ -6,10 +6,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moesys.hub.family import Derived, Family
+from moesys.hub.derived import Derived
+from moesys.hub.family import Family
 from moesys.hub.keys import COMMON, REQUIRED, Key, with_defaults
 from moesys.hub.mapping import halves_from_pairs
 from moesys.models.parts.mixer import Mixer
+from moesys.words import plural
 
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
@@ -120,7 +122,8 @@ class SigmoidMoE(DeepSeekMoE):
         if tensors is None or any(name.startswith(prefix) for name in tensors):
             found.values["mtp.depth"] = count
         else:
-            found.notes.append(f"config.json names {count} blocks of multi-token prediction, which the files lack")
+            named = plural(count, "block")
+            found.notes.append(f"config.json names {named} of multi-token prediction, and the files have none")
 
     def copies(self, model: ModelConfig) -> dict[str, str]:
         """Blocks of multi-token prediction have the embedding and the head, too."""

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
 from moesys.config.differences import flat
-from moesys.config.registry import MIXERS, Described, Slot, kinds, used
+from moesys.config.registry import FAMILIES, MIXERS, Described, kinds, used
 from moesys.config.schema import ModelConfig
-from moesys.errors import Problem
 from moesys.hub import blocks
+from moesys.hub.derived import Derived
 from moesys.hub.experts import ExpertLayout, PerExpert
 from moesys.hub.keys import DROPOUTS, GENERAL, GENERATION, GROUPED, REQUIRED, Key
 from moesys.hub.mapping import Stored, identity
@@ -26,29 +25,6 @@ from moesys.models.parts.axes import Axis, Weight
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import block
 from moesys.models.size import weights
-
-FAMILIES = Slot("families of released models", "moesys.hub.families", "moesys.families", "model.from")
-
-
-@dataclass
-class Derived:
-    """What a config.json says of a model.
-
-    Attributes:
-        values: dotted keys below "model." and their values.
-        read: keys that were understood.
-        notes: sentences on what it says that no number of the model hangs on here.
-        problems: what would change numbers and cannot be followed; `Problem.key` is theirs.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    read: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def refuse(self, key: str, rule: str, remedy: str = "use transformers for this model") -> None:
-        """Note that the files' `key` cannot be followed."""
-        self.problems.append(Problem(key, rule, remedy))
 
 
 class Family(Described):
@@ -135,7 +111,7 @@ class Family(Described):
         depth = raw.get("num_hidden_layers")
         if not isinstance(depth, int) or depth < 1:
             found.refuse("num_hidden_layers", "must be the number of blocks", "copy config.json again, or add the key")
-            return
+            depth = 1
         moe = self.moe_blocks(raw, found, depth)
         if not any(moe):
             found.values = {key: value for key, value in found.values.items() if not key.startswith("moe.")}
@@ -168,7 +144,8 @@ class Family(Described):
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model, without what tokens and types mean."""
-        ours = meant(model) | {"ffn_hidden": model.ffn_hidden}
+        # Readers ask for the size of dense blocks where there are none, too.
+        ours = meant(model) | {"ffn_hidden": model.ffn_hidden or (model.moe.ffn_hidden if model.moe else None)}
         raw: dict[str, Any] = {"model_type": self.kind, "architectures": [self.architecture], **self.only}
         for key in self.fields:
             if key.ours in ours and (ours[key.ours] is not None or key.default not in (None, REQUIRED)):

@@ -42,11 +42,19 @@ def parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
     return sum(weight.numel for weight, _ in every), round(sum(active for _, active in every))
 
 
+def prediction_parameters(model: ModelConfig, vocab_size: int) -> tuple[int, int]:
+    """(total, active) of `parameters` that multi-token prediction adds, for training alone."""
+    without = parameters(model.model_copy(update={"mtp": None}), vocab_size)
+    total, active = parameters(model, vocab_size)
+    return total - without[0], active - without[1]
+
+
 def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, float]:
     """FLOPs of one token's forward pass, by place: "embed", "layers.0", …, "head".
 
-    Two per multiply-add of every active matrix; causal attention over the keys that a query sees on average.
-    Backward costs twice as much again.
+    Two per multiply-add of every active matrix; causal attention over the keys that a query sees on average. The layers
+    of multi-token prediction are among them, and the head makes the logits of each depth. Backward costs twice as much
+    again.
     """
     flops = {"embed": 0.0}
     for placed in parts(model, vocab_size):

@@ -13,6 +13,7 @@ from torch import Tensor
 from moesys.models.parts.moe import COUNTS, LOSSES
 from moesys.parallel import comm
 from moesys.train.engine import Engine, Update
+from moesys.train.metric_table import LATER
 
 MOST = 100
 """Steps, at most, that wait to be read: a run must not train for long without noticing that its steps are skipped."""
@@ -102,7 +103,7 @@ class Backlog:
         model, length = self.engine.config.model, self.engine.config.train.seq_len
         norm, skipped, loss, *later, seconds = row[: 4 + model.predicted].tolist()
         values = {"loss": loss, "all_to_all_seconds": seconds / self.engine.mesh.degrees.world}
-        values |= {f"mtp_loss_{k}": each * length / (length - k) for k, each in enumerate(later, 1)}
+        values |= {f"{LATER}{k}": each * length / (length - k) for k, each in enumerate(later, 1)}
         load, moe = None, model.moe
         if moe is not None and self._layers:
             table = row[4 + model.predicted :].reshape(self._shape)

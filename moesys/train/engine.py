@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from moesys.config.schema import Config
+from moesys.data.corpus import Corpus
+from moesys.data.routing_files import block
 from moesys.moe.layer import MoELayer
 from moesys.parallel.mesh import Ranks
 
@@ -138,3 +140,14 @@ class EngineModule(Protocol):
 def engine_of(config: Config) -> EngineModule:
     """The module of the engine that a configuration names."""
     return cast(EngineModule, import_module(MODULES[config.engine]))
+
+
+def prepare_gates(engine: Engine, corpus: Corpus) -> None:
+    """Give the gates of this rank what they know of files and of the training data.
+
+    Raises:
+        DataError: a file is missing, or is not of this model.
+    """
+    if (moe := engine.config.model.moe) is not None:
+        gates = {block(name): layer.gate for name, layer in engine.moe_layers().items()}
+        moe.router.prepare(gates, corpus, engine.mesh.device)

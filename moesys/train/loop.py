@@ -13,7 +13,6 @@ import torch
 
 from moesys.config.schema import Config
 from moesys.data.corpus import Corpus
-from moesys.data.routing_files import block
 from moesys.data.samples import Samples
 from moesys.errors import CheckpointError
 from moesys.parallel import comm
@@ -21,7 +20,7 @@ from moesys.parallel.mesh import Ranks
 from moesys.train import checkpoint, optimizer
 from moesys.train.backlog import Backlog, StepMeasurements
 from moesys.train.balance import BalanceWatch, Fault
-from moesys.train.engine import Engine, engine_of
+from moesys.train.engine import Engine, engine_of, prepare_gates
 from moesys.train.evaluation import OWN, Evaluation, share, split
 from moesys.train.guard import Guard, Skip, demand_finite
 
@@ -57,9 +56,7 @@ class Trainer:
         self._drawn = draw
         self.vocab_size = corpus.vocab_size
         self.engine: Engine = engine_of(config).build(config, mesh, corpus.vocab_size, dtype, draw)
-        if config.model.moe is not None:
-            gates = {block(name): layer.gate for name, layer in self.engine.moe_layers().items()}
-            config.model.moe.router.prepare(gates, corpus, mesh.device)
+        prepare_gates(self.engine, corpus)
         self.samples = Samples(corpus.train, config.train.seq_len, config.seed)
         self.evaluation = Evaluation(self.engine, corpus)
         self.step, self.seen = 0, 0

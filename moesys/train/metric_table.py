@@ -29,6 +29,7 @@ class Metric:
 
 _AUXILIARY = "Auxiliary loss of the MoE layers in the last step, without its coefficient; balance losses are 1 at best."
 _PART = "Time of the last measured step by what it went into; the parts add up to the step."
+_LATER = "Mean cross-entropy of multi-token prediction in the last step, per token that a depth predicts."
 _TEXT_LOSS = "Mean cross-entropy per token of a held-out text at the last evaluation."
 _TEXT_BITS = "Cross-entropy of a held-out text in bits per byte at the last evaluation."
 _CAUSE = "Time of the last measured step in which ranks waited for rows of experts, by cause."
@@ -111,7 +112,7 @@ METRICS: dict[str, Metric] = {
 }
 """By key in metrics.jsonl."""
 
-CAUSES, PARTS = "seconds/all-to-all ", "seconds/"
+CAUSES, PARTS, LATER = "seconds/all-to-all ", "seconds/", "mtp_loss_"
 
 LOAD = Metric(
     "moe/load",
@@ -134,6 +135,8 @@ def metric(key: str) -> Metric:
     if key.startswith(PARTS):
         part = key.removeprefix(PARTS)
         return Metric(f"time/{_word(part)}_seconds", "moesys_step_part_seconds", _PART, ("part", part))
+    if key.startswith(LATER):
+        return Metric(f"loss/{key}", "moesys_mtp_loss_nats", _LATER, ("depth", key.removeprefix(LATER)))
     if key.startswith(TEXTS):
         name, _, figure = key.removeprefix(TEXTS).rpartition("/")
         bits = figure == "bits_per_byte"
@@ -149,5 +152,5 @@ def _word(text: str) -> str:
 def families() -> dict[str, Metric]:
     """One metric of every family that is exported to Prometheus, by the family's name."""
     texts = (metric(f"{TEXTS}/{figure}") for figure in ("loss", "bits_per_byte"))
-    every = (*METRICS.values(), metric(CAUSES), metric(PARTS), *texts, LOAD, LAYER_IMBALANCE, INFO)
+    every = (*METRICS.values(), metric(CAUSES), metric(PARTS), *texts, metric(LATER), LOAD, LAYER_IMBALANCE, INFO)
     return {m.family: m for m in every if m.family}

@@ -68,7 +68,7 @@ def _train(config: Config, run_dir: Path) -> None:
     _write_ranks(mesh, run_dir)
     heartbeat.phase("loading data", shown=True)
     corpus = open_corpus(config)
-    _agree(corpus)
+    agree(corpus)
     heartbeat.phase("building the model", shown=True)
     folder = run_dir / "checkpoints"
     start = None if checkpoint.newest(folder) else initial_weights.find(config)
@@ -130,7 +130,7 @@ def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:
     return f"going on from step {step} of {steps}: {checkpoint}{again}"
 
 
-def _agree(corpus: Corpus) -> None:
+def agree(corpus: Corpus) -> None:
     """Raise DataError if ranks read different text: a file differs on one node, or the Python version does."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), corpus.fingerprint))

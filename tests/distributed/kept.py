@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moesys.kernels.cpu import memory_pool
+from moesys.parallel.schedules import TorchStage
 
 
 def plain(x: Tensor) -> Tensor:
@@ -64,16 +67,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     return (x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.device.type != "meta")
 
 
-def weights(part: Any) -> set[int]:
-    """Storages of a part's weights and gradients, of what FSDP gathered of them, and of its tables of positions."""
-    found = {storage(table) for pair in (part._tables or ({}, {}))[1].values() for table in pair}
-    for p in part.parameters():
-        found |= {storage(p)} | ({storage(p.grad)} if p.grad is not None else set())
+def beside(part: Any) -> set[int]:
+    """Storages of a part's weights, of their gradients, of what FSDP holds of both, and of its tables of positions."""
+    found = [table for pair in (part._tables or ({}, {}))[1].values() for table in pair]
+    found += [x for p in part.parameters() for x in (p, p.grad)]
     for module in part.modules():
         if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
             for p in group.fsdp_params:
-                found |= {storage(out) for out in p.all_gather_outputs}
-    return found
+                found += [*p.all_gather_outputs, p.unsharded_accumulated_grad]
+    return {storage(x) for x in found if x is not None}
 
 
 def kept(trainer: Any) -> dict[str, int]:
@@ -89,9 +91,38 @@ def kept(trainer: Any) -> dict[str, int]:
     numbered, labels = model._mine(tokens, tokens, range(t.micro_batch))
     with memory_pool.recorded(), Allocated() as allocated:  # else freed results would lie in the pool
         loss = model.loss(part(numbered[..., 1], numbered), labels)
-        sizes = allocated.alive(weights(part))
+        sizes = allocated.alive(beside(part))
     loss.backward()
     trainer.engine.optimizer.zero_grad()
     for layer in trainer.engine.moe_layers().values():
         layer.statistics.take()
     return sizes
+
+
+def kept_in_flight(trainer: Any) -> dict[str, int]:
+    """Bytes that are kept at the fullest moment of a step of a pipeline, by type and shape. Collective.
+
+    Moments are the ends of a rank's forward and backward passes. Buffers of what stages send each other are included,
+    so that the step must be the trainer's first.
+    """
+    parts, fullest = trainer.engine.model.parts, dict[str, int]()
+    allocated = Allocated()
+
+    def measured(work: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal fullest
+            out = work(*arguments, **more)
+            now = allocated.alive(set().union(*map(beside, parts)))
+            if sum(now.values()) > sum(fullest.values()):
+                fullest = now
+            return out
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+            stack.enter_context(mock.patch.object(TorchStage, name, measured(getattr(TorchStage, name))))
+        stack.enter_context(memory_pool.recorded())
+        stack.enter_context(allocated)
+        trainer.train_step()
+    return fullest

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesys.config.schema import ModelConfig
+from moesys.hub.family import Family, families
 from moesys.hub.fit import Fit
 from moesys.hub.mapping import whole
 from moesys.hub.weights import ReleasedWeights
@@ -220,3 +221,18 @@ def filled(fitting: Fit, model: ModelConfig) -> Decoder:
         for name in fitting.stored:
             source.read_into(state[name].data, name, whole(state[name].shape))
     return decoder
+
+
+def family(kind: str) -> Family:
+    """A family by its `model_type`."""
+    return families()[kind]
+
+
+@dataclass
+class InMemory:
+    """Parts of a model's weights."""
+
+    state: dict[str, Tensor]
+
+    def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        return self.state[name][tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))].clone()

@@ -16,7 +16,7 @@ def gradients(function, inputs, target):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["causal", "last queries", "masked"])
-def test_the_fused_kernel_computes_the_definition(kind, dtype):
+def test_the_fused_kernel_computes_the_definition(kind, dtype, device):
     torch.manual_seed(0)
     queries, keys = (19, 19) if kind == "causal" else (7, 19)
     q, target = (torch.randn(2, 3, queries, 8).to(dtype) for _ in range(2))
@@ -26,10 +26,12 @@ def test_the_fused_kernel_computes_the_definition(kind, dtype):
     if kind == "masked":
         mask = torch.rand(2, 1, queries, keys) < 0.5
         mask[..., 0] = True
+    q, k, v, sinks, target = (x.to(device) for x in (q, k, v, sinks, target))
+    mask = mask if mask is None else mask.to(device)
     found = gradients(lambda *x: attention_sinks.attend_with_sinks(*x, mask, scale=0.4), (q, k, v, sinks), target)
     wide = [x.double() for x in (q, k, v, sinks)]
     expected = gradients(lambda *x: attention_sinks.reference(*x, mask, scale=0.4), wide, target.double())
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5 if device == "cpu" else 1e-3, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())

@@ -22,6 +22,7 @@ from moesys.config.load import load
 from moesys.models import attention
 from moesys.models.attention import CausalCore, attend
 from moesys.models.parts.model import block
+from moesys.models.rotary import rotary_angles
 from moesys.parallel.gathered_attention import GatheredCore
 
 MODELS = [p for p in sorted(shipped.CONFIGS.rglob("*.yaml")) if p.parent.name in ("models", "configs")]
@@ -152,3 +153,21 @@ def test_a_bias_made_beforehand_leaves_one_graph():
     q, k = torch.randn(2, 6, 4, 8), torch.randn(2, 14, 2, 8)
     compiled = torch.compile(Core(), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k), attend(q, k, k))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_with_sinks_is_one_graph(window):
+    torch.manual_seed(0)
+    made = attention.GroupedQueryAttention(16, 4, 2, 8, sinks=True, window=window)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, tables = torch.randn(2, 8, 16), rotary_angles(torch.arange(8), 8, 1e4)
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    found = []
+    for module in (compiled, made):
+        out = module(x, *tables)
+        made.zero_grad()
+        out.sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in made.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -17,7 +17,7 @@ from moesys.config.schema import ModelConfig
 from moesys.models.attention import CausalCore, LatentAttention, SharedKey, Sinks
 from moesys.models.block import Block
 from moesys.models.decoder import Decoder, Embedding
-from moesys.models.layers import FeedForward, Linear, RMSNorm
+from moesys.models.layers import FeedForward, LayerNorm, Linear, RMSNorm
 from moesys.models.parts.model import block
 from moesys.models.rotary import rotary_angles
 from moesys.moe import MoELayer
@@ -117,6 +117,7 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (lambda: MoELayer(TopKGate(H, E, 2), Experts(E, H, F)), lambda made: made(torch.randn(B, S, H))),
     (partial(Linear, H, F), vectors),
     (partial(RMSNorm, H, 1e-6), vectors),
+    (partial(LayerNorm, H, 1e-6), vectors),
     (partial(FeedForward, H, F), vectors),
     (partial(Embedding, V, H), lambda made: made(tokens()[..., 1])),
     (block(GQA, 0).mixer.build, attention),
@@ -153,7 +154,7 @@ def check(module: nn.Module, run: Run) -> None:
         if (
             not name.endswith(("bias", "lora_b", "log_temperature"))
             and not any(word in name for word in ("norm", "sinks"))
-            and not isinstance(module, (RMSNorm, Sinks))
+            and not isinstance(module, (RMSNorm, LayerNorm, Sinks))
         ):
             assert 0.005 < float(parameter.detach().std()) < 1.5, name
     assert run(module).isfinite().all()

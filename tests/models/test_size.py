@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from moesys.config import Config
 from moesys.models.attention import Sinks
 from moesys.models.decoder import Decoder
-from moesys.models.layers import RMSNorm
-from moesys.models.size import flops_per_token, parameters, weights
+from moesys.models.layers import LayerNorm, RMSNorm
+from moesys.models.size import flops_per_token, parameters, prediction_parameters, weights
 from moesys.moe.gates.cosine import CosineProjection
 
 MODELS = {
@@ -32,7 +32,16 @@ MODELS = {
     "cmr": {
         "moe": {"experts": 4, "ffn_hidden": 32, "shared_experts": 1, "shared_mix": "cmr", "activation": "relu2"},
     },
+    "ahead": {"mtp": {"depth": 2}, "ffn_hidden": 96, "moe": {"experts": 4, "ffn_hidden": 32, "first_dense": 1}},
     "qkv": {"ffn_hidden": 96, "attention": {"heads": 4, "bias": "qkv", "sinks": True}},
+    "layer norms": {"ffn_hidden": 96, "norm": "layer", "head_bias": True, "mtp": {"depth": 1}},
+    "zero-centred": {
+        "ffn_hidden": 96,
+        "norm": "rms_zero_centered",
+        "tie_embeddings": True,
+        "head_bias": True,
+        "attention": {"heads": 4, "output_gate": True, "qk_norm": "head_after_rotary"},
+    },
     "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
     "cosine": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": {"kind": "cosine", "noise": "gaussian"}}},
     "hash": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": "hash"}},
@@ -61,7 +70,8 @@ def what_they_are(built: Decoder) -> dict[str, str]:
     found = {}
     for path, module in built.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            what = "norm" if isinstance(module, RMSNorm) else "bias" if "bias" in leaf else "matrix"
+            norm = isinstance(module, (RMSNorm, LayerNorm)) and leaf == "weight"
+            what = "norm" if norm else "bias" if "bias" in leaf else "matrix"
             what = "bias" if isinstance(module, Sinks) else what
             if isinstance(module, CosineProjection) and parameter.numel() == 1:
                 what = "temperature"
@@ -96,3 +106,27 @@ def test_flops_are_what_torch_counts(kind):
     told = sum(flops_per_token(config, 320, sequence).values()) * sequence
     attention = 2 * 4 * 2 * 16 * sequence * sequence  # layers, heads, products, the size of a head
     assert told + attention == counter.get_total_flops()
+
+
+def test_flops_of_multi_token_prediction_are_what_torch_counts():
+    mtp = {"hidden": 64, "layers": 1, "attention": {"heads": 4}, "ffn_hidden": 96, "mtp": {"depth": 2}}
+    config = Config.model_validate({"model": mtp}).model
+    model, sequence = Decoder(config, 320), 16
+    tokens = torch.zeros(1, sequence, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, torch.stack([torch.arange(sequence)[None], *[tokens] * 3], -1))
+    flops = flops_per_token(config, 320, sequence)
+    attention = 3 * 4 * 2 * 16 * sequence * sequence
+    assert sum(flops.values()) * sequence + attention == counter.get_total_flops()
+    assert flops["layers.1"] == flops["layers.2"] == flops["layers.0"] + 2 * 64 * 128
+    assert flops["head"] == 3 * 2 * 64 * 320
+
+
+def test_parameters_of_multi_token_prediction_are_told_apart():
+    ahead = Config.model_validate({"model": {"hidden": 64, "layers": 4, **MODELS["ahead"]}}).model
+    without = ahead.model_copy(update={"mtp": None})
+    block = sum(w.numel for w in weights(without, 320) if w.layer == 3)
+    total, active = prediction_parameters(ahead, 320)
+    assert total == 2 * (block + 2 * 64 * 64 + 3 * 64)
+    assert active == total - 2 * 2 * 3 * 64 * 32  # of 4 experts a token uses 2
+    assert prediction_parameters(without, 320) == (0, 0)

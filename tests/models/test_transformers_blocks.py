@@ -6,8 +6,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeSparseMoeBlock
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2SparseMoeBlock
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -59,6 +62,30 @@ def deepseek_v3():
     return DeepseekV3MoE(config), {"top_k": 3, "gate": gate, "bias_rate": 1e-3, "scale": 2.5, "shared_experts": 2}
 
 
+def deepseek_v2():
+    config = transformers.DeepseekV2Config(
+        hidden_size=H, moe_intermediate_size=F, n_routed_experts=E, num_experts_per_tok=3, n_shared_experts=2,
+        topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=1.5, norm_topk_prob=False,
+    )  # fmt: skip
+    gate = {"groups": 4, "groups_kept": 2, "group_score": "max"}
+    return DeepseekV2Moe(config), {"top_k": 3, "gate": gate, "normalize": False, "scale": 1.5, "shared_experts": 2}
+
+
+def minimax_m2():
+    config = transformers.MiniMaxM2Config(
+        hidden_size=H, intermediate_size=F, num_local_experts=E, num_experts_per_tok=3
+    )
+    return MiniMaxM2SparseMoeBlock(config), {"top_k": 3, "gate": {"score": "sigmoid"}, "selection_bias": True}
+
+
+def ernie4_5_moe():
+    config = transformers.Ernie4_5_MoeConfig(
+        hidden_size=H, moe_intermediate_size=F, moe_num_experts=E, moe_k=3, moe_num_shared_experts=2, moe_norm_min=0.4
+    )  # some tokens' sums are below it, and others above
+    keys = {"top_k": 3, "selection_bias": True, "normalize_min": 0.4, "shared_experts": 2}
+    return Ernie4_5_MoeSparseMoeBlock(config), keys
+
+
 def gpt_oss():
     config = transformers.GptOssConfig(hidden_size=H, intermediate_size=F, num_local_experts=E, num_experts_per_tok=4)
     return GptOssMLP(config), {"top_k": 4, "gate": {"bias": True}, "bias": True, "activation": "clipped_swiglu"}
@@ -85,7 +112,11 @@ def transposed(weight: Tensor) -> Tensor:
 NAMES: dict[str, list[tuple[str, Callable[[Tensor], Tensor]]]] = {
     "gate.projection.weight": [("gate.weight", same), ("router.weight", same)],
     "gate.projection.bias": [("router.bias", same)],
-    "gate.selection_bias": [("gate.e_score_correction_bias", same)],
+    "gate.selection_bias": [
+        ("gate.e_score_correction_bias", same),
+        ("e_score_correction_bias", same),
+        ("gate.moe_statics.e_score_correction_bias", lambda bias: bias.flatten()),
+    ],
     "experts.fc1": [("experts.gate_up_proj", together)],
     "experts.fc2": [("experts.down_proj", transposed)],
     "experts.fc1_bias": [("experts.gate_up_proj_bias", in_turns)],
@@ -123,7 +154,7 @@ def build(keys: dict) -> MoELayer:
     return build_moe(config.model.moe, H, 0)
 
 
-FAMILIES = [mixtral, qwen3_moe, olmoe, qwen2_moe, deepseek_v3, gpt_oss]
+FAMILIES = [mixtral, qwen3_moe, olmoe, qwen2_moe, deepseek_v2, deepseek_v3, minimax_m2, ernie4_5_moe, gpt_oss]
 
 
 # Their routers compute in float32 even in a float64 model.

@@ -20,7 +20,7 @@ from moesys.config.schema import Config
 from moesys.errors import MoesysError
 from moesys.train import worker
 from moesys.train.exporter import Exporter
-from moesys.train.metric_table import CAUSES, METRICS, PARTS, families
+from moesys.train.metric_table import CAUSES, LATER, METRICS, PARTS, families
 
 DASHBOARD = Path(__file__).parents[2] / "configs" / "grafana-dashboard.json"
 
@@ -93,7 +93,7 @@ def test_the_latest_metrics_are_served_and_then_no_longer(port: int) -> None:
 def everything(exporter: Exporter, port: int) -> dict[str, Family]:
     """What is served when every metric has a value."""
     texts = [f"eval/wiki/{figure}" for figure in ("loss", "bits_per_byte")]
-    exporter.set_metrics(dict.fromkeys([*METRICS, *texts, f"{CAUSES}late", f"{PARTS}compute"], 1.0))
+    exporter.set_metrics(dict.fromkeys([*METRICS, *texts, f"{CAUSES}late", f"{PARTS}compute", f"{LATER}1"], 1.0))
     exporter.set_load([0], [[1.0, 1.0]])
     return read(port)
 

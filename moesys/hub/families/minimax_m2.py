@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moesys.hub.derived import Derived
 from moesys.hub.experts import PerExpert
-from moesys.hub.family import Derived, Family
+from moesys.hub.family import Family
 from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 from moesys.hub.rotary import Rotary
 
@@ -54,4 +55,4 @@ class MiniMaxM2(Family):
         if any(kind != 1 for kind in raw.get("attn_type_list") or ()):
             found.refuse("attn_type_list", "has kinds of attention beside 1, the softmax")
         if raw.get("use_mtp"):
-            found.notes.append("the released files lack the blocks of multi-token prediction that config.json names")
+            found.notes.append("config.json names multi-token prediction, and released files have no blocks of it")

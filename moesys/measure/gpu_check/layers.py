@@ -15,7 +15,7 @@ from moesys.measure.layer_benchmark.layer_times import LEAST_SHARE, SHAPES, Laye
 
 def run(task: CheckTask) -> Iterator[Row]:
     """A row for each shape."""
-    for name in models.BLOCKS:
+    for name in models.LAYERS:
         shape = shrunken(SHAPES[name]) if task.dry else SHAPES[name]
         what = f"{name}: T={shape.tokens} H={shape.hidden} F={shape.ffn_hidden} E={shape.experts} k={shape.top_k}"
         yield tried(_row, task, what, shape)

@@ -14,8 +14,11 @@ from moesys.files import json_text, write_whole
 
 FILE = Path(__file__).with_name("models.json")
 
-BLOCKS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")
-"""The models whose blocks and MoE layers run."""
+LAYERS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")
+"""The models whose MoE layers run."""
+
+BLOCKS = (*LAYERS, "gpt-oss-20b")
+"""The models whose blocks run; the last has attention sinks."""
 
 
 def sections() -> dict[str, dict[str, Any]]:
@@ -28,7 +31,7 @@ def config(section: dict[str, Any]) -> Any:
     moe = _named(section["moe"])
     moe.zero_computation = moe.zero_experts + moe.copy_experts + moe.constant_experts
     moe.shared_width = moe.shared_experts * (moe.shared_ffn_hidden or moe.ffn_hidden)
-    model = _named({**section, "moe": None})
+    model = _named({**section, "moe": None, "rope_scaling": None})  # which changes angles alone
     model.moe, model.is_moe = moe, lambda layer: True
     model.mixer = lambda layer: (model.attention, "model.attention")
     return model

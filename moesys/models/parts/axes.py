@@ -144,6 +144,11 @@ class Kept:
     width: int | None = None
 
 
+def norm_start(kind: str) -> float | None:
+    """What the factors of a norm start with, of a kind of `model.norm`; None: as norms do."""
+    return 0.0 if kind == "rms_zero_centered" else None
+
+
 def kept_by_norm(size: int, axis: str, split: bool, run: Any) -> Iterator[Kept]:
     """What a norm of `size` features keeps: its input; on tensors `split` over tensor ranks, each step in float32."""
     if not split:

@@ -180,6 +180,16 @@ class MoEFeedForward(Part):
         if self.shared is not None:
             yield from self.shared.products()
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Those of shared experts, and the experts' rows; without rows that travel, all branches have one gradient."""
+        yield from self.products()
+        if shape.arrived_rows:
+            yield Kept(
+                shape.arrived_rows * self.gate.rows_per_token(shape.config.train.seq_len) * self.hidden, "tokens"
+            )
+        elif self.shared is None or MIX_BRANCHES[self.m.shared_mix]:
+            yield Kept(self.hidden, "tokens")
+
     def check(self) -> list[Problem]:
         """Rules of the gate, its losses, capacity and experts that are broken."""
         return gate_rules.check(self.m) + expert_rules.check(self.m, self.hidden)

@@ -59,6 +59,13 @@ class Part:
             if weight.kind == "matrix" and not weight.looked_up:
                 yield Kept(weight.axes[0].size, weight.axes[0].name, plain=False, selective=True)
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """What its weights give; a backward that is split keeps the gradients of that between its parts.
+
+        `shape`: as for `kept`.
+        """
+        yield from self.products()
+
     def exchanges(self, run: Any, tokens: int, sequences: int) -> Iterator[Exchange]:
         """Collectives of one forward pass in training over `tokens` of `sequences`, the whole micro-batch."""
         yield from ()

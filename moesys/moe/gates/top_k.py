@@ -97,7 +97,9 @@ class TopKGate(Gate):
         normalize: divide the k chosen scores by their sum.
         scale: factor on the weights, after normalisation.
         bias_rate: u of the selection bias, which after each step grows by u · sign(mean load − load), loads
-            of the global batch before drops; 0 for no bias.
+            of the global batch before drops; 0: it stays as it is.
+        selection_bias: whether there is one although `bias_rate` is 0.
+        least_sum: what the k chosen scores are divided by at least, to normalise them (ERNIE-4.5: moe_norm_min).
         groups: see `Groups`; None for no limit.
         randomness: see `Randomness`.
         capacity: see `moesys.moe.capacity`. Weights are normalised before dropping; a dropped assignment's
@@ -123,6 +125,8 @@ class TopKGate(Gate):
         normalize: bool = True,
         scale: float = 1.0,
         bias_rate: float = 0.0,
+        selection_bias: bool = False,
+        least_sum: float = 0.0,
         groups: Groups | None = None,
         randomness: Randomness | None = None,
         capacity: Capacity | None = None,
@@ -136,12 +140,12 @@ class TopKGate(Gate):
         self.candidates = experts + (zero.count if zero is not None else 0)
         self.score: Score = score
         self.normalize, self.scale, self.groups = normalize, scale, groups
-        self.bias_rate = bias_rate
+        self.bias_rate, self.has_bias, self.least_sum = bias_rate, selection_bias or bias_rate > 0, least_sum
         self.randomness = randomness or Randomness()
         self.capacity, self.balance, self.counts = capacity or Capacity(), balance or Balance(), counts
         self.projection = projection or GateProjection(hidden, self.candidates)
         self.noise = GateProjection(hidden, self.candidates) if self.randomness.gaussian else None
-        if bias_rate:
+        if self.has_bias:
             self.register_buffer("selection_bias", torch.zeros(self.candidates))
         self.counts_first = bool(self.balance.global_balance)
         self.load: Tensor | None = None
@@ -180,12 +184,12 @@ class TopKGate(Gate):
         """Each token's experts, their weights, every expert's score and how often it was chosen."""
         if self.forced is not None:
             expert_Tk = self.forced(tokens)
-        elif not self.bias_rate and self.groups is None and self.zero is None:
+        elif not self.has_bias and self.groups is None and self.zero is None and not self.least_sum:
             return gate(logits_TE, self.top_k, self.score, self.normalize, self.scale)
         else:
             expert_Tk = best(self._selection(logits_TE.detach()), self.top_k)
         if self.zero is None or self.zero.variant == "moe++" or not self.normalize:
-            return weigh(logits_TE, expert_Tk, self.score, self.normalize, self.scale)
+            return weigh(logits_TE, expert_Tk, self.score, self.normalize, self.scale, self.least_sum)
         result = weigh(logits_TE, expert_Tk, self.score, normalize=False)
         return result._replace(weight_Tk=self.zero.weigh(result.weight_Tk, expert_Tk, self.scale))
 
@@ -204,10 +208,10 @@ class TopKGate(Gate):
 
     def _selection(self, logits_TE: Tensor) -> Tensor:
         """The scores by which the best experts are chosen."""
-        if not self.bias_rate and self.groups is None:
+        if not self.has_bias and self.groups is None:
             return logits_TE
         scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
-        if self.bias_rate:
+        if self.has_bias:
             scores_TE = scores_TE + self.selection_bias
         return scores_TE if self.groups is None else self.groups.limit(scores_TE)
 
@@ -266,7 +270,7 @@ class TopKGate(Gate):
         return scope.sum_global(counted_E) if self.global_load is None else self.global_load
 
     def reset_state(self) -> None:
-        if self.bias_rate:
+        if self.has_bias:
             self.selection_bias.zero_()
 
     def step_statistics(self) -> Tensor | None:

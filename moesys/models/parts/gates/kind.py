@@ -23,10 +23,10 @@ CAPACITY = frozenset({"eval_capacity_factor", "min_capacity", "drop", "pad_to_ca
 BALANCE = frozenset(
     {
         *("balance_loss", "sequence_balance_loss", "global_balance_loss", "balance_counts"),
-        *("importance_loss", "load_loss", "bias_rate"),
+        *("importance_loss", "load_loss", "bias_rate", "selection_bias"),
     }
 )
-WEIGHTS = frozenset({"normalize", "scale"})
+WEIGHTS = frozenset({"normalize", "normalize_min", "scale"})
 FIXED = frozenset({"capacity_factor"}) | CAPACITY | BALANCE | ZERO
 NOT_LEARNED = frozenset({"z_loss"}) | FIXED | WEIGHTS
 

@@ -23,7 +23,7 @@ class Prototype(TokenChoice):
     kind = "prototype"
     summary = "the experts in top_k groups, the best of each is used (M6-T; its weights are those of normalize: false)"
     keys = PrototypeKeys
-    ignores = frozenset({"bias_rate", "load_loss", "balance_counts"}) | ZERO
+    ignores = frozenset({"bias_rate", "selection_bias", "normalize_min", "load_loss", "balance_counts"}) | ZERO
 
     def check(self) -> list[Problem]:
         """Groups are equal."""

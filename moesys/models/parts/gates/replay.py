@@ -31,7 +31,7 @@ class Replay(GateKind):
     summary = "as recorded by output.record_routing"
     aliases = ("record", "recorded")
     keys = ReplayKeys
-    ignores = FIXED
+    ignores = FIXED | {"normalize_min"}
     recorded = True
 
     def check(self) -> list[Problem]:

@@ -40,8 +40,9 @@ def _losses(moe: MoEConfig) -> list[Problem]:
     reasons = []
     if moe.gate.noise != "gaussian":
         reasons.append(("is the chance of a choice under noise", "set model.moe.gate.noise: gaussian"))
-    if moe.gate.groups > 1 or moe.bias_rate:
-        reasons.append(("is defined for the k largest logits alone", "use neither gate.groups nor bias_rate"))
+    if moe.gate.groups > 1 or moe.bias_rate or moe.selection_bias:
+        why = "use neither gate.groups nor bias_rate nor selection_bias"
+        reasons.append(("is defined for the k largest logits alone", why))
     if moe.top_k >= moe.experts + moe.zero_computation:
         reasons.append((f"top_k({moe.top_k}) takes every expert: there is no choice", "lower model.moe.top_k"))
     return [Problem("model.moe.load_loss", rule, remedy) for rule, remedy in reasons]
@@ -71,6 +72,9 @@ def _zero(moe: MoEConfig) -> list[Problem]:
         if computing := moe.copy_experts + moe.constant_experts:
             rule = f"adamoe has zero_experts alone, and copy_experts + constant_experts is {computing}"
             problems.append(Problem("model.moe.zero_variant", rule, "use moe++, or zero_experts alone"))
+        if moe.normalize_min:
+            rule = "adamoe normalises the weights of true experts alone, and does not use it"
+            problems.append(Problem("model.moe.normalize_min", rule, "remove it, or use moe++"))
         if moe.zero_tau != 1.0:
             problems.append(Problem("model.moe.zero_tau", "adamoe does not use it", "remove it, or use moe++"))
     return problems

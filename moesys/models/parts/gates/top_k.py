@@ -88,6 +88,9 @@ class TokenChoice(GateKind):
             rule = "one weight divided by itself is 1, with model.moe.top_k 1: the gate would not learn from what its "
             rule += "experts do"
             problems.append(Problem("model.moe.normalize", rule, "set normalize: false"))
+        if m.normalize_min and not m.normalize:
+            rule = f"({m.normalize_min:g}) has no meaning: model.moe.normalize is false"
+            problems.append(Problem("model.moe.normalize_min", rule, "set normalize: true, or remove it"))
         return problems
 
     def projection(self, hidden: int) -> nn.Module:
@@ -119,6 +122,8 @@ class TokenChoice(GateKind):
             normalize=m.normalize,
             scale=m.scale,
             bias_rate=m.bias_rate,
+            selection_bias=m.selection_bias,
+            least_sum=m.normalize_min,
             groups=Groups(g.groups, g.groups_kept, g.group_score) if g.groups > 1 else None,
             randomness=Randomness(g.noise == "gaussian", g.jitter, g.second == "random", layer),
             capacity=Capacity(m.capacity_factor, m.eval_capacity_factor, m.min_capacity, m.drop, m.pad_to_capacity),

@@ -95,6 +95,11 @@ class Latent(Mixer):
                 yield from kept_by_norm(size, "latent", split, run)
                 yield Kept(size, "latent")  # what is expanded
 
+    def results(self, shape: Any) -> Iterator[Kept]:
+        """Those of the norms, too."""
+        yield from self.products()
+        yield Kept((self.a.q_lora_rank or 0) + self.a.kv_lora_rank, "latent")
+
     def gathered(self) -> Iterator[Axis]:
         """Keys and values of every head."""
         yield from (self._heads(self.query_dim), self._heads(self.a.v_head_dim))
