@@ -92,7 +92,7 @@ def test_every_part_is_one_graph_whatever_is_routed_where(name: str, recompute: 
         assert "expert_ffn" in graphs.inside["run_experts"]
 
 
-def _asks(self: CausalCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _asks(self: CausalCore, q: Tensor, k: Tensor, v: Tensor, sinks: None = None) -> Tensor:
     if q.sum().item() > 1e9:
         raise AssertionError
     return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
