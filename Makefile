@@ -11,7 +11,7 @@ NEWEST := $(VENV)/megatron-core-0.19.2
 SITE := $(VENV)/.site
 
 REQUIREMENTS := requirements.txt
-# The newest torch that the whole suite has passed with, for `make test-torch`.
+# For `make test-torch`: the newest torch that setup.py accepts.
 TORCH ?= 2.14.1
 
 # Tests that need no torch, and where `make test-without-torch` installs what they need.
