@@ -66,7 +66,7 @@ class CachedCore(nn.Module):
         self._keys, self._values = (Rows() if core.window is None else Ring(core.window) for _ in range(2))
 
     def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, sink_h: Tensor | None = None) -> Tensor:
-        """q [B, S, h, d], k [B, S, g, d], v [B, S, g, dv], all of these tokens, sinks [h]: [B, S, h, dv]."""
+        """q [B, S, h, d], k [B, S, g, d], v [B, S, g, dv], all of these tokens, and sinks [h]: [B, S, h, dv]."""
         out: Tensor = self.core(q_BShd, self._keys.append(k_BSgd), self._values.append(v_BSgd), sink_h)
         return out
 
