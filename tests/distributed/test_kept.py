@@ -68,7 +68,11 @@ MODELS: dict[str, dict] = {
     "released": {
         "ffn_hidden": 512,
         "rope_scaling": {"kind": "linear", "factor": 2.0},
-        "attention": {"heads": 4, "kv_heads": 2, "sinks": True, "bias": "qkv", "rotary_fraction": 0.5},
+        "norm": "layer",
+        "attention": {
+            **{"heads": 4, "kv_heads": 2, "sinks": True, "bias": "qkv", "rotary_fraction": 0.5},
+            **{"output_gate": True, "qk_norm": "full", "clip_qkv": 1.0},
+        },
     },
     "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
 }
