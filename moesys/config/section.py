@@ -76,16 +76,6 @@ class Section(BaseModel):
     keys_of_kinds: ClassVar[tuple[type[Section], ...]] = ()
     """Of a section that takes kinds: the sections that its keys come from, the first to have a key first."""
 
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        from moesys.config.meanings import meanings
-
-        section = handler(core)
-        keys = handler.resolve_ref_schema(section)["properties"]
-        for key, text in meanings(cls).items():
-            keys[key]["description"] = text
-        return section
-
 
 class Kinds(Section):
     """Base of sections whose kind alone, as a word, stands for the section."""
@@ -97,7 +87,7 @@ class Kinds(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        section = super().__get_pydantic_json_schema__(core, handler)
+        section = handler(core)
         words = handler.resolve_ref_schema(section)["properties"]["kind"]["enum"]
         return {"anyOf": [{"enum": words, "type": "string"}, section]}
 
