@@ -127,9 +127,8 @@ def _units(shape: StepShape) -> dict[tuple[object, ...], list[Weight]]:
     tied = shape.config.model.tie_embeddings
     for weight in shape.weights():
         if _managed(weight, shape.degrees):
-            edge, _, _ = weight.name.partition(".")
-            apart = edge if edge in ("embed", "head") and not tied else None
-            place = apart if weight.layer is None else weight.layer
+            edge = (weight.looked_up or weight.makes_logits) and not tied
+            place = (weight.name.rpartition(".")[0] if edge else None) if weight.layer is None else weight.layer
             units.setdefault((place, weight.routed, weight.unit), []).append(weight)
     return units
 

@@ -35,6 +35,7 @@ from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.gates.sinkhorn import SinkhornGate
 from moesys.moe.gates.smear import SmearGate
 from moesys.moe.gates.soft import SoftGate
+from moesys.moe.gates.sparsemixer import SparseMixerGate
 from moesys.moe.gates.top_k import Randomness
 from moesys.moe.lora import Frozen, LoRAExperts
 from moesys.moe.routing import MicroBatch
@@ -97,6 +98,7 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (partial(TopKGate, H, E, 2, bias_rate=0.1, randomness=Randomness(gaussian=True)), layer),
     (partial(TopKGate, H, E, 2, projection=GateProjection(H, E, bias=True)), layer),
     (partial(PrototypeGate, H, E, 2), layer),
+    (partial(SparseMixerGate, H, E, 2, threshold=0.1), layer),
     (partial(ScoredGate, H, E), lambda gate: gate.projection(torch.randn(B, H))),
     (partial(BaseGate, H, E), layer),
     (partial(DenseGate, H, E), layer),

@@ -80,7 +80,7 @@ class Head(Part):
         vocab = Axis("vocab", self.vocab, key="model.vocab_size")
         yield Weight("weight", (vocab, Axis("hidden", self.hidden)), makes_logits=True)
         if self.bias:
-            yield Weight("bias", (vocab,), "bias")
+            yield Weight("bias", (vocab,), "bias", makes_logits=True)
 
     def multiply_adds(self, weight: Weight, seq_len: int) -> float:
         """One per output: of the next token, and of each that is predicted after it."""
@@ -100,7 +100,7 @@ class TiedHead(Part):
     def weights(self) -> Iterator[Weight]:
         """None of its own but a bias."""
         if self.bias:
-            yield Weight("bias", (Axis("vocab", self.vocab, key="model.vocab_size"),), "bias")
+            yield Weight("bias", (Axis("vocab", self.vocab, key="model.vocab_size"),), "bias", makes_logits=True)
 
     def flops(self, seq_len: int) -> float:
         """A product with the embedding's weight."""
