@@ -95,7 +95,7 @@ def json_schema_of_sweeps() -> dict[str, Any]:
 def _schema(root: type[Section], required: bool) -> dict[str, Any]:
     from pydantic.json_schema import GenerateJsonSchema
 
-    from moesys.config.meanings import meanings
+    from moesys.config.meanings import for_editors
 
     class Generate(GenerateJsonSchema):
         def field_is_required(self, field: Any, total: bool) -> bool:
@@ -107,7 +107,7 @@ def _schema(root: type[Section], required: bool) -> dict[str, Any]:
         def model_schema(self, schema: Any) -> Any:
             """A section, each of its keys with its meaning."""
             made = super().model_schema(schema)
-            for key, text in meanings(schema["cls"]).items():
+            for key, text in for_editors(schema["cls"]).items():
                 made["properties"][key]["description"] = text
             return made
 
