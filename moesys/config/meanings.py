@@ -21,7 +21,7 @@ from moesys.config.section import Section
 def meanings(section: type[Section]) -> dict[str, str]:
     """The meaning of each key of `section` that has one, by key: its own, inherited ones, those of its kinds."""
     found: dict[str, str] = {}
-    for keys_of_kind in reversed(section.keys_of_kinds.values()):
+    for keys_of_kind in reversed(list(section.keys_of_kinds.values())):
         found |= meanings(keys_of_kind)
     for base in reversed(section.__mro__):
         found |= _classes(base.__module__).get(base.__name__, {})
