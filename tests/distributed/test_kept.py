@@ -104,13 +104,13 @@ def configuration(small: dict, model: str, layout: str, dtype: str, recompute: s
     world, pipeline = 4 if layout in FOUR else 2, "pp" in LAYOUTS[layout]
     nodes = {"nodes": 2, "ranks_per_node": 2} if layout == "levels" else {"ranks_per_node": world}
     size = {"hidden": 256, "layers": 4 if pipeline else 2}
-    train = {"seq_len": 128, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "recompute": recompute}
+    train = {"seq_len": 128, "micro_batch": 2, "dtype": dtype, "recompute": recompute}
     raw = changed(small, {"model": size, "parallel": LAYOUTS[layout], "cluster": nodes, "train": train})
     raw["model"] = {**raw["model"], "moe": None, **MODELS[model]}
-    if pipeline:  # more micro-batches than stages
-        degrees, problems = resolve(Config.model_validate(raw))
-        assert degrees is not None, problems
-        raw["train"]["global_batch"] = 4 * 2 * degrees.dp
+    degrees, problems = resolve(Config.model_validate(raw))
+    assert degrees is not None, problems
+    # A pipeline has more micro-batches than stages.
+    raw["train"]["global_batch"] = degrees.dp * 2 * (4 if pipeline else 1)
     config = Config.model_validate(raw)
     assert (problems := dimension.check(config)) == [], problems
     return config
