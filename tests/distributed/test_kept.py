@@ -6,7 +6,6 @@ Routing is balanced by force, as the estimate takes it.
 from __future__ import annotations
 
 import json
-from itertools import product
 
 import pytest
 from batches import start
@@ -67,8 +66,9 @@ MODELS: dict[str, dict] = {
     "ahead": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2}, "mtp": {"depth": 2}},
     "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
 }
-BFLOAT16 = [("bfloat16", recompute) for recompute in ("none", "selective", "full")]
-ALL = [("float32", "none"), ("float32", "selective"), *BFLOAT16]
+NARROW = [("bfloat16", "none"), ("bfloat16", "selective")]
+WIDE = [("float32", "none"), ("float32", "selective")]
+FULL = [("bfloat16", "full")]
 PIPELINES = [
     ("dense", "pp", "bfloat16", "full"),
     ("moe", "pp", "float32", "selective"),
@@ -84,20 +84,19 @@ PIPELINES = [
     ("mixed", "zero-bubble tp", "bfloat16", "none"),
 ]
 KEPT = [
-    *(
-        ("moe", layout, *how)
-        for layout in [*LAYOUTS][:10]
-        for how in (ALL if layout in [*LAYOUTS][:8] else BFLOAT16[:2])
-    ),
+    *(("moe", layout, *how) for layout in ("tp", "tp without sp", "cp", "etp") for how in WIDE + NARROW + FULL),
+    *(("moe", layout, *how) for layout in ("shards", "ep", "tp ep", "tp etp") for how in NARROW + FULL),
     *(
         (model, layout, *how)
-        for layout, model in product(("tp", "tp without sp", "cp"), ("dense", "latent", "ahead", "windows"))
-        for how in (("float32", "none"), *BFLOAT16[:2])
+        for layout, hows in {"tp": WIDE[:1] + NARROW, "tp without sp": NARROW, "cp": NARROW}.items()
+        for model in ("dense", "latent", "ahead", "windows")
+        for how in hows
     ),
-    *(("mixed", layout, *how) for layout in ("tp", "tp ep") for how in BFLOAT16[:2]),
-    *(("moe", layout, *how) for layout in FOUR[:4] for how in BFLOAT16[:2]),
+    *(("mixed", layout, *NARROW[1]) for layout in ("tp", "tp ep")),
+    *(("moe", layout, *NARROW[1]) for layout in ("gathered", "chunks", "ep etp", "tp cp ep", "shards tp ep", "levels")),
     *PIPELINES,
 ]
+"""Model, layout, type and recomputation."""
 
 
 def configuration(small: dict, model: str, layout: str, dtype: str, recompute: str) -> Config:
