@@ -92,7 +92,7 @@ KEPT = [
         for model in ("dense", "latent", "ahead", "windows")
         for how in hows
     ),
-    *(("mixed", layout, *NARROW[1]) for layout in ("tp", "tp ep")),
+    *(("mixed", *names) for names in (("tp", *WIDE[0]), ("tp", *NARROW[0]), ("tp ep", *NARROW[1]))),
     *(("moe", layout, *NARROW[1]) for layout in ("gathered", "chunks", "ep etp", "tp cp ep", "shards tp ep", "levels")),
     *PIPELINES,
 ]
