@@ -19,9 +19,9 @@ from test_equality import selected
 from moesys.config import Config
 from moesys.data.corpus import vocab_size
 from moesys.parallel import dimension
+from moesys.parallel.activations import activations
 from moesys.parallel.degrees import resolve
 from moesys.parallel.dimension import step_shape
-from moesys.parallel.activations import activations
 
 LAYOUTS = {
     "tp": {"tp": 2},

@@ -11,10 +11,10 @@ from kept import Allocated, storage
 from moesys.config import Config
 from moesys.kernels.cpu import memory_pool
 from moesys.models.decoder import Decoder
+from moesys.parallel.activations import activations
 from moesys.parallel.degrees import resolve
 from moesys.parallel.dimension import step_shape
 from moesys.parallel.loss import TokenLoss
-from moesys.parallel.activations import activations
 from moesys.parallel.recompute import prepare
 
 KINDS = ["none", "selective", "full"]
