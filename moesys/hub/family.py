@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
@@ -15,8 +14,8 @@ from pydantic import ValidationError
 from moesys.config.differences import flat
 from moesys.config.registry import FAMILIES, MIXERS, Described, kinds, used
 from moesys.config.schema import ModelConfig
-from moesys.errors import Problem
 from moesys.hub import blocks
+from moesys.hub.derived import Derived
 from moesys.hub.experts import ExpertLayout, PerExpert
 from moesys.hub.keys import DROPOUTS, GENERAL, GENERATION, GROUPED, REQUIRED, Key
 from moesys.hub.mapping import Stored, identity
@@ -26,27 +25,6 @@ from moesys.models.parts.axes import Axis, Weight
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import block
 from moesys.models.size import weights
-
-
-@dataclass
-class Derived:
-    """What a config.json says of a model.
-
-    Attributes:
-        values: dotted keys below "model." and their values.
-        read: keys that were understood.
-        notes: sentences on what it says that no number of the model hangs on here.
-        problems: what would change numbers and cannot be followed; `Problem.key` is theirs.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    read: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def refuse(self, key: str, rule: str, remedy: str = "use transformers for this model") -> None:
-        """Note that the files' `key` cannot be followed."""
-        self.problems.append(Problem(key, rule, remedy))
 
 
 class Family(Described):

@@ -67,16 +67,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     return (x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.device.type != "meta")
 
 
-def weights(part: Any) -> set[int]:
-    """Storages of a part's weights and gradients, of what FSDP gathered of them, and of its tables of positions."""
-    found = {storage(table) for pair in (part._tables or ({}, {}))[1].values() for table in pair}
-    for p in part.parameters():
-        found |= {storage(p)} | ({storage(p.grad)} if p.grad is not None else set())
+def beside(part: Any) -> set[int]:
+    """Storages of a part's weights, of their gradients, of what FSDP holds of both, and of its tables of positions."""
+    found = [table for pair in (part._tables or ({}, {}))[1].values() for table in pair]
+    found += [x for p in part.parameters() for x in (p, p.grad)]
     for module in part.modules():
         if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
             for p in group.fsdp_params:
-                found |= {storage(out) for out in p.all_gather_outputs}
-    return found
+                found += [*p.all_gather_outputs, p.unsharded_accumulated_grad]
+    return {storage(x) for x in found if x is not None}
 
 
 def kept(trainer: Any) -> dict[str, int]:
@@ -92,7 +91,7 @@ def kept(trainer: Any) -> dict[str, int]:
     numbered, labels = model._mine(tokens, tokens, range(t.micro_batch))
     with memory_pool.recorded(), Allocated() as allocated:  # else freed results would lie in the pool
         loss = model.loss(part(numbered[..., 1], numbered), labels)
-        sizes = allocated.alive(weights(part))
+        sizes = allocated.alive(beside(part))
     loss.backward()
     trainer.engine.optimizer.zero_grad()
     for layer in trainer.engine.moe_layers().values():
@@ -107,15 +106,13 @@ def kept_in_flight(trainer: Any) -> dict[str, int]:
     so that the step must be the trainer's first.
     """
     parts, fullest = trainer.engine.model.parts, dict[str, int]()
-    own = Allocated()
+    allocated = Allocated()
 
     def measured(work: Any) -> Any:
         def call(*arguments: Any, **more: Any) -> Any:
             nonlocal fullest
             out = work(*arguments, **more)
-            now = own.alive(set().union(*map(weights, parts)))
-            if LOG is not None:
-                LOG.append((work.__name__, arguments[0].stage_index, arguments[1], sum(now.values()), now))
+            now = allocated.alive(set().union(*map(beside, parts)))
             if sum(now.values()) > sum(fullest.values()):
                 fullest = now
             return out
@@ -126,9 +123,6 @@ def kept_in_flight(trainer: Any) -> dict[str, int]:
         for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
             stack.enter_context(mock.patch.object(TorchStage, name, measured(getattr(TorchStage, name))))
         stack.enter_context(memory_pool.recorded())
-        stack.enter_context(own)
+        stack.enter_context(allocated)
         trainer.train_step()
     return fullest
-
-
-LOG = None

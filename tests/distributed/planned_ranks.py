@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 from batches import forget, join
-from kept import kept
 from ran import observe
 
 from moesys.config import Config
@@ -31,23 +30,4 @@ def observed(rank: int, world: int, configs: dict[str, Config], folder: Path) ->
             (folder / f"{name}.json").write_text(json.dumps(asdict(ran)))
         del mesh, trainer
         forget()
-    dist.destroy_process_group()
-
-
-def kept_of_each(rank: int, world: int, configs: list[Config], folder: Path) -> None:
-    """Write what rank 0 keeps of one micro-batch of each configuration."""
-    from moesys.data.corpus import open_corpus
-    from moesys.train.engine import engine_of
-    from moesys.train.loop import Trainer
-
-    join(rank, world, folder)
-    found = []
-    for config in configs:
-        mesh = engine_of(config).connect(config)
-        trainer = Trainer(config, mesh, open_corpus(config))
-        found.append(kept(trainer))
-        del mesh, trainer
-        forget()
-    if rank == 0:
-        (folder / "kept.json").write_text(json.dumps(found))
     dist.destroy_process_group()

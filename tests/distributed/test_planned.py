@@ -1,4 +1,4 @@
-"""What a step moves and keeps, beside what the dry run says, in bfloat16 and with every kind of recomputation.
+"""What a step moves, beside what the dry run says, in bfloat16 and with every kind of recomputation.
 
 Routing is balanced by force: then exactly as many rows travel as planned.
 """
@@ -11,51 +11,13 @@ import pytest
 from batches import start
 from cases import AHEAD, DROPPING, FULL, LATENT, NORMED, PLAIN, Case
 from planned import differences
-from planned_ranks import kept_of_each, observed
+from planned_ranks import observed
 from ran import Ran
 from support import changed
 from test_equality import selected
 
 from moesys.config import Config
-from moesys.data.corpus import vocab_size
 from moesys.parallel import dimension
-from moesys.parallel.activations import activations
-from moesys.parallel.degrees import resolve
-from moesys.parallel.dimension import step_shape
-
-LAYOUTS = {
-    "tp": {"tp": 2},
-    "tp without sp": {"tp": 2, "sp": False},
-    "cp": {"cp": 2},
-    "shards": {"dp_shard": "full"},
-    "ep": {"ep": 2},
-    "tp ep": {"tp": 2, "ep": 2},
-}
-MODELS: dict[str, dict] = {
-    "dense": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2}},
-    "moe": {
-        "attention": {"heads": 4, "kv_heads": 4},
-        "moe": {"experts": 4, "ffn_hidden": 128, "shared_experts": 1, "gate": {"kind": "top_k", "force": "balanced"}},
-    },
-    "latent": {"ffn_hidden": 512, "attention": {**LATENT["attention"], "q_lora_rank": 64, "kv_lora_rank": 64}},
-    "ahead": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2}, "mtp": {"depth": 2}},
-    "released": {
-        "ffn_hidden": 512,
-        "rope_scaling": {"kind": "linear", "factor": 2.0},
-        "attention": {"heads": 4, "kv_heads": 2, "sinks": True, "bias": "qkv", "rotary_fraction": 0.5},
-    },
-    "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
-}
-KEPT = [
-    (model, layout, dtype, recompute)
-    for model in MODELS
-    for layout in LAYOUTS
-    for dtype in ("float32", "bfloat16")
-    for recompute in ("none", "full")
-    if (model == "moe" or (layout in ("tp", "tp without sp", "cp") and recompute == "none"))
-    and not (recompute == "full" and dtype == "float32")
-]
-"""What autograd keeps is asked of these; what selective recomputation keeps it does not say."""
 
 BALANCED = {"moe": {"gate": {"kind": "top_k", "force": "balanced"}}}
 CASES = [
@@ -105,32 +67,3 @@ def found(request, small, tmp_path_factory) -> dict[str, Ran]:
 def test_moves_what_the_plan_says(found, small, case):
     lines = differences(configuration(small, case), found[case.name])
     assert not lines, "\n".join([f"{case.name} did not move what the dry run says:", *lines])
-
-
-def kept_by(small: dict, model: str, layout: str, dtype: str, recompute: str, world: int = 2) -> Config:
-    raw = changed(
-        small,
-        {"model": {"hidden": 256, "layers": 2}, "parallel": LAYOUTS[layout], "cluster": {"ranks_per_node": world}},
-        {"train": {"seq_len": 128, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "recompute": recompute}},
-    )
-    raw["model"] = {**raw["model"], "moe": None, **MODELS[model]}
-    config = Config.model_validate(raw)
-    assert (problems := dimension.check(config)) == [], problems
-    return config
-
-
-@pytest.fixture(scope="module")
-def remains(small, tmp_path_factory) -> list[dict[str, int]]:
-    """What rank 0 keeps of one micro-batch of each of `KEPT`, by type and shape."""
-    folder = tmp_path_factory.mktemp("kept")
-    start(kept_of_each, 2, [kept_by(small, *names) for names in KEPT], folder)
-    return json.loads((folder / "kept.json").read_text())
-
-
-@pytest.mark.parametrize("names", KEPT, ids=" ".join)
-def test_keeps_what_the_estimate_says(remains, small, names):
-    config, sizes = kept_by(small, *names), remains[KEPT.index(names)]
-    degrees, _ = resolve(config)
-    estimate, measured = activations(step_shape(config, degrees, vocab_size(config), 0)), sum(sizes.values())
-    largest = "\n".join(f"    {size:10} bytes of {name}" for name, size in sorted(sizes.items(), key=lambda x: -x[1]))
-    assert estimate == pytest.approx(measured, rel=0.1), f"estimated {estimate:.0f}, kept {measured}:\n{largest}"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moesys.hub.family import Derived, Family
+from moesys.hub.derived import Derived
+from moesys.hub.family import Family
 from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 from moesys.hub.rotary import Rotary
 

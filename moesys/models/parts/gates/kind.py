@@ -232,6 +232,19 @@ def gathered_scores(tokens: int, experts: int) -> Iterator[Exchange]:
     yield Exchange("all_gather", NUMBER * tokens)
 
 
+class BalancedAssignment(GateKind):
+    """The base of gates that balance the assignment of all tokens of a micro-batch in training."""
+
+    keys = ForceKeys
+    for_megatron = True
+    ignores = FIXED | WEIGHTS
+
+    def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
+        """All tokens' scores, which are balanced together."""
+        if self.moe.gate.force == "none":
+            yield from gathered_scores(tokens, self.moe.experts)
+
+
 def describe(moe: MoEConfig) -> GateKind:
     """The gate of an MoE layer."""
     made: GateKind = kinds(GATES)[moe.gate.kind](moe)
