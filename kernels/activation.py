@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moesys.kernels.choose import choose
+from moesys.kernels.choose import as_type, choose, widened
 
 ALPHA, LIMIT = 1.702, 7.0
 """GPT-OSS's clipped SwiGLU: slope inside the sigmoid, and bounds of both parts."""
@@ -148,9 +148,7 @@ def gradients(grad_NF: Tensor, h_NGF: Tensor, kind: str, weight_N: Tensor | None
 
 def forward(h_NGF: Tensor, kind: str, weight_N: Tensor | None = None, out_NF: Tensor | None = None) -> Tensor:
     """`activated` by torch; may write to `out_NF` of h's type."""
-    k, wide = KINDS[kind], h_NGF
-    if h_NGF.dtype.itemsize < 4:
-        wide = h_NGF.to(torch.float32)
+    k, wide = KINDS[kind], as_type(h_NGF, widened(h_NGF.dtype))
     g, *linear = wide.unbind(1)
     out = _value(k, g, out_NF)
     if k.gated:

@@ -71,6 +71,11 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`. A tensor of it already costs nothing: small steps feel calls of `to` that change nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def torch_has_grouped_mm(x: Tensor, w: Tensor) -> bool:
     """Whether torch's grouped_mm runs x [N, K] · w [G, K, M] and its gradients as one kernel.
 

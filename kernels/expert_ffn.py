@@ -18,7 +18,7 @@ from moesys.kernels import activation
 from moesys.kernels import expert_ffn_grouped as grouped
 from moesys.kernels import grouped_matmul as products
 from moesys.kernels import permute as permutation
-from moesys.kernels.choose import choose
+from moesys.kernels.choose import as_type, choose
 from moesys.kernels.cpu import expert_ffn_blocked as blocked
 from moesys.kernels.expert_ffn_arguments import Arguments
 from moesys.kernels.permute import Permutation
@@ -156,18 +156,18 @@ class _ExpertFFN(torch.autograd.Function):
         asked = (True, of_fc1, of_fc2, of_weight, of_bias1)
         args = (tensors[0], tensors[1], tensors[2], tensors[4], tensors[5])
         x, fc1, fc2, weight, bias1 = (
-            None if t is None or not a else g if g.dtype == t.dtype else g.to(t.dtype)
-            for a, t, g in zip(asked, args, grads, strict=True)
+            as_type(g, t.dtype) if a and t is not None else None for a, t, g in zip(asked, args, grads, strict=True)
         )
         return x, fc1, fc2, None, weight, bias1, None, None, None, None
 
 
 def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The inputs of `Arguments` but the kind, with fc1, fc2 and bias1 in the type of x."""
-    x = tensors[0]
-    assert x is not None
-    wider = [t is not None and i in (1, 2, 5) and t.dtype != x.dtype for i, t in enumerate(tensors)]
-    return [t.to(x.dtype) if t is not None and wide else t for t, wide in zip(tensors, wider, strict=True)]
+    x, fc1, fc2, bias1 = tensors[0], tensors[1], tensors[2], tensors[5]
+    assert x is not None and fc1 is not None and fc2 is not None
+    if fc1.dtype == fc2.dtype == x.dtype and (bias1 is None or bias1.dtype == x.dtype):
+        return list(tensors)
+    return [t if t is None or i not in (1, 2, 5) else as_type(t, x.dtype) for i, t in enumerate(tensors)]
 
 
 @register_flop_formula(torch.ops.moesys.expert_ffn)

@@ -8,6 +8,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from moesys.kernels.choose import as_type
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x · Wᵀ + bias`: x [..., K] → [..., M], in the type of x; weight [M, K] and bias [M] of any floating type.
@@ -16,11 +18,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     backward casts again, which reads and writes W once: little beside the product. The copy of a DTensor, a slice of
     the weight, is kept.
     """
-    bias = None if bias is None else bias.to(x.dtype)
-    if weight.dtype == x.dtype:
-        return functional.linear(x, weight, bias)
-    if isinstance(weight, DTensor):
-        return functional.linear(x, weight.to(x.dtype), bias)
+    bias = None if bias is None else as_type(bias, x.dtype)
+    if weight.dtype == x.dtype or isinstance(weight, DTensor):
+        return functional.linear(x, as_type(weight, x.dtype), bias)
     out: Tensor = _Narrowed.apply(x, weight, bias)
     return out
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moesys.kernels.choose import widened
+from moesys.kernels.choose import as_type, widened
 
 
 def reference(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -34,8 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_H, scale)
-        out = (x_wide * scale).mul_(weight)
-        return out if out.dtype == x.dtype else out.to(x.dtype)
+        return as_type((x_wide * scale).mul_(weight), x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -46,11 +45,11 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = (upstream * weight).addcmul_(x_wide, along, value=-1 / x.shape[-1]).mul_(scale)
         # A product with a vector reads once, and sums as it does.
         grad_weight = product.flatten(0, -2).t() @ scale.flatten()
-        if grad_x.dtype != x.dtype:
-            grad_x = grad_x.to(x.dtype)
-        return grad_x, grad_weight if grad_weight.dtype == weight_H.dtype else grad_weight.to(weight_H.dtype), None
+        return as_type(grad_x, x.dtype), as_type(grad_weight, weight_H.dtype), None
 
 
-def _widened(wide: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """The tensors in the type to compute in. Where they are of it, nothing is called, which small steps would feel."""
-    return [t if t.dtype == wide else t.to(wide) for t in tensors]
+def _widened(wide: torch.dtype, x: Tensor, weight_H: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type to compute in. Where they are of it, nothing is called: small steps would feel it."""
+    if x.dtype == weight_H.dtype == wide:
+        return x, weight_H, *more  # a gradient has the type of x
+    return tuple(t.to(wide) for t in (x, weight_H, *more))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesys.kernels.choose import choose, widened
+from moesys.kernels.choose import as_type, choose, widened
 
 
 def tables(angles_Sr: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,8 @@ def _rotate(x: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, direction: int) -> Tensor
 
         return kernel.rotate(x, cos_Sd, sin_Sd, direction < 0)
     wide = widened(x.dtype)
-    cos, sin, wide_x = (t if t.dtype == wide else t.to(wide) for t in (cos_Sd, sin_Sd, x))
+    cos_S1d, sin_S1d = as_type(cos_Sd, wide).unsqueeze(1), as_type(sin_Sd, wide).unsqueeze(1)
+    wide_x = as_type(x, wide)
     # Rolled by half its length, each element meets the one it is paired with.
-    rolled = wide_x.roll(x.shape[-1] // 2, -1)
-    out = (wide_x * cos.unsqueeze(1)).addcmul_(rolled, sin.unsqueeze(1), value=direction)
-    return out if x.dtype == wide else out.to(x.dtype)
+    out = (wide_x * cos_S1d).addcmul_(wide_x.roll(x.shape[-1] // 2, -1), sin_S1d, value=direction)
+    return as_type(out, x.dtype)

@@ -132,7 +132,6 @@ def _narrowed(shape: StepShape, edge: bool) -> float:
     d = shape.degrees
     if shape.width == 4:
         return 0.0
-    head = "embed.weight" if shape.config.model.tie_embeddings else "head.weight"
     split = d.tp > 1 and d.dp_shard == 1
     own = [
         w
@@ -140,7 +139,7 @@ def _narrowed(shape: StepShape, edge: bool) -> float:
         if (w.narrowed and shape.data_shards(w, d) == 1)
         or (split and w.kind == "matrix" and not (w.routed or w.router or w.frozen))
     ]
-    return shape.width * sum(shape.local(w) for w in own if (w.name == head if edge else w.layer is not None))
+    return shape.width * sum(shape.local(w) for w in own if (w.makes_logits if edge else w.layer is not None))
 
 
 def _logits(shape: StepShape) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,10 @@ class Composed:
 
     def moe_layers(self) -> dict[str, MoELayer]:
         """All MoE layers of this rank by their layout-independent names."""
+        return self._moe_layers
+
+    @cached_property
+    def _moe_layers(self) -> dict[str, MoELayer]:
         return {canonical(n + ".", False)[:-1]: m for part in self.parts for n, m in moe_layers(part).items()}
 
     def named_buffers(self) -> dict[str, Tensor]:

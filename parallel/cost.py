@@ -43,7 +43,7 @@ class Stage:
         """Whether a weight of the model lies on this stage; `shared`: the embedding lies on both ends."""
         if weight.layer is not None:
             return weight.layer in self.layers
-        if weight.name == "embed.weight":
+        if weight.looked_up:
             return self.first or (shared and self.last)
         return self.last
 

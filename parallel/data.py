@@ -127,8 +127,8 @@ def _units(shape: StepShape) -> dict[tuple[object, ...], list[Weight]]:
     tied = shape.config.model.tie_embeddings
     for weight in shape.weights():
         if _managed(weight, shape.degrees):
-            apart = weight.layer is not None or (weight.kind == "matrix" and not tied)
-            place = (weight.layer if weight.layer is not None else weight.name) if apart else None
+            edge = (weight.looked_up or weight.makes_logits) and not tied
+            place = (weight.name.rpartition(".")[0] if edge else None) if weight.layer is None else weight.layer
             units.setdefault((place, weight.routed, weight.unit), []).append(weight)
     return units
 
@@ -185,8 +185,7 @@ def _passes(shape: StepShape, weight: Weight) -> int:
         return 1 + counting
     if weight.layer is not None:
         return n * (2 + counting)
-    tied = shape.config.model.tie_embeddings
-    return n * (1 + counting) if weight.name == "embed.weight" and not tied else n + counting
+    return n * (1 + counting) if weight.looked_up and not weight.makes_logits else n + counting
 
 
 def routers(model: Module) -> Iterator[Parameter]:

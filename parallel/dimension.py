@@ -76,6 +76,9 @@ def _model(config: Config) -> list[Problem]:
     problems += rope_rules.check(m, {mixer.rotary_dim for mixer in mixers(m)} - {0})
     if m.moe is not None:
         problems += MoEFeedForward(m.moe, m.hidden, 0).check()
+    if m.head_bias and m.logits_divisor != 1:
+        rule = f"({m.logits_divisor:g}) divides what the head multiplies, and model.head_bias would stay as it is"
+        problems.append(Problem("model.logits_divisor", rule, "use either"))
     if m.ffn_hidden is None and len(m.moe_blocks) < m.depth:
         rule = "is needed: some layers are dense"
         problems.append(Problem("model.ffn_hidden", rule, "set it, or make every layer MoE"))

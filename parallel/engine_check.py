@@ -11,6 +11,16 @@ from moesys.parallel.degrees import Degrees
 
 NATIVE = "set engine: native"
 
+NATIVE_ONLY = {
+    "rope_scaling": "stretched rotary positions are",
+    "norm": "another norm than rms is",
+    "head_bias": "a bias on the logits is",
+    "embedding_multiplier": "a factor on the embedding is",
+    "residual_multiplier": "a factor on branches is",
+    "logits_divisor": "a divisor of the logits is",
+}
+"""Keys of the model that must have their defaults, in words."""
+
 
 def check(config: Config, degrees: Degrees) -> list[Problem]:
     """Rules of Megatron-Core's engine, beside those of the dimensions, which hold for it too."""
@@ -43,9 +53,10 @@ def _model(config: Config, degrees: Degrees) -> list[Problem]:
     moe = config.model.moe
     refused = [problem for mixer in mixers(config.model) for problem in mixer.megatron()]
     problems = [replace(problem, remedy=f"{problem.remedy}, or {NATIVE}") for problem in refused]
-    if config.model.rope_scaling is not None:
-        rule = "stretched rotary positions are not in engine: megatron"
-        problems.append(Problem("model.rope_scaling", rule, f"remove it, or {NATIVE}"))
+    for key, words in NATIVE_ONLY.items():
+        if getattr(config.model, key) != type(config.model).model_fields[key].default:
+            rule = f"{words} not in engine: megatron"
+            problems.append(Problem(f"model.{key}", rule, f"remove it, or {NATIVE}"))
     if not isinstance(config.model.layers, int):
         rule = "a pattern of layers is not in engine: megatron"
         problems.append(Problem("model.layers", rule, f"give a number, or {NATIVE}"))

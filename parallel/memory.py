@@ -13,9 +13,6 @@ from itertools import pairwise
 from moesys.parallel.activations import activations
 from moesys.parallel.cost import StepShape
 
-EDGES = ("embed.weight", "head.weight")
-"""Weights beside the blocks that FSDP gathers apart."""
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -62,10 +59,11 @@ def _gathered(shapes: list[StepShape]) -> float:
         return sum(s.held(unsharded=True) for s in shapes)
     (shape,) = shapes
     tied = shape.config.model.tie_embeddings
-    edge = {name: shape.held(unsharded=True, where=lambda w, n=name: w.name == n) for name in EDGES}  # type: ignore[misc]
+    embedding = shape.held(unsharded=True, where=lambda w: w.looked_up)
+    head = shape.held(unsharded=True, where=lambda w: w.makes_logits)
     blocks = [shape.held(layer=layer, unsharded=True) for layer in shape.stage.layers]
-    order = blocks if tied else [edge["embed.weight"], *blocks, edge["head.weight"]]
-    throughout = edge["embed.weight"] if tied else 0.0
+    order = blocks if tied else [embedding, *blocks, head]
+    throughout = embedding if tied else 0.0
     return throughout + max((a + b for a, b in pairwise(order)), default=sum(order))
 
 

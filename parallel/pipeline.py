@@ -152,6 +152,6 @@ def cost(shape: StepShape) -> list[Collective]:
     sent = (1 + shape.counting) * (not stage.last) + (not stage.first)
     moves = [Collective("send", ("pp",), size, sent * n)]
     if shape.config.model.ends_share_embedding and (stage.first or stage.last):
-        shared = 4 * shape.held(where=lambda w: w.name == "embed.weight")
+        shared = 4 * shape.held(where=lambda w: w.looked_up)
         moves.append(Collective("all_reduce", ("pp",), shared, 1, "ends"))
     return moves

@@ -49,6 +49,6 @@ def counted(layers: Mapping[str, MoELayer], mesh: Ranks) -> Iterator[None]:
     yield
     for layer, statistics in zip(layers.values(), kept, strict=True):
         layer.statistics.take()
-        layer.statistics.totals = statistics
+        layer.statistics.totals = dict(statistics)
     for gate, total in step_totals([layer.gate for layer in layers.values() if layer.gate.counts_first], mesh):
         gate.before_step(total)

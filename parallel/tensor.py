@@ -41,15 +41,10 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
     if tp == 1:
         return []
     split: dict[str, int] = {}
-    whole_norms: dict[str, Problem] = {}
     for weight in weights(m, m.vocab_size or tp):
         if (dim := weight.split_by("tp")) is None:
             continue
         split.setdefault(weight.axes[dim].key, weight.axes[dim].count)
-        if weight.kind == "norm":
-            section = weight.axes[dim].key.rpartition(".")[0]
-            rule = f"a norm over all heads together (qk_norm: full) cannot be split over tp({tp})"
-            whole_norms.setdefault(section, Problem("parallel.tp", rule, "set tp: 1, or qk_norm: head"))
     for key, size in split.items():
         if size % tp:
             what = "the shared experts' total inner size" if key.endswith("shared_experts") else key
@@ -59,7 +54,7 @@ def check(config: Config, degrees: Degrees) -> list[Problem]:
         why = "sequence parallelism" if config.parallel.sp else "MoE layers under tp"
         rule = f"cp({degrees.cp}) · tp({tp}) = {ranks} must divide train.seq_len({config.train.seq_len}) for {why}"
         problems.append(Problem("parallel.tp", rule, f"make train.seq_len a multiple of {ranks}"))
-    return problems + list(whole_norms.values())
+    return problems
 
 
 def shards(weight: Weight, degrees: Degrees) -> int:
@@ -116,10 +111,17 @@ def _stream(shape: StepShape, part: Part) -> list[Collective]:
     elif _split(part):
         mixing = isinstance(part, Mixer)
         meet(once + full, once + mixing * (full or (not p.sp and t.recompute == "selective")), p.sp)
-    size = shape.sequence_tokens / shape.degrees.cp * shape.config.model.hidden
-    n = shape.micro_batches
+    tokens, n = shape.sequence_tokens / shape.degrees.cp, shape.micro_batches
+    size = tokens * shape.config.model.hidden
+    # A norm over features that are split sums one number per token, in forward and in backward.
+    norms = sum(weight.kind == "norm" and weight.split_by("tp") is not None for weight in part.weights())
+    passes = norms * (once + (t.recompute != "none") + 1)
     return [
-        Collective(kind, ("tp",), size * each * streams, calls * n) for (kind, each, streams), calls in found.items()
+        *(
+            Collective(kind, ("tp",), size * each * streams, calls * n)
+            for (kind, each, streams), calls in found.items()
+        ),
+        Collective("all_reduce", ("tp",), 4 * tokens, passes * n, small=True),
     ]
 
 
@@ -151,11 +153,14 @@ def _gradients(shape: StepShape) -> list[Collective]:
 def _partial(shape: StepShape, weight: Weight, others: bool) -> bool:
     """Whether a gradient is a partial sum, of a router or of one of the `others`.
 
-    Not so of biases that all ranks hold: sums are whole when these are added. Nor, without sp, of norms of the stream.
+    Not so of biases that all ranks hold: sums are whole when these are added. With sp alone of what works
+    on the stream.
     """
     if weight.routed or weight.split_by("tp") is not None or not (weight.router or others) or not shape.trained(weight):
         return False
-    return weight.router or not (weight.kind == "bias" or (weight.on_stream and not shape.config.parallel.sp))
+    if weight.on_stream and not weight.router:
+        return shape.config.parallel.sp
+    return weight.router or weight.kind != "bias"
 
 
 def apply(model: Decoder, mesh: ParallelMesh, config: Config) -> Decoder:

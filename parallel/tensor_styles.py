@@ -19,12 +19,14 @@ from torch.distributed.tensor.parallel import (
 
 from moesys.models.block import PredictionBlock
 from moesys.models.decoder import Decoder
+from moesys.models.layers import RMSNorm
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import BlockParts
 from moesys.models.parts.model import block as describe
 from moesys.models.parts.moe import MoEFeedForward
 from moesys.models.parts.part import Part
 from moesys.moe import MoELayer
+from moesys.parallel.split_norm import split_rms_norm
 
 
 class Replicated(ParallelStyle):
@@ -48,16 +50,34 @@ class UsedByLocalHeads(ParallelStyle):
         return module
 
 
+def _split(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    """Split the parameters of a module along their first dim."""
+    for name, parameter in module.named_parameters(recurse=False):
+        whole = distribute_tensor(parameter, mesh, [Shard(0)])
+        module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+
+
 class OfLocalHeads(ParallelStyle):
     """Weights of one element per head, split over the axis; called without inputs, it gives the rank's own."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def split(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
-            for name, parameter in part.named_parameters(recurse=False):
-                whole = distribute_tensor(parameter, mesh, [Shard(0)])
-                part.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+        return distribute_module(module, device_mesh, _split, output_fn=lambda _, out, __: out.to_local())
 
-        return distribute_module(module, device_mesh, split, output_fn=lambda _, out, __: out.to_local())
+
+class OverSplitFeatures(ParallelStyle):
+    """An `RMSNorm` over features that are split over the axis: its inputs and outputs are the rank's own."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, RMSNorm)
+        group = device_mesh.get_group()
+
+        def forward(x: Tensor) -> Tensor:
+            weight_F = module.factors()
+            assert isinstance(weight_F, DTensor)
+            return split_rms_norm(x, weight_F.to_local(), module.eps, group)
+
+        module.forward = forward  # type: ignore[method-assign]
+        return distribute_module(module, device_mesh, _split)
 
 
 def parallelize(model: Decoder, axis: DeviceMesh, sp: bool) -> Decoder:
@@ -139,7 +159,8 @@ def _from_axes(part: Part, stream: Placement) -> dict[str, ParallelStyle]:
     for weight in part.weights():
         module, _, leaf = weight.name.rpartition(".")
         if leaf == "weight":
-            styles = {0: ColwiseParallel(), 1: RowwiseParallel(output_layouts=stream), None: Replicated()}
+            first = OverSplitFeatures() if weight.kind == "norm" else ColwiseParallel()
+            styles = {0: first, 1: RowwiseParallel(output_layouts=stream), None: Replicated()}
             plan[module] = styles[weight.split_by("tp")]
     return plan
 
@@ -152,7 +173,10 @@ def _mixer(mixer: Mixer, stream: Placement) -> dict[str, ParallelStyle]:
         "own": OfLocalHeads(),
     }
     plan = _from_axes(mixer, stream)
-    return plan | {name: exceptions[style] for name, style in mixer.styles.items() if name in plan or style == "summed"}
+    whole = {name: style for name, style in plan.items() if not isinstance(style, OverSplitFeatures)}
+    return plan | {
+        name: exceptions[style] for name, style in mixer.styles.items() if name in whole or style == "summed"
+    }
 
 
 def _feed_forward(name: str, part: Part, stream: Placement) -> dict[str, ParallelStyle]:

@@ -34,7 +34,6 @@ RULES = {
     "vocabulary over tp": ({"model": {"vocab_size": 257}, "parallel": {"tp": 2}}, "tp(2) must divide model.vocab_size(257)"),
     "feed-forward over tp": ({"model": {"moe": {"first_dense": 1}, "ffn_hidden": 65}, "parallel": {"tp": 2}}, "tp(2) must divide model.ffn_hidden(65)"),
     "sequence over tp": ({"train": {"seq_len": 63}, "parallel": {"tp": 2}}, "cp(1) · tp(2) = 2 must divide train.seq_len(63)"),
-    "norm over all heads": ({"model": {"attention": {"qk_norm": "full"}}, "parallel": {"tp": 2}}, "cannot be split over tp(2)"),
     "sequence over cp": ({"train": {"seq_len": 62}, "parallel": {"cp": 2}}, "2 · cp(2) = 4 must divide train.seq_len(62)"),
     "batch over ranks": ({"train": {"global_batch": 6}}, "dp(4) · micro_batch(1) = 4 must divide global_batch(6)"),
     "batch below ranks": ({"train": {"global_batch": 2}}, "remedy: set it to 4"),

@@ -1,4 +1,5 @@
-"""A mixer, a gate and a dispatcher from outside of the package: they are found, checked, planned, run and proved."""
+"""A mixer, a gate, a dispatcher and a family of released models from outside of the package: they are found, checked,
+planned, run and proved."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 TOY = Path(__file__).parent / "plugins"
 ENTRY_POINTS = """
@@ -18,6 +21,8 @@ gated_token = toy.gated_token:GatedToken
 in_turn = toy.in_turn:InTurn
 [moesys.dispatchers]
 table = toy.table:Table
+[moesys.families]
+toy_moe = toy.family:ToyMoe
 """
 RUN = """
 model:
@@ -75,6 +80,14 @@ def test_they_are_planned(toy):
         if words in done.stdout
     }
     assert moved == {"all_gather over ep", "reduce_scatter over ep"}, "the dispatcher's own collectives"
+
+
+def test_a_released_model_of_their_family_is_read(toy, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "toy_moe", "num_hidden_layers": 2, "mystery": 1}))
+    save_file({"lm_head.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    environment, folder = toy
+    done = command(environment, folder, "import", str(tmp_path))
+    assert done.returncode == 2 and "mystery toy_moe files are not known to have it" in done.stderr, done.stderr
 
 
 def test_they_equal_one_process(toy):

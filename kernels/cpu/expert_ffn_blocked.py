@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moesys.kernels import activation
+from moesys.kernels.choose import as_type
 from moesys.kernels.cpu import expert_ffn_small as small
 from moesys.kernels.cpu import memory_pool
 from moesys.kernels.cpu.workers import Finish, each
@@ -53,10 +54,6 @@ def _slow_bfloat16() -> bool:
 def working_type(dtype: torch.dtype) -> torch.dtype:
     """The type in which products of `dtype` are computed on this CPU."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) and _slow_bfloat16() else dtype
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _widened(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +95,7 @@ def forward(args: Arguments) -> tuple[Tensor, Tensor]:
         return lambda: _give(out, y, block, indices[b])
 
     each(range(len(blocks)), _sizes(blocks, fc1), work)
-    return _as(out, x_TH.dtype), h
+    return as_type(out, x_TH.dtype), h
 
 
 def _by_block(x: Tensor | None, blocks: list[_Block]) -> Sequence[Any]:
@@ -118,7 +115,7 @@ def _rows(x: Tensor, block: _Block, index: Tensor | None, dtype: torch.dtype, sp
     `spare` [rows, H] is memory of that type which they may be gathered to.
     """
     if index is None:
-        return _as(x[block.rows], dtype)
+        return as_type(x[block.rows], dtype)
     shape = len(index), x.shape[1]
     spare = memory_pool.empty(shape, dtype) if spare is None else spare
     if x.dtype == dtype:
@@ -223,4 +220,4 @@ def backward(grad_TH: Tensor, args: Arguments, h_NGF: Tensor, of_fc1: bool, of_f
         return lambda: _give(grad_x, dx, block, index)
 
     each(range(len(blocks)), _sizes(blocks, fc1), work)
-    return _as(grad_x, x_TH.dtype), grad1, grad2, grad_weight_N, grad_bias
+    return as_type(grad_x, x_TH.dtype), grad1, grad2, grad_weight_N, grad_bias

@@ -49,6 +49,7 @@ EFFECTS = {
 _WORDS = {
     Kind.WEIGHTS: """
         model.vocab_size model.hidden model.layers model.ffn_hidden model.tie_embeddings
+        model.norm model.head_bias
         model.mixers
         model.layers: count first repeat
         model.mtp.depth
@@ -57,7 +58,7 @@ _WORDS = {
         """,
     Kind.MEANT: """
         seed train.seq_len data.heldout
-        model: norm_eps rope_theta
+        model: norm_eps rope_theta embedding_multiplier residual_multiplier logits_divisor
         model.rope_scaling: kind factor original_seq_len low_freq_factor high_freq_factor beta_fast beta_slow truncate
             mscale mscale_all_dim attention_factor short_factor long_factor short_mscale long_mscale
         model.moe: top_k activation normalize normalize_min scale selection_bias lora_alpha zero_variant

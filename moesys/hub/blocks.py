@@ -46,13 +46,12 @@ def moe_rule(moe: Sequence[bool]) -> dict[str, int] | None:
 
 
 def pattern(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The shortest `first` and `repeat` that give `words`."""
+    """The shortest `first` and `repeat` that give `words`; of these the shortest `repeat`."""
     depth = len(words)
     for total in range(1, depth + 1):
-        for start in range(total):
-            period = total - start
-            if all(words[i] == words[i - period] for i in range(start + period, depth)):
-                return list(words[:start]), list(words[start:total])
+        for period in range(1, total + 1):
+            if all(words[i] == words[i - period] for i in range(total, depth)):
+                return list(words[: total - period]), list(words[total - period : total])
     return [], list(words)
 
 

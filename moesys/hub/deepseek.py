@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moesys.hub.family import Derived, Family
+from moesys.hub.derived import Derived
+from moesys.hub.family import Family
 from moesys.hub.keys import COMMON, REQUIRED, Key, with_defaults
 from moesys.hub.mapping import halves_from_pairs
 from moesys.models.parts.mixer import Mixer

@@ -14,7 +14,8 @@ from moesys.config.differences import defaults
 from moesys.config.schema import ModelConfig
 from moesys.config.tree import Entry, merge, put, walk
 from moesys.errors import FileError, Problem
-from moesys.hub.family import Derived, Family, decides, nested
+from moesys.hub.derived import Derived
+from moesys.hub.family import Family, decides, nested
 from moesys.hub.fit import family_of
 from moesys.hub.folder import CONFIG, Folder, open_folder
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
@@ -15,8 +14,8 @@ from pydantic import ValidationError
 from moesys.config.differences import flat
 from moesys.config.registry import FAMILIES, MIXERS, Described, kinds, used
 from moesys.config.schema import ModelConfig
-from moesys.errors import Problem
 from moesys.hub import blocks
+from moesys.hub.derived import Derived
 from moesys.hub.experts import ExpertLayout, PerExpert
 from moesys.hub.keys import DROPOUTS, GENERAL, GENERATION, GROUPED, REQUIRED, Key
 from moesys.hub.mapping import Stored, identity
@@ -27,26 +26,8 @@ from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import block
 from moesys.models.size import weights
 
-
-@dataclass
-class Derived:
-    """What a config.json says of a model.
-
-    Attributes:
-        values: dotted keys below "model." and their values.
-        read: keys that were understood.
-        notes: sentences on what it says that no number of the model hangs on here.
-        problems: what would change numbers and cannot be followed; `Problem.key` is theirs.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    read: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def refuse(self, key: str, rule: str, remedy: str = "use transformers for this model") -> None:
-        """Note that the files' `key` cannot be followed."""
-        self.problems.append(Problem(key, rule, remedy))
+DECODED = ("fp8", "mxfp4")
+"""Words of `quantization_config` for files that are decoded."""
 
 
 class Family(Described):
@@ -79,7 +60,7 @@ class Family(Described):
     block: ClassVar[str] = "model.layers.{layer}."
     experts: ClassVar[ExpertLayout] = PerExpert("mlp.experts.{expert}.", "gate_proj", "up_proj", "down_proj")
     float32: ClassVar[frozenset[str]] = frozenset()
-    left_out: ClassVar[tuple[str, ...]] = (r".*\.rotary_emb\.inv_freq",)
+    left_out: ClassVar[tuple[str, ...]] = (r".*\.rotary_emb\.inv_freq", r".*\.(input|activation|k|v)_scale")
     rotary: ClassVar[Rotary] = Rotary()
 
     # ---- config.json -> our keys
@@ -101,6 +82,12 @@ class Family(Described):
         self.predict(raw, found, tensors)
         for name, value in self.only.items():
             self.require(raw, found, name, value)
+        method = (raw.get("quantization_config") or {}).get("quant_method")
+        if method not in (None, *DECODED):
+            rule = f"is {method!r}, and only {' and '.join(DECODED)} are decoded"
+            found.refuse(
+                "quantization_config.quant_method", rule, "name a folder of the weights before they were packed"
+            )
         for name in DROPOUTS:
             if raw.get(name):
                 found.refuse(name, f"is {raw[name]}, and no part drops activations here", "set it to 0 in config.json")

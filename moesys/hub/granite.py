@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moesys.hub.derived import Derived
 from moesys.hub.experts import TRANSPOSED, Fused
-from moesys.hub.family import Derived, Family
+from moesys.hub.family import Family
 from moesys.hub.keys import GROUPED, REQUIRED, Key
 
 

@@ -9,7 +9,7 @@ from moesys.hub import blocks
 
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
-    from moesys.hub.family import Derived
+    from moesys.hub.derived import Derived
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

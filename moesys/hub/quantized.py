@@ -28,14 +28,17 @@ def block_sizes(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, .
 
 
 def factors(scale: Tensor) -> Tensor:
-    """Factors as float32: exponents of two are bytes, or of torch's type for them."""
+    """Factors of any shape [..., blocks] as float32: exponents of two are bytes, or of torch's type for them."""
     if scale.dtype == torch.uint8:
         return torch.exp2(scale.float() - BIAS)
     return scale.float()
 
 
 def dequantised(weight: Tensor, scale: Tensor, places: tuple[Tensor, ...]) -> Tensor:
-    """float32 of FP8 numbers; `places`: for each index of each dim, the place of its block among the factors."""
+    """float32 [R, C] of FP8 numbers `weight` [R, C] and their factors `scale`, one per block.
+
+    `places`: for each dim, int64 [R] or [C], the place among the factors of the block of each index.
+    """
     each = factors(scale)
     for dim, place in enumerate(places):
         each = each.index_select(dim, place)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from moesys.hub import blocks, layer_types
-from moesys.hub.family import Derived, Family
+from moesys.hub.derived import Derived
+from moesys.hub.family import Family
 
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesys.config.schema import ModelConfig
-    from moesys.hub.family import Derived
+    from moesys.hub.derived import Derived
 
 KEYS = {
     "linear": {"factor": "factor"},

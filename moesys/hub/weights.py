@@ -29,7 +29,7 @@ class ReleasedWeights:
         return self.files.bytes_read
 
     def read_into(self, out: Tensor, name: str, box: Box) -> None:
-        """Write the part `box` of the weight `name` into `out`, of the part's shape and any type.
+        """Write the part `box` of the weight `name` into `out`, of the part's shape [b − a, …] and any type.
 
         Beside `out` there is never more than a part of one tensor of the files.
 

@@ -107,7 +107,7 @@ class FolderWriter:
         os.replace(self.partial, self.to)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor, of the planned shape and type."""
+        """Write the next tensor [...], of the planned shape and type."""
         assert name == self._left.popleft()
         file = self.files[name]
         self._held[name] = tensor.contiguous()

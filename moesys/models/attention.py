@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from moesys.kernels.attention_sinks import attend_with_sinks
+from moesys.kernels.attention_sinks import attend_with_sinks, lower_right
 from moesys.kernels.rotary import rotate
 from moesys.models.layers import Linear, RMSNorm
 
@@ -70,7 +70,7 @@ def attend(
     if q.shape[2] != k.shape[2] and q.is_cuda:
         mask = causal_lower_right(q.shape[2], k.shape[2]) if bias is None else bias
     elif q.shape[2] != k.shape[2]:
-        mask = _lower_right(q, k)  # the CPU's fused kernel takes a mask, and no bias
+        mask = lower_right(q, k)  # the CPU's fused kernel takes a mask, and no bias
     out = nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped, scale=scale
     )
@@ -130,11 +130,6 @@ def takes_groups(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
 
 
-def _lower_right(q: Tensor, k: Tensor) -> Tensor:
-    """True where a query [B, h, Sq, d] sees a key [B, g, Sk, d]: bool [Sq, Sk]."""
-    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-
-
 def turn(x_BShd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads [B, S, h, d] whose first elements, as many as the tables [S, …] have, are rotated."""
     turned = cos.shape[-1]
@@ -179,36 +174,59 @@ class GroupedQueryAttention(nn.Module):
         window: int | None = None,
         scale: float | None = None,
         sinks: bool = False,
+        centered: bool = False,
+        clip: float | None = None,
+        output_gate: bool = False,
     ):
-        """`output_bias`: of the output, default as `bias`, that of the others; `qk_norm`: "none", or an RMSNorm of
-        queries and keys per "head" or over all of them ("full"); `window`, `scale`: as those of `CausalCore`;
-        `sinks`: whether each head has one."""
+        """Makes the projections and what stands around them.
+
+        Args:
+            output_bias: of the output; default: as `bias`, that of the others.
+            qk_norm: "none", or an RMSNorm of queries and keys: per "head", over all of them ("full"), or
+                "head_after_rotary".
+            window, scale: as those of `CausalCore`.
+            sinks: whether each head has a sink.
+            centered: factors of the norms are 1 + their weights.
+            clip: bound of queries, keys and values; None: none.
+            output_gate: whether the result is multiplied by a sigmoid of the token.
+        """
         super().__init__()
         self.head_dim = head_dim
         self.q_proj = Linear(hidden, heads * head_dim, bias=bias)
         self.k_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(hidden, kv_heads * head_dim, bias=bias)
+        self.gate_proj = Linear(hidden, heads * head_dim, bias=False) if output_gate else None
         self.o_proj = Linear(heads * head_dim, hidden, bias=bias if output_bias is None else output_bias)
-        self.per_head = qk_norm == "head"
-        sizes = {"none": (0, 0), "head": (head_dim,) * 2, "full": (heads * head_dim, kv_heads * head_dim)}[qk_norm]
-        self.q_norm = RMSNorm(sizes[0], eps) if sizes[0] else None
-        self.k_norm = RMSNorm(sizes[1], eps) if sizes[1] else None
+        self.qk_norm, self.clip = qk_norm, clip
+        sizes = (heads * head_dim, kv_heads * head_dim) if qk_norm == "full" else (head_dim,) * 2
+        self.q_norm, self.k_norm = (None if qk_norm == "none" else RMSNorm(size, eps, centered) for size in sizes)
         self.sinks = Sinks(heads) if sinks else None
         self.core = CausalCore(window, scale)
 
-    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        if norm is not None and not self.per_head:
+    def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Projected queries, keys or values as heads [B, S, h, d]."""
+        if norm is not None and self.qk_norm == "full":
             x = norm(x)
-        x = x.unflatten(-1, (-1, self.head_dim))
-        return norm(x) if norm is not None and self.per_head else x
+        if self.clip is not None:
+            x = x.clamp(-self.clip, self.clip)
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def _turned(self, x_BShd: Tensor, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys with their positions."""
+        if norm is not None and self.qk_norm == "head":
+            x_BShd = norm(x_BShd)
+        x_BShd = turn(x_BShd, cos, sin)
+        return norm(x_BShd) if norm is not None and self.qk_norm == "head_after_rotary" else x_BShd
 
     def forward(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, S, H] → [B, S, H]; cos, sin [S, d]: tables of the tokens' positions, for d elements of each head."""
-        q = turn(self._heads(self.q_proj(x_BSH), self.q_norm), cos, sin)
-        k = turn(self._heads(self.k_proj(x_BSH), self.k_norm), cos, sin)
-        v = self._heads(self.v_proj(x_BSH), None)
-        out = self.core(q, k, v, None if self.sinks is None else self.sinks())
-        return self.o_proj(out.flatten(2))
+        q = self._turned(self._heads(self.q_proj(x_BSH), self.q_norm), self.q_norm, cos, sin)
+        k = self._turned(self._heads(self.k_proj(x_BSH), self.k_norm), self.k_norm, cos, sin)
+        v = self._heads(self.v_proj(x_BSH))
+        out = self.core(q, k, v, None if self.sinks is None else self.sinks()).flatten(2)
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(x_BSH).sigmoid()
+        return self.o_proj(out)
 
 
 class SharedKey(nn.Module):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from moesys.models.layers import Linear, RMSNorm
+from moesys.models.layers import Linear, norm
 from moesys.models.parts.model import block as describe
 from moesys.moe import MoELayer
 from moesys.moe.layer import Lazy, RoutedTokens
@@ -31,11 +31,12 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         parts = describe(config, layer)
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention_norm = norm(config.norm, config.hidden, config.norm_eps)
         self.attention = parts.mixer.build()
-        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.ffn_norm = norm(config.norm, config.hidden, config.norm_eps)
         self.ffn: nn.Module = parts.ffn.build()
         self.rotary_dim = parts.mixer.rotary_dim
+        self.branch_scale = config.residual_multiplier
 
     def parts(self) -> list[Part]:
         """Methods to compile, and to compute again, each as a whole."""
@@ -71,14 +72,16 @@ class Block(nn.Module):
         return self.finish(x_BSH, h_BSH, routed_BSH, routed, None if dense is None else dense())
 
     def _attend(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        out: Tensor = x_BSH + self.attention(self.attention_norm(x_BSH), cos, sin)
-        return out
+        return self._add(x_BSH, self.attention(self.attention_norm(x_BSH), cos, sin))
+
+    def _add(self, x_BSH: Tensor, branch_BSH: Tensor) -> Tensor:
+        """The stream after a branch, which may have a factor (Granite)."""
+        return torch.add(x_BSH, branch_BSH, alpha=self.branch_scale)
 
     def run_dense(self, x_BSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The whole of a block without experts. cos, sin [S, d]."""
         x_BSH = self._attend(x_BSH, cos, sin)
-        out: Tensor = x_BSH + self.ffn(self.ffn_norm(x_BSH))
-        return out
+        return self._add(x_BSH, self.ffn(self.ffn_norm(x_BSH)))
 
     def route(
         self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None
@@ -92,16 +95,14 @@ class Block(nn.Module):
     def run_experts(self, x_BSH: Tensor, h_BSH: Tensor, routed: RoutedTokens) -> Tensor:
         """All that follows `route`, where nothing comes between."""
         assert isinstance(self.ffn, MoELayer)
-        out: Tensor = x_BSH + self.ffn.leave(self.ffn.compute(h_BSH, routed))
-        return out
+        return self._add(x_BSH, self.ffn.leave(self.ffn.compute(h_BSH, routed)))
 
     def finish(
         self, x_BSH: Tensor, h_BSH: Tensor, routed_BSH: Tensor, routed: RoutedTokens, dense_BSH: Tensor | None
     ) -> Tensor:
         """What follows the routed experts, where these are no part."""
         assert isinstance(self.ffn, MoELayer)
-        out: Tensor = x_BSH + self.ffn.leave(self.ffn.join(h_BSH, routed_BSH, routed, dense_BSH))
-        return out
+        return self._add(x_BSH, self.ffn.leave(self.ffn.join(h_BSH, routed_BSH, routed, dense_BSH)))
 
 
 class PredictionBlock(Block):
@@ -118,12 +119,12 @@ class PredictionBlock(Block):
         for name in usual:
             delattr(self, name)
         # Parameters lie in the order of computation, about which gradients are completed.
-        self.embed_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.hidden_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.embed_norm = norm(config.norm, config.hidden, config.norm_eps)
+        self.hidden_norm = norm(config.norm, config.hidden, config.norm_eps)
         self.project = Linear(2 * config.hidden, config.hidden, bias=False)
         for name, module in usual.items():
             self.add_module(name, module)
-        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.norm = norm(config.norm, config.hidden, config.norm_eps)
 
     def parts(self) -> list[Part]:
         return [(self, "join"), *super().parts()]

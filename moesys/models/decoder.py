@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.models.block import Block, PredictionBlock
-from moesys.models.layers import Linear, RMSNorm
+from moesys.models.layers import LayerNorm, Linear, RMSNorm, norm
 from moesys.models.rotary import rotary_angles
 from moesys.models.size import by_name
 
@@ -46,8 +46,8 @@ class Decoder(nn.Module):
         self.first = True
         kinds = [Block] * config.depth + [PredictionBlock] * config.predicted
         self.layers = nn.ModuleDict({str(i): kind(config, i) for i, kind in enumerate(kinds)})
-        self.norm: RMSNorm | None = RMSNorm(config.hidden, config.norm_eps)
-        self.head: Linear | None = Linear(config.hidden, vocab_size, bias=False)
+        self.norm: RMSNorm | LayerNorm | None = norm(config.norm, config.hidden, config.norm_eps)
+        self.head: Linear | None = Linear(config.hidden, vocab_size, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.described = by_name(config, vocab_size)
@@ -107,9 +107,9 @@ class Decoder(nn.Module):
         outputs = [self.norm(x)]
         if later and tokens_BS2 is not None:
             outputs += self._predict(outputs[0], tables, tokens_BS2, later)
-        if len(outputs) == 1 or not torch.is_grad_enabled():
-            return self.head(outputs[0])
-        return self.head(torch.cat(outputs))
+        alone = len(outputs) == 1 or not torch.is_grad_enabled()
+        x, divisor = outputs[0] if alone else torch.cat(outputs), self.config.logits_divisor
+        return self.head(x if divisor == 1 else x / divisor)
 
     def _predict(
         self, h_BSH: Tensor, tables: Mapping[int, tuple[Tensor, Tensor]], tokens: Tensor, later: Sequence[Tensor]
@@ -124,7 +124,8 @@ class Decoder(nn.Module):
     def _embed(self, id_BS: Tensor) -> Tensor:
         assert self.embed is not None
         out: Tensor = self.embed(id_BS).to(self.dtype)
-        return out
+        factor = self.config.embedding_multiplier
+        return out if factor == 1 else out * factor
 
     def _embed_ahead(self, x: Tensor, ahead_BSD: Tensor) -> tuple[Tensor, ...]:
         """The stream and the embeddings of the D tokens after each one [B, S, H], looked up together."""

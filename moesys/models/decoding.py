@@ -80,9 +80,14 @@ def _last(model: Decoder, tokens_BS: Tensor, positions: Tensor) -> Tensor:
 
 
 @contextmanager
-def decoding(model: Decoder) -> Iterator[Decode]:
-    """A `Decode` of new sequences, for a whole model on one device; afterwards the model is as it was."""
-    training, positions = model.training, model.positions
+def decoding(model: Decoder, length: int | None = None) -> Iterator[Decode]:
+    """A `Decode` of new sequences, for a whole model on one device; afterwards the model is as it was.
+
+    `length`: tokens of the whole sequences at most. A scaling of rotary positions may depend on it, and keys that are
+    remembered keep theirs; None: the tokens so far decide, as they would in one pass over them.
+    """
+    training, positions, before = model.training, model.positions, model.length
+    model.length = length
     stepwise = not recomputed(model.config)
     with ExitStack() as stack:
         assert model.head is not None
@@ -96,7 +101,7 @@ def decoding(model: Decoder) -> Iterator[Decode]:
         try:
             yield _Stepwise(model) if stepwise else _Anew(model)
         finally:
-            model.positions = positions
+            model.positions, model.length = positions, before
             model.train(training)
             for layer in moe_layers(model).values():
                 layer.statistics.take()

@@ -31,7 +31,7 @@ def empty(
         model = Decoder(config, vocab_size, dtype)
     for name, parameter in model.named_parameters():
         weight = model.described[name]
-        if narrow and weight.kind in ("matrix", "bias") and not weight.router:
+        if narrow and weight.kind == "matrix" and not weight.router:
             parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device or torch.device("cpu"))
     if config.tie_embeddings and model.head is not None and model.embed is not None:

@@ -65,9 +65,9 @@ class CachedCore(nn.Module):
         self.core, self.window = core, core.window
         self._keys, self._values = (Rows() if core.window is None else Ring(core.window) for _ in range(2))
 
-    def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor) -> Tensor:
-        """q [B, S, h, d], k [B, S, g, d], v [B, S, g, dv], all of these tokens: [B, S, h, dv]."""
-        out: Tensor = self.core(q_BShd, self._keys.append(k_BSgd), self._values.append(v_BSgd))
+    def forward(self, q_BShd: Tensor, k_BSgd: Tensor, v_BSgd: Tensor, sink_h: Tensor | None = None) -> Tensor:
+        """q [B, S, h, d], k [B, S, g, d], v [B, S, g, dv], all of these tokens, and sinks [h]: [B, S, h, dv]."""
+        out: Tensor = self.core(q_BShd, self._keys.append(k_BSgd), self._values.append(v_BSgd), sink_h)
         return out
 
 

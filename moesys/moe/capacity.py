@@ -89,7 +89,7 @@ def assign(
     Where `rule` pads, every expert gets `rows` of this device, `limit` by default, and at most all tokens.
     """
     tokens, top_k = choice.expert_Tk.shape
-    token_A = torch.arange(tokens, device=number_T.device).repeat_interleave(top_k)
+    token_A = torch.arange(tokens * top_k, device=number_T.device) // top_k
     routing = Routing(token_A, choice.expert_Tk.flatten(), choice.weight_Tk.flatten())
     keep_A = None if choice.wanted_Tk is None else choice.wanted_Tk.flatten()
     if limit is not None:

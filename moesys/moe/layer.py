@@ -6,7 +6,7 @@ It knows nothing of parallelism. Three of its parts are replaced from outside to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -32,41 +32,35 @@ class LayerStatistics:
     """
 
     def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor | int] = {}
+        self.device = torch.device("cpu")
         self.owed: list[set[str]] = []
         """Losses of each training pass without gradients; the other losses arise when the pass is recomputed."""
 
-    def add(self, output: GateOutput, device: torch.device, training: bool) -> None:
-        """Count a forward pass, once however often it runs."""
+    def add(self, output: GateOutput, device: torch.device, training: bool) -> bool:
+        """Count a forward pass, once however often it runs; whether this is the first time."""
         losses = {name: loss.detach() for name, loss in output.losses.items()}
         if recomputing():
             counted = self.owed.pop() if self.owed else losses.keys()
             self._add({name: loss for name, loss in losses.items() if name not in counted})
-            return
+            return False
         if training and not torch.is_grad_enabled():
             self.owed.append(set(losses))
-        self._add(losses | self._counts(output, device))
+        self.device = device
+        self._add(losses)
+        self._add({"load": output.load_E, "zero": output.zero_load, "dropped": output.dropped, "calls": 1})
+        return True
 
-    def _counts(self, output: GateOutput, device: torch.device) -> dict[str, Tensor]:
-        parts: dict[str, Tensor] = {}
-        if output.load_E is not None:
-            parts["load"] = output.load_E
-        if output.zero_load is not None:
-            parts["zero"] = output.zero_load
-        dropped = output.dropped
-        # Not as_tensor, which copies a number from the host and waits for that.
-        parts["dropped"] = dropped if isinstance(dropped, Tensor) else torch.full((), dropped, device=device)
-        parts["calls"] = torch.ones((), device=device)
-        return parts
-
-    def _add(self, parts: dict[str, Tensor]) -> None:
+    def _add(self, parts: Mapping[str, Tensor | int | None]) -> None:
         for name, value in parts.items():
-            self.totals[name] = self.totals.get(name, 0) + value
+            if value is not None:
+                self.totals[name] = self.totals[name] + value if name in self.totals else value
 
     def take(self) -> dict[str, Tensor]:
         """The sums; they start again from zero."""
         totals, self.totals, self.owed = self.totals, {}, []
-        return totals
+        # Not as_tensor, which copies a number from the host and waits for that.
+        return {n: v if isinstance(v, Tensor) else torch.full((), v, device=self.device) for n, v in totals.items()}
 
 
 class Lazy:
@@ -167,8 +161,7 @@ class MoELayer(nn.Module):
     def count(self, routed: RoutedTokens) -> None:
         """Count a pass, once however often it runs: its only side effect. `routed` as `compacted` returns it."""
         output = routed.output
-        self.statistics.add(output, routed.tokens.number_T.device, self.training)
-        if recomputing():
+        if not self.statistics.add(output, routed.tokens.number_T.device, self.training):
             return
         if output.counted is not None:
             self.gate.count(output.counted)
@@ -205,7 +198,9 @@ class MoELayer(nn.Module):
 
     def objective(self, losses: dict[str, Tensor]) -> Tensor:
         """This device's share of the auxiliary losses in the objective: a scalar."""
-        return torch.stack(list(losses.values())).sum() * self.loss_scale
+        first, *rest = losses.values()
+        total = torch.stack([first, *rest]).sum() if rest else first
+        return total * self.loss_scale
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

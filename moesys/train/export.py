@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from moesys.config.schema import Config
+from moesys.config.schema import Config, ModelConfig
 from moesys.data.tokenizers import Tokenizer
 from moesys.hub import folder as released
 from moesys.hub import tokenizer
 from moesys.hub.choose import choose
+from moesys.hub.family import Family
 from moesys.hub.fit import stored
 from moesys.hub.mapping import Box, Stored, meet, sizes, whole
 from moesys.hub.writer import FolderWriter, Planned
@@ -77,20 +78,18 @@ def export(
     assert model.vocab_size is not None
     chosen = choose(model, family or _family_of(origin))
     kind = DTYPES[dtype or config.train.dtype]
-    reader, every = PartReader(checkpoint), stored(chosen, model, model.vocab_size)
-    weights = {weight.name: weight for weight in chosen.weights(model, model.vocab_size)}
-    planned = [p for name in every for p in _planned(weights[name], every[name], kind, shard_size)]
+    written = Tensors(chosen, model, PartReader(checkpoint), kind, shard_size)
+    planned = list(written.planned())
     total, done = sum(p.bytes for p in planned), 0
     with FolderWriter(to, planned, shard_size) as writer:
-        for name, tensors in every.items():
-            for tensor_name, tensor in _tensors(reader, weights[name], tensors, kind, shard_size):
-                writer.add(tensor_name, tensor)
-                done += tensor.nbytes
-                if progress is not None:
-                    progress(done / total, tensor_name)
+        for name, tensor in written:
+            writer.add(name, tensor)
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done / total, name)
         text = saved.tokenizer(meta, config)
-        written = chosen.write(model) | _facts(config, kind, text)
-        writer.finish(written, _generation(text), tokenizer.files(text, origin))
+        facts = chosen.write(model) | _facts(config, kind, text)
+        writer.finish(facts, _generation(text), tokenizer.files(text, origin))
     return Exported(to, chosen.kind, len(planned), total, len(set(writer.files.values())), [])
 
 
@@ -123,20 +122,81 @@ def _order(weight: Weight, tensors: Sequence[Stored], limit: int) -> Iterator[tu
         yield whole(weight.shape), list(tensors)
 
 
-def _planned(weight: Weight, tensors: Sequence[Stored], dtype: torch.dtype, limit: int) -> Iterator[Planned]:
-    for _, inside in _order(weight, tensors, limit):
-        for s in inside:
-            yield Planned(s.name, s.shape, torch.float32 if s.float32 else dtype)
+class Reader(Protocol):
+    """Gives parts of weights."""
+
+    def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """The part of a weight of shape `size` that begins at `start`, float32."""
+        ...
 
 
-def _tensors(
-    reader: PartReader, weight: Weight, tensors: Sequence[Stored], dtype: torch.dtype, limit: int
-) -> Iterator[tuple[str, Tensor]]:
-    for box, inside in _order(weight, tensors, limit):
-        part = reader.read(weight.name, tuple(start for start, _ in box), sizes(box))
-        for s in inside:
-            place = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(s.box, box, strict=True))
-            yield s.name, _stored(part[place], s).to(torch.float32 if s.float32 else dtype)
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a model as a family's files have them, one after another.
+
+    Attributes:
+        family, model: what is written; the model has its `vocab_size`.
+        reader: gives parts of our weights.
+        dtype: type of the tensors that need not stay float32.
+        limit: bytes that are read at once, if experts are many.
+    """
+
+    family: Family
+    model: ModelConfig
+    reader: Reader
+    dtype: torch.dtype
+    limit: int
+
+    def planned(self) -> Iterator[Planned]:
+        """Every tensor, in their order."""
+        for weight, tensors in self._sources():
+            for _, inside in _order(weight, tensors, self.limit):
+                for s in inside:
+                    yield Planned(s.name, s.shape, self._dtype(s))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        joined = self._joined()
+        for weight, tensors in self._sources():
+            for box, inside in _order(weight, tensors, self.limit):
+                part = self.reader.read(weight.name, tuple(start for start, _ in box), sizes(box))
+                for s in inside:
+                    place = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(s.box, box, strict=True))
+                    found = _stored(part[place], s)
+                    for other, its in joined.get(s.name, ())[1:]:
+                        more = _stored(self.reader.read(other.name, (0,) * len(other.shape), other.shape), its)
+                        rows = torch.tensor(its.rows)
+                        found[rows] = more[rows]
+                    yield s.name, found.to(self._dtype(s))
+
+    def _dtype(self, s: Stored) -> torch.dtype:
+        return torch.float32 if s.float32 else self.dtype
+
+    def _every(self) -> dict[str, tuple[Weight, Sequence[Stored]]]:
+        """By its name each of our weights, and the tensors that hold it."""
+        size = self.model.vocab_size
+        assert size is not None
+        weights = {weight.name: weight for weight in self.family.weights(self.model, size)}
+        return {name: (weights[name], s) for name, s in stored(self.family, self.model, size).items()}
+
+    def _joined(self) -> dict[str, list[tuple[Weight, Stored]]]:
+        """By their names the tensors that hold rows of several weights."""
+        found: dict[str, list[tuple[Weight, Stored]]] = {}
+        for weight, tensors in self._every().values():
+            for s in tensors:
+                if s.height is not None:
+                    found.setdefault(s.name, []).append((weight, s))
+        return found
+
+    def _sources(self) -> Iterator[tuple[Weight, Sequence[Stored]]]:
+        """Our weights and the tensors that are made from each, joined ones once; then copies."""
+        every, joined = self._every(), self._joined()
+        for name, (weight, tensors) in every.items():
+            kept = [s for s in tensors if s.height is None or joined[s.name][0][0].name == name]
+            if kept:
+                yield weight, kept
+        for copy, name in self.family.copies(self.model).items():
+            weight, tensors = every[name]
+            yield weight, [replace(s, name=copy) for s in tensors]
 
 
 def _stored(part: Tensor, s: Stored) -> Tensor:

@@ -46,7 +46,7 @@ def generate(
 ) -> Iterator[int]:
     """The tokens that follow a prompt [T], T ≥ 1: `most` of them, or those before the token `end`."""
     device = next(model.parameters()).device
-    with decoding(model) as decode:
+    with decoding(model, len(prompt_T) + most) as decode:
         piece_1S = torch.from_numpy(prompt_T.astype(np.int64))[None].to(device)
         for _ in range(most):
             token_1 = sampler(decode(piece_1S))

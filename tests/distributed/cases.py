@@ -31,11 +31,30 @@ COUNTING = {**AHEAD, "moe": {**AHEAD["moe"], "global_balance_loss": 0.05}}
 """The same with a pass before each step, for the gates alone."""
 RELEASED = {
     "layers": {"count": 4, "repeat": ["local moe", "attention moe"]},
+    "norm": "layer",
+    "head_bias": True,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
     "rope_scaling": {"kind": "yarn", "factor": 8.0, "original_seq_len": 16, "truncate": False},
-    "attention": {"bias": "qkv", "sinks": True, "head_dim": 16, "rotary_fraction": 0.5, "softmax_scale": 0.3},
-    "mixers": {"local": {"heads": 4, "kv_heads": 2, "bias": True, "sinks": True, "window": 5}},
+    "attention": {
+        "bias": "qkv", "sinks": True, "head_dim": 16, "rotary_fraction": 0.5, "softmax_scale": 0.3, "qk_norm": "full",
+        "clip_qkv": 1.5, "output_gate": True,
+    },
+    "mixers": {
+        "local": {
+            "heads": 4, "kv_heads": 2, "bias": True, "sinks": True, "window": 5, "qk_norm": "head_after_rotary",
+        },
+    },
+    "moe": {"selection_bias": True, "normalize_min": 0.9, "gate": {"score": "sigmoid"}},
+}  # fmt: skip
+"""Parts of released families: sinks, in windows too, stretched positions on a part of heads, gates, norms, biases."""
+CENTERED = {
+    **RELEASED,
+    "norm": "rms_zero_centered",
+    "head_bias": False,
+    "logits_divisor": 2.0,
+    "tie_embeddings": True,
 }
-"""Parts of released families: sinks, in windows too, stretched rotary positions on a part of each head, biases."""
 NORMED = {"attention": {"qk_norm": "head", "head_dim": 32}, "moe": {"top_k": 1, "normalize": False, "experts": 8}}
 
 
@@ -97,7 +116,8 @@ MORE = [
     Case("hybrid-tp-ep", 8, {"dp_shard": 2, "tp": 2, "ep": 2}, DROPPING, {"recompute": "full"}),
     Case("pattern-cp-ep", 2, {"cp": 2, "ep": 2}, PATTERN, {"recompute": "selective"}),
     Case("released-cp-tp", 4, {"cp": 2, "tp": 2}, RELEASED, {"recompute": "selective"}),
-    Case("released-pp-shard-tp", 8, {**FULL, "pp": 2, "tp": 2, "sp": False}, RELEASED),
+    Case("released-pp-shard-tp", 8, {**FULL, "pp": 2, "tp": 2, "sp": False}, CENTERED),
+    Case("released-shard-ep", 2, {**FULL, "ep": 2}, RELEASED, {"recompute": "full"}),
     Case("pattern-pp-shard-tp", 8, {**FULL, "pp": 2, "tp": 2}, PATTERN),
     Case("each-shard-ep", 2, {**FULL, "sync_gradients": "each", "ep": 2}, DROPPING),
     Case("each-hybrid-tp", 8, {"dp_shard": 2, "sync_gradients": "each", "tp": 2}, LATENT, batch=8),

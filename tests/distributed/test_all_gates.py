@@ -30,6 +30,7 @@ GATES: dict[str, dict] = {
     "top_k": {"gate": "top_k", "global_balance_loss": 0.05} | PAIR,
     "cosine": {"gate": "cosine"},
     "prototype": {"gate": "prototype"},
+    "sparsemixer": {"gate": {"kind": "sparsemixer", "threshold": 0.3}},
     "expert_choice": {"gate": "expert_choice", "z_loss": 0.001} | PAIR,
     "expert_choice causal": {"gate": {"kind": "expert_choice", "causal": True}, "capacity_factor": 1.5},
     "sinkhorn": {"gate": "sinkhorn", "z_loss": 0.001},

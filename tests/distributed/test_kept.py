@@ -64,6 +64,15 @@ MODELS: dict[str, dict] = {
     },
     "latent": {"ffn_hidden": 512, "attention": {**LATENT["attention"], "q_lora_rank": 64, "kv_lora_rank": 64}},
     "ahead": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2}, "mtp": {"depth": 2}},
+    "released": {
+        "ffn_hidden": 512,
+        "rope_scaling": {"kind": "linear", "factor": 2.0},
+        "norm": "layer",
+        "attention": {
+            **{"heads": 4, "kv_heads": 2, "sinks": True, "bias": "qkv", "rotary_fraction": 0.5},
+            **{"output_gate": True, "qk_norm": "full", "clip_qkv": 1.0},
+        },
+    },
     "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
 }
 NARROW = [("bfloat16", "none"), ("bfloat16", "selective")]
@@ -89,7 +98,7 @@ KEPT = [
     *(
         (model, layout, *how)
         for layout, hows in {"tp": WIDE[:1] + NARROW, "tp without sp": NARROW, "cp": NARROW}.items()
-        for model in ("dense", "latent", "ahead", "windows")
+        for model in ("dense", "latent", "ahead", "released", "windows")
         for how in hows
     ),
     *(("mixed", *names) for names in (("tp", *WIDE[0]), ("tp", *NARROW[0]), ("tp ep", *NARROW[1]))),

@@ -15,6 +15,8 @@ from moesys.hub.derive import released as derive
 from moesys.hub.family import nested
 from moesys.hub.fit import fit
 from moesys.hub.folder import INDEX
+from moesys.hub.tensors import FolderTensors
+from moesys.train.export import Tensors
 
 CASES = {case.family: case for case in released.CASES if case.family in ("deepseek_v3", "glm4_moe") and not case.name}
 
@@ -82,6 +84,18 @@ def test_predictions_are_those_of_transformers(saved: tuple[Any, MtpLayer, Path]
     assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert found.family.differences(model) == []
     assert found.family.write(model)["num_nextn_predict_layers"] == 1
+
+
+def test_copies_of_the_embedding_and_the_head_are_written(saved: tuple[Any, MtpLayer, Path]) -> None:
+    _, _, path = saved
+    found = derive(path)
+    model = ModelConfig.model_validate(nested(found.derived.values))
+    weights = released.InMemory(released.filled(fit(found.folder, model, released.VOCAB), model).state_dict())
+    written = dict(Tensors(found.family, model, weights, torch.float32, 4000))
+    before = FolderTensors(found.folder)
+    assert written.keys() == found.folder.tensors.keys()
+    for name, tensor in written.items():
+        assert torch.equal(tensor, before.read(name, (None,) * tensor.ndim)), name
 
 
 def test_a_model_without_prediction_leaves_its_blocks_out(saved: tuple[Any, MtpLayer, Path]) -> None:

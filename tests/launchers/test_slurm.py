@@ -14,11 +14,10 @@ import pytest
 from pydantic import ValidationError
 
 from moesys.config.load import load
-from moesys.errors import LaunchError, MoesysError
+from moesys.errors import LaunchError
 from moesys.launchers import slurm
 from moesys.launchers.lock import locked
 from moesys.launchers.spec import RunSpec
-from moesys.train.native import own_gpu
 
 SRUN = """#!/bin/bash
 # Starts $RANKS tasks here, two to a "node", as srun would; ends with the highest exit code.
@@ -98,16 +97,6 @@ def test_per_cents_of_a_folder_are_not_expanded_by_srun(spec, tmp_path):
     check_syntax(text)
     (word,) = [w for w in shlex.split(text[text.index("    srun ") :].partition("bash -c")[0]) if "--output" in w]
     assert word == f"--output={tmp_path}/100%%t it's/logs/rank-%t.log"
-
-
-@pytest.mark.parametrize(("rank", "visible", "own"), [(0, 1, 0), (3, 1, 0), (3, 4, 3), (3, 2, 1)])
-def test_a_worker_takes_the_gpu_of_its_number_among_those_it_sees(rank, visible, own):
-    assert own_gpu(rank, visible) == own
-
-
-def test_a_worker_without_a_gpu_says_so():
-    with pytest.raises(MoesysError, match="worker 3 of this node computes on a GPU"):
-        own_gpu(3, 0)
 
 
 def run_script(spec: RunSpec, tmp_path: Path, worker: str, **more: str) -> subprocess.CompletedProcess[str]:

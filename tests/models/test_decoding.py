@@ -20,6 +20,8 @@ VOCAB, TOKENS = 50, 24
 PIECES = [7, 1, 1, 5, 1, 1, 1, 7]
 """Tokens of each piece: a prompt, single ones, more than one behind those before."""
 LOCAL = {"heads": 4, "kv_heads": 2, "head_dim": 8, "window": 3}
+YARN = {"kind": "yarn", "factor": 4.0, "original_seq_len": 8, "mscale": 1.0, "mscale_all_dim": 0.7}
+LONGROPE = {"kind": "longrope", "original_seq_len": 10, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
 ATTENTION: dict[str, dict[str, Any]] = {
     "gqa": {"attention": {"heads": 4, "kv_heads": 2, "bias": True, "qk_norm": "head"}},
     "mha": {"attention": {"heads": 2, "qk_norm": "full"}},
@@ -30,6 +32,12 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "window": {"attention": LOCAL},
     "window of one": {"attention": LOCAL | {"window": 1}},
     "window as long": {"attention": LOCAL | {"window": TOKENS}},
+    "sinks": {"attention": {"heads": 4, "kv_heads": 2, "sinks": True, "rotary_fraction": 0.5}},
+    "sinks in a window": {"attention": LOCAL | {"sinks": True}},
+    "yarn": {"attention": {"kind": "mla", "heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
+                           "qk_rope_head_dim": 4, "v_head_dim": 6}, "rope_scaling": YARN},
+    "longrope": {"attention": {"heads": 4}, "rope_scaling": LONGROPE},
+    "mtp": {"attention": {"heads": 4}, "mtp": {"depth": 2}},
     "pattern": {"attention": {"heads": 4}, "mixers": {"local": LOCAL | {"window": 6}},
                 "layers": {"count": 4, "repeat": ["local moe", "attention dense"]}},
 }  # fmt: skip
@@ -54,6 +62,9 @@ def model(moe: dict[str, Any] | None = None, **keys: Any) -> ModelConfig:
 def built(config: ModelConfig) -> Decoder:
     torch.manual_seed(0)
     found = Decoder(config, VOCAB)
+    for name, sinks in found.named_parameters():
+        if name.endswith("sinks.weight"):
+            sinks.data.normal_()
     for name, buffer in found.named_buffers():
         if name.endswith(("selection_bias", "threshold_E")):
             buffer.uniform_(0.1, 0.4)
@@ -73,7 +84,7 @@ def whole(decoder: Decoder, tokens_BS: Tensor) -> Tensor:
 
 def assert_pieces_equal_one_pass(decoder: Decoder, tokens_BS: Tensor) -> None:
     expected, end = whole(decoder, tokens_BS), 0
-    with decoding(decoder) as decode:
+    with decoding(decoder, tokens_BS.shape[1]) as decode:
         for size, piece in zip(PIECES, tokens_BS.split(PIECES, 1), strict=True):
             end += size
             torch.testing.assert_close(decode(piece), expected[:, end - 1], rtol=1e-5, atol=1e-5)

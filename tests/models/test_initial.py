@@ -17,7 +17,7 @@ from moesys.config.schema import ModelConfig
 from moesys.models.attention import CausalCore, LatentAttention, SharedKey, Sinks
 from moesys.models.block import Block
 from moesys.models.decoder import Decoder, Embedding
-from moesys.models.layers import FeedForward, Linear, RMSNorm
+from moesys.models.layers import FeedForward, LayerNorm, Linear, RMSNorm
 from moesys.models.parts.model import block
 from moesys.models.rotary import rotary_angles
 from moesys.moe import MoELayer
@@ -35,6 +35,7 @@ from moesys.moe.gates.scored import ScoredGate
 from moesys.moe.gates.sinkhorn import SinkhornGate
 from moesys.moe.gates.smear import SmearGate
 from moesys.moe.gates.soft import SoftGate
+from moesys.moe.gates.sparsemixer import SparseMixerGate
 from moesys.moe.gates.top_k import Randomness
 from moesys.moe.lora import Frozen, LoRAExperts
 from moesys.moe.routing import MicroBatch
@@ -97,6 +98,7 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (partial(TopKGate, H, E, 2, bias_rate=0.1, randomness=Randomness(gaussian=True)), layer),
     (partial(TopKGate, H, E, 2, projection=GateProjection(H, E, bias=True)), layer),
     (partial(PrototypeGate, H, E, 2), layer),
+    (partial(SparseMixerGate, H, E, 2, threshold=0.1), layer),
     (partial(ScoredGate, H, E), lambda gate: gate.projection(torch.randn(B, H))),
     (partial(BaseGate, H, E), layer),
     (partial(DenseGate, H, E), layer),
@@ -117,6 +119,7 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (lambda: MoELayer(TopKGate(H, E, 2), Experts(E, H, F)), lambda made: made(torch.randn(B, S, H))),
     (partial(Linear, H, F), vectors),
     (partial(RMSNorm, H, 1e-6), vectors),
+    (partial(LayerNorm, H, 1e-6), vectors),
     (partial(FeedForward, H, F), vectors),
     (partial(Embedding, V, H), lambda made: made(tokens()[..., 1])),
     (block(GQA, 0).mixer.build, attention),
@@ -153,7 +156,7 @@ def check(module: nn.Module, run: Run) -> None:
         if (
             not name.endswith(("bias", "lora_b", "log_temperature"))
             and not any(word in name for word in ("norm", "sinks"))
-            and not isinstance(module, (RMSNorm, Sinks))
+            and not isinstance(module, (RMSNorm, LayerNorm, Sinks))
         ):
             assert 0.005 < float(parameter.detach().std()) < 1.5, name
     assert run(module).isfinite().all()

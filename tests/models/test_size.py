@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moesys.config import Config
 from moesys.models.attention import Sinks
 from moesys.models.decoder import Decoder
-from moesys.models.layers import RMSNorm
+from moesys.models.layers import LayerNorm, RMSNorm
 from moesys.models.size import flops_per_token, parameters, prediction_parameters, weights
 from moesys.moe.gates.cosine import CosineProjection
 
@@ -34,6 +34,14 @@ MODELS = {
     },
     "ahead": {"mtp": {"depth": 2}, "ffn_hidden": 96, "moe": {"experts": 4, "ffn_hidden": 32, "first_dense": 1}},
     "qkv": {"ffn_hidden": 96, "attention": {"heads": 4, "bias": "qkv", "sinks": True}},
+    "layer norms": {"ffn_hidden": 96, "norm": "layer", "head_bias": True, "mtp": {"depth": 1}},
+    "zero-centred": {
+        "ffn_hidden": 96,
+        "norm": "rms_zero_centered",
+        "tie_embeddings": True,
+        "head_bias": True,
+        "attention": {"heads": 4, "output_gate": True, "qk_norm": "head_after_rotary"},
+    },
     "mla": {"ffn_hidden": 96, "attention": {"kind": "mla", "heads": 4, "q_lora_rank": 24}},
     "cosine": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": {"kind": "cosine", "noise": "gaussian"}}},
     "hash": {"moe": {"experts": 8, "ffn_hidden": 32, "gate": "hash"}},
@@ -62,7 +70,8 @@ def what_they_are(built: Decoder) -> dict[str, str]:
     found = {}
     for path, module in built.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            what = "norm" if isinstance(module, RMSNorm) else "bias" if "bias" in leaf else "matrix"
+            norm = isinstance(module, (RMSNorm, LayerNorm)) and leaf == "weight"
+            what = "norm" if norm else "bias" if "bias" in leaf else "matrix"
             what = "bias" if isinstance(module, Sinks) else what
             if isinstance(module, CosineProjection) and parameter.numel() == 1:
                 what = "temperature"

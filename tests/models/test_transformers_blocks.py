@@ -13,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2SparseMoeBlock
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -86,6 +87,11 @@ def ernie4_5_moe():
     return Ernie4_5_MoeSparseMoeBlock(config), keys
 
 
+def phimoe():
+    config = transformers.PhimoeConfig(hidden_size=H, intermediate_size=F, num_local_experts=E, router_jitter_noise=0.3)
+    return PhimoeSparseMoeBlock(config), {"top_k": 2, "gate": {"kind": "sparsemixer", "threshold": 0.3}}
+
+
 def gpt_oss():
     config = transformers.GptOssConfig(hidden_size=H, intermediate_size=F, num_local_experts=E, num_experts_per_tok=4)
     return GptOssMLP(config), {"top_k": 4, "gate": {"bias": True}, "bias": True, "activation": "clipped_swiglu"}
@@ -154,7 +160,7 @@ def build(keys: dict) -> MoELayer:
     return build_moe(config.model.moe, H, 0)
 
 
-FAMILIES = [mixtral, qwen3_moe, olmoe, qwen2_moe, deepseek_v2, deepseek_v3, minimax_m2, ernie4_5_moe, gpt_oss]
+FAMILIES = [mixtral, qwen3_moe, olmoe, qwen2_moe, deepseek_v2, deepseek_v3, minimax_m2, ernie4_5_moe, phimoe, gpt_oss]
 
 
 # Their routers compute in float32 even in a float64 model.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moesys.hub.deepseek import EXPERTS, LATENT, LATENT_ALWAYS, DeepSeekMoE, rotary_rows
-from moesys.hub.family import Derived
+from moesys.hub.derived import Derived
 from moesys.hub.keys import with_defaults
 from moesys.models.parts.mixer import Mixer
 

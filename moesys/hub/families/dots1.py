@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesys.hub import layer_types
 from moesys.hub.deepseek import EXPERTS, SigmoidMoE
-from moesys.hub.family import Derived
+from moesys.hub.derived import Derived
 from moesys.hub.keys import GROUPED, Key, with_defaults
 
 if TYPE_CHECKING:

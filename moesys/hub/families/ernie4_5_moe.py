@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moesys.hub.family import Derived, Family
+from moesys.hub.derived import Derived
+from moesys.hub.family import Family
 from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 from moesys.hub.mapping import halves_from_pairs
 from moesys.hub.rotary import Rotary
@@ -49,6 +50,7 @@ class Ernie4_5Moe(Family):
 
     def more(self, raw: Mapping[str, Any], found: Derived) -> None:
         """Shared experts."""
+        self.require(raw, found, "use_rmsnorm", True)
         found.read.add("moe_num_shared_experts")
         if shared := raw.get("moe_num_shared_experts", 2):
             found.values["moe.shared_experts"] = shared

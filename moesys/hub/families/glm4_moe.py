@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moesys.hub.deepseek import EXPERTS, SigmoidMoE
-from moesys.hub.family import Derived
+from moesys.hub.derived import Derived
 from moesys.hub.keys import GROUPED, with_defaults
 from moesys.hub.rotary import Rotary
 

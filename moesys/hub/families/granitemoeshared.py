@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moesys.hub.family import Derived
+from moesys.hub.derived import Derived
 from moesys.hub.granite import Granite
 from moesys.hub.mapping import Stored, identity
 from moesys.models.parts.axes import Weight

@@ -7,8 +7,9 @@ from math import log, sqrt
 from typing import TYPE_CHECKING, Any
 
 from moesys.hub import blocks
+from moesys.hub.derived import Derived
 from moesys.hub.experts import PerExpert
-from moesys.hub.family import Derived, Family
+from moesys.hub.family import Family
 from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 from moesys.hub.rotary import Rotary
 

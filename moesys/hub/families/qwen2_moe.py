@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moesys.hub.family import Derived
+from moesys.hub.derived import Derived
 from moesys.hub.keys import GROUPED, REQUIRED, Key, with_defaults
 from moesys.hub.qwen import Qwen
 

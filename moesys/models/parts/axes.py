@@ -76,6 +76,7 @@ class Weight:
         narrowed: backward keeps its copy in the type of the run.
         unit: FSDP gathers it apart from the rest of its block, together with the weights of the same unit.
         looked_up: rows are taken from it, and it is not multiplied with (embeddings).
+        makes_logits: it is the head's, whose results are logits, or an embedding that is tied to it.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Weight:
     router: bool = False
     frozen: bool = False
     looked_up: bool = False
+    makes_logits: bool = False
     on_stream: bool = False
     normalized: bool = False
     narrowed: bool = False
@@ -140,6 +142,11 @@ class Kept:
     plain: bool = True
     selective: bool = False
     width: int | None = None
+
+
+def norm_start(kind: str) -> float | None:
+    """What the factors of a norm start with, of a kind of `model.norm`; None: as norms do."""
+    return 0.0 if kind == "rms_zero_centered" else None
 
 
 def kept_by_norm(size: int, axis: str, split: bool, run: Any) -> Iterator[Kept]:

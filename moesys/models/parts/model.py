@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moesys.config.registry import MIXERS, kinds
-from moesys.models.parts.axes import Axis, Kept, Weight, kept_by_norm
+from moesys.models.parts.axes import Axis, Kept, Weight, kept_by_norm, norm_start
 from moesys.models.parts.feed_forward import DenseFeedForward
 from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.moe import MoEFeedForward
@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Norm(Part):
-    """Root-mean-square norm of the stream (arXiv 1910.07467)."""
+    """Norm of the stream: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450).
+
+    Attributes:
+        hidden: size of the stream.
+        kind: that of `model.norm`.
+    """
 
     hidden: int
+    kind: str
 
     def weights(self) -> Iterator[Weight]:
-        """A factor per feature."""
-        yield Weight("weight", (Axis("hidden", self.hidden),), "norm", on_stream=True)
+        """A factor per feature, of LayerNorm also a bias."""
+        yield from norm_weights("", self.hidden, self.kind)
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
         """Its input."""
@@ -36,18 +42,27 @@ class Norm(Part):
         yield Kept(self.hidden, "stream")
 
 
+def norm_weights(prefix: str, hidden: int, kind: str) -> Iterator[Weight]:
+    """The weights of a norm of the stream of a kind of `model.norm`."""
+    axes = (Axis("hidden", hidden),)
+    yield Weight(f"{prefix}weight", axes, "norm", start=norm_start(kind), on_stream=True)
+    if kind == "layer":
+        yield Weight(f"{prefix}bias", axes, "bias", on_stream=True)
+
+
 @dataclass(frozen=True)
 class Embedding(Part):
     """The embedding of tokens; it is the head, too, where these are tied."""
 
     vocab: int
     hidden: int
+    tied: bool = False
     reads = False
 
     def weights(self) -> Iterator[Weight]:
         """A row per entry."""
         axes = (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden))
-        yield Weight("weight", axes, looked_up=True)
+        yield Weight("weight", axes, looked_up=True, makes_logits=self.tied)
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,15 @@ class Head(Part):
     vocab: int
     hidden: int
     outputs: int = 1
+    bias: bool = False
     writes = False
 
     def weights(self) -> Iterator[Weight]:
-        """A row per entry."""
-        yield Weight("weight", (Axis("vocab", self.vocab, key="model.vocab_size"), Axis("hidden", self.hidden)))
+        """A row per entry, and a bias for each."""
+        vocab = Axis("vocab", self.vocab, key="model.vocab_size")
+        yield Weight("weight", (vocab, Axis("hidden", self.hidden)), makes_logits=True)
+        if self.bias:
+            yield Weight("bias", (vocab,), "bias", makes_logits=True)
 
     def multiply_adds(self, weight: Weight, seq_len: int) -> float:
         """One per output: of the next token, and of each that is predicted after it."""
@@ -75,11 +94,13 @@ class TiedHead(Part):
     vocab: int
     hidden: int
     outputs: int = 1
+    bias: bool = False
     writes = False
 
     def weights(self) -> Iterator[Weight]:
-        """None of its own."""
-        yield from ()
+        """None of its own but a bias."""
+        if self.bias:
+            yield Weight("bias", (Axis("vocab", self.vocab, key="model.vocab_size"),), "bias", makes_logits=True)
 
     def flops(self, seq_len: int) -> float:
         """A product with the embedding's weight."""
@@ -95,12 +116,13 @@ class PredictionInput(Part):
     """
 
     hidden: int
+    norm: str
 
     def weights(self) -> Iterator[Weight]:
         """Two norms and a matrix, whose first half is multiplied with the embedding."""
         hidden = Axis("hidden", self.hidden)
-        yield Weight("embed_norm.weight", (hidden,), "norm", on_stream=True)
-        yield Weight("hidden_norm.weight", (hidden,), "norm", on_stream=True)
+        yield from norm_weights("embed_norm.", self.hidden, self.norm)
+        yield from norm_weights("hidden_norm.", self.hidden, self.norm)
         yield Weight("project.weight", (hidden, Axis("both", 2 * self.hidden)), on_stream=True)
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
@@ -164,17 +186,17 @@ def mixers(model: ModelConfig) -> list[Mixer]:
 
 def parts(model: ModelConfig, vocab_size: int) -> Iterator[Placed]:
     """Every part of a model in the order of `moesys.models.Decoder`."""
-    yield Placed(Embedding(vocab_size, model.hidden), "embed.")
+    yield Placed(Embedding(vocab_size, model.hidden, model.tie_embeddings), "embed.")
     for layer in range(model.blocks):
         both, prefix, predicts = block(model, layer), f"layers.{layer}.", layer >= model.depth
         if predicts:
-            yield Placed(PredictionInput(model.hidden), prefix, layer)
-        yield Placed(Norm(model.hidden), f"{prefix}attention_norm.", layer)
+            yield Placed(PredictionInput(model.hidden, model.norm), prefix, layer)
+        yield Placed(Norm(model.hidden, model.norm), f"{prefix}attention_norm.", layer)
         yield Placed(both.mixer, f"{prefix}attention.", layer)
-        yield Placed(Norm(model.hidden), f"{prefix}ffn_norm.", layer)
+        yield Placed(Norm(model.hidden, model.norm), f"{prefix}ffn_norm.", layer)
         yield Placed(both.ffn, f"{prefix}ffn.", layer)
         if predicts:
-            yield Placed(Norm(model.hidden), f"{prefix}norm.", layer, repeated=False)
-    yield Placed(Norm(model.hidden), "norm.")
+            yield Placed(Norm(model.hidden, model.norm), f"{prefix}norm.", layer, repeated=False)
+    yield Placed(Norm(model.hidden, model.norm), "norm.")
     head = TiedHead if model.tie_embeddings else Head
-    yield Placed(head(vocab_size, model.hidden, 1 + model.predicted), "head.")
+    yield Placed(head(vocab_size, model.hidden, 1 + model.predicted, model.head_bias), "head.")

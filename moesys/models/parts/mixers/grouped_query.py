@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from moesys.config.section import Dim, Field, PositiveFloat, Section
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Kept, Weight, kept_by_norm
+from moesys.models.parts.axes import Axis, Kept, Weight, kept_by_norm, norm_start
 from moesys.models.parts.mixer import Mixer, kept_by_attention, seen
 from moesys.words import divisors
 
@@ -38,8 +38,14 @@ class GroupedQueryKeys(HeadsKeys):
     bias: bool | Literal["qkv"] = False
     """gqa: a bias on the query, key, value and output projections (GPT-OSS), or on all but the output's (qkv:
     Qwen2-MoE, GLM-4.5)."""
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """gqa: RMSNorm of queries and keys: none, per head (Qwen3) or over all heads together (OLMoE)."""
+    qk_norm: Literal["none", "head", "full", "head_after_rotary"] = "none"
+    """gqa: RMSNorm of queries and keys: none, per head (Qwen3), over all heads together (OLMoE), or per head after the
+    rotation by their positions (Hunyuan-A13B)."""
+    clip_qkv: PositiveFloat | None = None
+    """gqa: queries, keys and values are clamped to ± this (OLMoE); default: not."""
+    output_gate: bool = False
+    """gqa: the result of attention is multiplied by a sigmoid of the token, one for each of its features
+    (Qwen3-Next)."""
     sinks: bool = False
     """gqa: a learned logit per head joins the softmax's denominator, so that a head may attend to nothing (GPT-OSS)."""
     rotary_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -53,6 +59,8 @@ class GroupedQueryKeys(HeadsKeys):
 NATIVE_ONLY = {
     "softmax_scale": "a factor on scores of one's own",
     "rotary_fraction": "a rotation of a part of each head",
+    "clip_qkv": "a bound of queries, keys and values",
+    "output_gate": "a gate on the result of attention",
     "sinks": "a sink per head",
 }
 """Keys that `engine: megatron` does not follow, in words."""
@@ -65,7 +73,7 @@ class GroupedQuery(Mixer):
     summary = "grouped-query attention"
     aliases = ("mha", "mqa", "multi_head")
     keys = GroupedQueryKeys
-    decides = dict.fromkeys(("softmax_scale", "rotary_fraction", "window"), "MEANT")
+    decides = dict.fromkeys(("softmax_scale", "rotary_fraction", "window", "clip_qkv"), "MEANT")
     styles = {"q_norm": "heads", "k_norm": "heads", "sinks": "own"}
     remembers = True
 
@@ -99,13 +107,16 @@ class GroupedQuery(Mixer):
             yield Weight(f"{name}.weight", (axis, hidden))
             if self.a.bias:
                 yield Weight(f"{name}.bias", (axis,), "bias")
+        if self.a.output_gate:
+            yield Weight("gate_proj.weight", (self._heads, hidden))
         yield Weight("o_proj.weight", (hidden, self._heads))
         if self.a.bias is True:
             yield Weight("o_proj.bias", (hidden,), "bias")
         if self.a.qk_norm != "none":
             full, one = self.a.qk_norm == "full", Axis("head_dim", self.head_dim)
-            yield Weight("q_norm.weight", (self._heads if full else one,), "norm")
-            yield Weight("k_norm.weight", (self._kv_heads if full else one,), "norm")
+            start = norm_start(self.model.norm)
+            yield Weight("q_norm.weight", (self._heads if full else one,), "norm", start=start)
+            yield Weight("k_norm.weight", (self._kv_heads if full else one,), "norm", start=start)
         if self.a.sinks:
             yield Weight("sinks.weight", (replace(self._heads, each=1),), "bias")
 
@@ -119,6 +130,10 @@ class GroupedQuery(Mixer):
         yield from kept_by_attention(a.heads, self.kv_heads, d, d, run, cp, a.window)
         if a.qk_norm != "none":
             yield from kept_by_norm((a.heads + self.kv_heads) * d, "heads", shape.degrees.tp > 1, run)
+        if a.clip_qkv is not None:
+            yield Kept((a.heads + 2 * self.kv_heads) * d, "heads")
+        if a.output_gate:
+            yield Kept(2 * a.heads * d, "heads")  # its sigmoid, and what is multiplied with it
 
     def results(self, shape: Any) -> Iterator[Kept]:
         """Those of the norms, too."""
@@ -164,8 +179,8 @@ class GroupedQuery(Mixer):
         if self.a.bias is True:
             rule = "Megatron has no attention with a bias on every projection and none on the rest"
             problems.append(Problem(f"{self.path}.bias", rule, "set it to false or qkv"))
-        if self.a.qk_norm == "full":
-            rule = "Megatron's norm of queries and keys is per head"
+        if self.a.qk_norm not in ("none", "head"):
+            rule = "Megatron's norm of queries and keys is per head, and before the rotation"
             problems.append(Problem(f"{self.path}.qk_norm", rule, "set it to head"))
         if self.a.window is not None:
             rule = "Megatron's sliding window needs Transformer Engine: it is not in engine: megatron"
@@ -192,4 +207,7 @@ class GroupedQuery(Mixer):
             window=a.window,
             scale=a.softmax_scale,
             sinks=a.sinks,
+            centered=self.model.norm == "rms_zero_centered",
+            clip=a.clip_qkv,
+            output_gate=a.output_gate,
         )
