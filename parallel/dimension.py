@@ -116,7 +116,7 @@ def step(shape: StepShape) -> list[Collective]:
         return []
     model = shape.config.model
     reported = len(model.moe_blocks) * (model.moe.experts + len(COUNTS) + len(LOSSES)) if model.moe is not None else 0
-    sums = [(DENSE_AXES, 8.0 * (2 + model.predicted + reported))]
+    sums: list[tuple[tuple[str, ...], float]] = [(DENSE_AXES, 8.0 * (2 + model.predicted + reported))]
     if shape.config.engine == "native":
         sums.append((DENSE_AXES, 16.0))
     else:
