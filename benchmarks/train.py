@@ -9,6 +9,8 @@ import argparse
 import os
 import platform
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -57,7 +59,7 @@ class Result:
             f"{self.machine}, {self.date}",
             f"  medians of {plural(self.rounds, 'interleaved round')} of {plural(self.steps_per_round, 'step')}",
             f"  moesys        {self.ours:>10,.0f} tokens/s, one process",
-            f"  transformers  {self.transformers:>10,.0f} tokens/s, the same shape and batches",
+            f"  transformers  {self.transformers:>10,.0f} tokens/s, the same weights, batches and losses",
             f"  ratio         {self.ratio:>10.2f}",
             *(f"  {name:<6} from command to first step {s:>6.1f} s" for name, s in self.first_step_seconds.items()),
         ]
@@ -83,26 +85,39 @@ def run(
 
 def compare(config: Config, rounds: int, steps: int) -> dict[str, list[float]]:
     """Tokens per second of each round, one round of each side after the other, on the same batches."""
+    with sides(config) as both:
+        tokens = config.train.global_batch * config.train.seq_len
+        for step in both.values():
+            step()
+        speeds: dict[str, list[float]] = {name: [] for name in both}
+        for number in range(rounds):
+            for name in list(both)[:: 1 if number % 2 else -1]:
+                begin = perf_counter()
+                for _ in range(steps):
+                    both[name]()
+                speeds[name].append(steps * tokens / (perf_counter() - begin))
+        return speeds
+
+
+@contextmanager
+def sides(config: Config) -> Iterator[dict[str, Callable[[], float]]]:
+    """The next training step of either side, which returns the mean loss of its tokens.
+
+    Both start from the same weights, and take the same batches and learning rates. Losses that Mixtral lacks are off.
+    """
     mixtral.check(config)
+    config = mixtral.comparable(config)
     stay_here()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = ParallelMesh(Degrees(), torch.device("cpu"), config.launch.timeout_s)
         trainer = Trainer(config, mesh, open_corpus(config))
-        sides = {
-            "moesys": lambda: demand_numbers(trainer.train_step(), "bench train"),
-            "transformers": mixtral.step(config, trainer),
-        }
-        tokens = config.train.global_batch * config.train.seq_len
-        for step in sides.values():
-            step()
-        speeds: dict[str, list[float]] = {name: [] for name in sides}
-        for number in range(rounds):
-            for name in list(sides)[:: 1 if number % 2 else -1]:
-                begin = perf_counter()
-                for _ in range(steps):
-                    sides[name]()
-                speeds[name].append(steps * tokens / (perf_counter() - begin))
-        return speeds
+
+        def ours() -> float:
+            record = trainer.train_step()
+            demand_numbers(record, "bench train")
+            return float(record["loss"])
+
+        yield {"moesys": ours, "transformers": mixtral.step(config, trainer)}
     finally:
         dist.destroy_process_group()

@@ -29,7 +29,7 @@ def here(rank: int, world: int, cluster: ClusterConfig) -> str:
         return os.environ[OVERRIDE].split(",")[rank]
     if int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world:
         return str(planned([rank], cluster)[0])
-    return os.environ.get("MOESYS_NODE_IP", "") + socket.gethostname()
+    return " ".join(filter(None, (os.environ.get("MOESYS_NODE_IP"), socket.gethostname())))
 
 
 def members(nodes: Sequence[object]) -> list[list[int]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -16,6 +16,7 @@ from moesys.parallel.dispatchers.base import ChunkSteps, ExpertParallelDispatche
 from moesys.parallel.dispatchers.chunks import chunk_bounds, chunk_of
 
 
+@dataclass(eq=False, repr=False)
 class AllGatherDispatcher(ExpertParallelDispatcher):
     """Gathers the tokens of all ranks, and reduce-scatters the outputs of each rank's experts.
 
@@ -29,19 +30,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
             only if they are on one rank.
     """
 
-    def __init__(
-        self,
-        experts: int,
-        group: dist.ProcessGroup,
-        ep: int,
-        etp: int,
-        chunks: int = 1,
-        overlap_shared: bool = True,
-        payload: str = "model",
-        wide: bool = False,
-    ):
-        super().__init__(experts, group, ep, etp, chunks, overlap_shared, payload)
-        self.wide = wide
+    wide: bool = False
 
     def chunk_steps(
         self,

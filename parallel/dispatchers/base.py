@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ ChunkSteps = Generator[None, None, Tensor]
 time, and returns the tokens' weighted sums [T, H]."""
 
 
+@dataclass(eq=False, repr=False)
 class ExpertParallelDispatcher(Dispatcher):
     """Sends tokens to the ranks that hold their experts.
 
@@ -40,21 +42,18 @@ class ExpertParallelDispatcher(Dispatcher):
     rank.
     """
 
-    def __init__(
-        self,
-        experts: int,
-        group: dist.ProcessGroup,
-        ep: int,
-        etp: int,
-        chunks: int = 1,
-        overlap_shared: bool = True,
-        payload: str = "model",
-    ):
-        super().__init__(experts)
-        self.group, self.ep, self.etp = group, ep, etp
-        self.chunks, self.overlap_shared, self.payload = chunks, overlap_shared, payload
-        self.local = experts // ep
-        self.places = ep * etp * self.local
+    experts: int
+    group: dist.ProcessGroup
+    ep: int
+    etp: int
+    chunks: int = 1
+    overlap_shared: bool = True
+    payload: str = "model"
+
+    def __post_init__(self) -> None:
+        super().__init__(self.experts)
+        self.local = self.experts // self.ep
+        self.places = self.ep * self.etp * self.local
         self.layer = ""
         """Name of the layer, for the tags of its collectives."""
 

@@ -6,11 +6,11 @@ N nodes of L ranks each, T tokens, A assignments, H hidden, C chunks, D destinat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moesys.kernels.permute import permute, unpermute
@@ -24,6 +24,7 @@ from moesys.parallel.dispatchers.exchange import IdCodec, LevelExchange, Sizes
 from moesys.parallel.dispatchers.levels import Level
 
 
+@dataclass(eq=False, repr=False)
 class HierarchicalDispatcher(ExpertParallelDispatcher):
     """Sends a token once to each node, and there once to each rank, that holds any of its experts.
 
@@ -36,19 +37,11 @@ class HierarchicalDispatcher(ExpertParallelDispatcher):
         levels: one or two, outermost first; together they reach every rank of `group` exactly once.
     """
 
-    def __init__(
-        self,
-        experts: int,
-        group: dist.ProcessGroup,
-        ep: int,
-        etp: int,
-        chunks: int = 1,
-        overlap_shared: bool = True,
-        payload: str = "model",
-        levels: Sequence[Level] = (),
-    ):
-        super().__init__(experts, group, ep, etp, chunks, overlap_shared, payload)
-        self.levels = tuple(levels) or (Level("flat", group, tuple(range(group.size()))),)
+    levels: Sequence[Level] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.levels = tuple(self.levels) or (Level("flat", self.group, tuple(range(self.group.size()))),)
         self._destinations: dict[str, Tensor] = {}
         self._path = torch.empty(0)
 

@@ -1,6 +1,5 @@
 """A wrong configuration is answered at once, and without torch."""
 
-import resource
 import subprocess
 import sys
 
@@ -16,6 +15,11 @@ seed: 0
 """
 PROGRAM = """
 import sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event == "call"
+sys.setprofile(count)
 from pathlib import Path
 from moesys.config import Config
 from moesys.config.load import load
@@ -23,24 +27,18 @@ from moesys.errors import ConfigError
 try:
     load(Path(sys.argv[1]), ["train.steps=x", "foo"])
 except ConfigError as error:
+    sys.setprofile(None)
     print(len(error.problems), [m for m in ("torch", "ray", "numpy", "rich") if m in sys.modules])
+    print(calls)
 """
 
 
-def cpu_seconds() -> float:
-    """Processor time of all children so far: on an idle machine the time that the user waits."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def test_the_worst_file_is_answered_in_less_than_0_7_seconds_without_torch(tmp_path):
+def test_the_worst_file_is_answered_at_once_and_without_torch(tmp_path):
+    """Calls of functions, imports included, are as many on a busy machine: 250,000 take about 0.7 s."""
     path = tmp_path / "run.yaml"
     path.write_text(WORST)
     (tmp_path / "broken.yaml").write_text("a: [")
-    seconds = []
-    for _ in range(3):
-        before = cpu_seconds()
-        done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True)
-        seconds.append(cpu_seconds() - before)
-        assert done.stdout == "20 []\n", done.stdout
-    assert min(seconds) < 0.7
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True)
+    found, calls = done.stdout.splitlines()
+    assert found == "20 []"
+    assert int(calls) < 250_000

@@ -13,7 +13,7 @@ from moesys.config import Config
 
 
 def kept_of_each(rank: int, world: int, configs: dict[str, Config], folder: Path) -> None:
-    """Write what the first rank of each pipeline stage keeps of each configuration. One layout shares groups."""
+    """Write what each pipeline stage's first rank keeps of each configuration; those of one layout share groups."""
     from moesys.data.corpus import open_corpus
     from moesys.train.engine import engine_of
     from moesys.train.loop import Trainer

@@ -66,6 +66,16 @@ DEEPSEEK = {
 LOCAL = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
 DEEPSEEK_YARN = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.9, "beta_fast": 16, "beta_slow": 1}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.0, 1.5, 4.0, 8.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -77,7 +87,7 @@ LLAMA3 = {
 
 CASES = [
     Case("llama", {**HEAD, "intermediate_size": 40, "attention_bias": True, "rope_parameters": LLAMA3}),
-    Case("mistral", {**HEAD, "intermediate_size": 40, "sliding_window": 8}),
+    Case("mistral", {**HEAD, "intermediate_size": 40, "sliding_window": 8, "rope_parameters": LINEAR}),
     Case("qwen3", {**HEAD, "intermediate_size": 40, "tie_word_embeddings": True}),
     Case(
         "qwen3",
@@ -156,7 +166,7 @@ CASES = [
             "moe_num_experts": 4,
             "moe_k": 2,
             "moe_num_shared_experts": 2,
-            "moe_norm_min": 0.3,
+            "moe_norm_min": 0.6,
         },
     ),
     Case("minimax_m2", {**HEAD, **LOCAL, "rotary_dim": 6}),
@@ -173,9 +183,19 @@ CASES = [
     ),
     Case(
         "granitemoeshared",
-        {**LOCAL, "shared_intermediate_size": 28, "attention_bias": True, "embedding_multiplier": 2.0},
+        {**LOCAL, "shared_intermediate_size": 28, "attention_bias": True, "attention_multiplier": 0.3},
     ),
-    Case("phimoe", {**LOCAL, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.2}),
+    Case(
+        "phimoe",
+        {
+            **LOCAL,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.2,
+            "rope_parameters": LONGROPE,
+            "max_position_embeddings": 256,
+        },
+    ),
     Case(
         "hunyuan_v1_moe",
         {**HEAD, "intermediate_size": 24, "num_experts": 4, "moe_topk": 2, "attention_bias": True},
@@ -199,7 +219,8 @@ def build(case: Case) -> nn.Module:
             if not tensor.is_floating_point() or "inv_freq" in name:
                 continue
             is_norm = "norm" in name and name.endswith("weight")
-            tensor.normal_(1.0 if is_norm else 0.0, 0.3 if tensor.ndim > 1 or is_norm else 0.5)
+            # Larger matrices give gradients that rounding alone changes by more than the tests allow.
+            tensor.normal_(1.0 if is_norm else 0.0, 0.15 if tensor.ndim > 1 else 0.3 if is_norm else 0.5)
     return model
 
 

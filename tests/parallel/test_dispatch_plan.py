@@ -110,7 +110,7 @@ def test_where_a_rank_runs(small, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("MOESYS_NODE_IP", "10.0.0.1")
     assert nodes.here(0, 4, cluster) == nodes.here(3, 4, cluster)
-    assert nodes.here(0, 4, cluster).startswith("10.0.0.1")
+    assert nodes.here(0, 4, cluster).startswith("10.0.0.1 ")
     monkeypatch.setenv("MOESYS_NODES", "0,1,1,0")
     assert [nodes.here(rank, 4, cluster) for rank in range(4)] == ["0", "1", "1", "0"]
     assert nodes.members("0110") == [[0, 3], [1, 2]]

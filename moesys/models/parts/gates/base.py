@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moesys.errors import Problem
-from moesys.models.parts.axes import Exchange
-from moesys.models.parts.gates.kind import FIXED, WEIGHTS, ForceKeys, GateKind, gathered_scores
+from moesys.models.parts.gates.kind import BalancedAssignment
 
 if TYPE_CHECKING:
     from moesys.moe.gates import Gate
 
 
-class Base(GateKind):
+class Base(BalancedAssignment):
     """One expert per token, the best balanced assignment in training (BASE, arXiv 2103.16716)."""
 
     kind = "base"
     summary = "one expert per token, the best balanced assignment in training (BASE)"
-    keys = ForceKeys
-    for_megatron = True
-    ignores = FIXED | WEIGHTS
-
-    def exchanges(self, tokens: int, sequences: int) -> Iterator[Exchange]:
-        """All tokens' scores, which are balanced together."""
-        if self.moe.gate.force == "none":
-            yield from gathered_scores(tokens, self.moe.experts)
 
     def check(self) -> list[Problem]:
         """Each token has one expert."""
