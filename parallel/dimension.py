@@ -110,13 +110,11 @@ def step(shape: StepShape) -> list[Collective]:
     """The sums of a step over all ranks: of the gradients' norm and the loss, and of the metrics of a step that is due.
 
     Metrics are the losses of the next token and of later ones, the seconds of all-to-alls, and for each MoE layer what
-    it reports.
+    it reports. Megatron sums its norm in float32, and alone.
     """
-    if not shape.leads or shape.config.engine != "native":
+    if not shape.leads:
         return []
     model = shape.config.model
     reported = len(model.moe_blocks) * (model.moe.experts + len(COUNTS) + len(LOSSES)) if model.moe is not None else 0
-    return [
-        Collective("all_reduce", DENSE_AXES, 8.0 * numbers, 1, small=True)
-        for numbers in (2, 2 + model.predicted + reported)
-    ]
+    norm, metrics = (16.0 if shape.config.engine == "native" else 4.0), 8.0 * (2 + model.predicted + reported)
+    return [Collective("all_reduce", DENSE_AXES, size, 1, small=True) for size in (norm, metrics)]

@@ -26,6 +26,9 @@ from moesys.models.parts.mixer import Mixer
 from moesys.models.parts.model import block
 from moesys.models.size import weights
 
+DECODED = ("fp8", "mxfp4")
+"""Words of `quantization_config` for files that are decoded."""
+
 
 class Family(Described):
     """A family of released models.
@@ -57,7 +60,7 @@ class Family(Described):
     block: ClassVar[str] = "model.layers.{layer}."
     experts: ClassVar[ExpertLayout] = PerExpert("mlp.experts.{expert}.", "gate_proj", "up_proj", "down_proj")
     float32: ClassVar[frozenset[str]] = frozenset()
-    left_out: ClassVar[tuple[str, ...]] = (r".*\.rotary_emb\.inv_freq",)
+    left_out: ClassVar[tuple[str, ...]] = (r".*\.rotary_emb\.inv_freq", r".*\.(input|activation|k|v)_scale")
     rotary: ClassVar[Rotary] = Rotary()
 
     # ---- config.json -> our keys
@@ -79,6 +82,12 @@ class Family(Described):
         self.predict(raw, found, tensors)
         for name, value in self.only.items():
             self.require(raw, found, name, value)
+        method = (raw.get("quantization_config") or {}).get("quant_method")
+        if method not in (None, *DECODED):
+            rule = f"is {method!r}, and only {' and '.join(DECODED)} are decoded"
+            found.refuse(
+                "quantization_config.quant_method", rule, "name a folder of the weights before they were packed"
+            )
         for name in DROPOUTS:
             if raw.get(name):
                 found.refuse(name, f"is {raw[name]}, and no part drops activations here", "set it to 0 in config.json")

@@ -47,7 +47,7 @@ RELEASED = {
     },
     "moe": {"selection_bias": True, "normalize_min": 0.9, "gate": {"score": "sigmoid"}},
 }  # fmt: skip
-"""Parts of released families: sinks, in windows too, stretched positions on a part of each head, gates, norms."""
+"""Parts of released families: sinks, in windows too, stretched positions on a part of heads, gates, norms, biases."""
 CENTERED = {
     **RELEASED,
     "norm": "rms_zero_centered",

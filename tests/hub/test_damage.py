@@ -151,6 +151,12 @@ REFUSED = [
     ("mixtral", {"intermediate_size": None}, "intermediate_size", "is missing"),
     ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "turn whole heads"),
     ("mixtral", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling", "of the kind 'dynamic'"),
+    (
+        "deepseek_v3",
+        {"quantization_config": {"quant_method": "gptq"}},
+        "quantization_config.quant_method",
+        "only fp8 and mxfp4 are decoded",
+    ),
     ("llama", {"mlp_bias": True}, "mlp_bias", "only False is followed"),
     (
         "llama",

@@ -50,6 +50,7 @@ class Ernie4_5Moe(Family):
 
     def more(self, raw: Mapping[str, Any], found: Derived) -> None:
         """Shared experts."""
+        self.require(raw, found, "use_rmsnorm", True)
         found.read.add("moe_num_shared_experts")
         if shared := raw.get("moe_num_shared_experts", 2):
             found.values["moe.shared_experts"] = shared

@@ -14,8 +14,9 @@ from moesys.hub.rotary import Rotary
 LISTED = ("moe_topk", "moe_intermediate_size", "num_shared_expert", "num_experts")
 """Keys that may be lists with a value per block."""
 
-_VISION = """
-    cla_share_factor moe_drop_tokens moe_random_routing_dropped_token capacity_factor group_limited_greedy
+_UNUSED = """
+    cla_share_factor dense_list num_media_embeds q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim
+    moe_drop_tokens moe_random_routing_dropped_token capacity_factor group_limited_greedy
     attention_head_dim org_vocab_size mask_init_id image_token_id text_start_id text_end_id video_start_id
     video_end_id im_newline_id add_classification_head class_num pool_type anyres_pooling_size
     anyres_vit_max_image_size anyres_vit_two_views skip_cls_token vit_add_patchemb_bias vit_input_resolution
@@ -70,8 +71,10 @@ class HunyuanV1Moe(Family):
         "mlp_bias": False,
         "use_cla": False,
         "position_embedding_xdrope": False,
+        "use_mla": False,
+        "norm_topk_prob": True,
     }
-    ignored = frozenset(_VISION.split())
+    ignored = frozenset(_UNUSED.split())
     names = {
         "ffn.gate.projection.weight": "mlp.gate.wg.weight",
         **{f"ffn.shared.{m}_proj.weight": f"mlp.shared_mlp.{m}_proj.weight" for m in ("gate", "up", "down")},

@@ -40,7 +40,9 @@ class MiniMaxM2(Family):
         "qk_norm_type": "per_layer",
         "use_routing_bias": True,
     }
-    ignored = frozenset({"mlp_intermediate_size", "shared_moe_mode", "num_mtp_modules", "mtp_transformer_layers"})
+    ignored = frozenset(
+        {"mlp_intermediate_size", "shared_moe_mode", "num_mtp_modules", "mtp_transformer_layers", "swa_rope_theta"}
+    )
     names = {
         "ffn.gate.projection.weight": "block_sparse_moe.gate.weight",
         "ffn.gate.selection_bias": "block_sparse_moe.e_score_correction_bias",
@@ -52,6 +54,9 @@ class MiniMaxM2(Family):
     def more(self, raw: Mapping[str, Any], found: Derived) -> None:
         """Kinds of attention by block, and multi-token prediction, which files lack."""
         found.read |= {"attn_type_list", "use_mtp"}
+        for part in ("full_attention", "linear_attention", "mlp"):
+            for factor in ("alpha", "beta"):
+                self.require(raw, found, f"layernorm_{part}_{factor}", 1.0)
         if any(kind != 1 for kind in raw.get("attn_type_list") or ()):
             found.refuse("attn_type_list", "has kinds of attention beside 1, the softmax")
         if raw.get("use_mtp"):
