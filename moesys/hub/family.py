@@ -243,7 +243,7 @@ class Family(Described):
 def buffers(model: ModelConfig) -> Iterator[Weight]:
     """What gates keep beside their weights: the bias for selection, float32 [E]."""
     m = model.moe
-    if m is None or not (m.bias_rate or getattr(m, "selection_bias", False)):
+    if m is None or not (m.bias_rate or m.selection_bias):
         return
     for layer in model.moe_blocks:
         yield Weight(f"layers.{layer}.ffn.gate.selection_bias", (Axis("candidate", m.experts),), "bias", layer)
@@ -299,7 +299,7 @@ def meant(model: ModelConfig) -> dict[str, Any]:
     if len(moe) == model.depth:
         del found["ffn_hidden"]
     if (m := model.moe) is not None:
-        found["moe.selection_bias"] = bool(m.bias_rate or getattr(m, "selection_bias", False))
+        found["moe.selection_bias"] = bool(m.bias_rate or m.selection_bias)
         found["moe.shared_ffn_hidden"] = m.shared_width or None
         del found["moe.shared_experts"]
         if not m.shared_experts:
