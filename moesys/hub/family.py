@@ -295,7 +295,7 @@ def meant(model: ModelConfig) -> dict[str, Any]:
     each = [_mixer(model, layer) for layer in range(model.depth)]
     for key in dict.fromkeys(key for mixer in each for key in mixer):
         values = tuple(mixer.get(key) for mixer in each)
-        found[f"attention.{key}"] = values[0] if len(set(values)) == 1 else values
+        found[f"attention.{key}"] = values[0] if all(value == values[0] for value in values) else values
     if len(moe) == model.depth:
         del found["ffn_hidden"]
     if (m := model.moe) is not None:
