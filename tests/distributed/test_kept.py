@@ -86,7 +86,7 @@ MOE = {
     "ep": [PLAIN, SELECTIVE, FULL],
     "tp ep": [PLAIN, SELECTIVE],
     "tp etp": [WIDE[1]],
-    **dict.fromkeys(("gathered", "chunks", "ep etp", "tp cp ep", "shards tp ep", "levels"), [SELECTIVE]),
+    **dict.fromkeys(("gathered", "chunks", "ep etp", "tp cp ep", "shards tp ep", "levels"), (SELECTIVE,)),
 }
 OTHERS = {"tp": [PLAIN, SELECTIVE], "tp without sp": [PLAIN], "cp": [SELECTIVE]}
 PIPELINES = [
