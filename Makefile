@@ -11,10 +11,16 @@ NEWEST := $(VENV)/megatron-core-0.19.2
 SITE := $(VENV)/.site
 
 REQUIREMENTS := requirements.txt
-# The newest torch that the whole suite has passed with, for `make test-torch`.
+# For `make test-torch`: the newest torch that setup.py accepts.
 TORCH ?= 2.14.1
 
-.PHONY: quickstart test test-torch lint bench docs gpu-check clean
+# Tests that need no torch, and where `make test-without-torch` installs what they need.
+WITHOUT_TORCH := tests/config tests/data $(foreach name,dry_run slurm spec lock progress placement import_cost \
+	liveness processes launch endings,tests/launchers/test_$(name).py) \
+	$(foreach name,structure files words leftovers mistakes cli,tests/test_$(name).py)
+BARE := build/without-torch-$(notdir $(PYTHON))
+
+.PHONY: quickstart test test-torch test-without-torch lint bench docs gpu-check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/moesys launch configs/quickstart.yaml
@@ -30,6 +36,16 @@ test-torch: build/torch-$(TORCH)/requirements.txt
 build/torch-%/requirements.txt: requirements.txt
 	mkdir -p $(@D)
 	sed -E -e 's/^torch==.*/torch==$*/' -e 's/^triton==[^;]*/triton/' -e 's/^setuptools==.*/setuptools>=70.1/' requirements.txt > $@
+
+# What needs no torch, where there is none, with another Python: make test-without-torch PYTHON=python3.12
+test-without-torch: $(BARE)/requirements.txt
+	$(MAKE) $(BARE)/.installed VENV=$(BARE) REQUIREMENTS=$<
+	$(BARE)/bin/pip install --quiet --disable-pip-version-check --no-deps megatron-core==0.16.1
+	$(BARE)/bin/pytest $(WITHOUT_TORCH)
+
+$(BARE)/requirements.txt: requirements.txt
+	mkdir -p $(@D)
+	grep -vE '^(torch|triton|ray|megatron-core|transformers)\b' requirements.txt > $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

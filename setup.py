@@ -51,6 +51,7 @@ setup(
         "ray": ["ray[train]>=2.60,<2.61"],
         "hf": ["datasets>=3", "tokenizers>=0.20"],
         "megatron": ["megatron-core==0.16.1"],
+        "eval": ["lm_eval>=0.4.9,<0.5", "transformers>=5", "accelerate>=1"],
     },
     entry_points={"console_scripts": ["moesys = moesys.__main__:main"]},
 )

@@ -163,8 +163,10 @@ class _ExpertFFN(torch.autograd.Function):
 
 def _cast(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The inputs of `Arguments` but the kind, with fc1, fc2 and bias1 in the type of x."""
-    x = tensors[0]
-    assert x is not None
+    x, fc1, fc2, bias1 = tensors[0], tensors[1], tensors[2], tensors[5]
+    assert x is not None and fc1 is not None and fc2 is not None
+    if fc1.dtype == fc2.dtype == x.dtype and (bias1 is None or bias1.dtype == x.dtype):
+        return list(tensors)
     return [t if t is None or i not in (1, 2, 5) else as_type(t, x.dtype) for i, t in enumerate(tensors)]
 
 

@@ -30,8 +30,7 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_H, eps):  # type: ignore[override]
-        wide = widened(x.dtype)
-        x_wide, weight = as_type(x, wide), as_type(weight_H, wide)
+        x_wide, weight = _widened(widened(x.dtype), x, weight_H)
         norm = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_H, scale)
@@ -40,11 +39,17 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, weight_H, scale = ctx.saved_tensors
-        wide = scale.dtype
-        x_wide, weight, upstream = as_type(x, wide), as_type(weight_H, wide), as_type(grad, wide)
+        x_wide, weight, upstream = _widened(scale.dtype, x, weight_H, grad)
         product = upstream * x_wide
         along = (product @ weight).unsqueeze_(-1).mul_(scale).mul_(scale)
         grad_x = (upstream * weight).addcmul_(x_wide, along, value=-1 / x.shape[-1]).mul_(scale)
         # A product with a vector reads once, and sums as it does.
         grad_weight = product.flatten(0, -2).t() @ scale.flatten()
         return as_type(grad_x, x.dtype), as_type(grad_weight, weight_H.dtype), None
+
+
+def _widened(wide: torch.dtype, x: Tensor, weight_H: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type to compute in. Where they are of it, nothing is called: small steps would feel it."""
+    if x.dtype == weight_H.dtype == wide:
+        return x, weight_H, *more  # a gradient has the type of x
+    return tuple(t.to(wide) for t in (x, weight_H, *more))

@@ -21,6 +21,12 @@ from moesys.parallel.gradient_sync import SYNCS, Settled, fullest, settle, with_
 from moesys.parallel.memory import estimate
 from moesys.words import plural, size_text, unit_of
 
+MEGATRON_TRAFFIC = (
+    "Dispatch, sends and sums of gradients are those of Megatron-Core. Its tensor ranks make more collectives than the "
+    "native engine's, which are shown, and its distributed optimizer pads and gathers more."
+)
+"""What the traffic of `engine: megatron` is not exact about."""
+
 SHOWN = 4
 """Groups and nodes listed of each kind before the rest is only counted."""
 
@@ -60,6 +66,8 @@ def plan(config: Config) -> dict[str, Any]:
         "pipeline_ranks": [_rank(step_shape(as_run, degrees, vocabulary, rank)) for rank in range(degrees.pp)],
         "sync_gradients": None if found is None else _sync_gradients(config, degrees, vocabulary, found),
     }
+    if config.engine == "megatron":
+        facts["traffic_note"] = MEGATRON_TRAFFIC
     limit = config.cluster.memory_gib
     return {**facts, "fits": None if limit is None else _fullest(config, facts)[1] <= limit * 2**30}
 
@@ -152,8 +160,8 @@ def show(config: Config, console: Console, facts: dict[str, Any] | None = None) 
             _traffic(facts),
         )
     )
-    for crossing in facts["crossings"]:
-        console.print(crossing)
+    for line in (*filter(None, [facts.get("traffic_note")]), *facts["crossings"]):
+        console.print(line)
     console.print("nothing was started (dry run)")
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from moesys import leftovers
 from moesys.config.load import dump, run_name
 from moesys.config.schema import Config, MeasureConfig, OutputConfig
+from moesys.data.check import check_texts
 from moesys.data.tokenizers import build_tokenizer
 from moesys.errors import ConfigError, FileError, Problem
 from moesys.files import read_json, write_json
@@ -63,16 +64,18 @@ def configuration(path: Path, arguments: argparse.Namespace) -> Config:
         file = folder / f"{run_name(path)}.yaml"
         file.write_text(base, encoding="utf-8")
         try:
-            config = load_checked(file, overrides)
-            _require_tokenizer(path, config)
+            config = load_checked(file, overrides, with_data=not arguments.data)
+            _require_texts(path, config)
             return config
         except ConfigError as error:  # the file is not the user's: name the model in its place
             places = [replace(p, where=str(path) if p.where.startswith(str(file)) else p.where) for p in error.problems]
             raise ConfigError(places) from None
 
 
-def _require_tokenizer(path: Path, config: Config) -> None:
-    """Raise ConfigError if text would be cut into other tokens than a checkpoint was trained with."""
+def _require_texts(path: Path, config: Config) -> None:
+    """Raise ConfigError if a text is missing, or would be cut into other tokens than a checkpoint was trained with."""
+    if problems := check_texts(config):
+        raise ConfigError(problems)
     known = None if is_folder(path) else manifest.read(path).tokenizer.get("identity")
     if known not in (None, build_tokenizer(config.data).identity):
         rule = f"is {config.data.tokenizer}, not the tokenizer of the model, so that ids would mean other text"
@@ -92,6 +95,7 @@ def _of_checkpoint(path: Path, other_data: bool) -> str:
     if (path / str(meta.tokenizer.get("kind"))).is_file():
         data = data.model_copy(update={"tokenizer": str((path / str(meta.tokenizer["kind"])).absolute())})
     if other_data:
+        saved.tokenizer(meta, config)  # it is known
         train["eval"] = {}
     kept = config.train.model_copy(update=train)
     changes = {"output": output, "measure": MeasureConfig(), "data": data, "train": kept}
@@ -143,7 +147,7 @@ def evaluated(config: Config, asked: dict[str, bool]) -> dict[str, Any] | int:
         launcher = config.launch.launcher
         started = workers(spec, launcher, "moesys.train.evaluate")
         preflight.weights(spec.config, launcher, folder)
-        preflight.data(spec.config, launcher)
+        preflight.data(spec.config, launcher, asked["own"])
         with StopRequests() as stop, LiveDisplay(folder, Console(stderr=True)) as progress:
             outcome = run(started, spec, progress, stop)
         if outcome.exit_code:

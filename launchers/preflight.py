@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from moesys.config.schema import Config
-from moesys.data.corpus import open_corpus
+from moesys.data.corpus import open_corpus, open_texts
 from moesys.errors import LaunchError
 from moesys.launchers.address import ray_address
 from moesys.train import initial_weights
@@ -54,13 +54,15 @@ def weights(config: Config, launcher: str, run_dir: Path) -> None:
         initial_weights.find(config)
 
 
-def data(config: Config, launcher: str) -> None:
+def data(config: Config, launcher: str, own: bool = True) -> None:
     """Read and tokenize the text if all workers are on this machine; they find the tokens in `data.cache`.
 
-    Megatron's data are tokens already, and their reader imports torch: they are left out.
+    Megatron's data are tokens already, and their reader imports torch: they are left out. Without `own` the texts of
+    `train.eval` are meant alone.
 
     Raises:
         DataError: the data cannot be read, or are too few.
     """
-    if config.data.kind != "megatron" and (is_here(config, launcher) or launcher == "hosts"):
-        open_corpus(config)
+    sources = [text.kind for text in config.train.eval.values()] + [config.data.kind] * own
+    if "megatron" not in sources and (is_here(config, launcher) or launcher == "hosts"):
+        (open_corpus if own else open_texts)(config)

@@ -228,7 +228,16 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Compute the losses of a trained model on held-out texts."""
+    """Compute the losses of a trained model on held-out texts, or run tasks with it."""
+    if arguments.tasks:
+        given = [f"--{name}" for name in ("data", "all", "launcher") if getattr(arguments, name)]
+        if unused := [*given, *arguments.overrides]:
+            arguments.parser.error(f"{' and '.join(unused)} would have no effect with --tasks")
+        from moesys.train.eval_tasks import command as run_tasks
+
+        return run_tasks(arguments)
+    if arguments.limit is not None:
+        arguments.parser.error("--limit goes with --tasks; train.eval_sequences=N limits losses")
     from moesys.launchers.evaluate import command
 
     return command(arguments)

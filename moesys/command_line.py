@@ -228,7 +228,10 @@ def _eval(commands: argparse._SubParsersAction[Parser]) -> None:
     sub.add_argument("--data", type=Path, action="append", metavar="PATH", help=text)
     sub.add_argument("--all", action="store_true", help="every sequence instead of train.eval_sequences")
     sub.add_argument("--launcher", choices=LAUNCHERS[:3], help="default: launch.launcher")
-    _json(sub, "the losses")
+    text = "tasks of lm-evaluation-harness, or YAML files of such, instead of losses (default: none)"
+    sub.add_argument("--tasks", nargs="+", metavar="NAME", help=text)
+    sub.add_argument("--limit", type=count, metavar="N", help="--tasks: examples of each at most (default: all)")
+    _json(sub, "the figures")
 
 
 def _report(commands: argparse._SubParsersAction[Parser]) -> None:

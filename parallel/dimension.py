@@ -110,13 +110,16 @@ def step(shape: StepShape) -> list[Collective]:
     """The sums of a step over all ranks: of the gradients' norm and the loss, and of the metrics of a step that is due.
 
     Metrics are the losses of the next token and of later ones, the seconds of all-to-alls, and for each MoE layer what
-    it reports.
+    it reports. Megatron's norms are in float32, of dense weights and of experts that are spread apart.
     """
-    if not shape.leads or shape.config.engine != "native":
+    if not shape.leads:
         return []
     model = shape.config.model
     reported = len(model.moe_blocks) * (model.moe.experts + len(COUNTS) + len(LOSSES)) if model.moe is not None else 0
-    return [
-        Collective("all_reduce", DENSE_AXES, 8.0 * numbers, 1, small=True)
-        for numbers in (2, 2 + model.predicted + reported)
-    ]
+    sums: list[tuple[tuple[str, ...], float]] = [(DENSE_AXES, 8.0 * (2 + model.predicted + reported))]
+    if shape.config.engine == "native":
+        sums.append((DENSE_AXES, 16.0))
+    else:
+        apart = [("pp", "ep", "etp")] * (shape.degrees.ep * shape.degrees.etp > 1)
+        sums += [(axes, 4.0) for axes in (("pp", "tp"), *apart)]
+    return [Collective("all_reduce", axes, size, 1, small=True) for axes, size in sums]

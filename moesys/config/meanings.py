@@ -21,12 +21,23 @@ from moesys.config.section import Section
 def meanings(section: type[Section]) -> dict[str, str]:
     """The meaning of each key of `section` that has one, by key: its own, inherited ones, those of its kinds."""
     found: dict[str, str] = {}
-    for keys_of_kind in reversed(section.keys_of_kinds):
+    for keys_of_kind in reversed(list(section.keys_of_kinds.values())):
         found |= meanings(keys_of_kind)
     for base in reversed(section.__mro__):
         found |= _classes(base.__module__).get(base.__name__, {})
     written = {key: field.description for key, field in section.model_fields.items() if field.description}
     return {key: text for key, text in (found | written).items() if key in section.model_fields}
+
+
+def for_editors(section: type[Section]) -> dict[str, str]:
+    """The same, each after the kinds that use the key, where others do not: "hash: The experts of an id"."""
+    found = meanings(section)
+    for key, text in found.items():
+        users = [kind for kind, keys in section.keys_of_kinds.items() if key in keys.model_fields]
+        words = f"{', '.join(users)}: "
+        if 0 < len(users) < len(section.keys_of_kinds) and not text.startswith(words):
+            found[key] = words + text
+    return found
 
 
 @cache

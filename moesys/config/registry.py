@@ -141,7 +141,7 @@ def section(slot: Slot, default: str, name: str, common: type[Section] | None = 
                 fields[key] = (info.annotation, copy(info))
     made = create_model(name, common or Kinds, fields)
     made.__module__ = "moesys.config.schema"  # where it is to be found, for pickle
-    made.keys_of_kinds = tuple(described.keys for described in every.values())
+    made.keys_of_kinds = {kind: described.keys for kind, described in every.items()}
     made.__doc__ = f"The section {slot.key}: the kind alone, as a word, stands for it."
     return made
 

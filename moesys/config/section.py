@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -73,18 +74,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
     title: ClassVar[str] = "a section"
     """What the section is called in messages, where it is a whole file."""
-    keys_of_kinds: ClassVar[tuple[type[Section], ...]] = ()
-    """Of a section that takes kinds: the sections that its keys come from, the first to have a key first."""
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        from moesys.config.meanings import meanings
-
-        section = handler(core)
-        keys = handler.resolve_ref_schema(section)["properties"]
-        for key, text in meanings(cls).items():
-            keys[key]["description"] = text
-        return section
+    keys_of_kinds: ClassVar[Mapping[str, type[Section]]] = {}
+    """Of a section that takes kinds: the sections that its keys come from, by kind; the first to have a key first."""
 
 
 class Kinds(Section):
@@ -97,7 +88,7 @@ class Kinds(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        section = super().__get_pydantic_json_schema__(core, handler)
+        section = handler(core)
         words = handler.resolve_ref_schema(section)["properties"]["kind"]["enum"]
         return {"anyOf": [{"enum": words, "type": "string"}, section]}
 

@@ -95,12 +95,21 @@ def json_schema_of_sweeps() -> dict[str, Any]:
 def _schema(root: type[Section], required: bool) -> dict[str, Any]:
     from pydantic.json_schema import GenerateJsonSchema
 
+    from moesys.config.meanings import for_editors
+
     class Generate(GenerateJsonSchema):
         def field_is_required(self, field: Any, total: bool) -> bool:
             return required and super().field_is_required(field, total)
 
         def field_title_should_be_set(self, schema: Any) -> bool:
             return False
+
+        def model_schema(self, schema: Any) -> Any:
+            """A section, each of its keys with its meaning."""
+            made = super().model_schema(schema)
+            for key, text in for_editors(schema["cls"]).items():
+                made["properties"][key]["description"] = text
+            return made
 
         def nullable_schema(self, schema: Any) -> Any:
             """Null last: editors show the message of the first alternative that fails."""

@@ -34,6 +34,13 @@ def check(config: Config) -> list[Problem]:
     return problems
 
 
+def check_texts(config: Config) -> list[Problem]:
+    """Problems of the texts of `train.eval` alone, and of the tokenizer."""
+    tokenizer = tokenizers.check(config.data)
+    problems = [problem for name in config.train.eval for problem in _held_out(config, name)]
+    return [*tokenizer, *([] if tokenizer else _vocabulary(config)), *problems]
+
+
 def _held_out(config: Config, name: str) -> list[Problem]:
     """Problems of a text of `train.eval`, by its own keys."""
     data = source_of(config, name)

@@ -69,13 +69,22 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """train_tokens, heldout_tokens, and a digest of the tokens; a part of them represents a long text."""
-        digest = blake2b(digest_size=16)
-        for tokens in (self.train, self.heldout):
-            begins = np.linspace(0, max(0, len(tokens) - PIECE), PIECES, dtype=np.int64)
-            for begin in np.unique(begins).tolist():
-                digest.update(tokens[begin : begin + PIECE].tobytes())
         sizes = {"train_tokens": len(self.train), "heldout_tokens": len(self.heldout)}
-        return sizes | {"digest": digest.hexdigest()}
+        return sizes | {"digest": _digest(self.train, self.heldout)}
+
+    @cached_property
+    def more_fingerprints(self) -> dict[str, str]:
+        """A digest of each of the other held-out texts."""
+        return {name: _digest(text.tokens) for name, text in self.more.items()}
+
+
+def _digest(*texts: Tokens) -> str:
+    digest = blake2b(digest_size=16)
+    for tokens in texts:
+        begins = np.linspace(0, max(0, len(tokens) - PIECE), PIECES, dtype=np.int64)
+        for begin in np.unique(begins).tolist():
+            digest.update(tokens[begin : begin + PIECE].tobytes())
+    return digest.hexdigest()
 
 
 COUNTED, COUNTED_PIECES = 2**24, 64
@@ -118,6 +127,19 @@ def open_corpus(config: Config) -> Corpus:
             raise DataError(f"{data.path or data.kind}: {rule}; {TOO_SMALL_REMEDY}")
     more = {name: _whole(name, config, tokenizer, vocabulary) for name in config.train.eval}
     return Corpus(train, heldout, tokenizer, vocabulary, _is_tokenized(data), more)
+
+
+def open_texts(config: Config) -> Corpus:
+    """The texts of `train.eval` alone, without the run's data, which need not be there.
+
+    Raises:
+        DataError: as `open_corpus`.
+    """
+    tokenizer, vocabulary, none = build_tokenizer(config.data), vocab_size(config), np.empty(0, np.uint16)
+    if vocabulary < tokenizer.vocab_size:
+        raise DataError(f"model.vocab_size {vocabulary} is below the tokenizer's {tokenizer.vocab_size}")
+    more = {name: _whole(name, config, tokenizer, vocabulary) for name in config.train.eval}
+    return Corpus(none, none, tokenizer, vocabulary, more=more)
 
 
 def _is_tokenized(data: DataConfig) -> bool:

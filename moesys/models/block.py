@@ -147,7 +147,7 @@ class PredictionBlock(Block):
     def run(
         self, x_BSH: Tensor, cos: Tensor, sin: Tensor, tokens_BS2: Tensor | None, embedded_BSH: Tensor | None
     ) -> Tensor:
-        """All but the last norm."""
+        """All but the last norm; inputs are those of `forward`: [B, S, H], cos and sin [S, d], tokens [B, S, 2]."""
         assert embedded_BSH is not None
         return super().forward(self.join(x_BSH, embedded_BSH), cos, sin, tokens_BS2)
 

@@ -37,18 +37,19 @@ class LayerStatistics:
         self.owed: list[set[str]] = []
         """Losses of each training pass without gradients; the other losses arise when the pass is recomputed."""
 
-    def add(self, output: GateOutput, device: torch.device, training: bool) -> None:
-        """Count a forward pass, once however often it runs."""
+    def add(self, output: GateOutput, device: torch.device, training: bool) -> bool:
+        """Count a forward pass, once however often it runs; whether this is the first time."""
         losses = {name: loss.detach() for name, loss in output.losses.items()}
         if recomputing():
             counted = self.owed.pop() if self.owed else losses.keys()
             self._add({name: loss for name, loss in losses.items() if name not in counted})
-            return
+            return False
         if training and not torch.is_grad_enabled():
             self.owed.append(set(losses))
         self.device = device
         self._add(losses)
         self._add({"load": output.load_E, "zero": output.zero_load, "dropped": output.dropped, "calls": 1})
+        return True
 
     def _add(self, parts: Mapping[str, Tensor | int | None]) -> None:
         for name, value in parts.items():
@@ -160,8 +161,7 @@ class MoELayer(nn.Module):
     def count(self, routed: RoutedTokens) -> None:
         """Count a pass, once however often it runs: its only side effect. `routed` as `compacted` returns it."""
         output = routed.output
-        self.statistics.add(output, routed.tokens.number_T.device, self.training)
-        if recomputing():
+        if not self.statistics.add(output, routed.tokens.number_T.device, self.training):
             return
         if output.counted is not None:
             self.gate.count(output.counted)

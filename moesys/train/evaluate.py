@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from moesys.config.schema import Config
-from moesys.data.corpus import open_corpus
+from moesys.data.corpus import open_corpus, open_texts
 from moesys.files import read_json, write_json
 from moesys.train import heartbeat, initial_weights, manifest, worker
 from moesys.train.engine import engine_of, prepare_gates
-from moesys.train.evaluation import OWN, Evaluation, TextLoss
+from moesys.train.evaluation import Evaluation, TextLoss
 from moesys.train.fill import fill
 
 
@@ -21,10 +21,11 @@ def run(config: Config, folder: Path) -> None:
 
 def _evaluate(config: Config, folder: Path) -> None:
     asked = read_json(folder / "eval.json", "start the command again")
+    worker.set_deterministic(config)
     heartbeat.phase("joining the other ranks")
     mesh = engine_of(config).connect(config)
     heartbeat.phase("loading data", shown=True)
-    corpus = open_corpus(config)
+    corpus = open_corpus(config) if asked["own"] else open_texts(config)
     worker.agree(corpus)
     heartbeat.phase("loading weights", shown=True)
     start = initial_weights.find(config)
@@ -34,11 +35,11 @@ def _evaluate(config: Config, folder: Path) -> None:
     fill(engine, start, config)
     evaluation, found = Evaluation(engine, corpus), dict[str, Any]()
     for name in evaluation.names():
-        if name != OWN or asked["own"]:
-            heartbeat.phase(f"evaluating {name or 'the held-out data'}", shown=True)
-            found[name] = _figures(evaluation.text(name, asked["every"]))
+        heartbeat.phase(f"evaluating {name or 'the held-out data'}", shown=True)
+        found[name] = _figures(evaluation.text(name, asked["every"]))
     if mesh.rank == 0:
-        same = None if start.released is not None else manifest.read(start.path).data == corpus.fingerprint
+        saved = {} if start.released is not None else manifest.read(start.path).data
+        same = saved == corpus.fingerprint if saved else None
         facts = {"texts": found, "same_data": same, "world_size": mesh.degrees.world}
         write_json(folder / "results.json", facts)
 

@@ -58,7 +58,8 @@ class Evaluation:
 
     def __init__(self, engine: Engine, corpus: Corpus):
         self.engine, self.corpus = engine, corpus
-        self._texts = {OWN: HeldOut(corpus.heldout, corpus.tokenized), **corpus.more}
+        own = {OWN: HeldOut(corpus.heldout, corpus.tokenized)} if len(corpus.heldout) else {}
+        self._texts = own | dict(corpus.more)
         # A fixed shuffle, whatever the run's seed: evaluation spreads over the held-out documents.
         length = self._config.train.seq_len
         self.samples = {name: Samples(text.tokens, length, seed=0) for name, text in self._texts.items()}

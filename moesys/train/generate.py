@@ -96,5 +96,9 @@ def chosen_device(name: str) -> torch.device:
     return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
+SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+"""Pictures of control characters: written to a terminal, such a character may do anything to it."""
+
+
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    print(text.translate(SHOWN) if sys.stdout.isatty() else text, end="", flush=True)

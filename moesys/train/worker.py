@@ -59,10 +59,15 @@ def part() -> None:
         dist.destroy_process_group()
 
 
-def _train(config: Config, run_dir: Path) -> None:
+def set_deterministic(config: Config) -> None:
+    """Use torch's deterministic algorithms if `train.deterministic` says so."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def _train(config: Config, run_dir: Path) -> None:
+    set_deterministic(config)
     heartbeat.phase("joining the other ranks")
     mesh = engine_of(config).connect(config)
     _write_ranks(mesh, run_dir)
@@ -133,7 +138,7 @@ def going_on(checkpoint: Path, step: int, steps: int, run_dir: Path) -> str:
 def agree(corpus: Corpus) -> None:
     """Raise DataError if ranks read different text: a file differs on one node, or the Python version does."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), corpus.fingerprint))
+    dist.all_gather_object(everyone, (socket.gethostname(), corpus.fingerprint, corpus.more_fingerprints))
     odd = [f"rank {rank} on {facts[0]}" for rank, facts in enumerate(everyone) if facts[1:] != everyone[0][1:]]
     if odd:
         rule = f"the data of {odd[0]} are not those of rank 0 on {everyone[0][0]}"

@@ -58,6 +58,8 @@ def test_the_schema_is_one_and_describes_every_key():
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["properties"]["include"]["description"]
     assert schema["$defs"]["ParallelConfig"]["properties"]["tp"]["description"].startswith("Tensor parallelism")
+    _, gate = schema["$defs"]["GateConfig"]["anyOf"]
+    assert gate["properties"]["slots"]["description"] == "soft: Slots per expert and sequence."
     assert "required" not in schema and "title" not in schema["properties"]["seed"]
 
 

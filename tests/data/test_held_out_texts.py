@@ -13,8 +13,8 @@ from moesys.config.differences import differences, known, saved_form
 from moesys.config.schema import Config
 from moesys.config.values import config_of
 from moesys.data import text
-from moesys.data.check import check
-from moesys.data.corpus import open_corpus, source_of
+from moesys.data.check import check, check_texts
+from moesys.data.corpus import open_corpus, open_texts, source_of
 from moesys.errors import DataError
 from moesys.launchers.spec import with_absolute_paths
 
@@ -65,6 +65,16 @@ def test_a_mistake_is_told_by_the_texts_own_key(library, tmp_path, other):
     other.write_text("short")
     with pytest.raises(DataError, match=r"train\.eval\.short: .*other\.txt: 6 held-out tokens are fewer than one"):
         open_corpus(run(library, tmp_path, short={"path": str(other)}))
+
+
+def test_texts_alone_need_no_data(tmp_path, other):
+    config = run(Path("/nowhere"), tmp_path, other={"path": str(other)})
+    assert check_texts(config) == [] and [problem.key for problem in check(config)] == ["data.path"]
+    corpus = open_texts(config)
+    assert corpus.more["other"].tokens[:].tolist() == [*other.read_bytes(), 256] and not len(corpus.heldout)
+    assert corpus.more_fingerprints["other"] != corpus.fingerprint["digest"]
+    narrow = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 100})})
+    assert [problem.key for problem in check_texts(narrow)] == ["model.vocab_size"]
 
 
 def test_paths_are_taken_from_where_the_run_is_launched(library, tmp_path):

@@ -122,6 +122,11 @@ def observe(trainer: Any) -> Ran | None:
     axes: dict[str, tuple[str, ...]] = {}
     for names, group in mesh.groups():
         axes.setdefault(group.group_name, names)
+    if trainer.config.engine == "megatron":  # which has groups of its own beside these
+        places = {tuple(dist.get_process_group_ranks(group)): names for names, group in mesh.groups()}
+        for group in dist.distributed_c10d._world.pg_map:
+            if (names := places.get(tuple(dist.get_process_group_ranks(group)))) and group is not dist.group.WORLD:
+                axes.setdefault(group.group_name, names)
     calls: Counter[str] = Counter()
     size: Counter[str] = Counter()
     for event in events:

@@ -24,6 +24,12 @@ MLA = {
 }  # fmt: skip
 
 
+RELEASED = {
+    "heads": 2, "kv_heads": 2, "head_dim": 8, "window": 3, "output_gate": True, "qk_norm": "full",
+    "clip_qkv": 1.0, "rotary_fraction": 0.5, "bias": "qkv",
+}  # fmt: skip
+
+
 def moe(**options: Any) -> dict[str, Any]:
     return {"moe": {"experts": 4, "top_k": 2, "ffn_hidden": 8, **options}}
 
@@ -48,6 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "expert choice": (moe(gate="expert_choice"), {}, TRAVELS),
     "sinkhorn": (moe(gate="sinkhorn"), {}, WHOLE),
     "base": (moe(gate="base", top_k=1), {}, WHOLE),
+    "sparsemixer": (moe(gate="sparsemixer"), {}, "route 2, run_experts 1, breaks 0"),
     "hash": (moe(gate="hash"), {}, "route 2, run_experts 1, breaks 0"),
     "soft": (moe(gate="soft", top_k=1), {}, WHOLE),
     "smear": (moe(gate="smear", top_k=1), {}, WHOLE),
@@ -56,6 +63,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         DENSE | SHARED | moe(every=2, shared_experts=1),
         {"tp": 2},
         "run_dense 1, route 1, run_experts 1, breaks 0",
+    ),
+    "tp and parts of released families": (
+        DENSE | {"attention": RELEASED, "norm": "layer", "residual_multiplier": 0.5},
+        {"tp": 2},
+        "run_dense 1, breaks 0",
     ),
     "tp alone": (PLAIN, {"tp": 2, "sp": False}, WHOLE),
     "cp": (PLAIN, {"cp": 2}, WHOLE),
@@ -92,7 +104,7 @@ def test_every_part_is_one_graph_whatever_is_routed_where(name: str, recompute: 
         assert "expert_ffn" in graphs.inside["run_experts"]
 
 
-def _asks(self: CausalCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _asks(self: CausalCore, q: Tensor, k: Tensor, v: Tensor, sinks: None = None) -> Tensor:
     if q.sum().item() > 1e9:
         raise AssertionError
     return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)

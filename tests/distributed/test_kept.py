@@ -6,7 +6,6 @@ Routing is balanced by force, as the estimate takes it.
 from __future__ import annotations
 
 import json
-from itertools import product
 
 import pytest
 from batches import start
@@ -76,8 +75,9 @@ MODELS: dict[str, dict] = {
     },
     "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
 }
-BFLOAT16 = [("bfloat16", recompute) for recompute in ("none", "selective", "full")]
-ALL = [("float32", "none"), ("float32", "selective"), *BFLOAT16]
+NARROW = [("bfloat16", "none"), ("bfloat16", "selective")]
+WIDE = [("float32", "none"), ("float32", "selective")]
+FULL = [("bfloat16", "full")]
 PIPELINES = [
     ("dense", "pp", "bfloat16", "full"),
     ("moe", "pp", "float32", "selective"),
@@ -93,33 +93,32 @@ PIPELINES = [
     ("mixed", "zero-bubble tp", "bfloat16", "none"),
 ]
 KEPT = [
-    *(
-        ("moe", layout, *how)
-        for layout in [*LAYOUTS][:10]
-        for how in (ALL if layout in [*LAYOUTS][:8] else BFLOAT16[:2])
-    ),
+    *(("moe", layout, *how) for layout in ("tp", "tp without sp", "cp", "etp") for how in WIDE + NARROW + FULL),
+    *(("moe", layout, *how) for layout in ("shards", "ep", "tp ep", "tp etp") for how in NARROW + FULL),
     *(
         (model, layout, *how)
-        for layout, model in product(("tp", "tp without sp", "cp"), ("dense", "latent", "ahead", "released", "windows"))
-        for how in (("float32", "none"), *BFLOAT16[:2])
+        for layout, hows in {"tp": WIDE[:1] + NARROW, "tp without sp": NARROW, "cp": NARROW}.items()
+        for model in ("dense", "latent", "ahead", "released", "windows")
+        for how in hows
     ),
-    *(("mixed", layout, *how) for layout in ("tp", "tp ep") for how in BFLOAT16[:2]),
-    *(("moe", layout, *how) for layout in FOUR[:4] for how in BFLOAT16[:2]),
+    *(("mixed", *names) for names in (("tp", *WIDE[0]), ("tp", *NARROW[0]), ("tp ep", *NARROW[1]))),
+    *(("moe", layout, *NARROW[1]) for layout in ("gathered", "chunks", "ep etp", "tp cp ep", "shards tp ep", "levels")),
     *PIPELINES,
 ]
+"""Model, layout, type and recomputation."""
 
 
 def configuration(small: dict, model: str, layout: str, dtype: str, recompute: str) -> Config:
     world, pipeline = 4 if layout in FOUR else 2, "pp" in LAYOUTS[layout]
     nodes = {"nodes": 2, "ranks_per_node": 2} if layout == "levels" else {"ranks_per_node": world}
     size = {"hidden": 256, "layers": 4 if pipeline else 2}
-    train = {"seq_len": 128, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "recompute": recompute}
+    train = {"seq_len": 128, "micro_batch": 2, "dtype": dtype, "recompute": recompute}
     raw = changed(small, {"model": size, "parallel": LAYOUTS[layout], "cluster": nodes, "train": train})
     raw["model"] = {**raw["model"], "moe": None, **MODELS[model]}
-    if pipeline:  # more micro-batches than stages
-        degrees, problems = resolve(Config.model_validate(raw))
-        assert degrees is not None, problems
-        raw["train"]["global_batch"] = 4 * 2 * degrees.dp
+    degrees, problems = resolve(Config.model_validate(raw))
+    assert degrees is not None, problems
+    # A pipeline has more micro-batches than stages.
+    raw["train"]["global_batch"] = degrees.dp * 2 * (4 if pipeline else 1)
     config = Config.model_validate(raw)
     assert (problems := dimension.check(config)) == [], problems
     return config

@@ -20,6 +20,8 @@ from moesys.config import Config
 from moesys.parallel import dimension
 
 BALANCED = {"moe": {"gate": {"kind": "top_k", "force": "balanced"}}}
+LEVELS = {"kind": "hierarchical", "chunks": 2}
+SHARED = {"moe": {"top_k": 3, "shared_experts": 1}}
 CASES = [
     Case("tp", 2, {"tp": 2, "ep": 2}, LATENT),
     Case("tp selective", 2, {"tp": 2, "ep": 2}, DROPPING, {"recompute": "selective"}),
@@ -36,15 +38,19 @@ CASES = [
     Case("pp shard full", 4, {**FULL, "pp": 2, "ep": 2}, LATENT, {"recompute": "full"}),
     Case("ahead shard tp", 4, {**FULL, "tp": 2, "ep": 2}, AHEAD, {"recompute": "selective"}),
     Case("ahead tp without sp", 2, {"tp": 2, "sp": False}, AHEAD, {"recompute": "full"}),
+    # Tokens choose so many experts that each node, and each rank, holds one of them: otherwise only the mean is known.
+    Case("levels", 4, {"ep": 4, "dispatch": LEVELS}, {"moe": {"top_k": 4}}),
+    Case("levels full", 4, {"ep": 4, "dispatch": LEVELS}, {"moe": {"top_k": 4}}, {"recompute": "full"}),
+    Case("levels of slices", 4, {"tp": 2, "ep": 2, "etp": 2, "dispatch": LEVELS}, SHARED, {"recompute": "selective"}),
     Case("gathered", 4, {"ep": 2, "etp": 2, "dispatch": {"kind": "all_gather", "chunks": 2}}, LATENT),
 ]
 
 
 def configuration(small: dict, case: Case) -> Config:
     more = {"model": case.model, "train": {**case.train, "dtype": "bfloat16"}, "parallel": case.parallel}
-    config = Config.model_validate(
-        changed(small, case.size, more, {"model": BALANCED}, {"cluster": {"ranks_per_node": case.world}})
-    )
+    nodes = 2 if case.parallel.get("dispatch", {}).get("kind") == "hierarchical" else 1
+    cluster = {"nodes": nodes, "ranks_per_node": case.world // nodes}
+    config = Config.model_validate(changed(small, case.size, more, {"model": BALANCED}, {"cluster": cluster}))
     assert (problems := dimension.check(config)) == [], problems
     return config
 

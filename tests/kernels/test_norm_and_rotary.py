@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moesys.kernels import rms_norm, rotary
+from moesys.kernels import layer_norm, rms_norm, rotary
 
 
 def gradients(function, inputs, target):
@@ -28,6 +28,25 @@ def test_rms_norm(dtype):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("narrow", [torch.float64, torch.float32, torch.bfloat16])
+def test_layer_norm_of_a_stream_that_may_be_narrower_than_its_weights(narrow):
+    torch.manual_seed(0)
+    wide = torch.promote_types(narrow, torch.float32)
+    x, target = torch.randn(2, 5, 12).to(narrow) + 1, torch.randn(2, 5, 12).to(narrow)
+    weight, bias = torch.rand(12, dtype=wide), torch.randn(12, dtype=wide)
+    found = gradients(lambda *x: layer_norm.layer_norm(*x, 1e-5), (x, weight, bias), target)
+    plain = gradients(lambda *x: layer_norm.reference(*x, 1e-5), (x, weight, bias), target)
+
+    def definition(x, w, b):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * w + b
+
+    expected = gradients(definition, (x.double(), weight.double(), bias.double()), target.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[narrow]
+    for a, b in zip(found + plain, expected * 2, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    assert [a.dtype for a in found] == [narrow, narrow, wide, wide]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

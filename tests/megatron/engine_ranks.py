@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from batches import connected, join, merged, start
+from ran import Ran, observe
 
 from moesys.config import Config
 from moesys.errors import CheckpointError
@@ -17,6 +20,9 @@ from moesys.train import verify
 Cases = Mapping[str, tuple[Config, int]]
 """Configurations and numbers of steps."""
 
+COUNTED = ("ep 2", "pp 2, ep 2", "tp 2, ep 2")
+"""Cases whose collectives are counted."""
+
 Journeys = Mapping[str, Sequence[Config]]
 """Configurations of a run, one after another: each continues from the checkpoint of the one before."""
 
@@ -24,20 +30,22 @@ Journeys = Mapping[str, Sequence[Config]]
 def observed(cases: Cases, journeys: Journeys, steps: int, world: int, folder: Path) -> Any:
     """On `world` processes, all after one another in the same ones: what each case computes; of each journey
     (loss, norm) of every step, `steps` for each configuration; elements of weights that the first rank of each
-    pipeline stage holds, by case; and of each journey what every rank says, by engine, when its end is damaged."""
+    pipeline stage holds, by case; of each journey what every rank says, by engine, when its end is damaged; and what
+    a further step of each case of `COUNTED` does."""
     start(_work, world, cases, journeys, steps, folder)
     found = {name: merged(sorted(folder.glob(f"trace-{number}-*.pt"))) for number, name in enumerate(cases)}
     held = {
         name: [torch.load(path) for path in sorted(folder.glob(f"held-{number}-*.pt"))]
         for number, name in enumerate(cases)
     }
-    return found, torch.load(folder / "journeys.pt"), held, torch.load(folder / "damaged.pt")
+    ran = {name: Ran(**json.loads((folder / f"ran-{name}.json").read_text())) for name in COUNTED}
+    return found, torch.load(folder / "journeys.pt"), held, torch.load(folder / "damaged.pt"), ran
 
 
 def _work(rank: int, world: int, cases: Cases, journeys: Journeys, steps: int, folder: Path) -> None:
     join(rank, world, folder)
-    for number, (config, count) in enumerate(cases.values()):
-        _observe(config, count, folder, number)
+    for number, (name, (config, count)) in enumerate(cases.items()):
+        _observe(config, count, folder, number, name if name in COUNTED else "")
     gone = {
         name: [figures for config in configs for figures in _continued(config, steps, folder / name)]
         for name, configs in journeys.items()
@@ -50,7 +58,7 @@ def _work(rank: int, world: int, cases: Cases, journeys: Journeys, steps: int, f
     dist.destroy_process_group()
 
 
-def _observe(config: Config, steps: int, folder: Path, number: int) -> None:
+def _observe(config: Config, steps: int, folder: Path, number: int, counted: str) -> None:
     config, mesh = connected(config)
     found, trainer = verify.observe(config, mesh, steps, torch.float32)
     if not any(place for axis, place in mesh.place.items() if axis != "pp"):
@@ -59,6 +67,11 @@ def _observe(config: Config, steps: int, folder: Path, number: int) -> None:
         torch.save(
             sum(p.numel() for part in parts for p in part.parameters()), folder / f"held-{number}-{mesh.rank}.pt"
         )
+    if counted:
+        trainer.before_update = None  # it gathers gradients
+        ran = observe(trainer)
+        if ran is not None:
+            (folder / f"ran-{counted}.json").write_text(json.dumps(asdict(ran)))
 
 
 def _continued(config: Config, steps: int, folder: Path) -> list[tuple[float, float]]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from engine_ranks import observed
+from engine_ranks import COUNTED, observed
+from planned import differences
+from ran import Ran
 from support import changed
 
 from moesys.cli import main
@@ -180,6 +182,16 @@ def test_every_rank_holds_what_was_planned(
 ) -> None:
     for name, (config, _) in configs.items():
         assert [rank["parameters"] for rank in plan(config)["pipeline_ranks"]] == found[2][name], name
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_moves_what_was_planned(
+    configs: dict[str, tuple[Config, int]], found: tuple[Any, Any, Any, Any, dict[str, Ran]], name: str
+) -> None:
+    """Dispatch, sends, sums of gradients and of metrics: all but what tensor ranks gather and sum in their own way."""
+    lines = differences(configs[name][0], found[4][name])
+    own = ("all_gather", "all_reduce") if "tp" in name else ()
+    assert not [line for line in lines if not line.strip().startswith(own)], "\n".join(lines)
 
 
 def test_a_run_through_ray_is_measured_and_explained(small: dict, tmp_path: Path) -> None:

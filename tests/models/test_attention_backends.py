@@ -155,13 +155,16 @@ def test_a_bias_made_beforehand_leaves_one_graph():
     torch.testing.assert_close(compiled(q, k), attend(q, k, k))
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_attention_with_sinks_is_one_graph(window):
+MORE: dict[str, Any] = {"window": 3, "qk_norm": "head_after_rotary", "clip": 1.0, "output_gate": True, "centered": True}
+
+
+@pytest.mark.parametrize("keys", [{}, MORE], ids=["sinks", "all parts"])
+def test_attention_with_sinks_and_more_is_one_graph(keys):
     torch.manual_seed(0)
-    made = attention.GroupedQueryAttention(16, 4, 2, 8, sinks=True, window=window)
+    made = attention.GroupedQueryAttention(16, 4, 2, 8, sinks=True, **keys)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    x, tables = torch.randn(2, 8, 16), rotary_angles(torch.arange(8), 8, 1e4)
+    x, tables = torch.randn(2, 8, 16), rotary_angles(torch.arange(8), 4, 1e4)
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     found = []
     for module in (compiled, made):

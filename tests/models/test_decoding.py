@@ -31,6 +31,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
                                               "qk_rope_head_dim": 4, "v_head_dim": 6, "q_lora_rank": 10}},
     "window": {"attention": LOCAL},
     "window of one": {"attention": LOCAL | {"window": 1}},
+    "gated": {"attention": LOCAL | {"output_gate": True, "qk_norm": "head_after_rotary", "clip_qkv": 1.0}},
     "window as long": {"attention": LOCAL | {"window": TOKENS}},
     "sinks": {"attention": {"heads": 4, "kv_heads": 2, "sinks": True, "rotary_fraction": 0.5}},
     "sinks in a window": {"attention": LOCAL | {"sinks": True}},

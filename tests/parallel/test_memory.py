@@ -17,12 +17,20 @@ from moesys.parallel.dimension import step_shape
 from moesys.parallel.loss import TokenLoss
 from moesys.parallel.recompute import prepare
 
-KINDS = ["none", "selective", "full"]
+HOW = [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "selective")]
 MLA = {"kind": "mla", "heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 MODELS = {
     "dense": {"ffn_hidden": 1024, "attention": {"heads": 4, "kv_heads": 2}},
     "norms": {"ffn_hidden": 512, "attention": {"heads": 4, "head_dim": 128, "qk_norm": "full", "bias": True}},
     "window": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 32, "qk_norm": "head"}},
+    "options": {
+        "ffn_hidden": 512,
+        "norm": "layer",
+        "attention": {
+            **{"heads": 4, "kv_heads": 2, "qk_norm": "head_after_rotary"},
+            **{"output_gate": True, "sinks": True, "clip_qkv": 5.0, "rotary_fraction": 0.5},
+        },
+    },
     "moe": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512}},
     "fine": {"moe": {"experts": 16, "top_k": 4, "ffn_hidden": 64, "shared_experts": 2}},
     "lora": {"moe": {"experts": 8, "top_k": 2, "ffn_hidden": 512, "lora_rank": 8}},
@@ -41,11 +49,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "recompute"), [("float32", "none"), ("float32", "selective"), *product(["bfloat16"], KINDS)]
-)
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_activations_are_what_is_kept(model, dtype, recompute):
+CASES = [*product(MODELS, HOW), *((name, ("bfloat16", "full")) for name in ("dense", "moe", "ahead"))]
+
+
+@pytest.mark.parametrize(("name", "how"), CASES, ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_activations_are_what_is_kept(name, how):
+    model, (dtype, recompute) = MODELS[name], how
     sequence, batch, vocabulary = 128, 2, 320
     config = Config.model_validate(
         {

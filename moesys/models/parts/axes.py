@@ -149,12 +149,15 @@ def norm_start(kind: str) -> float | None:
     return 0.0 if kind == "rms_zero_centered" else None
 
 
-def kept_by_norm(size: int, axis: str, split: bool, run: Any) -> Iterator[Kept]:
-    """What a norm of `size` features keeps: its input; on tensors `split` over tensor ranks, each step in float32."""
+def kept_by_norm(size: int, axis: str, split: bool, run: Any, kind: str = "rms") -> Iterator[Kept]:
+    """What a norm of `size` features keeps: its input; on tensors `split` over tensor ranks, each step in float32.
+
+    `kind`: that of `model.norm`; LayerNorm has a step less whose result is kept.
+    """
     if not split:
         yield Kept(size, axis)
     elif run.train.dtype == "bfloat16":
-        yield Kept(3 * size, axis, width=4)
+        yield Kept((2 if kind == "layer" else 3) * size, axis, width=4)
     else:
         yield Kept(2 * size, axis)
 

@@ -35,7 +35,7 @@ class Norm(Part):
 
     def kept(self, run: Any, shape: Any) -> Iterator[Kept]:
         """Its input."""
-        yield from kept_by_norm(self.hidden, "stream", shape.degrees.tp > 1 and run.parallel.sp, run)
+        yield from kept_by_norm(self.hidden, "stream", shape.degrees.tp > 1 and run.parallel.sp, run, self.kind)
 
     def results(self, shape: Any) -> Iterator[Kept]:
         """Its output."""
@@ -129,7 +129,7 @@ class PredictionInput(Part):
         """The inputs of the norms, and both norms' outputs side by side."""
         split = shape.degrees.tp > 1 and run.parallel.sp
         for _ in range(2):
-            yield from kept_by_norm(self.hidden, "stream", split, run)
+            yield from kept_by_norm(self.hidden, "stream", split, run, self.norm)
         yield Kept(2 * self.hidden, "stream")
 
     def products(self) -> Iterator[Kept]:

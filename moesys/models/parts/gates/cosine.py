@@ -23,7 +23,7 @@ class CosineKeys(ChoiceKeys):
     """Keys of choice by cosines."""
 
     dim: Dim | None = None
-    """cosine: the low dimension; default: half the number of experts, at least 2."""
+    """The low dimension; default: half the number of experts, at least 2."""
 
 
 class Cosine(TokenChoice):

@@ -21,7 +21,7 @@ class ExpertChoiceKeys(Section):
     """Keys of expert choice."""
 
     causal: bool = False
-    """expert_choice: experts take the tokens above a threshold that follows the quantile of earlier steps, so that
+    """Experts take the tokens above a threshold that follows the quantile of earlier steps, so that
     no token's routing depends on later tokens; load is balanced on average."""
 
 

@@ -19,7 +19,7 @@ class HashKeys(ForceKeys):
     """Keys of hash layers."""
 
     table: Literal["random", "balanced"] = "random"
-    """hash: the experts of an id. random: drawn. balanced: each expert has as many of the training data's tokens."""
+    """The experts of an id. random: drawn. balanced: each expert has as many of the training data's tokens."""
 
 
 class Hash(GateKind):

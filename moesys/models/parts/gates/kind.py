@@ -39,42 +39,42 @@ class ForceKeys(Section):
     Weights stay the gate's own. none: the gate chooses. balanced: experts in turn. skewed: at random, expert e with a
     chance ∝ 1 / (e + 1)^skew."""
     skew: Annotated[float, Field(ge=0), AtMost(64)] = 1.0
-    """force skewed: Zipf's exponent."""
+    """Zipf's exponent of force skewed."""
     seed: Seed = 0
-    """hash, random, force skewed: another seed chooses other experts."""
+    """Where experts are drawn, as by force skewed: another seed chooses others."""
 
 
 class RandomKeys(Section):
     """Randomness in training."""
 
     noise: Literal["none", "gaussian"] = "none"
-    """top_k, cosine, prototype: in training add N(0, 1) times a learned width per expert to the logits (noisy
+    """In training add N(0, 1) times a learned width per expert to the logits (noisy
     top-k, Shazeer et al. 2017)."""
     jitter: Fraction = 0.0
-    """top_k, cosine, prototype: in training multiply the gate's input by uniform numbers from 1 ± jitter (Switch)."""
+    """In training multiply the gate's input by uniform numbers from 1 ± jitter (Switch)."""
 
 
 class BiasKeys(Section):
     """A bias on the logits."""
 
     bias: bool = False
-    """top_k, prototype: a learned bias on the logits (GPT-OSS)."""
+    """A learned bias on the logits (GPT-OSS)."""
 
 
 class ChoiceKeys(RandomKeys, ForceKeys):
     """Token choice among scores, by groups."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """top_k, cosine: the function from logits to scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
+    """The function from logits to scores. The softmax over the selected logits alone (Mixtral, GPT-OSS)
     is softmax with normalize: true."""
     groups: Experts = 1
-    """top_k, cosine: equal groups of experts; each token uses the best `groups_kept` of them."""
+    """Equal groups of experts; each token uses the best `groups_kept` of them."""
     groups_kept: Experts = 1
-    """top_k, cosine: groups that a token uses."""
+    """Groups that a token uses."""
     group_score: Literal["max", "top2"] = "max"
-    """top_k, cosine: a group's score is its best expert's (DeepSeek-V2) or the sum of its two best (DeepSeek-V3)."""
+    """A group's score is its best expert's (DeepSeek-V2) or the sum of its two best (DeepSeek-V3)."""
     second: Literal["always", "random"] = "always"
-    """top_k, cosine, with top_k 2. random: in training keep the second expert with probability min(1, 2·g), g its
+    """With model.moe.top_k 2. random: in training keep the second expert with probability min(1, 2·g), g its
     share of the two weights (GShard)."""
 
 

@@ -21,7 +21,7 @@ class ReplayKeys(Section):
     """Keys of replay."""
 
     path: str | None = None
-    """replay: the folder of the recording, runs/NAME/routing; relative to the working directory."""
+    """The folder of the recording, runs/NAME/routing; relative to the working directory."""
 
 
 class Replay(GateKind):

@@ -17,7 +17,7 @@ class SoftKeys(Section):
     """Keys of Soft MoE."""
 
     slots: Dim = 1
-    """soft: slots per expert and sequence."""
+    """Slots per expert and sequence."""
 
 
 class Soft(GateKind):

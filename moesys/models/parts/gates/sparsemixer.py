@@ -18,7 +18,7 @@ class SparseMixerKeys(ForceKeys):
     """Keys of SparseMixer."""
 
     threshold: PositiveFloat = 0.01
-    """sparsemixer: experts compete whose logit is below the best by at most twice this share of the larger of the two
+    """Experts compete whose logit is below the best by at most twice this share of the larger of the two
     (Phi-3.5-MoE: router_jitter_noise)."""
 
 

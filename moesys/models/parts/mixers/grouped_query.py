@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from moesys.config.section import Dim, Field, PositiveFloat, Section
 from moesys.errors import Problem
-from moesys.models.parts.axes import Axis, Kept, Weight, norm_start
+from moesys.models.parts.axes import Axis, Kept, Weight, kept_by_norm, norm_start
 from moesys.models.parts.mixer import Mixer, kept_by_attention, seen
 from moesys.words import divisors
 
@@ -129,7 +129,7 @@ class GroupedQuery(Mixer):
         a, d, cp = self.a, self.head_dim, shape.degrees.cp
         yield from kept_by_attention(a.heads, self.kv_heads, d, d, run, cp, a.window)
         if a.qk_norm != "none":
-            yield Kept((a.heads + self.kv_heads) * d, "heads")
+            yield from kept_by_norm((a.heads + self.kv_heads) * d, "heads", shape.degrees.tp > 1, run)
         if a.clip_qkv is not None:
             yield Kept((a.heads + 2 * self.kv_heads) * d, "heads")
         if a.output_gate:
