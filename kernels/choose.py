@@ -72,7 +72,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`. A tensor of it already costs nothing: small steps feel calls of `to` that change nothing."""
+    """x [*] in `dtype`. A tensor of it already costs nothing: small steps feel calls of `to` that change nothing."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

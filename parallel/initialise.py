@@ -46,7 +46,7 @@ def _fill(param: nn.Parameter, weight: Weight, seed: int, std: float) -> None:
 
 
 def held(param: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a parameter that this rank holds, and its place in the whole."""
+    """The part of a parameter [*] that this rank holds, and its place in the whole."""
     if not isinstance(param, DTensor):
         return param, tuple(slice(0, size) for size in param.shape)
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)

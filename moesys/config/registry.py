@@ -1,4 +1,4 @@
-"""Kinds of mixers, gates and dispatchers: each is described by one class, in one file, here or in a plug-in.
+"""Kinds of mixers, gates, dispatchers and families of released models: each is one class, here or in a plug-in.
 
 kinds(MIXERS)["gqa"]            # the class that describes grouped-query attention
 section(MIXERS, "gqa")          # the YAML section of all mixers: `kind`, and the keys of every kind

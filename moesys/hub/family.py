@@ -243,7 +243,7 @@ class Family(Described):
 def buffers(model: ModelConfig) -> Iterator[Weight]:
     """What gates keep beside their weights: the bias for selection, float32 [E]."""
     m = model.moe
-    if m is None or not (m.bias_rate or getattr(m, "selection_bias", False)):
+    if m is None or not (m.bias_rate or m.selection_bias):
         return
     for layer in model.moe_blocks:
         yield Weight(f"layers.{layer}.ffn.gate.selection_bias", (Axis("candidate", m.experts),), "bias", layer)
@@ -295,11 +295,11 @@ def meant(model: ModelConfig) -> dict[str, Any]:
     each = [_mixer(model, layer) for layer in range(model.depth)]
     for key in dict.fromkeys(key for mixer in each for key in mixer):
         values = tuple(mixer.get(key) for mixer in each)
-        found[f"attention.{key}"] = values[0] if len(set(values)) == 1 else values
+        found[f"attention.{key}"] = values[0] if all(value == values[0] for value in values) else values
     if len(moe) == model.depth:
         del found["ffn_hidden"]
     if (m := model.moe) is not None:
-        found["moe.selection_bias"] = bool(m.bias_rate or getattr(m, "selection_bias", False))
+        found["moe.selection_bias"] = bool(m.bias_rate or m.selection_bias)
         found["moe.shared_ffn_hidden"] = m.shared_width or None
         del found["moe.shared_experts"]
         if not m.shared_experts:

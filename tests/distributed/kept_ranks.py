@@ -27,9 +27,10 @@ def kept_of_each(rank: int, world: int, configs: dict[str, Config], folder: Path
             forget()
             mesh, before = engine_of(config).connect(config), layout
         trainer = Trainer(config, mesh, open_corpus(config))
-        found[name] = (kept_in_flight if config.parallel.pp > 1 else kept)(trainer)
+        sizes = (kept_in_flight if config.parallel.pp > 1 else kept)(trainer)
+        if not any(place for axis, place in mesh.place.items() if axis != "pp"):
+            found[name] = sizes
         del trainer
-    if not any(place for axis, place in mesh.place.items() if axis != "pp"):
-        (folder / f"kept-{mesh.place['pp']}.json").write_text(json.dumps(found))
+    (folder / f"kept-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

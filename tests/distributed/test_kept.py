@@ -75,9 +75,20 @@ MODELS: dict[str, dict] = {
     },
     "windows": {"ffn_hidden": 512, "attention": {"heads": 4, "kv_heads": 2, "window": 16}},
 }
-NARROW = [("bfloat16", "none"), ("bfloat16", "selective")]
 WIDE = [("float32", "none"), ("float32", "selective")]
-FULL = [("bfloat16", "full")]
+PLAIN, SELECTIVE, FULL = (("bfloat16", recompute) for recompute in ("none", "selective", "full"))
+MOE = {
+    "tp": [*WIDE, PLAIN, SELECTIVE, FULL],
+    "tp without sp": [WIDE[1], PLAIN, SELECTIVE],
+    "cp": [WIDE[0], PLAIN, SELECTIVE],
+    "etp": [*WIDE, PLAIN, SELECTIVE, FULL],
+    "shards": [PLAIN, SELECTIVE, FULL],
+    "ep": [PLAIN, SELECTIVE, FULL],
+    "tp ep": [PLAIN, SELECTIVE],
+    "tp etp": [WIDE[1]],
+    **dict.fromkeys(("gathered", "chunks", "ep etp", "tp cp ep", "shards tp ep", "levels"), (SELECTIVE,)),
+}
+OTHERS = {"tp": [PLAIN, SELECTIVE], "tp without sp": [PLAIN], "cp": [SELECTIVE]}
 PIPELINES = [
     ("dense", "pp", "bfloat16", "full"),
     ("moe", "pp", "float32", "selective"),
@@ -93,16 +104,10 @@ PIPELINES = [
     ("mixed", "zero-bubble tp", "bfloat16", "none"),
 ]
 KEPT = [
-    *(("moe", layout, *how) for layout in ("tp", "tp without sp", "cp", "etp") for how in WIDE + NARROW + FULL),
-    *(("moe", layout, *how) for layout in ("shards", "ep", "tp ep", "tp etp") for how in NARROW + FULL),
-    *(
-        (model, layout, *how)
-        for layout, hows in {"tp": WIDE[:1] + NARROW, "tp without sp": NARROW, "cp": NARROW}.items()
-        for model in ("dense", "latent", "ahead", "released", "windows")
-        for how in hows
-    ),
-    *(("mixed", *names) for names in (("tp", *WIDE[0]), ("tp", *NARROW[0]), ("tp ep", *NARROW[1]))),
-    *(("moe", layout, *NARROW[1]) for layout in ("gathered", "chunks", "ep etp", "tp cp ep", "shards tp ep", "levels")),
+    *(("moe", layout, *how) for layout, hows in MOE.items() for how in hows),
+    *((name, at, *how) for name in ("dense", "latent", "ahead", "windows") for at in OTHERS for how in OTHERS[at]),
+    *(("mixed", *names) for names in (("tp", *WIDE[0]), ("tp", *PLAIN), ("tp ep", *SELECTIVE))),
+    ("latent", "tp", *WIDE[0]),
     *PIPELINES,
 ]
 """Model, layout, type and recomputation."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,15 +15,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moesys.config.schema import ModelConfig
+from moesys.config.schema import Config, ModelConfig
 from moesys.hub.derived import Derived
 from moesys.hub.family import Family, families, meant, nested
 from moesys.hub.fit import fit
 from moesys.hub.folder import Folder, open_folder
-from moesys.hub.mapping import whole
+from moesys.hub.mapping import sizes, whole
 from moesys.hub.tensors import FolderTensors
 from moesys.hub.weights import ReleasedWeights
 from moesys.hub.writer import FolderWriter
+from moesys.parallel import dimension
 from moesys.train.export import Tensors
 
 TOLERANCE = 1e-5
@@ -118,6 +120,24 @@ def test_what_is_written_is_what_was_read_and_transformers_loads_it(imported: Im
     )
     assert not any(report.values()), report
     close(loaded.eval()(released.tokens()).logits, imported.theirs(released.tokens()).logits, "logits")
+
+
+def test_any_part_of_a_weight_is_read_as_it_lies_in_the_whole(imported: Imported) -> None:
+    fitting = fit(imported.folder, imported.model, released.VOCAB)
+    source, draw = ReleasedWeights(fitting), Random(0)
+    for weight in imported.family.weights(imported.model, released.VOCAB):
+        everything = torch.empty(weight.shape)
+        source.read_into(everything, weight.name, whole(weight.shape))
+        box = tuple((draw.randrange(size), size) for size in weight.shape)
+        box = tuple((start, draw.randint(start + 1, stop)) for start, stop in box)
+        part = torch.empty(sizes(box))
+        source.read_into(part, weight.name, box)
+        assert torch.equal(part, everything[tuple(slice(*ends) for ends in box)]), weight.name
+
+
+def test_the_model_section_breaks_no_rule(imported: Imported) -> None:
+    config = Config.model_validate({"model": nested(imported.derived.values), "train": {"seq_len": 16}})
+    assert dimension.check(config) == []
 
 
 def test_config_is_read_as_it_is_written(imported: Imported) -> None:

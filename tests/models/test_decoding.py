@@ -13,6 +13,7 @@ from moesys.config.registry import GATES, kinds
 from moesys.config.schema import ModelConfig
 from moesys.models.decoder import Decoder
 from moesys.models.decoding import decoding, dropless, recomputed
+from moesys.models.empty import empty
 from moesys.models.key_cache import CachedCore, LatentCache, Ring, Rows
 from moesys.models.parts.gates.kind import describe
 
@@ -188,3 +189,16 @@ def test_a_window_keeps_its_own_keys_and_a_latent_its_own_numbers() -> None:
     cache = LatentCache()
     held = cache(torch.zeros(1, 5, 12), torch.zeros(1, 5, 1, 4))
     assert [tuple(x.shape) for x in held] == [(1, 5, 12), (1, 5, 1, 4)]
+
+
+def test_matrices_in_the_type_of_the_stream_give_the_same_numbers() -> None:
+    config = dropless(model({"shared_experts": 1}, tie_embeddings=True, **ATTENTION["sinks"]))
+    torch.manual_seed(0)
+    wide = Decoder(config, VOCAB, torch.bfloat16).eval()
+    narrow = empty(config, VOCAB, torch.bfloat16, narrow=True)
+    narrow.load_state_dict(wide.state_dict())
+    types = {name: p.dtype for name, p in narrow.named_parameters()}
+    assert types["layers.0.ffn.experts.fc1"] == types["embed.weight"] == torch.bfloat16
+    assert types["layers.0.ffn.gate.projection.weight"] == types["norm.weight"] == torch.float32
+    assert narrow.head.weight is narrow.embed.weight
+    assert torch.equal(whole(narrow, text()), whole(wide, text()))

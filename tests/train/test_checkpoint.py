@@ -120,6 +120,18 @@ def test_the_folder_alone_gives_the_model(trainer, raw, written, tmp_path):
     assert meta["files"].keys() == {".metadata", FILE}
 
 
+def test_the_newest_good_checkpoint_is_not_of_skipped_steps(trainer, copy):
+    run = trainer()
+    run.resume(copy)
+    assert manifest.newest_good(copy) == copy / "step-00000002"
+    state = {"skips": {"consecutive": 2, "total": 2}}
+    checkpoint.save(copy, run.engine, run.corpus, 3, run.seen, state)
+    assert manifest.newest(copy) == copy / "step-00000003" and manifest.newest_good(copy) == copy / "step-00000002"
+    shutil.rmtree(copy / "step-00000002")
+    shutil.rmtree(copy / "step-00000001", ignore_errors=True)
+    assert manifest.newest_good(copy) == copy / "step-00000003"
+
+
 def test_the_model_in_a_checkpoint_of_another_version_is_read_if_its_unknown_keys_are_harmless(copy):
     path = copy / "step-00000002"
     meta = json.loads((path / manifest.META).read_text())
