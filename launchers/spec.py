@@ -118,7 +118,8 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
         changes["cache"] = absolute(data.cache, base)
     output = config.output.model_copy(update={"runs": absolute(config.output.runs, base)})
     texts = {name: _absolute_text(text, base) for name, text in config.train.eval.items()}
-    train = config.train.model_copy(update={"eval": texts})
+    init = None if config.train.init is None else absolute(config.train.init, base)
+    train = config.train.model_copy(update={"eval": texts, "init": init})
     return config.model_copy(update={"data": data.model_copy(update=changes), "output": output, "train": train})
 
 

@@ -154,7 +154,9 @@ def _export(commands: argparse._SubParsersAction[Parser]) -> None:
     sub = _command(commands, "export", text, "runs/quickstart --to quickstart-hf", "weights.md")
     text = "a run's folder, of which the newest checkpoint is taken, or a checkpoint"
     sub.add_argument("checkpoint", type=Path, metavar="RUN|CHECKPOINT", help=text)
-    sub.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder, which must not exist (no default)")
+    sub.add_argument(
+        "--to", type=Path, required=True, metavar="FOLDER", help="the folder, which must not exist (no default)"
+    )
     text = "type of the weights (default: the one that the run computed in)"
     sub.add_argument("--dtype", choices=("bfloat16", "float32"), help=text)
     sub.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes of a file at most: 5GB, 200MB")

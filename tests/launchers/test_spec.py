@@ -53,9 +53,11 @@ def test_the_package_can_be_imported_from_a_checkout():
 
 def test_paths_become_absolute(config, tmp_path):
     (tmp_path / "local").mkdir()
-    base = config(data={"kind": "text", "path": "corpus", "tokenizer": "t.json", "cache": "/c"}, output={"runs": "r"})
+    data = {"kind": "text", "path": "corpus", "tokenizer": "t.json", "cache": "/c"}
+    base = config(data=data, output={"runs": "r"}, train={"init": "released"})
     made = spec.with_absolute_paths(base, tmp_path)
     assert made.data.path == f"{tmp_path}/corpus" and made.data.tokenizer == f"{tmp_path}/t.json"
+    assert made.train.init == f"{tmp_path}/released"
     assert made.data.cache == "/c" and made.output.runs == f"{tmp_path}/r"
     for path, expected in (("wikitext", "wikitext"), ("local", f"{tmp_path}/local")):
         hub = config(data={"kind": "huggingface", "path": path})
