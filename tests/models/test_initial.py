@@ -15,8 +15,10 @@ import moesys.models
 import moesys.moe
 from moesys.config.schema import ModelConfig
 from moesys.models.attention import CausalCore, LatentAttention, SharedKey, Sinks
-from moesys.models.block import Block
+from moesys.models.block import Block, PredictionBlock
 from moesys.models.decoder import Decoder, Embedding
+from moesys.models.decoding import LastToken
+from moesys.models.key_cache import CachedCore, LatentCache
 from moesys.models.layers import FeedForward, LayerNorm, Linear, RMSNorm
 from moesys.models.parts.model import block
 from moesys.models.rotary import rotary_angles
@@ -89,6 +91,10 @@ def vectors(module: nn.Module) -> Tensor:
     return module(torch.randn(B * S, H))
 
 
+def predicted(block: nn.Module) -> Tensor:
+    return block(torch.randn(B, S, H), *rotary_angles(torch.arange(S), H // 2, 1e4), tokens(), torch.randn(B, S, H))
+
+
 CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (partial(Experts, E, H, F), with_experts),
     (partial(Experts, E, H, F, "gelu", bias=True), with_experts),
@@ -127,7 +133,11 @@ CASES: list[tuple[Callable[[], nn.Module], Run]] = [
     (CausalCore, lambda made: made(*torch.randn(3, B, S, 2, 8))),
     (partial(Sinks, 2), lambda made: made()),
     (SharedKey, lambda made: made(torch.randn(B, S, 8), *rotary_angles(torch.arange(S), 8, 1e4))),
+    (lambda: CachedCore(CausalCore()), lambda made: made(*torch.randn(3, B, S, 2, 8))),
+    (LatentCache, lambda made: made(torch.randn(B, S, 8), torch.randn(B, S, 1, 4))[0]),
+    (lambda: LastToken(Linear(H, V, bias=False)), lambda made: made(torch.randn(B, S, H))),
     (partial(Block, GQA, 0), attention),
+    (partial(PredictionBlock, GQA, 0), predicted),
     (partial(Decoder, GQA, V), lambda made: made(tokens()[..., 1], tokens())),
     (partial(Decoder, MLA, V), lambda made: made(tokens()[..., 1], tokens())),
 ]
