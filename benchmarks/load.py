@@ -34,7 +34,7 @@ from moesys.hub.writer import FolderWriter, Planned
 from moesys.measure.interleaved_timing import interleave
 from moesys.words import plural, size_text
 
-OURS, THEIRS, READ = "moesys", "transformers", "read"
+OURS, THEIRS, INTO, READ = "moesys", "transformers", "into", "read"
 BLOCK = 64 * 2**20
 
 
@@ -43,9 +43,10 @@ class Result:
     """Medians over interleaved rounds.
 
     Attributes:
-        seconds: by side: "moesys", "transformers", and "read", the bytes of all files and nothing else.
+        seconds: by side: "moesys", which also allocates weights, as "transformers" does; "into", moesys into weights that
+            were allocated and written before, as a trainer's are; "read", the bytes of all files and nothing else.
         to_transformers: seconds of moesys / of transformers, median of the rounds' ratios.
-        of_reading: bytes per second of moesys / of reading alone, the same.
+        of_reading: bytes per second of "into" / of reading alone, the same.
         bytes: of the files.
     """
 
@@ -62,7 +63,12 @@ class Result:
     def lines(self) -> list[str]:
         """The result as text."""
         rate = {side: f"{size_text(self.bytes / seconds)}/s" for side, seconds in self.seconds.items()}
-        words = {OURS: "moesys, into float32", THEIRS: "transformers' from_pretrained, float32", READ: "read alone"}
+        words = {
+            OURS: "moesys, into new float32 weights",
+            THEIRS: "transformers' from_pretrained, float32",
+            INTO: "moesys, into weights that are there",
+            READ: "read alone, into one buffer",
+        }
         return [
             f"{self.machine}, {self.date}: {self.shape}, {size_text(self.bytes)} in {plural(self.tensors, 'tensor')}",
             f"  medians of {plural(self.rounds, 'interleaved round')}, one process",
@@ -115,8 +121,10 @@ def compare(folder: Path, rounds: int | None, named: str) -> Result:
     files = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     fitted = _fit(folder)
+    there = _load(fitted)
     sides: dict[str, Callable[[], object]] = {
         OURS: lambda: _load(fitted),
+        INTO: lambda: _fill(fitted, there),
         THEIRS: lambda: _transformers(folder),
         READ: lambda: [_read(path) for path in files],
     }
@@ -124,7 +132,7 @@ def compare(folder: Path, rounds: int | None, named: str) -> Result:
     return Result(
         {side: median(each) for side, each in seconds.items()},
         median(a / b for a, b in zip(seconds[OURS], seconds[THEIRS], strict=True)),
-        median(b / a for a, b in zip(seconds[OURS], seconds[READ], strict=True)),
+        median(b / a for a, b in zip(seconds[INTO], seconds[READ], strict=True)),
         size,
         len(fitted.folder.tensors),
         len(seconds[OURS]),
@@ -151,12 +159,18 @@ def _fit(folder: Path) -> Fit:
 
 
 def _load(fitted: Fit) -> dict[str, torch.Tensor]:
-    source, model = ReleasedWeights(fitted), ModelConfig.model_validate(nested(_values(fitted)))
+    """The weights, newly allocated."""
+    model = ModelConfig.model_validate(nested(_values(fitted)))
     assert model.vocab_size is not None
     weights = {w.name: torch.empty(w.shape) for w in fitted.family.weights(model, model.vocab_size)}
+    _fill(fitted, weights)
+    return weights
+
+
+def _fill(fitted: Fit, weights: dict[str, torch.Tensor]) -> None:
+    source = ReleasedWeights(fitted)
     for name, weight in weights.items():
         source.read_into(weight, name, whole(weight.shape))
-    return weights
 
 
 def _values(fitted: Fit) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class ReleasedWeights:
             shared = meet(box, s.box)
             if shared is not None:
                 place = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(shared, box, strict=True))
-                out[place].copy_(self._part(s, shared))
+                # Turned over in the files' narrow type first: half the time of turning while widening.
+                out[place].copy_(self._part(s, shared).contiguous())
                 filled += prod(sizes(shared))
         if filled != out.numel():
             rule = f"{name} is filled in {filled:,} of {out.numel():,} elements by its files"

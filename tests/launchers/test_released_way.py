@@ -50,10 +50,13 @@ def test_the_whole_way(place: Path, text: Path, small: dict):
     log = (place / "runs" / "run" / "logs" / "rank-0.log").read_text()
     assert "starting from the weights of" in log
 
-    more = ("train.steps=5", "output.export=hf", "parallel.pp=2", "parallel.ep=2", "parallel.dp_shard=full")
+    more = ["train.steps=5", "parallel.pp=2", "parallel.ep=2", "parallel.dp_shard=full"]
+    more += ["output.export=hf", "output.export_checkpoints=true", "output.checkpoint_every=1", "output.keep=1"]
     moesys(place, "launch", "run.yaml", *more)
     summary = read_json(place / "runs" / "run" / "summary.json", "")
     assert summary["steps"] == 5
+    kept, exported = ({path.name for path in (place / "runs/run" / f).iterdir()} for f in ("checkpoints", "export"))
+    assert kept == exported == {"step-00000005"}
     log = (place / "runs" / "run" / "logs" / "rank-0.log").read_text()
     assert log.count("starting from the weights of") == 1, "the second launch goes on"
 
