@@ -43,8 +43,8 @@ class Result:
     """Medians over interleaved rounds.
 
     Attributes:
-        seconds: by side: "moesys", which also allocates weights, as "transformers" does; "into", moesys into weights that
-            were allocated and written before, as a trainer's are; "read", the bytes of all files and nothing else.
+        seconds: by side: "moesys", which also allocates weights, as "transformers" does; "into", moesys into weights
+            that were allocated and written before, as a trainer's are; "read", the bytes of all files alone.
         to_transformers: seconds of moesys / of transformers, median of the rounds' ratios.
         of_reading: bytes per second of "into" / of reading alone, the same.
         bytes: of the files.
