@@ -118,7 +118,7 @@ def poison(engine: Any, what: str) -> None:
         def spoiled(*arguments: Any, **more: Any) -> None:
             engine.transformer.finalize_model_grads_func = finalize
             if mine:
-                next(p for p, piece, _ in engine.held() if piece.name == TARGET).main_grad.view(-1)[0] = float("inf")
+                next(p for p, piece, _ in engine.pieces() if piece.name == TARGET).main_grad.view(-1)[0] = float("inf")
             finalize(*arguments, **more)
 
         engine.transformer.finalize_model_grads_func = spoiled
@@ -144,8 +144,8 @@ def _spoil(engine: Any) -> None:
     if engine.config.engine == "native":
         held = [local(p.detach()) for name, p in engine.model.named_parameters().items() if name == WEIGHT]
     else:
-        held = [part for _, piece, part in engine.held() if piece.name == WEIGHT]
-        held += [main.view(-1) for p, piece, _ in engine.held() if piece.name == WEIGHT for main in _mains(engine, p)]
+        held = [part for _, piece, part in engine.pieces() if piece.name == WEIGHT]
+        held += [main.view(-1) for p, piece, _ in engine.pieces() if piece.name == WEIGHT for main in _mains(engine, p)]
     for part in held:
         part.view(-1)[:1] = float("nan")
 
