@@ -80,5 +80,5 @@ def test_the_whole_way(place: Path, text: Path, small: dict):
     shapes = ("data.heldout=0.2", "train.seq_len=16", "train.eval_sequences=16", "launch.launcher=local")
     moesys(place, "eval", "out", "--data", str(text), *shapes, "--json", "out.json")
     losses = [json.loads((place / name).read_text()) for name in ("run.json", "out.json")]
-    assert losses[0]["texts"][""]["loss"] == pytest.approx(summary["heldout_loss"], rel=1e-5)
+    assert losses[0]["texts"]["held-out"]["loss"] == pytest.approx(summary["heldout_loss"], rel=1e-5)
     assert losses[1]["texts"]
