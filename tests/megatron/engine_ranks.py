@@ -38,7 +38,7 @@ def observed(cases: Cases, journeys: Journeys, steps: int, world: int, folder: P
         name: [torch.load(path) for path in sorted(folder.glob(f"held-{number}-*.pt"))]
         for number, name in enumerate(cases)
     }
-    ran = {name: Ran(**json.loads((folder / f"ran-{name}.json").read_text())) for name in COUNTED}
+    ran = {name: Ran(**json.loads((folder / f"ran-{name}.json").read_text())) for name in COUNTED if name in cases}
     return found, torch.load(folder / "journeys.pt"), held, torch.load(folder / "damaged.pt"), ran
 
 
