@@ -71,6 +71,7 @@ def attempt(path: Path, overrides: Sequence[str] = ()) -> Attempt:
     whole = override.apply(tree or Entry({}, str(path)), overrides, problems)
     if "from" in whole.section.get("model", whole).section:
         whole = _expand(whole, problems)
+        unread = unread or any(problem.key == "model.from" for problem in problems)
     if "name" not in whole.section:
         whole = put(whole, ["name"], Entry(run_name(path), str(path)))
     config, wrong = _validate(whole, with_missing=not unread)

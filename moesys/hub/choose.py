@@ -37,10 +37,15 @@ def choose(model: ModelConfig, wanted: str | None = None) -> Family:
         lacks = every[kind].differences(model)
         if not lacks:
             return every[kind]
-        if nearest is None or len(lacks) < len(nearest[1]):
+        if nearest is None or _distance(lacks) < _distance(nearest[1]):
             nearest = every[kind], lacks
     assert nearest is not None
     raise NoFamily(_lacking(*nearest))
+
+
+def _distance(lacks: list[str]) -> tuple[int, int]:
+    """For comparing families: first by what their files cannot be, then by the model's keys that differ."""
+    return sum(not line.startswith("model.") for line in lacks), len(lacks)
 
 
 def _lacking(family: Family, lacks: list[str]) -> str:
