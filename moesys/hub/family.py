@@ -313,12 +313,7 @@ def _mixer(model: ModelConfig, layer: int) -> dict[str, Any]:
     """The keys that a block's mixer uses."""
     section = model.mixer(layer)[0]
     found = {key: getattr(section, key) for key in ("kind", *used(MIXERS, section.kind))}
-    if section.kind == "gqa":
-        found["kv_heads"] = section.kv_heads or section.heads
-        found["head_dim"] = section.head_dim or model.hidden // section.heads
-        found["softmax_scale"] = section.softmax_scale or found["head_dim"] ** -0.5
-    if section.kind == "mla":
-        found["latent_norm_eps"] = section.latent_norm_eps or model.norm_eps
+    found |= block(model, layer).mixer.meant()
     return found
 
 

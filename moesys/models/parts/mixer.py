@@ -50,6 +50,10 @@ class Mixer(Part, Described):
                 problems.append(Problem(f"{self.path}.{key}", rule, "remove it, or choose another kind"))
         return problems
 
+    def meant(self) -> dict[str, Any]:
+        """The values that null stands for, by key."""
+        return {}
+
     @property
     def rotary_dim(self) -> int:
         """Size of the part of a head that carries rotary positions; 0: none."""

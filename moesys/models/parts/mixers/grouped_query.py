@@ -77,6 +77,11 @@ class GroupedQuery(Mixer):
     styles = {"q_norm": "heads", "k_norm": "heads", "sinks": "own"}
     remembers = True
 
+    def meant(self) -> dict[str, Any]:
+        """Key heads, size of a head, factor on the scores."""
+        scale = self.a.softmax_scale or self.head_dim**-0.5
+        return {"kv_heads": self.kv_heads, "head_dim": self.head_dim, "softmax_scale": scale}
+
     @property
     def head_dim(self) -> int:
         """Size of one head."""

@@ -43,6 +43,10 @@ class Latent(Mixer):
     decides = {"softmax_scale": "MEANT", "latent_norm_eps": "MEANT"}
     remembers = True
 
+    def meant(self) -> dict[str, Any]:
+        """What the norms of latents add."""
+        return {"latent_norm_eps": self.a.latent_norm_eps or self.model.norm_eps}
+
     @property
     def rotary_dim(self) -> int:
         """The part of a head that is turned."""
