@@ -25,7 +25,7 @@ MEGATRON_TRAFFIC = (
     "Dispatch, sends and sums of gradients are those of Megatron-Core. Its tensor ranks make more collectives than the "
     "native engine's, which are shown, and its distributed optimizer pads and gathers more."
 )
-"""What the traffic of `engine: megatron` is not exact about."""
+"""Limits of the planned traffic of `engine: megatron`."""
 
 SHOWN = 4
 """Groups and nodes listed of each kind before the rest is only counted."""

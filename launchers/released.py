@@ -9,6 +9,7 @@ from typing import Any
 from moesys.config.schema import ModelConfig
 from moesys.config.write import text
 from moesys.errors import ConfigError, FileError
+from moesys.files import write_new
 from moesys.hub.derive import Released, released
 from moesys.hub.family import nested
 from moesys.hub.fit import Fit, fit
@@ -46,13 +47,7 @@ def import_command(folder: Path, to: Path | None) -> int:
     if to is None:
         print(written, end="")
         return 0
-    try:
-        with to.open("x", encoding="utf-8") as file:
-            file.write(written)
-    except FileExistsError:
-        raise FileError(f"{to}: exists, and is left as it is\n    remedy: name another file by --to") from None
-    except OSError as error:
-        raise FileError(f"{to}: {(error.strerror or str(error)).lower()}\n    remedy: name another file") from None
+    write_new(to, written)
     said = _head(found, fitted, name).splitlines()[: 2 + len(_notes(found, fitted))]
     print("\n".join(line.lstrip("# ") for line in said))
     print(f"{to} is written; start it: moesys launch {to}")

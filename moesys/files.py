@@ -29,6 +29,22 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a file that must not exist.
+
+    Raises:
+        FileError: it does, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise FileError(f"{path}: exists, and is left as it is\n    remedy: name another file by --to") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise FileError(f"{path}: {reason}\n    remedy: name another file by --to") from None
+
+
 def json_text(value: Any, indent: int | None = None, compact: bool = False) -> str:
     """`value` as strict JSON (RFC 8259): numbers that are not finite, which JSON lacks, become null."""
     separators = (",", ":") if compact else None

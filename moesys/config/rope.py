@@ -9,7 +9,7 @@ from moesys.config.section import Dim, NonNegativeFloat, PositiveFloat, Section
 
 
 class RopeScalingConfig(Section):
-    """How rotary positions are stretched beyond the sequences of a first training, with the meanings of `transformers`.
+    """Stretching of rotary positions beyond the sequences of a first training, with the meanings of `transformers`.
 
     Frequencies change for short sequences, too: a model that was trained with it needs it at every length.
     """

@@ -105,7 +105,7 @@ class ModelConfig(Section):
     rope_theta: PositiveFloat = 10000.0
     """Base of the wavelengths of rotary positions."""
     rope_scaling: RopeScalingConfig | None = None
-    """How rotary positions are stretched to longer sequences; null: not."""
+    """Stretching of rotary positions to longer sequences; null: none."""
     embedding_multiplier: PositiveFloat = 1.0
     """Factor on the embedding (Granite)."""
     residual_multiplier: PositiveFloat = 1.0
@@ -137,11 +137,11 @@ class ModelConfig(Section):
 
     @property
     def ends_share_embedding(self) -> bool:
-        """Whether the end of the model uses the embedding, too: as its head, or in multi-token prediction."""
+        """True if the end of the model uses the embedding, too: as its head, or in multi-token prediction."""
         return self.tie_embeddings or self.mtp is not None
 
     def is_moe(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) is an MoE block; those of multi-token prediction are like the last one."""
+        """True if block `layer` (from 0) is an MoE block; those of multi-token prediction are like the last one."""
         layer = min(layer, self.depth - 1)
         if isinstance(self.layers, PatternConfig):
             return self.layers.block(layer)[1] == "moe"

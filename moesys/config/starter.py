@@ -10,6 +10,7 @@ from pathlib import Path
 from moesys import shipped
 from moesys.config import suggest
 from moesys.errors import FileError
+from moesys.files import write_new
 from moesys.version import __version__
 
 OF_A_MODEL = """\
@@ -79,15 +80,7 @@ def write(name: str, to: Path) -> None:
         FileError: it does, or cannot be written; or there is no such name.
     """
     text = starter(name, to.name)
-    try:
-        with to.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise FileError(f"{to}: exists, and is left as it is\n    remedy: name another file by --to") from None
-    except OSError as error:
-        raise FileError(
-            f"{to}: {(error.strerror or str(error)).lower()}\n    remedy: name another file by --to"
-        ) from None
+    write_new(to, text)
 
 
 def _recipe(model: str, known: dict[str, str]) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
+from moesys.config.changes import KINDS, Kind, table_key
 from moesys.config.differences import flat
 from moesys.config.registry import FAMILIES, MIXERS, Described, kinds, used
 from moesys.config.schema import ModelConfig
@@ -178,9 +179,7 @@ class Family(Described):
         except ValidationError as error:  # the model has sizes that these files cannot say
             return [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         return [
-            f"model.{key}: {mine.get(key)!r}, and {self.kind} has {again.get(key)!r}"
-            for key in sorted(mine.keys() | again.keys())
-            if decides(key) and mine.get(key) != again.get(key)
+            f"model.{key}: {mine.get(key)!r}, and {self.kind} has {again.get(key)!r}" for key in differing(mine, again)
         ]
 
     # ---- tensors
@@ -258,16 +257,15 @@ def families() -> dict[str, Family]:
     return found
 
 
-TRAINING = frozenset({"init_std"})
-"""Keys of the model that decide no output of given weights, beside those of `model.moe` that are about training."""
-
-
 def decides(key: str) -> bool:
     """True if a key below "model." changes what given weights compute, dropless and in evaluation."""
-    from moesys.config.changes import KINDS, Kind, table_key
-
     kind = KINDS.get(table_key(f"model.{key}"))
-    return kind is not Kind.TRAINING and key not in TRAINING and kind is not Kind.FREE
+    return kind not in (Kind.TRAINING, Kind.FREE)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys that change what given weights compute, and differ between two models' `meant` values."""
+    return [k for k in sorted(one.keys() | other.keys()) if decides(k) and one.get(k) != other.get(k)]
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,7 +302,7 @@ def meant(model: ModelConfig) -> dict[str, Any]:
         del found["moe.shared_experts"]
         if not m.shared_experts:
             del found["moe.shared_mix"]
-        if m.gate.kind == "top_k" and m.gate.groups == 1:
+        if m.gate.groups == 1:
             del found["moe.gate.groups_kept"], found["moe.gate.group_score"]
     return found
 

@@ -32,7 +32,7 @@ def _evaluate(config: Config, folder: Path) -> None:
     assert start is not None
     engine = engine_of(config).build(config, mesh, corpus.vocab_size, draw=False)
     prepare_gates(engine, corpus)
-    fill(engine, start, config)
+    fill(engine, start)
     evaluation, found = Evaluation(engine, corpus), dict[str, Any]()
     for name in evaluation.names():
         heartbeat.phase(f"evaluating {name or 'the held-out data'}", shown=True)

@@ -39,7 +39,6 @@ class Exported:
         to: the folder.
         family: its `model_type`.
         tensors, bytes, files: their number and sizes.
-        notes: what the files do not have.
     """
 
     to: Path
@@ -47,7 +46,6 @@ class Exported:
     tensors: int
     bytes: int
     files: int
-    notes: list[str]
 
 
 def export(
@@ -90,7 +88,7 @@ def export(
         text = saved.tokenizer(meta, config)
         facts = chosen.write(model) | _facts(config, kind, text)
         writer.finish(facts, _generation(text), tokenizer.files(text, origin))
-    return Exported(to, chosen.kind, len(planned), total, len(set(writer.files.values())), [])
+    return Exported(to, chosen.kind, len(planned), total, len(set(writer.files.values())))
 
 
 def _origin(config: Config) -> Path | None:

@@ -6,7 +6,6 @@ from time import perf_counter
 
 import torch
 
-from moesys.config.schema import Config
 from moesys.hub.fit import Fit
 from moesys.hub.weights import ReleasedWeights
 from moesys.train import heartbeat, manifest, storage
@@ -19,7 +18,7 @@ SHOWN_EVERY_S = 5.0
 """Seconds between two lines of progress."""
 
 
-def fill(engine: Engine, source: InitialWeights, config: Config) -> str:
+def fill(engine: Engine, source: InitialWeights) -> str:
     """Give the engine the weights of `source`; returns a sentence about it. Collective over the world.
 
     Raises:

@@ -11,7 +11,7 @@ from moesys.data.corpus import vocab_size
 from moesys.errors import CheckpointError, FileError
 from moesys.hub import folder
 from moesys.hub.derive import Released, released
-from moesys.hub.family import decides, meant, nested
+from moesys.hub.family import differing, meant, nested
 from moesys.hub.fit import Fit, fit
 from moesys.train import manifest, resume, saved, saved_shapes
 
@@ -57,8 +57,7 @@ def disagreements(found: Released, model: ModelConfig) -> list[str]:
     if found.problems:
         return [f"{p.key} {p.rule}" for p in found.problems]
     theirs, ours = meant(ModelConfig.model_validate(nested(found.derived.values))), meant(model)
-    keys = sorted(key for key in theirs.keys() | ours.keys() if decides(key) and theirs.get(key) != ours.get(key))
-    return [f"model.{key} is {ours.get(key)!r}, and {theirs.get(key)!r} there" for key in keys]
+    return [f"model.{key} is {ours.get(key)!r}, and {theirs.get(key)!r} there" for key in differing(theirs, ours)]
 
 
 def _require_same_model(meta: manifest.Meta, config: Config) -> None:

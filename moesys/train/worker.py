@@ -79,7 +79,7 @@ def _train(config: Config, run_dir: Path) -> None:
     start = None if checkpoint.newest(folder) else initial_weights.find(config)
     trainer = Trainer(config, mesh, corpus, draw=checkpoint.newest(folder) is None and start is None)
     if start is not None:
-        _print_start(fill(trainer.engine, start, config))
+        _print_start(fill(trainer.engine, start))
     else:
         _print_resumption(trainer.resume(folder), trainer, run_dir)
     if mesh.rank == 0:

@@ -64,7 +64,7 @@ def make() -> Iterator[Callable[..., Trainer]]:
         start = initial_weights.find(config)
         made = Trainer(config, engine_of(config).connect(config), open_corpus(config), draw=start is None)
         if start is not None:
-            fill(made.engine, start, config)
+            fill(made.engine, start)
         return made
 
     yield trainer
